@@ -1,0 +1,5 @@
+import sys
+
+from ctf.cli import main
+
+sys.exit(main())

@@ -1,0 +1,177 @@
+"""Files that are either whole or not there: atomic writes, strict loads, the latest state.
+
+Tensors are stored as safetensors, everything else as JSON; no pickle is ever executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ctf.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yields a temporary name next to `path`; on success it is synced and renamed to `path`.
+
+    Whatever happens, `path` is either what it was before or the whole new file.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fchmod(file.fileno(), 0o666 & ~_umask())  # safetensors writes for the owner alone
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise _write_error(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_error(path: Path, error: Exception) -> Exception:
+    code = getattr(error, "errno", None)
+    text = str(error)
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in text:
+        return UserError(
+            f"{path}: the disk is full; what was there before is untouched\n"
+            "make room and run the same command again"
+        )
+    if code in (errno.EROFS, errno.EACCES, errno.EPERM) or "Read-only" in text:
+        return UserError(
+            f"{path}: cannot be written ({os.strerror(code or errno.EACCES)}); "
+            "choose a folder that you may write to"
+        )
+    if code in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        return UserError(f"{path}: cannot be written ({os.strerror(code)}); choose another folder")
+    return error
+
+
+def save_json(path: Path, content: Any) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load_json(path: Path) -> Any:
+    """Raises UserError where the file is not there or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; is {path.parent} a folder made by ctf?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    with atomic(path) as temporary:
+        save_file(
+            {k: v.detach().contiguous() for k, v in tensors.items()},
+            temporary,
+            metadata=dict(metadata or {}),
+        )
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, on the CPU, in memory of their own.
+
+    Raises:
+        UserError: the file is not there, is truncated, or is something else.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: not found; is {path.parent} a folder made by ctf?")
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Cloned: a mapped file's tensors need not be aligned, and kernels may round
+            # differently on unaligned memory; a resumed run must end with the same bits.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: truncated or not a safetensors file ({error})") from None
+
+
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """Copies `tensors` into `module`; names and shapes must match exactly.
+
+    Raises:
+        UserError: names the first tensor that is missing, unknown, or of another shape.
+    """
+    own = module.state_dict()
+    for name in own:
+        if name not in tensors:
+            raise UserError(f"{where}: tensor {name!r} is missing")
+    for name, value in tensors.items():
+        if name not in own:
+            raise UserError(f"{where}: unknown tensor {name!r}")
+        if value.shape != own[name].shape:
+            raise UserError(
+                f"{where}: tensor {name!r} has shape {tuple(value.shape)}, "
+                f"expected {tuple(own[name].shape)}"
+            )
+    module.load_state_dict(dict(tensors))
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, as hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_json(content: Any) -> str:
+    """SHA-256 of the canonical JSON text of `content`, as hex digits."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+STATES_KEPT = 2  # if the newest turns out to be damaged, there is one before it
+
+
+def save_state(folder: Path, step: int, tensors: Mapping[str, Tensor]) -> None:
+    """Stores everything a training needs to go on after `step` steps; drops all but the newest."""
+    save_tensors(folder / f"step-{step:08d}.safetensors", tensors)
+    for old in sorted(folder.glob("step-*.safetensors"))[:-STATES_KEPT]:
+        old.unlink()
+
+
+def load_latest_state(folder: Path) -> tuple[int, dict[str, Tensor]] | None:
+    """The newest state that can be read, as (step, tensors); None where there is none."""
+    for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
+        try:
+            tensors, _ = load_tensors(path)
+        except UserError as error:
+            print(f"{error}\ngoing on from the state before it")
+            path.unlink()
+            continue
+        return int(path.stem.removeprefix("step-")), tensors
+    return None

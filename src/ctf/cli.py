@@ -1,0 +1,654 @@
+"""Coarse-to-fine token prediction: from a folder of pictures to a model that draws.
+
+Each command reads its arguments, calls what does the work, and prints what came out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+from rich.console import Console
+
+from ctf.errors import UserError
+
+app = tyro.extras.SubcommandApp()
+groups = {
+    name: tyro.extras.SubcommandApp()
+    for name in ("tokenizer", "tokens", "clusters", "train", "classifier")
+}
+# Standard output for what was asked for, standard error for progress and errors.
+console = Console(highlight=False)
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., None])
+Positional = Annotated[T, tyro.conf.Positional]
+Folder = Annotated[Path, tyro.conf.arg(metavar="RUN")]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+def command(name: str) -> Callable[[F], F]:
+    """Registers a command, e.g. "sample" or "tokens extract"."""
+    group, _, inner = name.rpartition(" ")
+
+    def register(function: F) -> F:
+        # Parsing only returns what is to be run: the two fail in different ways.
+        @functools.wraps(function)
+        def later(*args: Any, **kwargs: Any) -> Callable[[], None]:
+            return functools.partial(function, *args, **kwargs)
+
+        parent = groups[group] if group else app
+        parent.command(name=inner)(later)
+        return function
+
+    return register
+
+
+@command("demo")
+def demo(*, out: Path = Path("ctf-demo"), minutes: float = 2.0, device: Device = "auto") -> None:
+    """Samples the shipped pipeline, fits a small one from scratch, and compares both.
+
+    Example: ctf demo
+
+    Args:
+        out: folder for two contact sheets and the run
+        minutes: how long the small pipeline is trained
+        device: where to compute; auto takes a GPU if there is one
+    """
+    from ctf.demo import demo as run_demo
+
+    _check_minutes(minutes)
+    run_demo(out, minutes, _device(device), console)
+
+
+@command("fit")
+def fit(
+    images: Positional[str],
+    /,
+    *,
+    out: Path,
+    preset: str = "small",
+    image_size: int | None = None,
+    minutes: float | None = None,
+    steps: int | None = None,
+    views: Literal["plain", "flip", "ten-crop"] | None = None,
+    background: str = "white",
+    skip_bad: bool = False,
+    set: tuple[str, ...] = (),
+    device: Device = "auto",
+    dry_run: bool = False,
+) -> None:
+    """Trains every stage, from pictures to a pipeline. Run it again to go on after a kill.
+
+    Example: ctf fit my-pictures --out run --image-size 64 --minutes 60
+
+    Args:
+        images: fashion-mnist, or a folder: one subfolder per class, or flat (one class)
+        out: folder of the run
+        preset: tiny, small or base
+        image_size: pixels a side; by default 32 for fashion-mnist, 64 for folders
+        minutes: time for all stages together, shared among them by measured speed
+        steps: steps of every trained stage, instead of the preset's
+        views: of each training picture; by default flip, and plain for fashion-mnist
+        background: colour behind transparent pictures, a name or #rrggbb
+        skip_bad: leave pictures out that cannot be used
+        set: values of the recipe to replace, e.g. coarse.width=256 clusters.count=128
+        device: where to compute; auto takes a GPU if there is one
+        dry_run: say what would be done, and write nothing
+    """
+    from ctf import fit as fitting
+
+    if minutes is not None and steps is not None:
+        raise UserError("got both --minutes and --steps, expected one of them")
+    if minutes is not None:
+        _check_minutes(minutes)
+    place = _device(device)
+    pictures = _open(images, image_size, background, skip_bad)
+    recipe = fitting.resolve(preset, pictures, steps=steps, views=views, overrides=set)
+    if dry_run:
+        console.print(fitting.describe(pictures, recipe, minutes), soft_wrap=True)
+        return
+    fitting.fit(pictures, out, recipe, minutes=minutes, device=place, progress=_progress)
+    console.print(f"{out}: done; ctf sample {out} draws from it", soft_wrap=True)
+
+
+@command("sample")
+def sample(
+    model: Positional[str],
+    /,
+    *,
+    classes: str = "all",
+    count: int = 8,
+    seed: int = 0,
+    out: Path = Path("sheet.png"),
+    guidance: float | None = None,
+    fine_guidance: float | None = None,
+    temperature: float | None = None,
+    fine_temperature: float | None = None,
+    top_k: int | None = None,
+    fine_top_k: int | None = None,
+    top_p: float | None = None,
+    fine_top_p: float | None = None,
+    device: Device = "auto",
+    dry_run: bool = False,
+) -> None:
+    """Draws pictures.
+
+    Example: ctf sample fashion-mnist --classes 3,bag --count 16 --out sheet.png
+
+    Args:
+        model: fashion-mnist, or the folder of a run or pipeline
+        classes: numbers or names with commas between, or all
+        count: pictures of each class
+        seed: picture i is drawn from seed + i
+        out: a file that ends in .png for a contact sheet, or a folder for the pictures,
+            their codes and settings.json
+        guidance: scale of classifier-free guidance in the coarse stage; 1 is none. This and all
+            below: by default what the pipeline was made with
+        fine_guidance: the same in the fine stage
+        temperature: of the coarse stage; below 1 for the likely, above 1 for variety
+        fine_temperature: of the fine stage
+        top_k: draw among the k likeliest labels; 1 is greedy, 0 is no limit
+        fine_top_k: the same among the members of each cluster
+        top_p: draw among the likeliest labels that have this probability together
+        fine_top_p: the same among the members of each cluster
+        device: where to compute; auto takes a GPU if there is one
+        dry_run: check everything and say what would be drawn, and write nothing
+    """
+    from ctf import samples
+    from ctf.pipeline import Pipeline
+
+    given = {
+        "guidance": guidance, "fine_guidance": fine_guidance,
+        "temperature": temperature, "fine_temperature": fine_temperature,
+        "top_k": top_k, "fine_top_k": fine_top_k, "top_p": top_p, "fine_top_p": fine_top_p,
+    }  # fmt: skip
+    settings = {name: value for name, value in given.items() if value is not None}
+    pipe = Pipeline.from_pretrained(model, _device(device))
+    numbers = _classes(classes, pipe)
+    if dry_run:
+        used = dataclasses.replace(pipe.sampling, **settings)  # type: ignore[arg-type]
+        console.print(f"would draw {count} pictures of each of {len(numbers)} classes: {used}")
+        return
+    with _progress("sample") as report:
+        written = samples.write(pipe, out, numbers, count, seed, report, **settings)
+    console.print(written, soft_wrap=True)
+
+
+@command("evaluate")
+def evaluate(
+    model: Positional[str],
+    /,
+    *,
+    samples: int = 1000,
+    classifier: Path | None = None,
+    guidance: float | None = None,
+    temperature: float | None = None,
+    fine_temperature: float | None = None,
+    seed: int = 0,
+    out: Path | None = None,
+    device: Device = "auto",
+    dry_run: bool = False,
+) -> None:
+    """How many samples are recognised as the class that was asked for.
+
+    Example: ctf evaluate fashion-mnist --samples 1000
+
+    Args:
+        model: fashion-mnist, or the folder of a run or pipeline
+        samples: how many to draw, equally many of each class
+        classifier: folder of a classifier; by default the shipped one for Fashion-MNIST
+        guidance: of the coarse stage; by default the pipeline's
+        temperature: of the coarse stage; by default the pipeline's
+        fine_temperature: of the fine stage; by default the pipeline's
+        seed: sample i is drawn from seed + i
+        out: a JSON file for the result
+        device: where to compute; auto takes a GPU if there is one
+        dry_run: check everything, and draw and write nothing
+    """
+    from ctf import checkpoint, config, evaluation
+    from ctf.classifier import load_classifier, shipped_classifier
+    from ctf.pipeline import Pipeline
+
+    place = _device(device)
+    pipe = Pipeline.from_pretrained(model, place)
+    judge = shipped_classifier(place) if classifier is None else load_classifier(classifier, place)
+    given = {
+        "guidance": guidance,
+        "temperature": temperature,
+        "fine_temperature": fine_temperature,
+    }
+    settings: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    if dry_run:
+        console.print(f"would draw and classify {samples} samples")
+        return
+    with _progress("evaluate") as report:
+        scored = evaluation.evaluate(
+            pipe, samples=samples, classifier=judge, seed=seed, report=report, **settings
+        )
+    for name, accuracy in {**scored.per_class, "all": scored.accuracy}.items():
+        console.print(
+            f"{name:<12} {accuracy.value:6.1%}  "
+            f"(95 % interval {accuracy.low:.1%} to {accuracy.high:.1%})"
+        )
+    if out is not None:
+        checkpoint.save_json(out, config.to_json(scored))
+
+
+@command("tokenizer train")
+def tokenizer_train(
+    images: Positional[str],
+    /,
+    *,
+    out: Path,
+    preset: str = "small",
+    image_size: int | None = None,
+    steps: int | None = None,
+    background: str = "white",
+    skip_bad: bool = False,
+    set: tuple[str, ...] = (),
+    device: Device = "auto",
+    dry_run: bool = False,
+) -> None:
+    """Trains the tokenizer of a run: pictures to codes and back.
+
+    Example: ctf tokenizer train my-pictures --out run
+
+    Args:
+        images: fashion-mnist, or a folder of pictures
+        out: folder of the run; the tokenizer goes into its folder tokenizer/
+        preset: tiny, small or base
+        image_size: pixels a side; by default 32 for fashion-mnist, 64 for folders
+        steps: instead of the preset's
+        background: colour behind transparent pictures
+        skip_bad: leave pictures out that cannot be used
+        set: values of the recipe to replace, e.g. tokenizer.codebook_size=16384
+        device: where to compute; auto takes a GPU if there is one
+        dry_run: say what would be done, and write nothing
+    """
+    from ctf import fit as fitting
+
+    place = _device(device)
+    pictures = _open(images, image_size, background, skip_bad)
+    recipe = fitting.resolve(preset, pictures, steps=steps, overrides=set)
+    if dry_run:
+        console.print(fitting.describe(pictures, recipe, None), soft_wrap=True)
+        return
+    with _progress("tokenizer") as report:
+        fitting.train_tokenizer(out, pictures, recipe, place, report)
+    console.print(f"{out / 'tokenizer'}: done", soft_wrap=True)
+
+
+@command("tokenizer evaluate")
+def tokenizer_evaluate(
+    run: Positional[Folder],
+    /,
+    *,
+    images: str,
+    background: str = "white",
+    skip_bad: bool = False,
+    device: Device = "auto",
+) -> None:
+    """Reconstruction of held-out pictures, and how much of the codebook is used.
+
+    Example: ctf tokenizer evaluate run --images my-pictures
+
+    Args:
+        run: folder of a run or pipeline, or the name of a shipped one
+        images: fashion-mnist, or a folder of pictures
+        background: colour behind transparent pictures
+        skip_bad: leave pictures out that cannot be used
+        device: where to compute; auto takes a GPU if there is one
+    """
+    from ctf import pipeline, tokenizer_training
+
+    place = _device(device)
+    tokenizer = tokenizer_training.load(pipeline.find(run) / "tokenizer", place)
+    pictures = _open(images, tokenizer.config.image_size, background, skip_bad)
+    with _progress("evaluate") as report:
+        result = tokenizer_training.evaluate(tokenizer, pictures.val, place, report=report)
+    units = {"mse": ".5f", "psnr": ".2f", "ssim": ".4f", "usage": ".2%", "perplexity": ".0f"}
+    for name, value in result.items():
+        console.print(f"{name:<12} {value:{units.get(name, '.0f')}}{' dB' * (name == 'psnr')}")
+
+
+@command("tokens extract")
+def tokens_extract(
+    images: Positional[str],
+    /,
+    *,
+    run: Folder,
+    preset: str = "small",
+    views: Literal["plain", "flip", "ten-crop"] | None = None,
+    limit: int | None = None,
+    background: str = "white",
+    skip_bad: bool = False,
+    set: tuple[str, ...] = (),
+    device: Device = "auto",
+    dry_run: bool = False,
+) -> None:
+    """Encodes all pictures with the tokenizer of a run, once, ahead of training.
+
+    Example: ctf tokens extract my-pictures --run run --views flip
+
+    Args:
+        images: fashion-mnist, or a folder of pictures
+        run: folder of the run
+        preset: tiny, small or base
+        views: of each training picture; by default flip, and plain for fashion-mnist
+        limit: of training pictures, in balanced classes; by default all
+        background: colour behind transparent pictures
+        skip_bad: leave pictures out that cannot be used
+        set: values of the recipe to replace
+        device: where to compute; auto takes a GPU if there is one
+        dry_run: say what would be done, and write nothing
+    """
+    from ctf import fit as fitting
+    from ctf import tokenizer_training
+
+    tokenizer = tokenizer_training.load(run / "tokenizer", _device(device))
+    pictures = _open(images, tokenizer.config.image_size, background, skip_bad)
+    recipe = fitting.resolve(preset, pictures, views=views, overrides=set)
+    if dry_run:
+        console.print(fitting.describe(pictures, recipe, None), soft_wrap=True)
+        return
+    with _progress("tokens") as report:
+        fitting.extract_tokens(run, tokenizer, pictures, recipe, limit, report)
+    console.print(f"{run / 'tokens'}: done", soft_wrap=True)
+
+
+@command("clusters fit")
+def clusters_fit(
+    run: Positional[Folder],
+    /,
+    *,
+    count: int = 512,
+    method: Literal["kmeans", "identity", "random"] = "kmeans",
+    seed: int = 0,
+    dry_run: bool = False,
+) -> None:
+    """Groups similar codes, and studies how redundant they are (Fig. 1b of the paper).
+
+    Example: ctf clusters fit run --count 512
+
+    Args:
+        run: folder of the run
+        count: number of clusters
+        method: kmeans; identity, the full-vocabulary baseline; random, the paper's control
+        seed: of the restarts
+        dry_run: check everything, and write nothing
+    """
+    from ctf import fit as fitting
+    from ctf import tokenizer_training
+    from ctf.clusters import ClustersConfig
+
+    chosen = ClustersConfig(method=method, count=count, seed=seed)
+    tokenizer = tokenizer_training.load(run / "tokenizer")
+    if dry_run:
+        console.print(f"would put {tokenizer.config.codebook_size} codes into clusters: {chosen}")
+        return
+    fitting.fit_clusters(run, tokenizer, chosen)
+    clusters_show(run)
+
+
+@command("clusters show")
+def clusters_show(run: Positional[Folder], /) -> None:
+    """Prints the report of a run's clusters and where its picture is.
+
+    Example: ctf clusters show run
+
+    Args:
+        run: folder of a run
+    """
+    from ctf import checkpoint
+
+    for name, value in checkpoint.load_json(run / "clusters" / "report.json").items():
+        console.print(f"{name:<10} {value}", soft_wrap=True)
+    console.print(f"picture    {run / 'clusters' / 'swaps.png'}", soft_wrap=True)
+
+
+def _train(
+    kind: Literal["coarse", "fine"],
+    run: Path,
+    preset: str,
+    steps: int | None,
+    set: tuple[str, ...],
+    device: Device,
+    dry_run: bool,
+) -> None:
+    from ctf import clusters
+    from ctf import fit as fitting
+    from ctf.presets import preset as preset_named
+
+    recipe = fitting.adjust(preset_named(preset), steps, set)
+    place = _device(device)
+    parts = clusters.load(run / "clusters" / clusters.FILE)
+    if dry_run:
+        trainer = fitting.make_trainer(run, kind, parts, recipe, place)
+        millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+        console.print(f"would train {millions:.1f} M parameters: {trainer.training}")
+        return
+    with _progress(kind) as report:
+        fitting.train_model(run, kind, parts, recipe, place, report)
+    console.print(f"{run / kind}: done", soft_wrap=True)
+
+
+@command("train coarse")
+def train_coarse(
+    run: Positional[Folder],
+    /,
+    *,
+    preset: str = "small",
+    steps: int | None = None,
+    set: tuple[str, ...] = (),
+    device: Device = "auto",
+    dry_run: bool = False,
+) -> None:
+    """Trains the coarse model of a run whose tokens and clusters are done.
+
+    Example: ctf train coarse run --preset small
+
+    Args:
+        run: folder of the run
+        preset: tiny, small or base
+        steps: instead of the preset's
+        set: values of the recipe to replace, e.g. coarse.layers=8
+        device: where to compute; auto takes a GPU if there is one
+        dry_run: say what would be done, and write nothing
+    """
+    _train("coarse", run, preset, steps, set, device, dry_run)
+
+
+@command("train fine")
+def train_fine(
+    run: Positional[Folder],
+    /,
+    *,
+    preset: str = "small",
+    steps: int | None = None,
+    set: tuple[str, ...] = (),
+    device: Device = "auto",
+    dry_run: bool = False,
+) -> None:
+    """Trains the fine model of a run whose tokens and clusters are done.
+
+    Example: ctf train fine run --preset small
+
+    Args:
+        run: folder of the run
+        preset: tiny, small or base
+        steps: instead of the preset's
+        set: values of the recipe to replace, e.g. fine_softmax=full
+        device: where to compute; auto takes a GPU if there is one
+        dry_run: say what would be done, and write nothing
+    """
+    _train("fine", run, preset, steps, set, device, dry_run)
+
+
+@command("train baseline")
+def train_baseline(
+    run: Positional[Folder],
+    /,
+    *,
+    out: Path,
+    preset: str = "small",
+    steps: int | None = None,
+    set: tuple[str, ...] = (),
+    device: Device = "auto",
+    dry_run: bool = False,
+) -> None:
+    """Trains the full-vocabulary baseline on the tokens of a run, as a run of its own.
+
+    The same code with identity clusters and no fine stage; --set coarse.* shapes it.
+
+    Example: ctf train baseline run --out baseline
+
+    Args:
+        run: folder of the run whose tokenizer and tokens are used
+        out: folder of the baseline
+        preset: tiny, small or base
+        steps: instead of the preset's
+        set: values of the recipe to replace, e.g. coarse.layers=8
+        device: where to compute; auto takes a GPU if there is one
+        dry_run: say what would be done, and write nothing
+    """
+    from ctf import fit as fitting
+
+    if dry_run:
+        console.print(f"would make {out} with the tokenizer and tokens of {run}, and train on it")
+        return
+    fitting.make_baseline(run, out)
+    _train("coarse", out, preset, steps, set, device, dry_run=False)
+
+
+@command("classifier train")
+def classifier_train(
+    images: Positional[str],
+    /,
+    *,
+    out: Path,
+    image_size: int | None = None,
+    steps: int | None = None,
+    background: str = "white",
+    skip_bad: bool = False,
+    device: Device = "auto",
+    dry_run: bool = False,
+) -> None:
+    """Trains the small classifier that scores samples; says its accuracy on held-out pictures.
+
+    Example: ctf classifier train fashion-mnist --out classifier
+
+    Args:
+        images: fashion-mnist, or a folder with a subfolder per class
+        out: folder of the classifier
+        image_size: pixels a side; by default 32 for fashion-mnist, 64 for folders
+        steps: instead of the default
+        background: colour behind transparent pictures
+        skip_bad: leave pictures out that cannot be used
+        device: where to compute; auto takes a GPU if there is one
+        dry_run: say what would be done, and write nothing
+    """
+    from ctf import classifier
+
+    pictures = _open(images, image_size, background, skip_bad)
+    chosen = classifier.ClassifierConfig()
+    if steps is not None:
+        chosen = dataclasses.replace(chosen, steps=steps, warm_up=min(chosen.warm_up, steps // 10))
+    if dry_run:
+        console.print(f"would train a classifier on {len(pictures.train)} pictures: {chosen}")
+        return
+    with _progress("classifier") as report:
+        model = classifier.train_classifier(
+            pictures, out, chosen, device=_device(device), report=report
+        )
+    accuracy = classifier.held_out_accuracy(model, pictures.val)
+    console.print(f"{out}: {accuracy:.2%} of {len(pictures.val)} held-out pictures recognised")
+
+
+# --- What the commands share ----------------------------------------------------------------------
+
+
+def _device(name: Device) -> Any:
+    import torch
+
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device("cuda" if has["cuda"] else "cpu")
+    if not has[name]:
+        raise UserError(f"device {name}: there is none here; expected auto or cpu")
+    return torch.device(name)
+
+
+def _open(images: str, image_size: int | None, background: str, skip_bad: bool) -> Any:
+    from ctf.images import open_images
+
+    with _progress("pictures") as report:
+        pictures = open_images(
+            images, image_size, background=background, skip_bad=skip_bad, report=report
+        )
+    if pictures.skipped:
+        console.print(f"{len(pictures.skipped)} pictures left out that cannot be used")
+    return pictures
+
+
+def _progress(name: str) -> Any:
+    from ctf.progress import progress
+
+    return progress(name)
+
+
+def _classes(text: str, pipe: Any) -> list[int]:
+    if text == "all":
+        return list(range(len(pipe.class_names)))
+    numbers: list[int] = pipe.class_numbers([part.strip() for part in text.split(",")])
+    return numbers
+
+
+def _check_minutes(minutes: float) -> None:
+    if not 0 < minutes < 1e6:
+        raise UserError(f"minutes: got {minutes:g}, expected more than 0")
+
+
+for _name, _group in groups.items():
+    app.command(_group, name=_name)
+
+
+def _complaint(text: str) -> str:
+    """What tyro says in a box of several lines, as one."""
+    lines = [line.strip(" │╭╮╰╯─") for line in text.splitlines()]
+    return "; ".join(line for line in lines if line)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0, or 2 for a user's mistake."""
+    given = sys.argv[1:] if arguments is None else arguments
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            run: Callable[[], None] = app.cli(
+                prog="ctf", args=given or ["--help"], description=(__doc__ or "").splitlines()[0]
+            )
+    except SystemExit as leaving:
+        if said.getvalue():
+            print(f"ctf: {_complaint(said.getvalue())}", file=sys.stderr)
+        return int(leaving.code or 0)
+    try:
+        run()
+    except UserError as error:
+        print(f"ctf: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ctf: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""The coarse model: class and labels so far -> next label (the paper's section 3.2, stage 1).
+
+With identity clusters (K = V) it is the full-vocabulary baseline, LlamaGen's own model.
+
+Shapes: B batch, L labels of an image, K clusters.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ctf.transformer import KVCache, TransformerConfig, Trunk, zero_head
+
+
+class CoarseModel(nn.Module):
+    """A class-conditional causal transformer over the labels of an image, row by row.
+
+    Args:
+        count: K, the labels that there are.
+    """
+
+    def __init__(self, config: TransformerConfig, count: int) -> None:
+        super().__init__()
+        self.config = config
+        self.count = count
+        self.trunk = Trunk(config, count)
+        self.head = zero_head(config.width, count)
+
+    @property
+    def no_class(self) -> int:
+        """The class id that stands for "no class" in classifier-free guidance."""
+        return self.config.classes
+
+    def forward(self, labels_BL: Tensor, classes_B: Tensor) -> Tensor:
+        """Teacher-forced logits (B, L, K): those of label i follow from the class and labels < i.
+
+        Args:
+            labels_BL: int64 in [0, K).
+            classes_B: int64 in [0, classes], the last being `no_class`.
+        """
+        logits_BLK: Tensor = self.head(self.trunk(labels_BL[:, :-1], classes_B, causal=True))
+        return logits_BLK
+
+    def step(self, inputs_B: Tensor, position: int, cache: KVCache) -> Tensor:
+        """Logits (B, K) of label `position`, what came before it being in `cache`.
+
+        Args:
+            inputs_B: classes at position 0, the label before after that.
+        """
+        logits_BK: Tensor = self.head(self.trunk.step(inputs_B, position, cache))
+        return logits_BK

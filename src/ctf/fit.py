@@ -1,0 +1,438 @@
+"""Every stage in order, from pictures to a pipeline; each stage a function of a run's folder.
+
+    RUN/fit.json  what the run was asked for, its plan, and the seconds of each stage
+    RUN/tokenizer/  tokens/  clusters/  coarse/  fine/  pipeline.json
+
+A stage that is done is loaded, one that was killed goes on, so running the same command again
+always leads to the same end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from ctf import checkpoint, clusters, config, loop, pipeline, tokenizer_training, tokens, training
+from ctf.clusters import Clusters, ClustersConfig
+from ctf.coarse import CoarseModel
+from ctf.errors import UserError
+from ctf.fine import FineModel
+from ctf.images import Splits, as_tensor
+from ctf.pipeline import Pipeline, PipelineSettings
+from ctf.presets import Recipe, preset, with_steps
+from ctf.progress import Reporter
+from ctf.tokenizer import VQModel
+from ctf.tokenizer_training import TokenizerTraining
+from ctf.tokens import Tokens
+from ctf.training import TrainingConfig
+from ctf.transformer import Trunk
+
+# Opens a reporter for a stage of that name, e.g. `ctf.progress.progress`.
+Progress = Callable[[str], AbstractContextManager[Reporter]]
+
+Kind = Literal["coarse", "fine"]
+
+FIT = "fit.json"
+FINAL_PICTURES = 2000  # held-out pictures that the finished tokenizer is measured on
+STUDY_PICTURES = 256  # held-out pictures that the clusters' redundancy study looks at
+TIMED_PICTURES = 256  # pictures that tell how fast tokens are extracted
+OVERHEAD = 0.05  # of a stage's time, for evaluating and saving
+
+
+def fit(
+    images: Splits,
+    run: Path,
+    recipe: Recipe,
+    *,
+    minutes: float | None = None,
+    device: torch.device,
+    progress: Progress,
+) -> Pipeline:
+    """Trains every stage that is not done yet and returns the pipeline.
+
+    Args:
+        minutes: a budget for all stages together, shared as `recipe.time_shares` says; the
+            steps are then found by timing some. None: the steps of the recipe.
+
+    Raises:
+        UserError: `run` was made by another configuration or holds something else, or see the
+            stages.
+    """
+    asked = {
+        "images": images.train.name,
+        "fingerprint": images.train.fingerprint,
+        "minutes": minutes,
+        "recipe": config.to_json(recipe),
+    }
+    log = _Log.open(run, asked)
+    budget = _Budget(recipe, minutes, log)
+    model_config = recipe.tokenizer.config(images.train.image_size)
+
+    def tokenizer_steps() -> int:
+        short = with_steps(recipe.tokenizer_training, 100)
+        trial = tokenizer_training.TokenizerTrainer(model_config, short, images, device)
+        return budget.steps("tokenizer", loop.seconds_per_step(trial))
+
+    steps = log.plan("tokenizer", tokenizer_steps if minutes else None)
+    if steps is not None:
+        recipe = dataclasses.replace(
+            recipe, tokenizer_training=with_steps(recipe.tokenizer_training, steps)
+        )
+    with log.timed("tokenizer"), progress("tokenizer") as report:
+        tokenizer = train_tokenizer(run, images, recipe, device, report)
+
+    def token_limit() -> int:
+        return budget.pictures("tokens", _seconds_per_picture(tokenizer, images, device))
+
+    limit = log.plan("tokens", token_limit if minutes else None)
+    with log.timed("tokens"), progress("tokens") as report:
+        extract_tokens(run, tokenizer, images, recipe, limit, report)
+
+    with log.timed("clusters"):
+        parts = fit_clusters(run, tokenizer, recipe.clusters)
+
+    kinds: tuple[Kind, ...] = ("coarse", "fine")
+    for kind in kinds:
+        if kind == "fine" and parts.largest == 1:
+            break  # nothing is left to choose
+
+        def model_steps(kind: Kind, recipe: Recipe) -> int:
+            trial = make_trainer(run, kind, parts, recipe, device)
+            return budget.steps(kind, loop.seconds_per_step(trial))
+
+        steps = log.plan(kind, partial(model_steps, kind, recipe) if minutes else None)
+        if steps is not None:
+            stage_training = with_steps(getattr(recipe, f"{kind}_training"), steps)
+            recipe = dataclasses.replace(recipe, **{f"{kind}_training": stage_training})
+        with log.timed(kind), progress(kind) as report:
+            train_model(run, kind, parts, recipe, device, report)
+    _describe(run, images, recipe, log.seconds)
+    return pipeline.load(run, device)
+
+
+def resolve(
+    preset_name: str,
+    images: Splits,
+    *,
+    steps: int | None = None,
+    views: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Recipe:
+    """The recipe of a preset for these pictures, with what the user asked for put in.
+
+    Args:
+        steps: of every trained stage; None: the preset's.
+        views: of each training picture, a name in `images.VIEWS`; None: the preset's, but plain
+            where mirrored pictures would be wrong.
+        overrides: as `config.override` takes them.
+
+    Raises:
+        UserError: an unknown preset, view or key, or a value out of its range.
+    """
+    recipe = preset(preset_name)
+    if views is None and not images.train.mirrors:
+        views = "plain"
+    if views is not None:
+        overrides = [f"tokens.views={views}", *overrides]
+    return adjust(recipe, steps, overrides)
+
+
+def adjust(recipe: Recipe, steps: int | None, overrides: Sequence[str]) -> Recipe:
+    """The recipe with values replaced, and with `steps` steps in every trained stage."""
+    recipe = config.override(recipe, overrides)
+    if steps is None:
+        return recipe
+    if steps < 1:
+        raise UserError(f"steps: got {steps}, expected 1 or more")
+    return recipe.with_steps(steps)
+
+
+def describe(images: Splits, recipe: Recipe, minutes: float | None) -> str:
+    """What `fit` would do with these pictures, in a line for each stage."""
+    classes = len(images.train.class_names)
+    tokenizer_config = recipe.tokenizer.config(images.train.image_size)
+    transformers = {"coarse": recipe.coarse, "fine": recipe.fine}
+    with torch.device("meta"):
+        models: dict[str, nn.Module] = {
+            "tokenizer": VQModel(tokenizer_config),
+            **{
+                name: Trunk(shape.config(tokenizer_config.grid, classes), recipe.clusters.count)
+                for name, shape in transformers.items()
+            },
+        }
+    trainings: dict[str, TokenizerTraining | TrainingConfig] = {
+        "tokenizer": recipe.tokenizer_training,
+        "coarse": recipe.coarse_training,
+        "fine": recipe.fine_training,
+    }
+    lines = [
+        f"{len(images.train)} pictures to train on, {len(images.val)} held out, {classes} classes, "
+        f"{images.train.image_size} pixels -> {tokenizer_config.grid} x {tokenizer_config.grid} "
+        f"of {tokenizer_config.codebook_size} codes in {recipe.clusters.count} clusters"
+    ]
+    for name, model in models.items():
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        steps = trainings[name].steps
+        how_long = f"{steps} steps" if minutes is None else "steps by measured speed"
+        lines.append(f"{name}: {millions:.1f} M parameters, {how_long}")
+    if minutes is not None:
+        lines.append(f"about {minutes:g} minutes in all")
+    return "\n".join(lines)
+
+
+def _describe(run: Path, images: Splits, recipe: Recipe, spent: dict[str, float]) -> None:
+    """Writes into pipeline.json what the pipeline was made of and how good its parts are."""
+    described = pipeline.load_settings(run)
+    if "metrics" in described.origin:
+        return
+    tokenizer = tokenizer_training.load(run / "tokenizer")
+    metrics: dict[str, Any] = {
+        "tokenizer": tokenizer_training.evaluate(tokenizer, images.val, limit=FINAL_PICTURES)
+    }
+    for kind in ("coarse", "fine"):
+        if (run / kind).is_dir():
+            metrics[kind] = {"loss": loop.last_metrics(run / kind, "val")["loss"]}
+    origin = {
+        "images": images.train.name,
+        "recipe": config.to_json(recipe),
+        "metrics": metrics,
+        "seconds": spent,
+    }
+    described = dataclasses.replace(described, origin=origin)
+    checkpoint.save_json(run / pipeline.SETTINGS, config.to_json(described))
+
+
+# --- The stages -----------------------------------------------------------------------------------
+
+
+def tokenizer_hash(run: Path) -> str:
+    """What names a tokenizer to the stages after it: the SHA-256 of its weights."""
+    return checkpoint.hash_file(run / "tokenizer" / "model.safetensors")
+
+
+def train_tokenizer(
+    run: Path, images: Splits, recipe: Recipe, device: torch.device, report: loop.Report | None
+) -> VQModel:
+    return tokenizer_training.train(
+        recipe.tokenizer.config(images.train.image_size),
+        recipe.tokenizer_training,
+        images,
+        run / "tokenizer",
+        device,
+        report,
+    )
+
+
+def extract_tokens(
+    run: Path,
+    tokenizer: VQModel,
+    images: Splits,
+    recipe: Recipe,
+    limit: int | None,
+    report: tokens.Report | None,
+) -> None:
+    tokens.extract(
+        tokenizer, tokenizer_hash(run), images, run / "tokens", recipe.tokens,
+        limit=limit, report=report,
+    )  # fmt: skip
+
+
+def fit_clusters(run: Path, tokenizer: VQModel, wanted: ClustersConfig) -> Clusters:
+    name = tokenizer_hash(run)
+    val = Tokens(run / "tokens", "val", name)
+    codes_BL = val.codes(np.arange(min(len(val), STUDY_PICTURES)))
+    return clusters.fit_clusters(run / "clusters", tokenizer, codes_BL, wanted, name)
+
+
+def make_trainer(
+    run: Path,
+    kind: Kind,
+    parts: Clusters,
+    recipe: Recipe,
+    device: torch.device,
+) -> training.Trainer:
+    """A trainer for the coarse or fine model of a run whose tokens and clusters are done."""
+    name = tokenizer_hash(run)
+    train, val = (Tokens(run / "tokens", split, name) for split in ("train", "val"))
+    grid = round(train.manifest.length**0.5)
+    classes = len(train.manifest.class_names)
+    if kind == "coarse":
+        t = recipe.coarse_training
+        torch.manual_seed(t.seed)
+        model: training.Model = CoarseModel(recipe.coarse.config(grid, classes), parts.count)
+        objective = training.coarse_objective(parts)
+    else:
+        t = recipe.fine_training
+        torch.manual_seed(t.seed)
+        model = FineModel(recipe.fine.config(grid, classes), parts, recipe.fine_softmax)
+        objective = training.fine_objective(parts)
+    return training.Trainer(model, objective, train, val, t, device)
+
+
+def train_model(
+    run: Path,
+    kind: Kind,
+    parts: Clusters,
+    recipe: Recipe,
+    device: torch.device,
+    report: loop.Report | None,
+) -> None:
+    """Trains the coarse or the fine model of a run, or goes on, or finds that it is done."""
+    trainer = make_trainer(run, kind, parts, recipe, device)
+    folder = run / kind
+    stored: dict[str, Any] = {
+        "model": config.to_json(trainer.model.config),
+        "clusters": clusters.fingerprint(parts),
+        "training": config.to_json(trainer.training),
+        "tokens": checkpoint.hash_file(run / "tokens" / tokens.MANIFEST),
+    }
+    if isinstance(trainer.model, FineModel):
+        stored["softmax"] = trainer.model.softmax
+    loop.claim(folder, stored)
+    settings = PipelineSettings(
+        trainer.train.manifest.class_names,
+        recipe.sampling,
+        {"images": trainer.train.manifest.train.images, "recipe": config.to_json(recipe)},
+    )
+    if loop.is_finished(folder):
+        return
+    checkpoint.save_json(run / pipeline.SETTINGS, config.to_json(settings))
+    loop.run(
+        trainer,
+        folder,
+        trainer.training.steps,
+        evaluate_every=trainer.training.evaluate_every,
+        report=report,
+    )
+    loop.finish(folder, trainer.averaged.state_dict(), {})
+
+
+def make_baseline(run: Path, out: Path) -> Clusters:
+    """Makes `out` a run with the tokenizer and the tokens of `run`, and identity clusters.
+
+    Raises:
+        UserError: `run` has no tokenizer or tokens, or `out` holds something else.
+    """
+    tokenizer = tokenizer_training.load(run / "tokenizer")
+    Tokens(run / "tokens", "train", tokenizer_hash(run))
+    if not (out / "tokenizer" / "model.safetensors").is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} exists and is not a baseline of {run}; choose another --out")
+        for name in ("config.json", "model.safetensors"):
+            with checkpoint.atomic(out / "tokenizer" / name) as temporary:
+                shutil.copyfile(run / "tokenizer" / name, temporary)
+    if not (out / "tokens").exists():
+        # A link: tokens may be large, and are only needed for training.
+        (out / "tokens").symlink_to((run / "tokens").resolve(), target_is_directory=True)
+    return fit_clusters(out, tokenizer, ClustersConfig(method="identity"))
+
+
+# --- Plans and budgets ----------------------------------------------------------------------------
+
+
+class _Log:
+    """RUN/fit.json: what was asked for, what was planned, how long each stage took."""
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        self.path, self.content = path, content
+
+    @classmethod
+    def open(cls, run: Path, asked: dict[str, Any]) -> _Log:
+        path = run / FIT
+        if path.is_file():
+            content = checkpoint.load_json(path)
+            difference = loop.first_difference(content["asked"], asked)
+            if difference:
+                raise UserError(
+                    f"{run} was made by another configuration: {difference}\n"
+                    "choose another --out, or delete this one to start again"
+                )
+            return cls(path, content)
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise UserError(
+                f"{run} exists and is not a run of ctf fit (no {FIT}); choose another --out"
+            )
+        log = cls(path, {"asked": asked, "plan": {}, "seconds": {}})
+        log.save()
+        return log
+
+    def save(self) -> None:
+        checkpoint.save_json(self.path, self.content)
+
+    def plan(self, stage: str, find: Callable[[], int] | None) -> int | None:
+        """The number planned for a stage: found once, the same ever after."""
+        plan: dict[str, int] = self.content["plan"]
+        if find is not None and stage not in plan:
+            began = time.monotonic()
+            plan[stage] = find()
+            self._add_seconds(stage, time.monotonic() - began)
+            self.save()
+        return plan.get(stage)
+
+    def timed(self, stage: str) -> _Timer:
+        return _Timer(self, stage)
+
+    def _add_seconds(self, stage: str, seconds: float) -> None:
+        spent: dict[str, float] = self.content["seconds"]
+        spent[stage] = round(spent.get(stage, 0.0) + seconds, 2)
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        self._add_seconds(stage, seconds)
+        self.save()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return dict(self.content["seconds"])
+
+
+class _Timer:
+    def __init__(self, log: _Log, stage: str) -> None:
+        self.log, self.stage = log, stage
+
+    def __enter__(self) -> None:
+        self.began = time.monotonic()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.log.add_seconds(self.stage, time.monotonic() - self.began)
+
+
+class _Budget:
+    """Shares what is left of the time among the stages that are left."""
+
+    def __init__(self, recipe: Recipe, minutes: float | None, log: _Log) -> None:
+        self.shares: dict[str, float] = dataclasses.asdict(recipe.time_shares)
+        self.minutes, self.log = minutes, log
+
+    def seconds(self, stage: str) -> float:
+        assert self.minutes is not None
+        left = self.minutes * 60 - sum(self.log.seconds.values())
+        stages = list(self.shares)
+        to_come = sum(self.shares[s] for s in stages[stages.index(stage) :])
+        return max(1.0, left * self.shares[stage] / to_come) * (1 - OVERHEAD)
+
+    def steps(self, stage: str, seconds_per_step: float) -> int:
+        """At least one step, in whole lines of the log where there is time for some."""
+        steps = max(1, int(self.seconds(stage) / seconds_per_step))
+        return max(steps // loop.LOG_EVERY * loop.LOG_EVERY, min(steps, loop.LOG_EVERY))
+
+    def pictures(self, stage: str, seconds_per_picture: float) -> int:
+        return max(1, int(self.seconds(stage) / seconds_per_picture))
+
+
+def _seconds_per_picture(tokenizer: VQModel, images: Splits, device: torch.device) -> float:
+    indices = np.arange(min(len(images.train), TIMED_PICTURES))
+    began = time.perf_counter()
+    with torch.inference_mode():
+        tokenizer.encode(as_tensor(images.train.read(indices), device))
+    return (time.perf_counter() - began) / len(indices)

@@ -1,0 +1,480 @@
+"""Pictures as arrays: the included set, or any folder, -> uint8 images through one crop function.
+
+Shape suffixes: B images of a batch, N images of a set, H and W height and width, S = image_size.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import json
+import os
+import warnings
+import zipfile
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageColor
+from torch import Tensor
+
+from ctf.config import did_you_mean
+from ctf.decoding import SUFFIXES, Unusable, decode, read_bytes
+from ctf.errors import UserError
+
+FOLDER_IMAGE_SIZE = 64  # of folders, where no size is named; the included set has its own
+SMALLEST_SIZE, LARGEST_SIZE = 8, 2048
+HELD_OUT, MOST_HELD_OUT = 0.1, 10_000  # share of a folder's pictures in `val`, and its limit
+CACHE_BYTES = 1 << 30  # a folder's crops stay in memory up to this total
+THREADS = 2  # Pillow's decoders run outside the interpreter's lock
+
+FASHION_MNIST = Path(__file__).parent / "data" / "fashion-mnist"
+FASHION_MNIST_CLASSES = (
+    "t-shirt", "trouser", "pullover", "dress", "coat",
+    "sandal", "shirt", "sneaker", "bag", "ankle-boot",
+)  # fmt: skip
+# SHA-256 of a split's grey pixels (N, 28, 28) followed by its labels (N,), one byte each.
+FASHION_MNIST_SHA256 = {
+    "train": "16d82e2b505296aa2b78bd5ea0992634f30419a4c97def7c907d154a35ac6157",
+    "test": "9f1ec356a747bfe4ebab3cfb722d3694c9ca737e2570f6f90cf31d7b6fd689d4",
+}
+FASHION_MNIST_SIDE, FASHION_MNIST_SIZE = 28, 32  # as published; with a black border of 2 pixels
+INCLUDED = (FASHION_MNIST.name,)
+
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class View:
+    """One way to cut a square out of a picture; see `crop`.
+
+    scale >= 1 is the side of the picture's central square in units of the image size; x and y in
+    0..1 place the crop within that square, from left to right and from top to bottom.
+    """
+
+    flip: bool = False
+    scale: float = 1.0
+    x: float = 0.5
+    y: float = 0.5
+
+    def side(self, size: int) -> int:
+        """Pixels that the picture's shorter side is resized to, for crops of `size` pixels."""
+        return round(size * self.scale)
+
+
+PLAIN = View()
+VIEWS: dict[str, tuple[View, ...]] = {
+    "plain": (PLAIN,),
+    "flip": (PLAIN, View(flip=True)),
+    # LlamaGen's augmentation: the corners and the centre, mirrored or not, at two scales.
+    "ten-crop": tuple(
+        View(flip, scale, x, y)
+        for scale in (1.1, 1.05)
+        for flip in (False, True)
+        for x, y in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.5, 0.5))
+    ),
+}
+
+
+def crop(image: Image.Image, size: int, view: View = PLAIN) -> Image.Image:
+    """`size` x `size` pixels of an RGB or grey picture; the only crop function there is.
+
+    The shorter side is resized to round(size * scale), by halving with a box filter as long as
+    that is possible and then with an antialiased bicubic filter. The plain view is the middle of
+    it, which is ADM's `center_crop_arr`; other views crop that central square again, as
+    LlamaGen's ten-crop does.
+    """
+    side = view.side(size)
+    while min(image.size) >= 2 * side:
+        halved = (image.width // 2, image.height // 2)
+        image = image.resize(halved, Image.Resampling.BOX)
+    ratio = side / min(image.size)
+    resized = (round(image.width * ratio), round(image.height * ratio))
+    image = image.resize(resized, Image.Resampling.BICUBIC)
+    left = (image.width - side) // 2 + round((side - size) * view.x)
+    top = (image.height - side) // 2 + round((side - size) * view.y)
+    image = image.crop((left, top, left + size, top + size))
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flip else image
+
+
+def as_tensor(pixels_BHWC: NDArray[np.uint8], device: torch.device | str = "cpu") -> Tensor:
+    """uint8 pixels -> float (B, 3, H, W) in [-1, 1], with channels last in memory."""
+    return torch.from_numpy(pixels_BHWC).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def as_pictures(images_BCHW: Tensor) -> list[Image.Image]:
+    """Images in [-1, 1], (B, 3, H, W), clipped there -> PIL images, RGB."""
+    pixels = ((images_BCHW.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+class ImageSet(ABC):
+    """N labelled pictures of one size.
+
+    Attributes:
+        name: the source's name.
+        class_names: one for each class, in the order of the class numbers.
+        classes_N: int64, the class of each picture.
+        image_size: side S of the pictures that `read` gives.
+        fingerprint: SHA-256 (hex) of what the pictures are: equal as long as `read` gives the
+            same. Of a folder it covers the bytes of every file, its relative path and class, the
+            image size and the background; no times, so a copy elsewhere has the same.
+        mirrors: whether a mirrored picture is as likely as the picture.
+    """
+
+    mirrors = True
+
+    def __init__(
+        self,
+        name: str,
+        class_names: tuple[str, ...],
+        classes_N: NDArray[np.int64],
+        image_size: int,
+        fingerprint: str,
+    ) -> None:
+        self.name = name
+        self.class_names = class_names
+        self.classes_N = classes_N
+        self.image_size = image_size
+        self.fingerprint = fingerprint
+
+    def __len__(self) -> int:
+        return len(self.classes_N)
+
+    @abstractmethod
+    def read(self, indices: ArrayLike, view: View = PLAIN) -> NDArray[np.uint8]:
+        """The pictures numbered `indices` (B,), as RGB in 0..255: (B, S, S, 3).
+
+        Raises:
+            UserError: a picture's file was damaged or removed after the set was opened.
+        """
+
+
+@dataclass(frozen=True)
+class BadPicture:
+    """A file that cannot be used: its path relative to the folder, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Pictures to learn from and held-out ones, and what `skip_bad` left out of both."""
+
+    train: ImageSet
+    val: ImageSet
+    skipped: tuple[BadPicture, ...] = ()
+
+
+def open_images(
+    source: str | os.PathLike[str],
+    image_size: int | None = None,
+    *,
+    background: str = "white",
+    skip_bad: bool = False,
+    report: Report | None = None,
+) -> Splits:
+    """Opens an included set by name, or a folder: one subfolder per class, or flat (one class).
+
+    Args:
+        source: "fashion-mnist" (write ./fashion-mnist for a folder of that name), or a folder.
+        image_size: side of the squares that the pictures are cut to, 8..2048. Default: 32 for
+            fashion-mnist (28 gives the originals without their border), 64 for folders.
+        background: colour by name or #rrggbb that transparent pictures are laid upon.
+        skip_bad: leave unusable files out, and list them in `Splits.skipped`.
+        report: called with (files decoded, files) while a folder is scanned.
+
+    Raises:
+        UserError: whatever is wrong with the source, the size, or the colour. All unusable files
+            are named at once.
+    """
+    source = os.fspath(source)
+    if image_size is not None and not SMALLEST_SIZE <= image_size <= LARGEST_SIZE:
+        raise UserError(
+            f"image size {image_size}: expected {SMALLEST_SIZE} to {LARGEST_SIZE} pixels"
+        )
+    try:
+        colour = ImageColor.getrgb(background)[:3]
+    except ValueError:
+        close = difflib.get_close_matches(background.lower(), ImageColor.colormap, n=1)
+        meant = f"did you mean {close[0]!r}?" if close else "expected a name or #rrggbb"
+        raise UserError(f"background: unknown colour {background!r}: {meant}") from None
+    if source in INCLUDED:
+        return _open_fashion_mnist(image_size or FASHION_MNIST_SIZE)
+    if not os.path.lexists(source):
+        raise UserError(
+            f"{source}: no such folder, nor an included set of that name"
+            f"{did_you_mean(source, INCLUDED)}"
+        )
+    return _open_folder(Path(source), image_size or FOLDER_IMAGE_SIZE, colour, skip_bad, report)
+
+
+# ---------------------------------------------------------------- the included set
+
+
+class _GreySet(ImageSet):
+    """Fashion-MNIST: its grey pixels in memory once; border and colour are added when read."""
+
+    mirrors = False  # all shoes point the same way
+
+    mirrors = False  # all shoes point the same way
+
+    def __init__(
+        self, pixels_NHW: NDArray[np.uint8], classes_N: NDArray[np.int64], size: int, sha: str
+    ) -> None:
+        fingerprint = _hash([FASHION_MNIST.name, sha, size])
+        super().__init__(FASHION_MNIST.name, FASHION_MNIST_CLASSES, classes_N, size, fingerprint)
+        self._pixels_NHW = pixels_NHW
+
+    def read(self, indices: ArrayLike, view: View = PLAIN) -> NDArray[np.uint8]:
+        size = self.image_size
+        side = FASHION_MNIST_SIDE if size == FASHION_MNIST_SIDE else FASHION_MNIST_SIZE
+        border = (side - FASHION_MNIST_SIDE) // 2
+        grey_BHW = self._pixels_NHW[np.asarray(indices, dtype=np.int64)]
+        grey_BHW = np.pad(grey_BHW, ((0, 0), (border, border), (border, border)))
+        images = np.empty((len(grey_BHW), size, size, 3), dtype=np.uint8)
+        if size == side == view.side(size):
+            images[:] = (grey_BHW[:, :, ::-1] if view.flip else grey_BHW)[..., None]
+        else:
+            for image, grey_HW in zip(images, grey_BHW, strict=True):
+                image[:] = np.asarray(crop(Image.fromarray(grey_HW), size, view))[..., None]
+        return images
+
+
+def load_fashion_mnist(split: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The published arrays of a split ("train" or "test"): pixels (N, 28, 28), labels (N,).
+
+    Raises:
+        UserError: the package's data file is missing or damaged.
+    """
+
+    def unpack(sheet: bytes) -> NDArray[np.uint8]:
+        return np.asarray(Image.open(io.BytesIO(sheet))).reshape(-1, *[FASHION_MNIST_SIDE] * 2)
+
+    path = FASHION_MNIST / "pictures.zip"
+    try:
+        with zipfile.ZipFile(path) as file, ThreadPoolExecutor(THREADS) as pool:
+            sheets = [n for n in sorted(file.namelist()) if n.startswith(f"{split}/pixels-")]
+            pixels = np.concatenate(list(pool.map(lambda name: unpack(file.read(name)), sheets)))
+            labels = np.frombuffer(file.read(f"{split}/labels"), dtype=np.uint8)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: missing or damaged ({error}); install ctf again") from None
+    return pixels, labels
+
+
+def _open_fashion_mnist(size: int) -> Splits:
+    if size > FASHION_MNIST_SIZE:
+        raise UserError(
+            f"fashion-mnist: its pictures have {FASHION_MNIST_SIZE} pixels a side, fewer than "
+            f"--image-size {size}; choose {FASHION_MNIST_SIZE} or less"
+        )
+
+    def load(split: str) -> ImageSet:
+        pixels, labels = load_fashion_mnist(split)
+        return _GreySet(pixels, labels.astype(np.int64), size, FASHION_MNIST_SHA256[split])
+
+    return Splits(train=load("train"), val=load("test"))
+
+
+# ---------------------------------------------------------------- folders
+
+
+class _FolderSet(ImageSet):
+    """Pictures of a folder: their crops in memory if they fit, else from disk at each read."""
+
+    def __init__(
+        self,
+        root: Path,
+        names: Sequence[str],
+        colour: tuple[int, ...],
+        cache: NDArray[np.uint8] | None,
+        rows_N: NDArray[np.int64],
+        **attributes: Any,
+    ) -> None:
+        super().__init__(**attributes)
+        self._root, self._names, self._colour = root, names, colour
+        self._cache, self._rows_N = cache, rows_N  # the cache is shared by both splits
+
+    def read(self, indices: ArrayLike, view: View = PLAIN) -> NDArray[np.uint8]:
+        size = self.image_size
+        rows_B = self._rows_N[np.asarray(indices, dtype=np.int64)]
+        if self._cache is not None and view.side(size) == size:
+            images = self._cache[rows_B]
+            return np.ascontiguousarray(images[:, :, ::-1]) if view.flip else images
+        images = np.empty((len(rows_B), size, size, 3), dtype=np.uint8)
+
+        def fill(image: NDArray[np.uint8], row: int) -> None:
+            path = self._root / self._names[row]
+            try:
+                whole = decode(read_bytes(path), size, self._colour)
+            except Unusable as why:
+                raise UserError(f"{path}: {why}; it was usable before, so run this again") from None
+            image[:] = np.asarray(crop(whole, size, view))
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(fill, images, rows_B.tolist()))
+        return images
+
+
+def _open_folder(
+    root: Path, size: int, colour: tuple[int, ...], skip_bad: bool, report: Report | None
+) -> Splits:
+    by_class = _find(root)
+    class_names = tuple(by_class)
+    names = [name for found in by_class.values() for name in found]
+    classes_N = np.repeat(np.arange(len(by_class)), [len(found) for found in by_class.values()])
+    _check_counts(root, class_names, classes_N)
+
+    fits = len(names) * size * size * 3 <= CACHE_BYTES
+    cache = np.empty((len(names), size, size, 3), dtype=np.uint8) if fits else None
+    hashes, bad = _scan(root, names, size, colour, cache, report)
+    if bad and not skip_bad:
+        _refuse(root, bad, len(names))
+    unusable = {picture.name for picture in bad}
+    rows = np.array([row for row, name in enumerate(names) if name not in unusable], dtype=np.int64)
+    _check_counts(root, class_names, classes_N[rows])
+    held_out = choose_held_out([names[row] for row in rows], classes_N[rows])
+
+    def split(rows_N: NDArray[np.int64]) -> ImageSet:
+        pictures = [(names[row], int(classes_N[row]), hashes[row]) for row in rows_N]
+        return _FolderSet(
+            root, names, colour, cache, rows_N,
+            name=root.resolve().name or str(root), class_names=class_names,
+            classes_N=classes_N[rows_N], image_size=size,
+            fingerprint=_hash([size, colour, pictures]),
+        )  # fmt: skip
+
+    return Splits(split(rows[~held_out]), split(rows[held_out]), tuple(bad))
+
+
+def _find(root: Path) -> dict[str, list[str]]:
+    """Paths relative to `root` of the pictures of each class, both in alphabetical order."""
+    try:
+        entries = sorted(entry for entry in os.listdir(root) if not entry.startswith("."))
+        folders = [entry for entry in entries if (root / entry).is_dir()]
+    except NotADirectoryError:
+        raise UserError(f"{root}: is a file; expected a folder of pictures") from None
+    except OSError as error:
+        _unreadable(error)
+    loose = [entry for entry in entries if _is_picture(entry) and entry not in folders]
+    by_class = {folder: _walk(root, folder) for folder in folders}
+    if not any(by_class.values()):  # no class folders, whatever else may lie around
+        by_class = {root.resolve().name or str(root): loose}
+    elif loose:
+        raise UserError(
+            f"{root}: pictures beside the class folders ({len(loose)}, e.g. {loose[0]}); "
+            "move them into the folder of their class"
+        )
+    return by_class
+
+
+def _walk(root: Path, folder: str) -> list[str]:
+    found, seen = [], set()
+    for here, folders, files in os.walk(root / folder, onerror=_unreadable, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:  # a link to a folder around it
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        found += [Path(here, f).relative_to(root).as_posix() for f in files if _is_picture(f)]
+    return sorted(found)
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def _check_counts(root: Path, class_names: Sequence[str], classes_N: NDArray[np.int64]) -> None:
+    if len(classes_N) == 0:
+        raise UserError(f"{root}: no usable picture in it; expected {', '.join(SUFFIXES)} files")
+    if len(classes_N) == 1:
+        raise UserError(f"{root}: one usable picture; at least 2 are needed, one to be held out")
+    counts = np.bincount(classes_N, minlength=len(class_names))
+    if empty := [name for name, count in zip(class_names, counts, strict=True) if count == 0]:
+        raise UserError(
+            f"{root}: no usable picture of class {', '.join(empty)}; "
+            "add some or remove the class's folder"
+        )
+
+
+def _scan(
+    root: Path,
+    names: Sequence[str],
+    size: int,
+    colour: tuple[int, ...],
+    cache: NDArray[np.uint8] | None,
+    report: Report | None,
+) -> tuple[list[str], list[BadPicture]]:
+    """Decodes every file once, fills `cache`; returns the files' SHA-256 and the bad ones."""
+
+    def look(row: int) -> tuple[str, BadPicture | None]:
+        try:
+            data = read_bytes(root / names[row])
+            image = decode(data, size, colour)
+            if cache is not None:
+                cache[row] = np.asarray(crop(image, size))
+        except Unusable as why:
+            return "", BadPicture(names[row], str(why))
+        return hashlib.sha256(data).hexdigest(), None
+
+    hashes, bad = [], []
+    with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
+        warnings.simplefilter("ignore")  # Pillow's: about pictures that end up in `bad`
+        for start in range(0, len(names), 256):  # not a future for each of a million files
+            for digest, problem in pool.map(look, range(len(names))[start : start + 256]):
+                hashes.append(digest)
+                if problem:
+                    bad.append(problem)
+                if report:
+                    report(len(hashes), len(names))
+    return hashes, bad
+
+
+def _refuse(root: Path, bad: Sequence[BadPicture], total: int) -> NoReturn:
+    by_reason = defaultdict(list)
+    for picture in bad:
+        by_reason[picture.reason].append(picture.name)
+    groups = [f"{why} ({len(names)}): {', '.join(names)}" for why, names in by_reason.items()]
+    raise UserError(
+        f"{root}: {len(bad)} of {total} pictures cannot be used; mend or remove them, "
+        "or leave them out with --skip-bad\n" + "\n".join(groups)
+    )
+
+
+def choose_held_out(names: Sequence[str], classes_N: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """(N,): is the picture in `val`? About a tenth, by a hash of each relative path.
+
+    So adding pictures does not move the others, apart from what keeps both splits usable: the
+    picture of each class with the highest hash stays in train; if no other is chosen, the lowest
+    goes to val; above the limit the lowest hashes win.
+    """
+    hash_N = np.array(
+        [int.from_bytes(hashlib.sha256(os.fsencode(n)).digest()[:6], "big") for n in names]
+    )
+    order_N = np.argsort(hash_N, kind="stable")
+    highest = set(dict(zip(classes_N[order_N].tolist(), order_N.tolist(), strict=True)).values())
+    movable = [row for row in order_N.tolist() if row not in highest]
+    chosen = [row for row in movable if hash_N[row] < HELD_OUT * 2**48]
+    if not chosen:
+        chosen = (movable or order_N.tolist())[:1]
+    held_out = np.zeros(len(names), dtype=np.bool_)
+    held_out[chosen[:MOST_HELD_OUT]] = True
+    return held_out
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,0 +1,306 @@
+"""The training loop, for whatever is trained: resumable to the bit, logged, stopped if not finite.
+
+A `Trainable` knows how to make one step; the loop knows when to log, evaluate and save. Every
+step draws its randomness from (seed, step) alone, so a state on disk is tensors and nothing else,
+and a run that was killed ends with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ctf import checkpoint
+from ctf.errors import UserError
+
+Report = Callable[[int, int, Mapping[str, float]], None]  # steps done, steps in all, latest metrics
+
+LOG_EVERY = 20  # steps averaged into one line of metrics.jsonl
+SAVE_SECONDS = 20.0  # a kill loses at most about this much work
+
+
+class Trainable(Protocol):
+    """What the loop asks of a thing that is trained."""
+
+    def step(self, step: int) -> Mapping[str, Tensor | float]:
+        """Makes one optimiser step, number `step` (from 0); returns what is to be logged."""
+
+    def evaluate(self) -> Mapping[str, float]:
+        """Metrics on held-out data."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Everything that must survive a kill."""
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`."""
+
+
+def run(
+    trainable: Trainable,
+    folder: Path,
+    steps: int,
+    *,
+    evaluate_every: int,
+    report: Report | None = None,
+) -> None:
+    """Trains up to `steps`, going on from the newest state in `folder`/state if there is one.
+
+    Writes `folder`/metrics.jsonl: a line for each LOG_EVERY steps with the mean of what the steps
+    returned ("split": "train"), and one for each evaluation ("split": "val"). States are written
+    only where a line ends, so that a resumed run logs the same means.
+    """
+    metrics_file = folder / "metrics.jsonl"
+    latest = checkpoint.load_latest_state(folder / "state")
+    start = 0
+    if latest is not None:
+        start, tensors = latest
+        trainable.load_state(tensors)
+    seconds_before = _forget_metrics_after(metrics_file, start)
+    began = last_saved = time.monotonic()
+    sums: dict[str, float] = {}
+    for step in range(start, steps):
+        logged = trainable.step(step)
+        for name, value in logged.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+        done = step + 1
+        if done % LOG_EVERY and done != steps:
+            continue
+        count = (done - 1) % LOG_EVERY + 1
+        means = {name: total / count for name, total in sums.items()}
+        sums = {}
+        seconds = seconds_before + time.monotonic() - began
+        _append_metrics(metrics_file, done, "train", means, seconds)
+        if report is not None:
+            report(done, steps, means)
+        if done % _whole_lines(evaluate_every) == 0 or done == steps:
+            _append_metrics(metrics_file, done, "val", trainable.evaluate(), seconds)
+        if time.monotonic() - last_saved > SAVE_SECONDS or done == steps:
+            checkpoint.save_state(folder / "state", done, trainable.state())
+            last_saved = time.monotonic()
+
+
+def finish(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes the trained weights, the mark of a finished stage, and drops what resuming needed."""
+    checkpoint.save_tensors(folder / "model.safetensors", tensors, metadata)
+    shutil.rmtree(folder / "state", ignore_errors=True)
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "model.safetensors").is_file()
+
+
+def claim(folder: Path, config: Mapping[str, Any]) -> None:
+    """Makes `folder` belong to a training of `config`, or checks that it already does.
+
+    Raises:
+        UserError: the folder holds a run made by another configuration, or something else.
+    """
+    path = folder / "config.json"
+    if path.is_file():
+        stored = checkpoint.load_json(path)
+        if stored != config:
+            raise UserError(
+                f"{folder} was made by another configuration: {first_difference(stored, config)}\n"
+                "choose another folder, or delete this one to start again"
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"{folder} exists and holds no run of ctf (no config.json); choose another folder"
+        )
+    else:
+        checkpoint.save_json(path, config)
+
+
+def first_difference(stored: Any, wanted: Any, path: str = "") -> str:
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        for key in sorted({*stored, *wanted}):
+            if stored.get(key) != wanted.get(key):
+                return first_difference(stored.get(key), wanted.get(key), f"{path}.{key}")
+    return f"{path.removeprefix('.')} was {json.dumps(stored)}, now {json.dumps(wanted)}"
+
+
+def seconds_per_step(trainable: Trainable, *, warm_up: int = 2, timed: int = 6) -> float:
+    """Median duration of a step in seconds. The trainable is changed: use one to throw away."""
+    durations = []
+    for step in range(warm_up + timed):
+        began = time.perf_counter()
+        trainable.step(step)
+        durations.append(time.perf_counter() - began)
+    return float(np.median(durations[warm_up:]))
+
+
+def last_metrics(folder: Path, split: Literal["train", "val"]) -> dict[str, float]:
+    """The newest line of a stage's metrics.jsonl of that split; {} if there is none."""
+    lines = _read_metrics(folder / "metrics.jsonl")
+    return next((line for line in reversed(lines) if line["split"] == split), {})
+
+
+def _whole_lines(evaluate_every: int) -> int:
+    return max(1, round(evaluate_every / LOG_EVERY)) * LOG_EVERY
+
+
+def _append_metrics(
+    path: Path, step: int, split: str, metrics: Mapping[str, float], seconds: float
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = {"step": step, "split": split, **metrics, "seconds": round(seconds, 3)}
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # the line that a kill cut short
+    return lines
+
+
+def _forget_metrics_after(path: Path, step: int) -> float:
+    """Drops lines of steps that will be made again; returns the seconds spent up to `step`."""
+    if not path.is_file():
+        return 0.0
+    kept = [line for line in _read_metrics(path) if line["step"] <= step]
+    with checkpoint.atomic(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    return float(kept[-1]["seconds"]) if kept else 0.0
+
+
+# --- What one step is made of ---------------------------------------------------------------------
+
+
+def generator(*key: int) -> np.random.Generator:
+    """Randomness that depends on the key alone, e.g. (seed, rank, step)."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
+
+
+def seed_dropout(*key: int) -> None:
+    """Dropout has no generator argument: sets torch's global one from the key alone."""
+    torch.manual_seed(int(generator(*key).integers(2**63)))
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return generator(seed, epoch).permutation(count)
+
+
+def batch_indices(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Which of `count` items step `step` sees: every epoch is a permutation, none is cut short."""
+    first = step * batch_size
+    positions = np.arange(first, first + batch_size)
+    return np.concatenate(
+        [
+            _epoch_order(count, seed, int(epoch))[positions[positions // count == epoch] % count]
+            for epoch in np.unique(positions // count)
+        ]
+    )
+
+
+Schedule = Literal["constant", "cosine"]
+
+
+def learning_rate(
+    step: int, steps: int, peak: float, warm_up: int, schedule: Schedule, final: float
+) -> float:
+    """Linear warm-up over `warm_up` steps, then constant, or half a cosine to `final` * peak."""
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    if schedule == "constant":
+        return peak
+    progress = min(1.0, (step - warm_up) / max(1, steps - warm_up))
+    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(
+    module: nn.Module, rate: float, betas: Sequence[float], weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW that decays matrices (and convolutions) only, as LlamaGen does."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=rate, betas=(betas[0], betas[1]), fused=True)
+
+
+def update(
+    optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, clip: float, step: int, name: str
+) -> Tensor:
+    """One optimiser step down `loss`; returns the norm of the gradient before clipping.
+
+    Raises:
+        UserError: the loss or the gradient is not finite; nothing has been changed then.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise _not_finite(step, name, value)
+    loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    if not math.isfinite(float(norm)):
+        raise _not_finite(step, f"gradient norm of the {name}", float(norm))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    return norm
+
+
+def _not_finite(step: int, name: str, value: float) -> UserError:
+    return UserError(
+        f"step {step}: {name} is {value}; stopped before the update, and the last state is good\n"
+        "a lower learning rate usually helps: --set ...learning_rate=..., in a new folder"
+    )
+
+
+def update_ema(ema: Mapping[str, Tensor], module: nn.Module, decay: float, step: int) -> None:
+    """Moves `ema` towards the parameters; the decay grows with the step, so short runs work too."""
+    decay = min(decay, (1 + step) / (10 + step))
+    own = dict(module.named_parameters())
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.values()), [own[name] for name in ema], 1 - decay)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
+    """The optimiser's moments and counts as named tensors."""
+    state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
+    return {f"{prefix}{i}.{key}": v for i, entry in state.items() for key, v in entry.items()}
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str
+) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in with_prefix(tensors, prefix).items():
+        index, key = name.split(".")
+        parameter = parameters[int(index)]
+        if value.shape == parameter.shape:
+            # In the parameter's own memory format: the fused kernels walk through both alike.
+            value = torch.empty_like(parameter).copy_(value)
+        state.setdefault(int(index), {})[key] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those tensors whose names start with the prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in tensors.items()}

@@ -1,0 +1,276 @@
+"""The pipeline: a trained tokenizer, clusters, coarse and fine model, as one thing to draw with.
+
+Shapes: B batch, L tokens of an image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ctf import checkpoint, clusters, config, sampling, tokenizer_training
+from ctf.clusters import Clusters
+from ctf.coarse import CoarseModel
+from ctf.config import did_you_mean
+from ctf.errors import UserError
+from ctf.fine import FineModel
+from ctf.images import as_pictures
+from ctf.sampling import Sampling
+from ctf.tokenizer import VQModel
+from ctf.transformer import TransformerConfig
+
+SHIPPED = Path(__file__).parent / "shipped"
+SETTINGS = "pipeline.json"
+BATCH = 64  # images drawn at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineSettings:
+    """What a pipeline says of itself besides its models: the file pipeline.json."""
+
+    class_names: tuple[str, ...]
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)  # pictures, recipe, metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What `Pipeline.sample` returns, an entry per class that was asked for.
+
+    images: PIL images, RGB.
+    codes: (B, L), int64 in [0, V), row by row.
+    coarse: (B, L), int64 in [0, K): their coarse labels.
+    """
+
+    images: list[Image.Image]
+    codes: Tensor
+    coarse: Tensor
+
+
+@dataclasses.dataclass
+class Pipeline:
+    """Everything that is needed to draw. Without a fine model it is the full-vocabulary baseline.
+
+    tokenizer: codes <-> images.
+    clusters: labels_V, members_KS, count.
+    coarse: (labels_BL, classes_B) -> teacher-forced logits (B, L, K).
+    fine: (labels_BL, classes_B) -> logits over members (B, L, S), or None.
+    class_names: one per class.
+    sampling: the settings that `sample` takes where it is not told otherwise.
+    origin: what it was made of, as plain JSON values.
+    """
+
+    tokenizer: VQModel
+    clusters: Clusters
+    coarse: CoarseModel
+    fine: FineModel | None
+    class_names: tuple[str, ...]
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, device: torch.device | str = "cpu") -> Pipeline:
+        """Loads a shipped pipeline by its name, or the one in a folder.
+
+        Raises:
+            UserError: there is none, or its parts are missing, damaged, or of different runs.
+        """
+        return load(find(name), torch.device(device))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the pipeline into a folder that `from_pretrained` takes.
+
+        Raises:
+            UserError: the folder exists and holds something else, or cannot be written.
+        """
+        save(self, Path(folder))
+
+    @property
+    def device(self) -> torch.device:
+        return self.clusters.labels_V.device
+
+    def class_numbers(self, classes: Sequence[int | str]) -> list[int]:
+        """Numbers, checked, of classes given by number or by name.
+
+        Raises:
+            UserError: there is no such class.
+        """
+        return [self._class_number(c) for c in classes]
+
+    def _class_number(self, given: int | str) -> int:
+        names = self.class_names
+        if isinstance(given, str) and given in names:
+            return names.index(given)
+        try:
+            number = int(given) if isinstance(given, str) else operator.index(given)
+        except ValueError:
+            raise UserError(f"unknown class {given!r}{did_you_mean(str(given), names)}") from None
+        if not 0 <= number < len(names):
+            raise UserError(
+                f"class {number} of {len(names)}: expected 0 to {len(names) - 1}, "
+                "or a name: " + ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+            )
+        return number
+
+    def sample(
+        self,
+        classes: Sequence[int | str],
+        seed: int = 0,
+        *,
+        report: Callable[[int, int], None] | None = None,
+        **settings: float,
+    ) -> Samples:
+        """Draws an image for each of the given classes.
+
+        Image i is drawn from seed + i, and depends on nothing else but its class and the settings:
+        it is the same in any batch, up to the rounding of the kernels.
+
+        Args:
+            classes: numbers or names.
+            settings: any field of `Sampling`, by keyword; the rest as in `self.sampling`.
+            report: called with the number of images done and to do.
+
+        Raises:
+            UserError: no class or an unknown one, an unknown setting, or one out of its range.
+        """
+        known = [field.name for field in dataclasses.fields(Sampling)]
+        for name in settings:
+            if name not in known:
+                raise UserError(f"unknown setting {name!r}{did_you_mean(name, known)}")
+        chosen = dataclasses.replace(self.sampling, **settings)  # type: ignore[arg-type]
+        numbers = self.class_numbers(classes)
+        if not numbers:
+            raise UserError("got 0 images to sample, expected 1 or more")
+        images: list[Image.Image] = []
+        codes, coarse = [], []
+        for start in range(0, len(numbers), BATCH):
+            classes_B = torch.tensor(numbers[start : start + BATCH], device=self.device)
+            seeds = range(seed + start, seed + start + len(classes_B))
+            uniforms_B2L = sampling.uniforms(seeds, self.coarse.config.length)
+            labels_BL = sampling.sample_coarse(self.coarse, classes_B, uniforms_B2L[:, 0], chosen)
+            codes_BL = sampling.sample_fine(
+                self.fine, self.clusters, labels_BL, classes_B, uniforms_B2L[:, 1], chosen
+            )
+            images += as_pictures(self.decode(codes_BL))
+            codes.append(codes_BL.cpu())
+            coarse.append(labels_BL.cpu())
+            if report is not None:
+                report(len(images), len(numbers))
+        return Samples(images, torch.cat(codes), torch.cat(coarse))
+
+    @torch.inference_mode()
+    def decode(self, codes_BL: Tensor) -> Tensor:
+        """Codes (B, L) -> images in [-1, 1], (B, 3, H, W)."""
+        return self.tokenizer.decode(codes_BL)
+
+
+def shipped() -> list[str]:
+    """Names of the pipelines that come with the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{SETTINGS}"))
+
+
+def find(name: str | Path) -> Path:
+    """The folder of a shipped pipeline, or the given folder.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if str(name) in shipped():
+        return SHIPPED / str(name)
+    raise UserError(
+        f"no pipeline {str(name)!r}, neither a folder nor a shipped one"
+        f"{did_you_mean(str(name), shipped())}"
+    )
+
+
+def load(folder: Path, device: torch.device) -> Pipeline:
+    settings = load_settings(folder)
+    tokenizer = tokenizer_training.load(folder / "tokenizer", device)
+    parts = clusters.load(folder / "clusters" / clusters.FILE).to(device)
+    if parts.codebook_size != tokenizer.config.codebook_size:
+        raise UserError(
+            f"{folder}: clusters of {parts.codebook_size} codes, but the tokenizer has "
+            f"{tokenizer.config.codebook_size}: parts of different runs"
+        )
+    coarse = load_coarse(folder / "coarse", parts, device)
+    fine = None
+    if parts.largest > 1:
+        fine = load_fine(folder / "fine", parts, device)
+    for name, model in (("coarse", coarse), ("fine", fine)):
+        if model is None:
+            continue
+        got = (model.config.grid, model.config.classes)
+        if got != (tokenizer.grid, len(settings.class_names)):
+            raise UserError(
+                f"{folder / name}: made for a grid of {got[0]} and {got[1]} classes, expected "
+                f"{tokenizer.grid} and {len(settings.class_names)}: parts of different runs"
+            )
+    return Pipeline(tokenizer, parts, coarse, fine, **vars(settings))
+
+
+def save(pipeline: Pipeline, folder: Path) -> None:
+    is_other = folder.exists() and not (folder / SETTINGS).is_file()
+    if is_other and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not a pipeline; choose another folder")
+    stored: dict[str, tuple[torch.nn.Module, dict[str, Any]]] = {
+        "tokenizer": (pipeline.tokenizer, {}),
+        "coarse": (pipeline.coarse, {"clusters": clusters.fingerprint(pipeline.clusters)}),
+    }
+    if pipeline.fine is not None:
+        stored["fine"] = (
+            pipeline.fine,
+            {**stored["coarse"][1], "softmax": pipeline.fine.softmax},
+        )
+    for name, (model, more) in stored.items():
+        shape: Any = model.config
+        checkpoint.save_json(
+            folder / name / "config.json", {"model": config.to_json(shape), **more}
+        )
+        checkpoint.save_tensors(folder / name / "model.safetensors", model.state_dict())
+    clusters.save(pipeline.clusters, folder / "clusters" / clusters.FILE)
+    settings = PipelineSettings(pipeline.class_names, pipeline.sampling, pipeline.origin)
+    checkpoint.save_json(folder / SETTINGS, config.to_json(settings))
+
+
+def load_settings(folder: Path) -> PipelineSettings:
+    path = folder / SETTINGS
+    return config.from_json(PipelineSettings, checkpoint.load_json(path), str(path))
+
+
+def load_coarse(folder: Path, parts: Clusters, device: torch.device) -> CoarseModel:
+    """The coarse model in `folder`, for these clusters, ready to draw."""
+    shape, _ = _load_config(folder, parts)
+    model = CoarseModel(shape, parts.count)
+    return _ready(model, folder, device)
+
+
+def load_fine(folder: Path, parts: Clusters, device: torch.device) -> FineModel:
+    """The fine model in `folder`, for these clusters, ready to draw."""
+    shape, stored = _load_config(folder, parts)
+    model = FineModel(shape, parts, stored["softmax"])
+    return _ready(model, folder, device)
+
+
+def _load_config(folder: Path, parts: Clusters) -> tuple[TransformerConfig, dict[str, Any]]:
+    path = folder / "config.json"
+    stored = checkpoint.load_json(path)
+    if stored.get("clusters") != clusters.fingerprint(parts):
+        raise UserError(f"{folder}: trained for other clusters than those beside it")
+    shape = config.from_json(TransformerConfig, stored.get("model"), f"{path}: model")
+    return shape, stored
+
+
+def _ready(model: Any, folder: Path, device: torch.device) -> Any:
+    path = folder / "model.safetensors"
+    tensors, _ = checkpoint.load_tensors(path)
+    checkpoint.load_strict(model, {k: v.float() for k, v in tensors.items()}, path)
+    return model.to(device).eval().requires_grad_(False)

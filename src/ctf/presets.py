@@ -1,0 +1,190 @@
+"""Recipes: everything that `ctf fit` needs to know besides the pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, TypeVar
+
+from ctf.clusters import ClustersConfig
+from ctf.config import did_you_mean
+from ctf.errors import UserError
+from ctf.sampling import Sampling
+from ctf.tokenizer import TokenizerConfig
+from ctf.tokenizer_training import TokenizerTraining
+from ctf.tokens import TokensConfig
+from ctf.training import TrainingConfig
+from ctf.transformer import TransformerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerShape:
+    """A tokenizer for any image size: as many levels as the grid of codes asks for."""
+
+    codebook_size: int = 4096
+    code_dim: int = 8
+    channels: int = 16
+    multipliers: tuple[int, ...] = (1, 2, 4)  # the last one stands for all further levels
+    blocks: int = 1
+    latent_channels: int = 64
+    groups: int = 8
+    smallest_factor: int = 4  # pixels a code stands for, along each side, at the least
+    largest_grid: int = 8  # codes along each side of an image, at the most
+
+    def config(self, image_size: int) -> TokenizerConfig:
+        """Raises UserError where the image size is not divisible by the factor."""
+        factor = self.smallest_factor
+        while image_size / factor > self.largest_grid:
+            factor *= 2
+        levels = factor.bit_length()
+        further = self.multipliers[-1:] * (levels - len(self.multipliers))
+        return TokenizerConfig(
+            image_size=image_size,
+            codebook_size=self.codebook_size,
+            code_dim=self.code_dim,
+            channels=self.channels,
+            multipliers=self.multipliers[:levels] + further,
+            blocks=self.blocks,
+            latent_channels=self.latent_channels,
+            groups=self.groups,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerShape:
+    """A transformer for any grid and any number of classes."""
+
+    width: int
+    layers: int
+    heads: int
+    dropout: float = 0.0
+
+    def config(self, grid: int, classes: int) -> TransformerConfig:
+        return TransformerConfig(
+            width=self.width,
+            layers=self.layers,
+            heads=self.heads,
+            grid=grid,
+            classes=classes,
+            dropout=self.dropout,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeShares:
+    """How `ctf fit --minutes` shares its time among the stages; clusters take what they need."""
+
+    tokenizer: float = 0.40
+    tokens: float = 0.10
+    coarse: float = 0.30
+    fine: float = 0.20
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Shapes and training of every stage."""
+
+    tokenizer: TokenizerShape
+    tokenizer_training: TokenizerTraining
+    tokens: TokensConfig
+    clusters: ClustersConfig
+    coarse: TransformerShape
+    coarse_training: TrainingConfig
+    fine: TransformerShape
+    fine_softmax: Literal["members", "full"]
+    fine_training: TrainingConfig
+    sampling: Sampling
+    image_size: int = 64  # where the pictures have no size of their own
+    time_shares: TimeShares = TimeShares()
+
+    def with_steps(self, steps: int) -> Recipe:
+        """The same recipe with this many steps in every trained stage."""
+        return dataclasses.replace(
+            self,
+            tokenizer_training=with_steps(self.tokenizer_training, steps),
+            coarse_training=with_steps(self.coarse_training, steps),
+            fine_training=with_steps(self.fine_training, steps),
+        )
+
+
+T = TypeVar("T", TokenizerTraining, TrainingConfig)
+
+
+def with_steps(training: T, steps: int) -> T:
+    """The same training in another number of steps; a short one also warms up for less."""
+    warm_up = min(training.warm_up, steps // 10)
+    return dataclasses.replace(training, steps=steps, warm_up=warm_up)
+
+
+def preset(name: str) -> Recipe:
+    """Raises UserError for an unknown name, saying which one was meant."""
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}")
+    return PRESETS[name]
+
+
+PRESETS = {
+    # Two minutes on two CPU cores: enough to see shapes, not details.
+    "tiny": Recipe(
+        tokenizer=TokenizerShape(),
+        tokenizer_training=TokenizerTraining(
+            steps=400, batch_size=32, learning_rate=2e-3, warm_up=20, revive_every=10
+        ),
+        tokens=TokensConfig(),
+        clusters=ClustersConfig(count=256),
+        coarse=TransformerShape(width=128, layers=4, heads=4),
+        coarse_training=TrainingConfig(
+            steps=600, batch_size=32, learning_rate=3e-3, warm_up=50, ema=0.99
+        ),
+        fine=TransformerShape(width=128, layers=2, heads=4),
+        fine_softmax="members",
+        fine_training=TrainingConfig(
+            steps=400, batch_size=32, learning_rate=3e-3, warm_up=50, ema=0.99
+        ),
+        sampling=Sampling(),
+        image_size=32,
+    ),
+    # About an hour on two CPU cores: the recipe of the shipped pipeline.
+    "small": Recipe(
+        tokenizer=TokenizerShape(largest_grid=16),
+        tokenizer_training=TokenizerTraining(steps=3000, batch_size=64),
+        tokens=TokensConfig(),
+        clusters=ClustersConfig(count=512),
+        coarse=TransformerShape(width=192, layers=6, heads=6),
+        coarse_training=TrainingConfig(steps=2400, batch_size=64, learning_rate=1e-3),
+        fine=TransformerShape(width=192, layers=4, heads=6),
+        fine_softmax="members",
+        fine_training=TrainingConfig(steps=1500, batch_size=64, learning_rate=1e-3),
+        sampling=Sampling(),
+        image_size=64,
+    ),
+    # The paper's size B with its 343 M fine model, for GPUs and pictures of 256 pixels.
+    "base": Recipe(
+        tokenizer=TokenizerShape(
+            codebook_size=16384,
+            channels=128,
+            multipliers=(1, 1, 2, 2, 4),
+            blocks=2,
+            latent_channels=256,
+            groups=32,
+            smallest_factor=8,
+            largest_grid=16,
+        ),
+        tokenizer_training=TokenizerTraining(
+            steps=200_000,
+            batch_size=128,
+            learning_rate=1e-4,
+            perceptual_weight=1.0,
+            adversarial_weight=0.5,
+            adversarial_start=0.1,
+        ),
+        tokens=TokensConfig(views="ten-crop"),
+        clusters=ClustersConfig(count=512),
+        coarse=TransformerShape(width=768, layers=12, heads=12, dropout=0.1),
+        coarse_training=TrainingConfig(steps=300_000, batch_size=256, ema=0.9999),
+        fine=TransformerShape(width=1024, layers=24, heads=16, dropout=0.1),
+        fine_softmax="members",
+        fine_training=TrainingConfig(steps=125_000, batch_size=1024, ema=0.9999),
+        sampling=Sampling(guidance=2.0, temperature=1.1, fine_temperature=1.1),
+        image_size=256,
+    ),
+}

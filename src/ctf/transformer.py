@@ -1,0 +1,268 @@
+"""The Llama-style transformer that the coarse and the fine model share.
+
+Architecture as LlamaGen (arXiv 2406.06525, section 3.2): pre-norm blocks with RMSNorm, SwiGLU
+and 2-D rotary position embedding, no biases, one class token in front of the labels.
+
+Shapes: B batch, T positions given, L labels of an image (grid ** 2), D width, N heads,
+E head width, P rotated pairs of a head (E / 2), K labels that there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ctf.errors import UserError
+
+# Which positions see which is the caller's choice: (q, k, v), each (B, N, T, E), to (B, N, T, E).
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+INITIAL_STD = 0.02
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The shape of a transformer.
+
+    Args:
+        width: D, a multiple of `heads`; each head's share is a multiple of 4 (the pairs of
+            2-D RoPE: half by row, half by column).
+        grid: side of the token grid; L = grid ** 2.
+        classes: how many there are, without the "no class" of classifier-free guidance.
+        dropout: of the embedded tokens, of attention's output and of SwiGLU's, as LlamaGen.
+        ffn_multiple: the hidden width of SwiGLU is rounded up to a multiple of this.
+        class_token_rope: "identity" does not rotate the class token. "zero" multiplies its
+            query and key by zero, a quirk of LlamaGen that its released weights depend on.
+
+    Raises:
+        UserError: no such transformer can be built.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    grid: int
+    classes: int
+    dropout: float = 0.1
+    ffn_multiple: int = 256
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    class_token_rope: Literal["identity", "zero"] = "identity"
+
+    def __post_init__(self) -> None:
+        for name in ("width", "layers", "heads", "grid", "classes", "ffn_multiple"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: got {getattr(self, name)}, expected 1 or more")
+        if self.width % (4 * self.heads):
+            raise UserError(
+                f"width {self.width} with {self.heads} heads: "
+                f"expected a multiple of 4 * heads = {4 * self.heads}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout: got {self.dropout}, expected 0 <= dropout < 1")
+        if not (self.rope_base > 0 and self.norm_eps > 0):
+            raise UserError("rope_base and norm_eps: expected more than 0")
+
+    @property
+    def length(self) -> int:
+        """L, the labels of one image."""
+        return self.grid**2
+
+    @property
+    def head_width(self) -> int:
+        """E."""
+        return self.width // self.heads
+
+    @property
+    def ffn_width(self) -> int:
+        """Hidden width of SwiGLU: two thirds of 4 * width, as three matrices share the work."""
+        return -(-int(2 * 4 * self.width / 3) // self.ffn_multiple) * self.ffn_multiple
+
+
+class Rope(nn.Module):
+    """Holds the table of 2-D rotary position embedding (arXiv 2104.09864; in 2-D as LlamaGen).
+
+    `table` is (1 + L, P, 2), the (cos, sin) of every pair's angle: the class token first, then
+    the grid row by row. The first half of the pairs turns with the row, the other half with the
+    column, by base ** (-2i / (E / 2)) radians a step for pair i of the half.
+    """
+
+    table: Tensor
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("table", self._compute(), persistent=False)
+
+    def _compute(self, device: torch.device | None = None) -> Tensor:
+        grid, half = self.config.grid, self.config.head_width // 2
+        exponents = torch.arange(0, half, 2, device=device).float() / half
+        steps = torch.arange(grid, device=device).float()
+        angles = torch.outer(steps, 1.0 / self.config.rope_base**exponents)
+        by_row = angles[:, None].expand(-1, grid, -1)
+        by_column = angles[None].expand(grid, -1, -1)
+        angles_LP = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)
+        cells = torch.stack([angles_LP.cos(), angles_LP.sin()], dim=-1)
+        class_token = torch.zeros_like(cells[:1])
+        if self.config.class_token_rope == "identity":
+            class_token[..., 0] = 1
+        return torch.cat([class_token, cells])
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Rope:
+        # The table goes where the weights go, but not to their type: in half precision its
+        # angles would be wrong. And to_empty(), which comes here too, leaves it unfilled.
+        super()._apply(fn, recurse)
+        self.table = self._compute(self.table.device)
+        return self
+
+    def forward(self, start: int, stop: int) -> Tensor:
+        """Rotations of positions `start` to `stop` (0 is the class token): complex (T, P)."""
+        return torch.view_as_complex(self.table[start:stop])
+
+
+def rotate(x_BTZNE: Tensor, rotation_TP: Tensor) -> Tensor:
+    """Turns neighbours (2i, 2i + 1) as one complex number; at least in float32.
+
+    Args:
+        x_BTZNE: queries and keys, stacked along Z.
+        rotation_TP: complex, from `Rope`.
+    """
+    wide = x_BTZNE.to(torch.promote_types(x_BTZNE.dtype, torch.float32))
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * rotation_TP[:, None, None])
+    return turned.flatten(-2).type_as(x_BTZNE)
+
+
+class KVCache:
+    """Keys and values of the positions so far: `k` and `v`, each (layers, B, N, L, E).
+
+    L positions are enough: the class token and all labels but the last, which nothing follows.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, batch: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (config.layers, batch, config.heads, config.length, config.head_width)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+
+    def attend(
+        self, layer: int, position: int, q_BN1E: Tensor, k_BN1E: Tensor, v_BN1E: Tensor
+    ) -> Tensor:
+        """Stores key and value of `position` and attends to all positions up to it."""
+        end = position + 1
+        self.k[layer, :, :, position:end] = k_BN1E
+        self.v[layer, :, :, position:end] = v_BN1E
+        return F.scaled_dot_product_attention(
+            q_BN1E, self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        )
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor, rotation_TP: Tensor, attend: Attend) -> Tensor:
+        qkv_BT3NE = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1))
+        q_BTNE, k_BTNE = rotate(qkv_BT3NE[:, :, :2], rotation_TP).unbind(2)
+        v_BTNE = qkv_BT3NE[:, :, 2]
+        mixed_BNTE = attend(q_BTNE.transpose(1, 2), k_BTNE.transpose(1, 2), v_BTNE.transpose(1, 2))
+        out: Tensor = self.dropout(self.out(mixed_BNTE.transpose(1, 2).flatten(2)))
+        return out
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x), arXiv 2002.05202; the matrices are named as Llama names them."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.width, config.ffn_width, bias=False)
+        self.w3 = nn.Linear(config.width, config.ffn_width, bias=False)
+        self.w2 = nn.Linear(config.ffn_width, config.width, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        out: Tensor = self.dropout(self.w2(F.silu(self.w1(x_BTD)) * self.w3(x_BTD)))
+        return out
+
+
+class Block(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.ffn = SwiGLU(config)
+
+    def forward(self, x_BTD: Tensor, rotation_TP: Tensor, attend: Attend) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation_TP, attend)
+        out: Tensor = x_BTD + self.ffn(self.ffn_norm(x_BTD))
+        return out
+
+
+class Trunk(nn.Module):
+    """Class token and labels, embedded, through all blocks, to the vectors before the head.
+
+    The class embedding has classes + 1 rows; the last stands for "no class". Weights are drawn
+    from torch's global generator: normal, standard deviation 0.02, as LlamaGen.
+    """
+
+    def __init__(self, config: TransformerConfig, count: int) -> None:
+        super().__init__()
+        self.config = config
+        self.class_embedding = nn.Embedding(config.classes + 1, config.width)
+        self.label_embedding = nn.Embedding(count, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.rope = Rope(config)
+        self.apply(_initialise)
+
+    def forward(self, labels_BT: Tensor, classes_B: Tensor, *, causal: bool) -> Tensor:
+        """The vectors of the class token and of T <= L labels: (B, 1 + T, D)."""
+        attend = partial(F.scaled_dot_product_attention, is_causal=causal)
+        x_BTD = torch.cat(
+            [self.class_embedding(classes_B)[:, None], self.label_embedding(labels_BT)], dim=1
+        )
+        x_BTD = self.dropout(x_BTD)
+        rotation_TP = self.rope(0, x_BTD.shape[1])
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, rotation_TP, attend)
+        out: Tensor = self.norm(x_BTD)
+        return out
+
+    def step(self, inputs_B: Tensor, position: int, cache: KVCache) -> Tensor:
+        """The causal vectors of one position, given `cache` of all before it: (B, D).
+
+        Args:
+            inputs_B: classes at position 0, label `position` - 1 after that.
+        """
+        embedding = self.class_embedding if position == 0 else self.label_embedding
+        x_B1D = self.dropout(embedding(inputs_B)[:, None])
+        rotation_1P = self.rope(position, position + 1)
+        for i, layer in enumerate(self.layers):
+            x_B1D = layer(x_B1D, rotation_1P, partial(cache.attend, i, position))
+        out: Tensor = self.norm(x_B1D)[:, 0]
+        return out
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=INITIAL_STD)
+
+
+def zero_head(width: int, count: int) -> nn.Linear:
+    """An output layer that starts at zero, so that the first predictions are uniform."""
+    head = nn.Linear(width, count, bias=False)
+    nn.init.zeros_(head.weight)
+    return head

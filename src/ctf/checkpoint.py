@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,18 +33,58 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fchmod(file.fileno(), 0o666 & ~_umask())  # safetensors writes for the owner alone
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise _write_error(path, error) from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fchmod(file.fileno(), 0o666 & ~_umask())  # safetensors: for the owner alone
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says in a UserError that `path` could not be written, and why."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise _write_error(path, error) from error
+
+
+def is_free(folder: Path) -> bool:
+    """Is there nothing in `folder`, if it exists at all, but what a kill left of a write?"""
+    if not folder.is_dir():
+        return not folder.exists()
+    return all(path.is_dir() or _is_left_over(path) for path in folder.rglob("*"))
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a kill left of a write in `folder`."""
+    for path in folder.glob(".*.tmp"):
+        if _is_left_over(path):
+            path.unlink()
+
+
+def _is_left_over(path: Path) -> bool:
+    return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None
+
+
+def is_vacant(folder: Path) -> bool:
+    """Whether nothing is there but what a killed run left half-written, which is removed."""
+    if not folder.is_dir():
+        return not os.path.lexists(folder)
+    remove_temporaries(folder)
+    return all(entry.is_dir() and is_vacant(entry) for entry in folder.iterdir())
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes the half-written files of runs that were killed."""
+    for left_over in folder.glob(".*.tmp"):
+        left_over.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -62,15 +103,16 @@ def _sync_folder(folder: Path) -> None:
 
 def _write_error(path: Path, error: Exception) -> Exception:
     code = getattr(error, "errno", None)
-    text = str(error)
-    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in text:
+    if code is None and (found := re.search(r"os error (\d+)", str(error))):  # safetensors' own
+        code = int(found[1])
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(
             f"{path}: the disk is full; what was there before is untouched\n"
             "make room and run the same command again"
         )
-    if code in (errno.EROFS, errno.EACCES, errno.EPERM) or "Read-only" in text:
+    if code in (errno.EROFS, errno.EACCES, errno.EPERM):
         return UserError(
-            f"{path}: cannot be written ({os.strerror(code or errno.EACCES)}); "
+            f"{path}: cannot be written ({os.strerror(code)}); "
             "choose a folder that you may write to"
         )
     if code in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):

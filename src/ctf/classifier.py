@@ -48,16 +48,32 @@ class ClassifierConfig:
     seed: int = 0
 
 
+class _Conv(nn.Conv2d):
+    """A square convolution whose filters are standardised before use (arXiv 1903.10520).
+
+    With group normalisation it learns as fast as with batch normalisation.
+    """
+
+    def __init__(self, fan_in: int, fan_out: int, kernel: int, stride: int = 1) -> None:
+        super().__init__(fan_in, fan_out, kernel, stride, (kernel - 1) // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
+        # The outputs get about the variance of the inputs, whatever the number of the weights.
+        scale = torch.rsqrt(variance * self.weight[0].numel() + 1e-5)
+        return F.conv2d(x, (self.weight - mean) * scale, None, self.stride, self.padding)
+
+
 class _Block(nn.Module):
     """Residual block of two 3x3 convolutions that halves the size."""
 
     def __init__(self, fan_in: int, fan_out: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(fan_in, fan_out, 3, 2, 1, bias=False)
+        self.conv1 = _Conv(fan_in, fan_out, 3, stride=2)
         self.norm1 = nn.GroupNorm(fan_out // CHANNELS_PER_GROUP, fan_out)
-        self.conv2 = nn.Conv2d(fan_out, fan_out, 3, 1, 1, bias=False)
+        self.conv2 = _Conv(fan_out, fan_out, 3)
         self.norm2 = nn.GroupNorm(fan_out // CHANNELS_PER_GROUP, fan_out)
-        self.shortcut = nn.Conv2d(fan_in, fan_out, 1, bias=False)
+        self.shortcut = _Conv(fan_in, fan_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         inner = F.relu(self.norm1(self.conv1(x)))
@@ -74,7 +90,7 @@ class Classifier(nn.Module):
     def __init__(self, width: int, image_size: int, class_names: Sequence[str]) -> None:
         super().__init__()
         self.image_size, self.class_names = image_size, tuple(class_names)
-        self.stem = nn.Conv2d(3, width, 4, 2, 1, bias=False)
+        self.stem = _Conv(3, width, 4, stride=2)
         self.norm = nn.GroupNorm(width // CHANNELS_PER_GROUP, width)
         self.blocks = nn.Sequential(_Block(width, 2 * width), _Block(2 * width, 4 * width))
         self.head = nn.Linear(4 * width, len(self.class_names))

@@ -20,8 +20,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.cluster import KMeans
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from ctf import checkpoint
@@ -162,6 +160,10 @@ def fit_kmeans(codebook_VC: Tensor, count: int, *, seed: int = 0, restarts: int 
     order_U = first_U.argsort()
     points_UC, weight_U = codebook[first_U[order_U]], weight_U[order_U]
     point_V = order_U.argsort()[point_V.reshape(-1)]
+    # Only needed here, and slow to import.
+    from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
+
     # One thread: sums of several come in another order each time, and round differently.
     with threadpool_limits(limits=1):
         kmeans = KMeans(count, n_init=restarts, random_state=seed)

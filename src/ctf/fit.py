@@ -27,7 +27,7 @@ from ctf.clusters import Clusters, ClustersConfig
 from ctf.coarse import CoarseModel
 from ctf.errors import UserError
 from ctf.fine import FineModel
-from ctf.images import Splits, as_tensor
+from ctf.images import VIEWS, Splits, as_tensor
 from ctf.pipeline import Pipeline, PipelineSettings
 from ctf.presets import Recipe, preset, with_steps
 from ctf.progress import Reporter
@@ -92,7 +92,9 @@ def fit(
         tokenizer = train_tokenizer(run, images, recipe, device, report)
 
     def token_limit() -> int:
-        return budget.pictures("tokens", _seconds_per_picture(tokenizer, images, device))
+        views = len(VIEWS[recipe.tokens.views])
+        each = _seconds_per_picture(tokenizer, images, device)
+        return budget.pictures("tokens", each, views, len(images.val))
 
     limit = log.plan("tokens", token_limit if minutes else None)
     with log.timed("tokens"), progress("tokens") as report:
@@ -325,10 +327,11 @@ def make_baseline(run: Path, out: Path) -> Clusters:
     """
     tokenizer = tokenizer_training.load(run / "tokenizer")
     Tokens(run / "tokens", "train", tokenizer_hash(run))
-    if not (out / "tokenizer" / "model.safetensors").is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    files = ("config.json", "model.safetensors")
+    if not (out / "tokenizer" / files[-1]).is_file():
+        if not (checkpoint.is_vacant(out) or (out / "tokenizer" / files[0]).is_file()):
             raise UserError(f"{out} exists and is not a baseline of {run}; choose another --out")
-        for name in ("config.json", "model.safetensors"):
+        for name in files:
             with checkpoint.atomic(out / "tokenizer" / name) as temporary:
                 shutil.copyfile(run / "tokenizer" / name, temporary)
     if not (out / "tokens").exists():
@@ -351,14 +354,14 @@ class _Log:
         path = run / FIT
         if path.is_file():
             content = checkpoint.load_json(path)
-            difference = loop.first_difference(content["asked"], asked)
-            if difference:
+            if content["asked"] != asked:
+                difference = loop.first_difference(content["asked"], asked)
                 raise UserError(
                     f"{run} was made by another configuration: {difference}\n"
                     "choose another --out, or delete this one to start again"
                 )
             return cls(path, content)
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if not checkpoint.is_vacant(run):
             raise UserError(
                 f"{run} exists and is not a run of ctf fit (no {FIT}); choose another --out"
             )
@@ -426,8 +429,10 @@ class _Budget:
         steps = max(1, int(self.seconds(stage) / seconds_per_step))
         return max(steps // loop.LOG_EVERY * loop.LOG_EVERY, min(steps, loop.LOG_EVERY))
 
-    def pictures(self, stage: str, seconds_per_picture: float) -> int:
-        return max(1, int(self.seconds(stage) / seconds_per_picture))
+    def pictures(self, stage: str, seconds_each: float, views: int, held_out: int) -> int:
+        """How many training pictures; as many held-out ones are encoded too, if there are."""
+        encoded = self.seconds(stage) / seconds_each
+        return max(1, int(max(encoded / (views + 1), (encoded - held_out) / views)))
 
 
 def _seconds_per_picture(tokenizer: VQModel, images: Splits, device: torch.device) -> float:

@@ -353,7 +353,9 @@ def _open_folder(
             fingerprint=_hash([size, colour, pictures]),
         )  # fmt: skip
 
-    return Splits(split(rows[~held_out]), split(rows[held_out]), tuple(bad))
+    # Shuffled by their names, so that the first few of them are of all classes.
+    held_out_rows = sorted(rows[held_out], key=lambda row: _hash(names[row]))
+    return Splits(split(rows[~held_out]), split(np.array(held_out_rows)), tuple(bad))
 
 
 def _find(root: Path) -> dict[str, list[str]]:

@@ -106,6 +106,7 @@ def claim(folder: Path, config: Mapping[str, Any]) -> None:
         UserError: the folder holds a run made by another configuration, or something else.
     """
     path = folder / "config.json"
+    checkpoint.remove_temporaries(folder)
     if path.is_file():
         stored = checkpoint.load_json(path)
         if stored != config:
@@ -113,7 +114,7 @@ def claim(folder: Path, config: Mapping[str, Any]) -> None:
                 f"{folder} was made by another configuration: {first_difference(stored, config)}\n"
                 "choose another folder, or delete this one to start again"
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif not checkpoint.is_vacant(folder):
         raise UserError(
             f"{folder} exists and holds no run of ctf (no config.json); choose another folder"
         )

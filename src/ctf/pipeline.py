@@ -218,9 +218,11 @@ def load(folder: Path, device: torch.device) -> Pipeline:
 
 
 def save(pipeline: Pipeline, folder: Path) -> None:
-    is_other = folder.exists() and not (folder / SETTINGS).is_file()
-    if is_other and (not folder.is_dir() or any(folder.iterdir())):
+    if not (checkpoint.is_vacant(folder) or (folder / SETTINGS).is_file()):
         raise UserError(f"{folder} exists and is not a pipeline; choose another folder")
+    # First: it marks the folder as ours, if writing should be cut short.
+    settings = PipelineSettings(pipeline.class_names, pipeline.sampling, pipeline.origin)
+    checkpoint.save_json(folder / SETTINGS, config.to_json(settings))
     stored: dict[str, tuple[torch.nn.Module, dict[str, Any]]] = {
         "tokenizer": (pipeline.tokenizer, {}),
         "coarse": (pipeline.coarse, {"clusters": clusters.fingerprint(pipeline.clusters)}),
@@ -237,8 +239,6 @@ def save(pipeline: Pipeline, folder: Path) -> None:
         )
         checkpoint.save_tensors(folder / name / "model.safetensors", model.state_dict())
     clusters.save(pipeline.clusters, folder / "clusters" / clusters.FILE)
-    settings = PipelineSettings(pipeline.class_names, pipeline.sampling, pipeline.origin)
-    checkpoint.save_json(folder / SETTINGS, config.to_json(settings))
 
 
 def load_settings(folder: Path) -> PipelineSettings:

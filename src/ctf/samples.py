@@ -80,10 +80,16 @@ def write(
         return f"{out}: {picture.width} x {picture.height} pixels"
     if out.suffix:
         raise UserError(f"{out}: expected a name ending in .png, or a folder")
-    if out.exists() and not (out / "settings.json").is_file() and any(out.iterdir()):
+    if not (checkpoint.is_vacant(out) or (out / "settings.json").is_file()):
         raise UserError(f"{out} exists and holds no samples; choose another --out")
     numbers = [n for n in pipe.class_numbers(classes) for _ in range(count)]
     drawn = pipe.sample(numbers, seed, report=report, **settings)
+    # First: it marks the folder as ours, if writing should be cut short.
+    used = {**dataclasses.asdict(pipe.sampling), **settings}
+    checkpoint.save_json(
+        out / "settings.json",
+        {"classes": list(dict.fromkeys(numbers)), "count": count, "seed": seed, "sampling": used},
+    )
     for i, image in enumerate(drawn.images):
         with checkpoint.atomic(out / f"{i:06d}.png") as temporary:
             image.save(temporary, format="PNG")
@@ -95,9 +101,4 @@ def write(
             classes=np.array(numbers),
             seeds=np.arange(seed, seed + len(numbers)),
         )
-    used = {**dataclasses.asdict(pipe.sampling), **settings}
-    checkpoint.save_json(
-        out / "settings.json",
-        {"classes": list(dict.fromkeys(numbers)), "count": count, "seed": seed, "sampling": used},
-    )
     return f"{out}: {len(numbers)} pictures, codes.npz, settings.json"

@@ -39,7 +39,7 @@ class TokensConfig:
     views: Literal["plain", "flip", "ten-crop"] = "flip"
     batch_size: int = 64
     shard_images: int = 4096  # a kill loses at most one shard; each is an open file for the reader
-    seed: int = 0  # of the order in which `limit` takes training pictures
+    seed: int = 0  # of the order in which `limit` takes pictures
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "shard_images"):
@@ -100,7 +100,7 @@ def extract(
 
     Killed at any moment and called again, it ends with the same files to the bit; called on a
     complete folder, it encodes nothing. `limit` takes only that many training pictures, the first
-    of `balanced_order`; the held-out ones are always all taken, in the plain view.
+    of `balanced_order`, and no more held-out ones; these are seen in the plain view.
 
     Raises:
         UserError: the folder holds something else, the tokenizer is for another image size, or
@@ -116,11 +116,12 @@ def extract(
         raise UserError(f"limit of training pictures is {limit}, expected 1 or more")
     if limit is not None and limit >= len(images.train):
         limit = None
+    sets: dict[Split, ImageSet] = {"train": images.train, "val": images.val}
     chosen: dict[Split, np.ndarray] = {
-        "train": np.arange(len(images.train), dtype=np.int64)
+        split: np.arange(len(image_set), dtype=np.int64)
         if limit is None
-        else balanced_order(images.train.classes_N, config.seed)[:limit],
-        "val": np.arange(len(images.val), dtype=np.int64),
+        else balanced_order(image_set.classes_N, config.seed)[:limit]
+        for split, image_set in sets.items()
     }
     codebook_size, length = tokenizer.config.codebook_size, tokenizer.grid**2
     manifest = Manifest(
@@ -148,7 +149,6 @@ def extract(
         if report is not None:
             report(done, total)
 
-    sets: dict[Split, ImageSet] = {"train": images.train, "val": images.val}
     for split, image_set in sets.items():
         classes_file = folder / f"{split}-classes.npy"
         classes_N = image_set.classes_N[chosen[split]].astype(np.int64)
@@ -309,15 +309,14 @@ def _claim(folder: Path, manifest: Manifest) -> None:
                 f"{folder}: holds tokens of another run: {difference}\n"
                 "choose another folder with --out, or delete this one"
             )
-    elif folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
+    elif not checkpoint.is_vacant(folder):
         raise UserError(
             f"{folder}: is not empty and holds no {MANIFEST}, so it is not a folder of tokens\n"
             "choose another folder with --out"
         )
     else:
         checkpoint.save_json(path, to_json(manifest))
-    for left_over in folder.glob(".*.npy.*.tmp"):  # of runs that were killed
-        left_over.unlink()
+    checkpoint.remove_temporaries(folder)
 
 
 def _difference(there: Any, wanted: Any, key: str = "") -> str | None:

@@ -1,0 +1,142 @@
+"""What several tests share: pictures in many formats, a recipe that takes seconds, one run of it."""
+
+import colorsys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ctf import cli, images
+from ctf.pipeline import Pipeline
+
+CLASSES = ("blue", "green", "red")
+HUES = {"blue": 0.62, "green": 0.33, "red": 0.0}
+SIDE = 32  # pixels that the run is made at
+
+# The tiny preset, smaller: seconds for all stages together.
+SMALLER = (
+    "tokenizer.codebook_size=64", "tokenizer.channels=8", "tokenizer.latent_channels=16",
+    "tokenizer.largest_grid=4", "tokenizer_training.batch_size=8", "clusters.count=8",
+    "clusters.restarts=2", "coarse.width=32", "coarse.layers=2", "coarse.heads=2",
+    "coarse_training.batch_size=8", "fine.width=32", "fine.layers=1", "fine.heads=2",
+    "fine_training.batch_size=8",
+)  # fmt: skip
+STEPS = 40
+
+
+class Result(NamedTuple):
+    """What a command left behind on the terminal."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Result]
+
+
+def picture(hue: float, seed: int) -> Image.Image:
+    """A light disc of about that hue on a dark ground, 48 x 40 pixels, RGB."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[0:40, 0:48]
+    centre_y, centre_x, radius = random.uniform((12, 14, 7), (28, 34, 13))
+    disc = ((y - centre_y) ** 2 + (x - centre_x) ** 2 < radius**2)[..., None]
+    light, dark = (
+        np.array(colorsys.hsv_to_rgb((hue + random.uniform(-0.05, 0.05)) % 1, 0.9, value))
+        for value in (random.uniform(0.7, 1.0), 0.15)
+    )
+    pixels = np.where(disc, light, dark) + random.normal(0, 0.02, (40, 48, 3))
+    return Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8))
+
+
+def save_pictures(root: Path, count: int = 8) -> Path:
+    """A subfolder per class of `count` pictures, in as many formats and modes."""
+    for number, name in enumerate(CLASSES):
+        folder = root / name
+        folder.mkdir(parents=True)
+        for i in range(count):
+            image = picture(HUES[name], seed=100 * number + i)
+            match i % 8:
+                case 0:
+                    image.save(folder / f"{i}.jpg", quality=92)
+                case 1:
+                    image.save(folder / f"{i}.webp", quality=92)
+                case 2:
+                    image.convert("P", palette=Image.Palette.ADAPTIVE).save(folder / f"{i}.gif")
+                case 3:
+                    image.putalpha(image.convert("L").point(lambda value: 255 * (value > 10)))
+                    image.save(folder / f"{i}.png")
+                case 4:
+                    image.convert("CMYK").save(folder / f"{i}.tif")
+                case 5:
+                    turned = image.transpose(Image.Transpose.ROTATE_90)
+                    exif = Image.Exif()
+                    exif[0x0112] = 6  # to be turned back
+                    turned.save(folder / f"{i}.jpeg", exif=exif, quality=92)
+                case 6:
+                    image.save(folder / f"{i}.bmp")
+                case _:
+                    image.save(folder / f"{i}.png")
+    return root
+
+
+def sets(*more: str) -> list[str]:
+    """`--set` with the values of the recipe that takes seconds, and more."""
+    return ["--set", *SMALLER, *more]
+
+
+def fit_arguments(pictures: Path, out: Path, *more: str, steps: int = STEPS) -> list[str]:
+    """`ctf fit` at that recipe."""
+    size, count = str(SIDE), str(steps)
+    return [
+        "fit", str(pictures), "--out", str(out), "--preset", "tiny", "--image-size", size,
+        "--steps", count, *more, *sets(),
+    ]  # fmt: skip
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its relative path."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pictures(tmp_path_factory.mktemp("pictures") / "discs")
+
+
+@pytest.fixture(scope="session")
+def splits(pictures: Path) -> images.Splits:
+    return images.open_images(str(pictures), SIDE)
+
+
+@pytest.fixture(scope="session")
+def run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of `ctf fit`. Tests copy it before they change it."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    assert cli.main(fit_arguments(pictures, out)) == 0
+    return out
+
+
+@pytest.fixture
+def pipe(run: Path) -> Pipeline:
+    return Pipeline.from_pretrained(run)
+
+
+@pytest.fixture
+def ctf(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command in this process."""
+
+    def command(*arguments: str | Path) -> Result:
+        given: Sequence[str] = [str(argument) for argument in arguments]
+        capsys.readouterr()
+        code = cli.main(list(given))
+        return Result(code, *capsys.readouterr())
+
+    return command

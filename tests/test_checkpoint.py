@@ -180,3 +180,36 @@ def test_a_damaged_state_is_dropped(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "going on from the state before it" in capsys.readouterr().out
     (tmp_path / "step-00000020.safetensors").write_bytes(b"")
     assert checkpoint.load_latest_state(tmp_path) is None
+
+
+# --- what a kill leaves ---------------------------------------------------------------------------
+
+
+def test_vacant(tmp_path: Path) -> None:
+    assert checkpoint.is_vacant(tmp_path / "nowhere")
+    folder = tmp_path / "run"
+    (folder / "coarse").mkdir(parents=True)
+    (folder / ".fit.json.12.tmp").write_text("half")
+    (folder / "coarse" / ".config.json.13.tmp").write_text("half")
+    assert checkpoint.is_vacant(folder)
+    (folder / "coarse" / ".mine.tmp").write_text("not of `atomic`")
+    assert not checkpoint.is_vacant(folder)
+    assert not checkpoint.is_vacant(folder / "coarse" / ".mine.tmp")
+    (tmp_path / "link").symlink_to("nowhere")
+    assert not checkpoint.is_vacant(tmp_path / "link")
+
+
+def test_temporaries_are_told_from_what_is_the_users(tmp_path: Path) -> None:
+    for name in (".a.json.12.tmp", ".b.tmp", "c.tmp", ".d.x.tmp", "e.12.tmp"):
+        (tmp_path / name).touch()
+    checkpoint.remove_temporaries(tmp_path)
+    assert names(tmp_path) == [".b.tmp", ".d.x.tmp", "c.tmp", "e.12.tmp"]
+
+
+def test_the_name_of_a_temporary(tmp_path: Path) -> None:
+    with checkpoint.atomic(tmp_path / "a.json") as temporary:
+        temporary.write_text("1")
+        checkpoint.remove_temporaries(tmp_path)  # so it takes it for one
+        assert not temporary.exists()
+        temporary.write_text("2")
+    assert (tmp_path / "a.json").read_text() == "2"

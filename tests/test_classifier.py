@@ -13,6 +13,7 @@ from PIL import Image
 from ctf import loop
 from ctf.classifier import (
     SHIPPED,
+    Classifier,
     ClassifierConfig,
     augment,
     classify,
@@ -109,6 +110,12 @@ def test_arrays_and_pictures_are_judged_alike_in_any_batch(stripes: Splits, trai
     alone = classify(model, [Image.fromarray(pixels[4])])
     np.testing.assert_allclose(alone.probabilities_NK[0], together.probabilities_NK[4], rtol=1e-4)
     np.testing.assert_allclose(alone.features_ND[0], together.features_ND[4], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [8, 9, 10, 28])
+def test_takes_any_size(size: int) -> None:
+    model = Classifier(16, size, ("a", "b"))
+    assert classify(model, [Image.new("RGB", (size, size))]).probabilities_NK.shape == (1, 2)
 
 
 def test_augment_moves_and_flips_within_bounds() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sklearn.cluster
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -148,7 +149,7 @@ def test_kmeans_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> N
             threads.extend(pool["num_threads"] for pool in threadpool_info())
             return super().fit(*args, **settings)
 
-    monkeypatch.setattr(clusters, "KMeans", Watched)
+    monkeypatch.setattr(sklearn.cluster, "KMeans", Watched)
     labels = []
     for limit in (1, 2):
         with threadpool_limits(limits=limit):

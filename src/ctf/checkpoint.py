@@ -55,36 +55,23 @@ def writing(path: Path) -> Iterator[None]:
         raise _write_error(path, error) from error
 
 
-def is_free(folder: Path) -> bool:
-    """Is there nothing in `folder`, if it exists at all, but what a kill left of a write?"""
-    if not folder.is_dir():
-        return not folder.exists()
-    return all(path.is_dir() or _is_left_over(path) for path in folder.rglob("*"))
-
-
-def sweep(folder: Path) -> None:
-    """Removes what a kill left of a write in `folder`."""
-    for path in folder.glob(".*.tmp"):
-        if _is_left_over(path):
-            path.unlink()
-
-
-def _is_left_over(path: Path) -> bool:
-    return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None
-
-
 def is_vacant(folder: Path) -> bool:
-    """Whether nothing is there but what a killed run left half-written, which is removed."""
+    """Whether nothing is there but what a killed run left half-written."""
     if not folder.is_dir():
         return not os.path.lexists(folder)
-    remove_temporaries(folder)
-    return all(entry.is_dir() and is_vacant(entry) for entry in folder.iterdir())
+    return all(path.is_dir() or _is_temporary(path) for path in folder.rglob("*"))
 
 
 def remove_temporaries(folder: Path) -> None:
     """Removes the half-written files of runs that were killed."""
     for left_over in folder.glob(".*.tmp"):
-        left_over.unlink(missing_ok=True)
+        if _is_temporary(left_over):
+            left_over.unlink(missing_ok=True)
+
+
+def _is_temporary(path: Path) -> bool:
+    """Whether `atomic` gave the file its name."""
+    return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None
 
 
 def _umask() -> int:

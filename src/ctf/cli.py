@@ -93,7 +93,7 @@ def fit(
         images: fashion-mnist, or a folder: one subfolder per class, or flat (one class)
         out: folder of the run
         preset: tiny, small or base
-        image_size: pixels a side; by default 32 for fashion-mnist, 64 for folders
+        image_size: pixels a side; by default 32 for fashion-mnist, the preset's for folders
         minutes: time for all stages together, shared among them by measured speed
         steps: steps of every trained stage, instead of the preset's
         views: of each training picture; by default flip, and plain for fashion-mnist
@@ -110,7 +110,7 @@ def fit(
     if minutes is not None:
         _check_minutes(minutes)
     place = _device(device)
-    pictures = _open(images, image_size, background, skip_bad)
+    pictures = _open(images, image_size, background, skip_bad, preset)
     recipe = fitting.resolve(preset, pictures, steps=steps, views=views, overrides=set)
     if dry_run:
         console.print(fitting.describe(pictures, recipe, minutes), soft_wrap=True)
@@ -265,7 +265,7 @@ def tokenizer_train(
         images: fashion-mnist, or a folder of pictures
         out: folder of the run; the tokenizer goes into its folder tokenizer/
         preset: tiny, small or base
-        image_size: pixels a side; by default 32 for fashion-mnist, 64 for folders
+        image_size: pixels a side; by default 32 for fashion-mnist, the preset's for folders
         steps: instead of the preset's
         background: colour behind transparent pictures
         skip_bad: leave pictures out that cannot be used
@@ -276,7 +276,7 @@ def tokenizer_train(
     from ctf import fit as fitting
 
     place = _device(device)
-    pictures = _open(images, image_size, background, skip_bad)
+    pictures = _open(images, image_size, background, skip_bad, preset)
     recipe = fitting.resolve(preset, pictures, steps=steps, overrides=set)
     if dry_run:
         console.print(fitting.describe(pictures, recipe, None), soft_wrap=True)
@@ -586,15 +586,21 @@ def _device(name: Device) -> Any:
     return torch.device(name)
 
 
-def _open(images: str, image_size: int | None, background: str, skip_bad: bool) -> Any:
-    from ctf.images import open_images
+def _open(
+    images: str, image_size: int | None, background: str, skip_bad: bool, preset: str | None = None
+) -> Any:
+    from ctf.images import INCLUDED, open_images
+    from ctf.presets import preset as preset_named
 
+    if image_size is None and preset is not None and images not in INCLUDED:
+        image_size = preset_named(preset).image_size
     with _progress("pictures") as report:
         pictures = open_images(
             images, image_size, background=background, skip_bad=skip_bad, report=report
         )
     if pictures.skipped:
-        console.print(f"{len(pictures.skipped)} pictures left out that cannot be used")
+        names = ", ".join(f"{bad.name} ({bad.reason})" for bad in pictures.skipped)
+        console.print(f"{len(pictures.skipped)} pictures left out: {names}", soft_wrap=True)
     return pictures
 
 

@@ -306,7 +306,7 @@ def fit_clusters(
             if there.get(key) != value:
                 raise UserError(
                     f"{folder}: holds other clusters: {key}: got {there.get(key)}, "
-                    f"expected {value}\nchoose another folder with --out, or delete this one"
+                    f"expected {value}\nchoose another run, or delete this folder"
                 )
     else:
         for file in (report_file, sheet_file):

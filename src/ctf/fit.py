@@ -35,7 +35,7 @@ from ctf.tokenizer import VQModel
 from ctf.tokenizer_training import TokenizerTraining
 from ctf.tokens import Tokens
 from ctf.training import TrainingConfig
-from ctf.transformer import Trunk
+from ctf.transformer import Trunk, zero_head
 
 # Opens a reporter for a stage of that name, e.g. `ctf.progress.progress`.
 Progress = Callable[[str], AbstractContextManager[Reporter]]
@@ -163,13 +163,19 @@ def describe(images: Splits, recipe: Recipe, minutes: float | None) -> str:
     """What `fit` would do with these pictures, in a line for each stage."""
     classes = len(images.train.class_names)
     tokenizer_config = recipe.tokenizer.config(images.train.image_size)
-    transformers = {"coarse": recipe.coarse, "fine": recipe.fine}
+    transformers = {
+        "coarse": (recipe.coarse, recipe.clusters.count),
+        "fine": (recipe.fine, recipe.tokenizer.codebook_size),
+    }
     with torch.device("meta"):
         models: dict[str, nn.Module] = {
             "tokenizer": VQModel(tokenizer_config),
             **{
-                name: Trunk(shape.config(tokenizer_config.grid, classes), recipe.clusters.count)
-                for name, shape in transformers.items()
+                name: nn.Sequential(
+                    Trunk(shape.config(tokenizer_config.grid, classes), recipe.clusters.count),
+                    zero_head(shape.width, outputs),
+                )
+                for name, (shape, outputs) in transformers.items()
             },
         }
     trainings: dict[str, TokenizerTraining | TrainingConfig] = {
@@ -353,19 +359,20 @@ class _Log:
     def open(cls, run: Path, asked: dict[str, Any]) -> _Log:
         path = run / FIT
         if path.is_file():
-            content = checkpoint.load_json(path)
+            content: dict[str, Any] = checkpoint.load_json(path)
             if content["asked"] != asked:
                 difference = loop.first_difference(content["asked"], asked)
                 raise UserError(
                     f"{run} was made by another configuration: {difference}\n"
                     "choose another --out, or delete this one to start again"
                 )
+            checkpoint.remove_temporaries(run)
             return cls(path, content)
         if not checkpoint.is_vacant(run):
             raise UserError(
                 f"{run} exists and is not a run of ctf fit (no {FIT}); choose another --out"
             )
-        log = cls(path, {"asked": asked, "plan": {}, "seconds": {}})
+        log = cls(path, {"asked": asked, "plan": {}, "seconds": {}, "done": []})
         log.save()
         return log
 
@@ -389,9 +396,12 @@ class _Log:
         spent: dict[str, float] = self.content["seconds"]
         spent[stage] = round(spent.get(stage, 0.0) + seconds, 2)
 
-    def add_seconds(self, stage: str, seconds: float) -> None:
-        self._add_seconds(stage, seconds)
-        self.save()
+    def finish(self, stage: str, seconds: float) -> None:
+        """Notes how long a stage took; finding later that it is done is not worth a note."""
+        if stage not in self.content["done"]:
+            self._add_seconds(stage, seconds)
+            self.content["done"].append(stage)
+            self.save()
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -407,7 +417,7 @@ class _Timer:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
-            self.log.add_seconds(self.stage, time.monotonic() - self.began)
+            self.log.finish(self.stage, time.monotonic() - self.began)
 
 
 class _Budget:

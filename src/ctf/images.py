@@ -226,8 +226,6 @@ class _GreySet(ImageSet):
 
     mirrors = False  # all shoes point the same way
 
-    mirrors = False  # all shoes point the same way
-
     def __init__(
         self, pixels_NHW: NDArray[np.uint8], classes_N: NDArray[np.int64], size: int, sha: str
     ) -> None:

@@ -106,7 +106,6 @@ def claim(folder: Path, config: Mapping[str, Any]) -> None:
         UserError: the folder holds a run made by another configuration, or something else.
     """
     path = folder / "config.json"
-    checkpoint.remove_temporaries(folder)
     if path.is_file():
         stored = checkpoint.load_json(path)
         if stored != config:
@@ -120,6 +119,9 @@ def claim(folder: Path, config: Mapping[str, Any]) -> None:
         )
     else:
         checkpoint.save_json(path, config)
+    checkpoint.remove_temporaries(folder)
+    if is_finished(folder):
+        shutil.rmtree(folder / "state", ignore_errors=True)  # where a kill came just before
 
 
 def first_difference(stored: Any, wanted: Any, path: str = "") -> str:
@@ -153,10 +155,11 @@ def _whole_lines(evaluate_every: int) -> int:
 def _append_metrics(
     path: Path, step: int, split: str, metrics: Mapping[str, float], seconds: float
 ) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     line = {"step": step, "split": split, **metrics, "seconds": round(seconds, 3)}
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    with checkpoint.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:

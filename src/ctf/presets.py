@@ -93,7 +93,7 @@ class Recipe:
     fine_softmax: Literal["members", "full"]
     fine_training: TrainingConfig
     sampling: Sampling
-    image_size: int = 64  # where the pictures have no size of their own
+    image_size: int = 64  # of folders, where none is asked for
     time_shares: TimeShares = TimeShares()
 
     def with_steps(self, steps: int) -> Recipe:
@@ -157,7 +157,7 @@ PRESETS = {
         sampling=Sampling(),
         image_size=64,
     ),
-    # The paper's size B with its 343 M fine model, for GPUs and pictures of 256 pixels.
+    # The paper's size B with a fine model of the shape of L, for GPUs and pictures of 256 pixels.
     "base": Recipe(
         tokenizer=TokenizerShape(
             codebook_size=16384,

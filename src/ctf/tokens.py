@@ -307,12 +307,12 @@ def _claim(folder: Path, manifest: Manifest) -> None:
         if difference := _difference(there, to_json(manifest)):
             raise UserError(
                 f"{folder}: holds tokens of another run: {difference}\n"
-                "choose another folder with --out, or delete this one"
+                "choose another run, or delete this folder"
             )
     elif not checkpoint.is_vacant(folder):
         raise UserError(
             f"{folder}: is not empty and holds no {MANIFEST}, so it is not a folder of tokens\n"
-            "choose another folder with --out"
+            "choose another run"
         )
     else:
         checkpoint.save_json(path, to_json(manifest))

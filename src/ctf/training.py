@@ -27,7 +27,7 @@ Objective = Callable[[Model, Tensor, Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """How a model is trained: PAPER.md's AdamW, with warm-up, cosine and EMA."""
+    """How a model is trained: LlamaGen's AdamW, with warm-up, cosine and EMA."""
 
     steps: int = 100_000
     batch_size: int = 256  # images

@@ -1,4 +1,4 @@
-"""What several tests share: pictures in many formats, a recipe that takes seconds, one run of it."""
+"""What several tests share: pictures in many formats, a recipe of seconds, and one run of it."""
 
 import colorsys
 from collections.abc import Callable, Sequence
@@ -20,9 +20,8 @@ SIDE = 32  # pixels that the run is made at
 SMALLER = (
     "tokenizer.codebook_size=64", "tokenizer.channels=8", "tokenizer.latent_channels=16",
     "tokenizer.largest_grid=4", "tokenizer_training.batch_size=8", "clusters.count=8",
-    "clusters.restarts=2", "coarse.width=32", "coarse.layers=2", "coarse.heads=2",
-    "coarse_training.batch_size=8", "fine.width=32", "fine.layers=1", "fine.heads=2",
-    "fine_training.batch_size=8",
+    "coarse.width=32", "coarse.layers=2", "coarse.heads=2", "coarse_training.batch_size=8",
+    "fine.width=32", "fine.layers=1", "fine.heads=2", "fine_training.batch_size=8",
 )  # fmt: skip
 STEPS = 40
 

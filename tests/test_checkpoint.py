@@ -125,7 +125,7 @@ def test_damaged_tensors(tmp_path: Path, damage: str) -> None:
 
 def test_damaged_json(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    with pytest.raises(UserError, match="not found; is .* a folder made by ctf"):
+    with pytest.raises(UserError, match=r"not found; is .* a folder made by ctf"):
         checkpoint.load_json(path)
     for content in (b'{"a": 1', b"\xff\xfe"):
         path.write_bytes(content)

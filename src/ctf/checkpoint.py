@@ -122,6 +122,14 @@ def load_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
+def load_object(path: Path) -> dict[str, Any]:
+    """Raises UserError where the file is not there or is not a JSON object."""
+    content = load_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: got {type(content).__name__}, expected an object with keys")
+    return content
+
+
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:

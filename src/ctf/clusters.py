@@ -76,7 +76,8 @@ class Clusters:
         if int(sizes_K.min()) == 0:
             raise ValueError(f"cluster {int(sizes_K.argmin())} is empty")
         members_KS = labels_V.new_full((len(sizes_K), int(sizes_K.max())), -1)
-        members_KS[labels_V, _slots(labels_V, sizes_K)] = torch.arange(len(labels_V))
+        codes_V = torch.arange(len(labels_V), device=labels_V.device)
+        members_KS[labels_V, _slots(labels_V, sizes_K)] = codes_V
         return cls(labels_V, members_KS)
 
     @property
@@ -334,7 +335,8 @@ def _slots(labels_V: Tensor, sizes_K: Tensor) -> Tensor:
     order_V = labels_V.argsort(stable=True)
     first_K = sizes_K.cumsum(0) - sizes_K  # where each cluster begins in `order_V`
     slots_V = torch.empty_like(labels_V)
-    slots_V[order_V] = torch.arange(len(labels_V)) - first_K[labels_V[order_V]]
+    places_V = torch.arange(len(labels_V), device=labels_V.device)
+    slots_V[order_V] = places_V - first_K[labels_V[order_V]]
     return slots_V
 
 

@@ -65,9 +65,10 @@ def fit(
             steps are then found by timing some. None: the steps of the recipe.
 
     Raises:
-        UserError: `run` was made by another configuration or holds something else, or see the
-            stages.
+        UserError: `run` was made by another configuration or holds something else, or see
+            `check` and the stages.
     """
+    check(images, recipe)
     asked = {
         "images": images.train.name,
         "fingerprint": images.train.fingerprint,
@@ -159,8 +160,28 @@ def adjust(recipe: Recipe, steps: int | None, overrides: Sequence[str]) -> Recip
     return recipe.with_steps(steps)
 
 
+def check(images: Splits, recipe: Recipe) -> None:
+    """Finds what would fail in a later stage before there is any work to lose.
+
+    Raises:
+        UserError: the image size is not divisible by the tokenizer's factor, there are more
+            clusters than codes, or a model of such a shape cannot be built.
+    """
+    tokenizer_config = recipe.tokenizer.config(images.train.image_size)
+    for shape in (recipe.coarse, recipe.fine):
+        shape.config(tokenizer_config.grid, len(images.train.class_names))
+    count, codes = recipe.clusters.count, tokenizer_config.codebook_size
+    if recipe.clusters.method != "identity" and count > codes:
+        raise UserError(f"got {count} clusters, expected 1 to {codes}: the number of codes")
+
+
 def describe(images: Splits, recipe: Recipe, minutes: float | None) -> str:
-    """What `fit` would do with these pictures, in a line for each stage."""
+    """What `fit` would do with these pictures, in a line for each stage.
+
+    Raises:
+        UserError: see `check`.
+    """
+    check(images, recipe)
     classes = len(images.train.class_names)
     tokenizer_config = recipe.tokenizer.config(images.train.image_size)
     transformers = {
@@ -359,9 +380,9 @@ class _Log:
     def open(cls, run: Path, asked: dict[str, Any]) -> _Log:
         path = run / FIT
         if path.is_file():
-            content: dict[str, Any] = checkpoint.load_json(path)
-            if content["asked"] != asked:
-                difference = loop.first_difference(content["asked"], asked)
+            content = checkpoint.load_object(path)
+            if content.get("asked") != asked:
+                difference = loop.first_difference(content.get("asked"), asked)
                 raise UserError(
                     f"{run} was made by another configuration: {difference}\n"
                     "choose another --out, or delete this one to start again"

@@ -187,6 +187,25 @@ def _forget_metrics_after(path: Path, step: int) -> float:
 # --- What one step is made of ---------------------------------------------------------------------
 
 
+def check(training: Any) -> None:
+    """Checks what the configuration of every training has.
+
+    Raises:
+        UserError: names the first value that is out of its range.
+    """
+    for name in ("steps", "batch_size", "evaluate_every", "evaluate_images"):
+        if getattr(training, name) < 1:
+            raise UserError(f"{name}: got {getattr(training, name)}, expected 1 or more")
+    for name in ("learning_rate", "clip"):
+        if not 0 < getattr(training, name) < math.inf:
+            raise UserError(f"{name}: got {getattr(training, name)}, expected more than 0")
+    for name in ("warm_up", "weight_decay"):
+        if not 0 <= getattr(training, name) < math.inf:
+            raise UserError(f"{name}: got {getattr(training, name)}, expected 0 or more")
+    if len(training.betas) != 2 or not all(0 <= beta < 1 for beta in training.betas):
+        raise UserError(f"betas: got {list(training.betas)}, expected two from 0 to below 1")
+
+
 def generator(*key: int) -> np.random.Generator:
     """Randomness that depends on the key alone, e.g. (seed, rank, step)."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))

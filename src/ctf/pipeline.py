@@ -84,13 +84,16 @@ class Pipeline:
         """
         return load(find(name), torch.device(device))
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, half: bool = False) -> None:
         """Writes the pipeline into a folder that `from_pretrained` takes.
+
+        Args:
+            half: store weights in half precision: half the size, and now and then another code.
 
         Raises:
             UserError: the folder exists and holds something else, or cannot be written.
         """
-        save(self, Path(folder))
+        save(self, Path(folder), torch.float16 if half else torch.float32)
 
     @property
     def device(self) -> torch.device:
@@ -217,7 +220,7 @@ def load(folder: Path, device: torch.device) -> Pipeline:
     return Pipeline(tokenizer, parts, coarse, fine, **vars(settings))
 
 
-def save(pipeline: Pipeline, folder: Path) -> None:
+def save(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> None:
     if not (checkpoint.is_vacant(folder) or (folder / SETTINGS).is_file()):
         raise UserError(f"{folder} exists and is not a pipeline; choose another folder")
     # First: it marks the folder as ours, if writing should be cut short.
@@ -237,7 +240,8 @@ def save(pipeline: Pipeline, folder: Path) -> None:
         checkpoint.save_json(
             folder / name / "config.json", {"model": config.to_json(shape), **more}
         )
-        checkpoint.save_tensors(folder / name / "model.safetensors", model.state_dict())
+        weights = {key: value.to(dtype) for key, value in model.state_dict().items()}
+        checkpoint.save_tensors(folder / name / "model.safetensors", weights)
     clusters.save(pipeline.clusters, folder / "clusters" / clusters.FILE)
 
 
@@ -256,13 +260,16 @@ def load_coarse(folder: Path, parts: Clusters, device: torch.device) -> CoarseMo
 def load_fine(folder: Path, parts: Clusters, device: torch.device) -> FineModel:
     """The fine model in `folder`, for these clusters, ready to draw."""
     shape, stored = _load_config(folder, parts)
-    model = FineModel(shape, parts, stored["softmax"])
+    softmax = stored.get("softmax")
+    if softmax not in ("members", "full"):
+        raise UserError(f"{folder}: got softmax {softmax!r}, expected that of a fine model")
+    model = FineModel(shape, parts, softmax)
     return _ready(model, folder, device)
 
 
 def _load_config(folder: Path, parts: Clusters) -> tuple[TransformerConfig, dict[str, Any]]:
     path = folder / "config.json"
-    stored = checkpoint.load_json(path)
+    stored = checkpoint.load_object(path)
     if stored.get("clusters") != clusters.fingerprint(parts):
         raise UserError(f"{folder}: trained for other clusters than those beside it")
     shape = config.from_json(TransformerConfig, stored.get("model"), f"{path}: model")

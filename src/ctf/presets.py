@@ -30,6 +30,12 @@ class TokenizerShape:
     smallest_factor: int = 4  # pixels a code stands for, along each side, at the least
     largest_grid: int = 8  # codes along each side of an image, at the most
 
+    def __post_init__(self) -> None:
+        if self.smallest_factor < 1 or self.smallest_factor.bit_count() != 1:
+            raise UserError(f"smallest_factor: got {self.smallest_factor}, expected a power of 2")
+        if self.largest_grid < 1:
+            raise UserError(f"largest_grid: got {self.largest_grid}, expected 1 or more")
+
     def config(self, image_size: int) -> TokenizerConfig:
         """Raises UserError where the image size is not divisible by the factor."""
         factor = self.smallest_factor

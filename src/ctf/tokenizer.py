@@ -32,6 +32,14 @@ class TokenizerConfig:
     groups: int = 32  # of the group normalisation
 
     def __post_init__(self) -> None:
+        sizes = ("codebook_size", "code_dim", "channels", "blocks", "latent_channels", "groups")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: got {getattr(self, name)}, expected 1 or more")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise UserError(f"multipliers: got {list(self.multipliers)}, expected 1 or more each")
+        if self.channels % self.groups:
+            raise UserError(f"{self.channels} channels cannot be put into {self.groups} groups")
         if self.image_size % self.factor:
             below = self.image_size // self.factor * self.factor
             near = f"{below} or {below + self.factor}" if below else str(self.factor)

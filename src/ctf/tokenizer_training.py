@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctf import checkpoint, config, loop, metrics
+from ctf.errors import UserError
 from ctf.features import PerceptualLoss
 from ctf.images import ImageSet, Splits, View, as_tensor
 from ctf.tokenizer import TokenizerConfig, VQModel
@@ -55,6 +56,11 @@ class TokenizerTraining:
     evaluate_every: int = 1000  # steps
     evaluate_images: int = 1000
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        loop.check(self)
+        if self.revive_every < 1:
+            raise UserError(f"revive_every: got {self.revive_every}, expected 1 or more")
 
 
 class TokenizerTrainer:
@@ -245,7 +251,7 @@ def train(
 def load(folder: Path, device: torch.device | str = "cpu") -> VQModel:
     """The tokenizer in `folder` (config.json, model.safetensors), ready to encode and decode."""
     path = folder / "config.json"
-    stored = checkpoint.load_json(path)
+    stored = checkpoint.load_object(path)
     model_config = config.from_json(TokenizerConfig, stored.get("model"), f"{path}: model")
     tensors, _ = checkpoint.load_tensors(folder / "model.safetensors")
     model = VQModel(model_config)

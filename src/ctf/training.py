@@ -17,6 +17,7 @@ from torch import Tensor
 from ctf import checkpoint, loop
 from ctf.clusters import Clusters
 from ctf.coarse import CoarseModel
+from ctf.errors import UserError
 from ctf.fine import FineModel
 from ctf.tokens import Tokens
 
@@ -43,6 +44,12 @@ class TrainingConfig:
     evaluate_every: int = 500  # steps
     evaluate_images: int = 1000
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        loop.check(self)
+        for name in ("class_dropout", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}: got {getattr(self, name)}, expected 0 to 1")
 
 
 def coarse_objective(clusters: Clusters) -> Objective:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from ctf import checkpoint
@@ -99,14 +100,25 @@ def test_tensors_and_metadata(tmp_path: Path) -> None:
         "y": torch.tensor([1, 2]),
         "z": torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last),
     }
-    checkpoint.save_tensors(path, saved, {"made": "by a test"})
+    said = {"made": "by a test", **{str(i): "x" for i in range(20)}}
+    checkpoint.save_tensors(path, saved, said)
     loaded, metadata = checkpoint.load_tensors(path)
-    assert metadata == {"made": "by a test"}
+    assert metadata == said
+    content = path.read_bytes()
+    checkpoint.save_tensors(path, saved, said)
+    assert path.read_bytes() == content  # equal content, equal bytes
     assert loaded.keys() == saved.keys()
     for name, value in saved.items():
         assert torch.equal(loaded[name], value) and loaded[name].dtype == value.dtype
     path.unlink()  # in memory of their own
     assert float(loaded["x"].sum()) == 15
+
+
+def test_metadata_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    for metadata in ({}, {"format": "pt"}):
+        save_file({"x": torch.zeros(1)}, path, metadata=metadata)
+        assert checkpoint.load_tensors(path)[1] == metadata
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "other"])

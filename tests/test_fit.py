@@ -59,7 +59,8 @@ def test_the_chain(run: Path, splits: images.Splits) -> None:
 
     tokenizer_hash = checkpoint.hash_file(run / "tokenizer" / "model.safetensors")
     train, val = (Tokens(run / "tokens", split, tokenizer_hash) for split in ("train", "val"))
-    assert (len(train), train.views, len(val), val.views) == (len(splits.train), 2, len(splits.val), 1)
+    assert (len(train), train.views) == (len(splits.train), 2)
+    assert (len(val), val.views) == (len(splits.val), 1)
     assert (run / "clusters" / "swaps.png").is_file()
 
     log = json.loads((run / "fit.json").read_text())
@@ -184,7 +185,7 @@ def test_killed_at_any_moment_it_ends_the_same(
     out = tmp_path / "run"
     process = python("-c", KILLER, mode, *fit_arguments(pictures, out, steps=SHORT))
     assert process.returncode == 0, process.stderr[-2000:]
-    assert int(process.stdout.split()[-1]) > 3, "it was hardly ever killed"
+    assert int(process.stdout.split()[-1]) > 1, "it was never killed"
     assert "Traceback" not in process.stderr
     mine, expected = weights(out), weights(undisturbed)
     assert mine.keys() == expected.keys()
@@ -260,7 +261,7 @@ def test_states_larger_than_the_disk(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--steps", "41"], "tokenizer_training.steps was 40, now 41"),
+        (["--steps", "41"], "_training.steps was 40, now 41"),
         (["--background", "black"], "fingerprint was "),
         (["--views", "plain"], 'recipe.tokens.views was "flip", now "plain"'),
     ],
@@ -494,7 +495,7 @@ def test_the_baseline_again(run: Path, baseline: Path, tmp_path: Path, ctf: Comm
     result = ctf("train", "baseline", run, "--out", baseline, "--steps", 40, *recipe)
     assert result.code == 2 and "another configuration: training.steps was 20" in result.err
     result = ctf("train", "fine", baseline, "--steps", 20, *recipe)
-    assert result.code == 2
+    assert result.code == 2 and "leaves a fine model nothing to choose" in result.err
     result = ctf("train", "baseline", run, "--out", run, "--steps", 20, *recipe)
     assert result.code == 2
     (tmp_path / "mine").mkdir()

@@ -56,7 +56,7 @@ def test_samples(pipe: Pipeline) -> None:
     assert all(isinstance(image, Image.Image) and image.mode == "RGB" for image in drawn.images)
     assert drawn.codes.shape == drawn.coarse.shape == (4, LENGTH)
     assert drawn.codes.dtype == drawn.coarse.dtype == torch.int64
-    assert 0 <= int(drawn.codes.min()) and int(drawn.codes.max()) < pipe.clusters.codebook_size
+    assert int(drawn.codes.min()) >= 0 and int(drawn.codes.max()) < pipe.clusters.codebook_size
     # A sampled code is always a member of its coarse label.
     assert torch.equal(pipe.clusters.labels_V[drawn.codes], drawn.coarse)
     members = pipe.clusters.members_KS[drawn.coarse]
@@ -257,7 +257,7 @@ def test_models_of_other_clusters(parts: Path, pipe: Pipeline, stage: str) -> No
 
 def test_clusters_of_another_codebook(parts: Path) -> None:
     clusters.save(clusters.identity(63), parts / "clusters" / "clusters.safetensors")
-    with pytest.raises(UserError, match=r"clusters of 63 codes, .* has 64: parts of different runs"):
+    with pytest.raises(UserError, match=r"clusters of 63 codes, .* has 64: parts of different"):
         Pipeline.from_pretrained(parts)
 
 
@@ -265,7 +265,7 @@ def test_names_of_other_classes(parts: Path) -> None:
     settings = json.loads((parts / "pipeline.json").read_text())
     settings["class_names"].append("violet")
     (parts / "pipeline.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="coarse: made for .* 3 classes, expected 4 and 4"):
+    with pytest.raises(UserError, match=r"coarse: made for .* 3 classes, expected 4 and 4"):
         Pipeline.from_pretrained(parts)
 
 
@@ -273,7 +273,7 @@ def test_a_tokenizer_of_another_grid(parts: Path) -> None:
     config = json.loads((parts / "tokenizer" / "config.json").read_text())
     config["model"]["image_size"] = 2 * SIDE
     (parts / "tokenizer" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="coarse: made for a grid of 4 .* expected 8 and 3"):
+    with pytest.raises(UserError, match=r"coarse: made for a grid of 4 .* expected 8 and 3"):
         Pipeline.from_pretrained(parts)
 
 

@@ -296,7 +296,7 @@ def test_damaged_shard(tmp_path: Path, tokenizer: VQModel, folder: Path, damage:
 def test_another_run_is_refused(folder: Path, change: dict[str, typing.Any], reason: str) -> None:
     before = contents(folder)
     fields = {k: v for k, v in change.items() if k in ("views", "shard_images")}
-    with pytest.raises(UserError, match=rf"{reason}\n.*--out"):
+    with pytest.raises(UserError, match=rf"{reason}\n.*choose another run"):
         tokens.extract(
             tiny(change.get("codebook_size", 64)),
             change.get("tokenizer_hash", "abc"),
@@ -314,7 +314,9 @@ def test_batch_size_may_change(folder: Path, tokenizer: VQModel) -> None:
 
 def test_folder_of_something_else(tmp_path: Path, tokenizer: VQModel) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match=r"not empty and holds no manifest.json.*\n.*--out"):
+    with pytest.raises(
+        UserError, match=r"not empty and holds no manifest.json.*\n.*choose another run"
+    ):
         tokens.extract(tokenizer, "abc", IMAGES, tmp_path, CONFIG)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(UserError, match=r"thesis\.tex"):

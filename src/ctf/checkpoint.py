@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from ctf.errors import UserError
 
+METADATA = "ctf"  # the entry of a safetensors file's metadata that holds ours, as JSON
+
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -133,11 +135,11 @@ def load_object(path: Path) -> dict[str, Any]:
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
+    # As one entry: safetensors writes several in any order, and equal content is to be equal bytes.
+    entries = {METADATA: json.dumps(dict(metadata))} if metadata else {}
     with atomic(path) as temporary:
         save_file(
-            {k: v.detach().contiguous() for k, v in tensors.items()},
-            temporary,
-            metadata=dict(metadata or {}),
+            {k: v.detach().contiguous() for k, v in tensors.items()}, temporary, metadata=entries
         )
 
 
@@ -154,8 +156,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             # Cloned: a mapped file's tensors need not be aligned, and kernels may round
             # differently on unaligned memory; a resumed run must end with the same bits.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-            return tensors, dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
+            entries = dict(file.metadata() or {})
+            return tensors, json.loads(entries[METADATA]) if METADATA in entries else entries
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: truncated or not a safetensors file ({error})") from None
 
 

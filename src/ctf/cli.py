@@ -174,6 +174,7 @@ def sample(
     pipe = Pipeline.from_pretrained(model, _device(device))
     numbers = _classes(classes, pipe)
     if dry_run:
+        samples.check(out, count, len(numbers), seed)
         used = dataclasses.replace(pipe.sampling, **settings)  # type: ignore[arg-type]
         console.print(f"would draw {count} pictures of each of {len(numbers)} classes: {used}")
         return
@@ -409,7 +410,7 @@ def clusters_show(run: Positional[Folder], /) -> None:
     """
     from ctf import checkpoint
 
-    for name, value in checkpoint.load_json(run / "clusters" / "report.json").items():
+    for name, value in checkpoint.load_object(run / "clusters" / "report.json").items():
         console.print(f"{name:<10} {value}", soft_wrap=True)
     console.print(f"picture    {run / 'clusters' / 'swaps.png'}", soft_wrap=True)
 
@@ -560,6 +561,8 @@ def classifier_train(
     pictures = _open(images, image_size, background, skip_bad)
     chosen = classifier.ClassifierConfig()
     if steps is not None:
+        if steps < 1:
+            raise UserError(f"steps: got {steps}, expected 1 or more")
         chosen = dataclasses.replace(chosen, steps=steps, warm_up=min(chosen.warm_up, steps // 10))
     if dry_run:
         console.print(f"would train a classifier on {len(pictures.train)} pictures: {chosen}")
@@ -649,6 +652,9 @@ def main(arguments: list[str] | None = None) -> int:
         run()
     except UserError as error:
         print(f"ctf: {error}", file=sys.stderr)
+        return 2
+    except PermissionError as error:
+        print(f"ctf: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ctf: interrupted; run the same command again to go on", file=sys.stderr)

@@ -300,6 +300,7 @@ def fit_clusters(
     """
     path, report_file, sheet_file = folder / FILE, folder / "report.json", folder / "swaps.png"
     wanted = {"tokenizer": tokenizer_hash, **to_json(config)}
+    checkpoint.remove_temporaries(folder)
     if path.exists():
         clusters, metadata = _load(path)
         there = {"tokenizer": metadata.get("tokenizer"), **json.loads(metadata.get("config", "{}"))}
@@ -314,7 +315,7 @@ def fit_clusters(
             if file.exists():
                 raise UserError(
                     f"{file}: exists, but {FILE} beside it does not, so it is not ours\n"
-                    "choose another folder with --out"
+                    "choose another run"
                 )
         clusters = fit(tokenizer.codebook(), config)
         metadata = {"tokenizer": tokenizer_hash, "config": json.dumps(to_json(config))}

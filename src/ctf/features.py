@@ -195,8 +195,8 @@ class PerceptualLoss(nn.Module):
     equation 1) without its learned weights: each map's vectors are scaled to unit length, squared
     differences are summed over the channels, and averaged over places and maps.
 
-    The maps at 1/2, 1/4, 1/8 and 1/16 of the size are used: deeper ones cost as much again and
-    say what a picture shows rather than how it looks. Images below 64 pixels are doubled first,
+    The maps at 1/2, 1/4, 1/8 and 1/16 of the size are used: the deeper one says what a picture
+    shows rather than how it looks. Images below 64 pixels are doubled first,
     else the last map of a 32-pixel image would be 2x2. The weights are in no state dict.
     """
 

@@ -228,9 +228,13 @@ def _describe(run: Path, images: Splits, recipe: Recipe, spent: dict[str, float]
     metrics: dict[str, Any] = {
         "tokenizer": tokenizer_training.evaluate(tokenizer, images.val, limit=FINAL_PICTURES)
     }
-    for kind in ("coarse", "fine"):
-        if (run / kind).is_dir():
-            metrics[kind] = {"loss": loop.last_metrics(run / kind, "val")["loss"]}
+    kinds = [kind for kind in ("coarse", "fine") if (run / kind).is_dir()]
+    for kind in kinds:
+        metrics[kind] = {"loss": loop.last_metrics(run / kind, "val")["loss"]}
+    for stage in ("tokenizer", *kinds):
+        # A training keeps its own time, through all kills; the log has that of the last attempt.
+        own = loop.last_metrics(run / stage, "val").get("seconds", 0.0)
+        spent = {**spent, stage: max(spent.get(stage, 0.0), own)}
     origin = {
         "images": images.train.name,
         "recipe": config.to_json(recipe),
@@ -252,6 +256,14 @@ def tokenizer_hash(run: Path) -> str:
 def train_tokenizer(
     run: Path, images: Splits, recipe: Recipe, device: torch.device, report: loop.Report | None
 ) -> VQModel:
+    """Trains the tokenizer of a run, or goes on, or loads it if it is done.
+
+    Raises:
+        UserError: `run` holds something else, or see `loop.claim`.
+    """
+    ours = (run / FIT).is_file() or (run / "tokenizer").is_dir()
+    if not (ours or checkpoint.is_vacant(run)):
+        raise UserError(f"{run} exists and holds no run of ctf; choose another --out")
     return tokenizer_training.train(
         recipe.tokenizer.config(images.train.image_size),
         recipe.tokenizer_training,
@@ -290,7 +302,15 @@ def make_trainer(
     recipe: Recipe,
     device: torch.device,
 ) -> training.Trainer:
-    """A trainer for the coarse or fine model of a run whose tokens and clusters are done."""
+    """A trainer for the coarse or fine model of a run whose tokens and clusters are done.
+
+    Raises:
+        UserError: the tokens are another tokenizer's, or a fine model has nothing to choose.
+    """
+    if kind == "fine" and parts.largest == 1:
+        raise UserError(
+            f"{run}: each code is a cluster of its own, which leaves a fine model nothing to choose"
+        )
     name = tokenizer_hash(run)
     train, val = (Tokens(run / "tokens", split, name) for split in ("train", "val"))
     grid = round(train.manifest.length**0.5)

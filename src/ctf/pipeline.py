@@ -141,7 +141,8 @@ class Pipeline:
             report: called with the number of images done and to do.
 
         Raises:
-            UserError: no class or an unknown one, an unknown setting, or one out of its range.
+            UserError: no class or an unknown one, an unknown setting, or one out of its range; a
+                seed of more than 64 bits.
         """
         known = [field.name for field in dataclasses.fields(Sampling)]
         for name in settings:
@@ -151,6 +152,7 @@ class Pipeline:
         numbers = self.class_numbers(classes)
         if not numbers:
             raise UserError("got 0 images to sample, expected 1 or more")
+        check_seed(seed, len(numbers))
         images: list[Image.Image] = []
         codes, coarse = [], []
         for start in range(0, len(numbers), BATCH):
@@ -172,6 +174,12 @@ class Pipeline:
     def decode(self, codes_BL: Tensor) -> Tensor:
         """Codes (B, L) -> images in [-1, 1], (B, 3, H, W)."""
         return self.tokenizer.decode(codes_BL)
+
+
+def check_seed(seed: int, count: int) -> None:
+    """Raises UserError where seed to seed + count are not what a generator takes."""
+    if not -(2**63) <= seed <= 2**63 - count:
+        raise UserError(f"seed: got {seed}, expected a whole number of 64 bits")
 
 
 def shipped() -> list[str]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ctf import checkpoint
 from ctf.errors import UserError
-from ctf.pipeline import Pipeline, Samples
+from ctf.pipeline import Pipeline, Samples, check_seed
 from ctf.sheet import sheet
 
 WIDEST = 16  # pictures in a row of a sheet
@@ -49,6 +49,28 @@ def contact_sheet(images: Sequence[Image.Image], names: Sequence[str], count: in
     return sheet(rows)
 
 
+def check(out: Path, count: int, classes: int, seed: int) -> None:
+    """Finds what would keep `write` from writing `count` pictures of each of some classes.
+
+    Raises:
+        UserError: nothing or too much to draw, an `out` of no use, or one that holds something
+            else.
+    """
+    if count < 1:
+        raise UserError(f"count is {count}, expected 1 or more pictures of each class")
+    check_seed(seed, classes * count)
+    if out.suffix.lower() == ".png":
+        if classes * count > MOST_ON_A_SHEET:
+            raise UserError(
+                f"{classes * count} pictures on one sheet; expected {MOST_ON_A_SHEET} or "
+                "less: choose a folder for --out"
+            )
+    elif out.suffix:
+        raise UserError(f"{out}: expected a name ending in .png, or a folder")
+    elif not (checkpoint.is_vacant(out) or (out / "settings.json").is_file()):
+        raise UserError(f"{out} exists and holds no samples; choose another --out")
+
+
 def write(
     pipe: Pipeline,
     out: Path,
@@ -64,24 +86,14 @@ def write(
     codes.npz (codes, coarse, classes, seeds) and settings.json, which says how to draw them again.
 
     Raises:
-        UserError: nothing to draw, a folder that holds something else, or see `Pipeline.sample`.
+        UserError: see `check` and `Pipeline.sample`.
     """
-    if count < 1:
-        raise UserError(f"count is {count}, expected 1 or more pictures of each class")
+    check(out, count, len(classes), seed)
     if out.suffix.lower() == ".png":
-        if len(classes) * count > MOST_ON_A_SHEET:
-            raise UserError(
-                f"{len(classes) * count} pictures on one sheet; expected {MOST_ON_A_SHEET} or "
-                "less: choose a folder for --out"
-            )
         picture, _ = class_sheet(pipe, classes, count, seed, report, **settings)
         with checkpoint.atomic(out) as temporary:
             picture.save(temporary, format="PNG")
         return f"{out}: {picture.width} x {picture.height} pixels"
-    if out.suffix:
-        raise UserError(f"{out}: expected a name ending in .png, or a folder")
-    if not (checkpoint.is_vacant(out) or (out / "settings.json").is_file()):
-        raise UserError(f"{out} exists and holds no samples; choose another --out")
     numbers = [n for n in pipe.class_numbers(classes) for _ in range(count)]
     drawn = pipe.sample(numbers, seed, report=report, **settings)
     # First: it marks the folder as ours, if writing should be cut short.

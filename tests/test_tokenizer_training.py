@@ -33,7 +33,13 @@ MODEL = TokenizerConfig(
     latent_channels=8, groups=4,
 )  # fmt: skip
 TRAINING = TokenizerTraining(
-    steps=40, batch_size=4, learning_rate=3e-3, warm_up=4, revive_every=5, evaluate_every=20
+    free_until=0.0,
+    steps=40,
+    batch_size=4,
+    learning_rate=3e-3,
+    warm_up=4,
+    revive_every=5,
+    evaluate_every=20,
 )
 
 
@@ -396,3 +402,18 @@ def test_loaded_is_what_was_trained(tmp_path: Path) -> None:
 def test_values_out_of_range(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         dataclasses.replace(TRAINING, **change)
+
+
+def test_codes_are_placed_where_the_vectors_are() -> None:
+    t = trainer(steps=20, free_until=0.5)
+    before = t.model.embedding.weight.clone()
+    for step in range(9):
+        t.step(step)
+    # No look-up yet, so no gradient: not even weight decay moves a code.
+    assert torch.equal(t.model.embedding.weight, before)
+    t.step(9)
+    with torch.no_grad():
+        batches = [t.model.encode_vectors(t._batch(i)) for i in range(4)]
+        vectors_NC = torch.cat(batches).flatten(0, 1)
+        nearest_V = (t.model.codebook() @ vectors_NC.T).max(1).values
+    torch.testing.assert_close(nearest_V, torch.ones_like(nearest_V))

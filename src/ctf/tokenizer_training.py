@@ -48,6 +48,7 @@ class TokenizerTraining:
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25
     perceptual_weight: float = 0.0
+    free_until: float = 0.1  # of the steps; before, decoding is from the vectors, not the codes
     adversarial_weight: float = 0.0
     adversarial_start: float = 0.5  # of the steps; a discriminator is of no use before
     revive_every: int = 25  # steps
@@ -95,12 +96,19 @@ class TokenizerTrainer:
         )
         images_BCHW = self._batch(step)
         vectors_BLC = model.encode_vectors(images_BCHW)
-        vectors_NC = vectors_BLC.flatten(0, 1)
-        with torch.no_grad():
-            codes_N = model.nearest(vectors_NC)
-        looked_up_BLC = model.codebook()[codes_N].view_as(vectors_BLC)
-        # Straight through: the decoder's gradient passes the look-up unchanged.
-        decoded_BCHW = model.decode_vectors(vectors_BLC + (looked_up_BLC - vectors_BLC).detach())
+        # Without codes at first: an encoder that knows nothing yet and codes that mean nothing
+        # agree on a single point otherwise, and stay there.
+        free = step < int(t.free_until * t.steps)
+        if free:
+            looked_up_BLC = vectors_BLC.detach()
+            decoded_BCHW = model.decode_vectors(vectors_BLC)
+        else:
+            with torch.no_grad():
+                codes_N = model.nearest(vectors_BLC.flatten(0, 1))
+            looked_up_BLC = model.codebook()[codes_N].view_as(vectors_BLC)
+            # Straight through: the decoder's gradient passes the look-up unchanged.
+            straight_BLC = vectors_BLC + (looked_up_BLC - vectors_BLC).detach()
+            decoded_BCHW = model.decode_vectors(straight_BLC)
 
         reconstruction = F.mse_loss(decoded_BCHW, images_BCHW)
         # Summed over the code's dimensions: on the unit sphere that is the squared distance.
@@ -132,12 +140,16 @@ class TokenizerTrainer:
             )
             logged["discriminator"] = hinge.detach()
 
+        logged["learning_rate"] = rate
+        if free:
+            if step + 1 == int(t.free_until * t.steps):
+                self._place_codes(step)
+            return logged
         counts_V = torch.bincount(codes_N, minlength=len(self.usage_V))
         fair = len(codes_N) / len(self.usage_V)
         self.usage_V.lerp_(counts_V / fair, min(1.0, 2.0 / t.revive_every))
-        logged["learning_rate"] = rate
         if (step + 1) % t.revive_every == 0 and step < t.revive_until * t.steps:
-            logged["revived"] = self._revive(vectors_NC.detach(), step)
+            logged["revived"] = self._revive(vectors_BLC.detach().flatten(0, 1), step)
         return logged
 
     def _batch(self, step: int) -> Tensor:
@@ -155,6 +167,18 @@ class TokenizerTrainer:
     @staticmethod
     def _hinge(discriminator: PatchDiscriminator, real: Tensor, fake: Tensor) -> Tensor:
         return F.relu(1 - discriminator(real)).mean() + F.relu(1 + discriminator(fake)).mean()
+
+    @torch.no_grad()
+    def _place_codes(self, step: int) -> None:
+        """Makes the codebook a random choice of the encoder's vectors of some batches."""
+        size = len(self.usage_V)
+        vectors: list[Tensor] = []
+        while sum(map(len, vectors)) < size:
+            vectors.append(self.model.encode_vectors(self._batch(len(vectors))).flatten(0, 1))
+        vectors_NC = torch.cat(vectors)
+        random = loop.generator(self.training.seed, 2, step)
+        chosen_V = torch.from_numpy(random.permutation(len(vectors_NC))[:size])
+        self.model.embedding.weight.copy_(vectors_NC[chosen_V.to(vectors_NC.device)])
 
     @torch.no_grad()
     def _revive(self, vectors_NC: Tensor, step: int) -> float:

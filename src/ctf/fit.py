@@ -71,7 +71,7 @@ def fit(
     check(images, recipe)
     asked = {
         "images": images.train.name,
-        "fingerprint": images.train.fingerprint,
+        "images_fingerprint": images.train.fingerprint,
         "minutes": minutes,
         "recipe": config.to_json(recipe),
     }

@@ -507,6 +507,9 @@ def test_a_folder_of_samples(ctf: Command, run: Path, tmp_path: Path) -> None:
     before = files(out)
     assert ctf(*arguments).code == 0  # over itself
     assert files(out) == before
+    assert ctf("sample", run, "--classes", "2,2", "--count", 1, "--out", out).code == 0  # fewer
+    assert sorted(files(out)) == ["000000.png", "000001.png", "codes.npz", "settings.json"]
+    assert json.loads((out / "settings.json").read_text())["classes"] == [2, 2]
 
 
 def test_a_folder_and_a_sheet_show_the_same(ctf: Command, run: Path, tmp_path: Path) -> None:

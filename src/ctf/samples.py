@@ -94,14 +94,18 @@ def write(
         with checkpoint.atomic(out) as temporary:
             picture.save(temporary, format="PNG")
         return f"{out}: {picture.width} x {picture.height} pixels"
-    numbers = [n for n in pipe.class_numbers(classes) for _ in range(count)]
+    chosen = pipe.class_numbers(classes)
+    numbers = [number for number in chosen for _ in range(count)]
     drawn = pipe.sample(numbers, seed, report=report, **settings)
     # First: it marks the folder as ours, if writing should be cut short.
     used = {**dataclasses.asdict(pipe.sampling), **settings}
     checkpoint.save_json(
         out / "settings.json",
-        {"classes": list(dict.fromkeys(numbers)), "count": count, "seed": seed, "sampling": used},
+        {"classes": chosen, "count": count, "seed": seed, "sampling": used},
     )
+    for older in out.glob("[0-9]*.png"):  # of another call, which drew more
+        if older.stem.isdigit() and int(older.stem) >= len(numbers):
+            older.unlink()
     for i, image in enumerate(drawn.images):
         with checkpoint.atomic(out / f"{i:06d}.png") as temporary:
             image.save(temporary, format="PNG")

@@ -37,7 +37,7 @@ COMMANDS = (
     "clusters fit", "clusters show", "train coarse", "train fine", "train baseline",
     "classifier train",
 )  # fmt: skip
-WRITERS = tuple(c for c in COMMANDS if c not in ("demo", "tokenizer evaluate", "clusters show"))
+WRITERS = tuple(c for c in COMMANDS if c not in ("tokenizer evaluate", "clusters show"))
 
 
 def refused(result: Result, *messages: str, lines: int = 2) -> str:
@@ -449,6 +449,7 @@ def test_a_full_disk(
 @pytest.mark.parametrize(
     ("command", "message"),
     [
+        (["demo", "--out", "NEW"], "about 2 minutes in all"),
         (["fit", "PICTURES", "--out", "NEW", "--preset", "tiny"], "600 steps"),
         (["fit", "fashion-mnist", "--out", "NEW", "--minutes", 2], "60000 pictures to train on"),
         (["sample", "RUN", "--out", "NEW"], "would draw 8 pictures of each of 3 classes"),

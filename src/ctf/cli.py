@@ -52,7 +52,13 @@ def command(name: str) -> Callable[[F], F]:
 
 
 @command("demo")
-def demo(*, out: Path = Path("ctf-demo"), minutes: float = 2.0, device: Device = "auto") -> None:
+def demo(
+    *,
+    out: Path = Path("ctf-demo"),
+    minutes: float = 2.0,
+    device: Device = "auto",
+    dry_run: bool = False,
+) -> None:
     """Samples the shipped pipeline, fits a small one from scratch, and compares both.
 
     Example: ctf demo
@@ -61,11 +67,19 @@ def demo(*, out: Path = Path("ctf-demo"), minutes: float = 2.0, device: Device =
         out: folder for two contact sheets and the run
         minutes: how long the small pipeline is trained
         device: where to compute; auto takes a GPU if there is one
+        dry_run: say what would be done, and write nothing
     """
-    from ctf.demo import demo as run_demo
+    from ctf import demo as demonstration
+    from ctf import fit as fitting
 
     _check_minutes(minutes)
-    run_demo(out, minutes, _device(device), console)
+    place = _device(device)
+    if dry_run:
+        pictures = _open(demonstration.IMAGES, None, "white", False)
+        recipe = fitting.resolve(demonstration.PRESET, pictures)
+        console.print(fitting.describe(pictures, recipe, minutes), soft_wrap=True)
+        return
+    demonstration.demo(out, minutes, place, console)
 
 
 @command("fit")

@@ -129,7 +129,7 @@ def preset(name: str) -> Recipe:
 
 
 PRESETS = {
-    # Two minutes on two CPU cores: enough to see shapes, not details.
+    # For a first look: two minutes on two CPU cores (`ctf demo`) show shapes, not details.
     "tiny": Recipe(
         tokenizer=TokenizerShape(),
         tokenizer_training=TokenizerTraining(
@@ -149,7 +149,8 @@ PRESETS = {
         sampling=Sampling(),
         image_size=32,
     ),
-    # About an hour on two CPU cores: the recipe of the shipped pipeline.
+    # That of the shipped pipeline, whose stages took 7800 seconds of one thread in all: 94 % of
+    # its samples are recognised (README). Not timed on a free machine.
     "small": Recipe(
         tokenizer=TokenizerShape(largest_grid=16),
         tokenizer_training=TokenizerTraining(steps=3000, batch_size=64),

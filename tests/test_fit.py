@@ -501,7 +501,7 @@ def test_the_baseline_again(run: Path, baseline: Path, tmp_path: Path, ctf: Comm
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("mine")
     result = ctf("train", "baseline", run, "--out", tmp_path / "mine", *recipe)
-    assert result.code == 2 and "is not a baseline" in result.err
+    assert result.code == 2 and "is no run with" in result.err
     assert files(baseline) == before
     assert files(tmp_path / "mine") == {"thesis.tex": b"mine"}
     new = tmp_path / "new"

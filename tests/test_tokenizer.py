@@ -1,19 +1,13 @@
-"""The tokenizer against LlamaGen's own, its shapes, and what cannot be built."""
+"""The tokenizer: its shapes, its look-up, and what cannot be built. Parity: test_llamagen.py."""
 
 import dataclasses
-import re
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from ctf import checkpoint
 from ctf.errors import UserError
 from ctf.tokenizer import TokenizerConfig, VQModel
-
-LLAMAGEN = Path(__file__).parent / "fixtures" / "llamagen"
 
 TINY = TokenizerConfig(
     image_size=16, codebook_size=32, code_dim=4, channels=8, multipliers=(1, 2, 3), blocks=1,
@@ -28,72 +22,6 @@ def make(config: TokenizerConfig = TINY) -> VQModel:
 
 def noise(count: int, size: int = 16) -> Tensor:
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
-
-
-# --- parity ---------------------------------------------------------------------------------------
-
-RENAMED = {
-    "conv_in": "input", "conv_out": "output", "norm_out": "norm", "mid": "middle",
-    "quant_conv": "to_code", "post_quant_conv": "from_code", "quantize.embedding": "embedding",
-    "q": "query", "k": "key", "v": "value", "proj_out": "output",
-}  # fmt: skip
-
-
-def our_name(name: str, config: TokenizerConfig) -> str:
-    """LlamaGen keeps the blocks of a level in lists of their own; here they are in sequence."""
-    path, _, kind = name.rpartition(".")
-    if found := re.match(r"(en|de)coder\.conv_blocks\.(\d+)\.(\w+)(?:\.(\d+))?", path):
-        coder, level, part, number = found[1], int(found[2]), found[3], int(found[4] or 0)
-        blocks = config.blocks + (coder == "de")
-        deepest = len(config.multipliers) - 1 if coder == "en" else 0  # the level with attention
-        lengths = [
-            blocks * (2 if i == deepest else 1) + 1 for i in range(len(config.multipliers))
-        ]  # the last is what halves or doubles the sides
-        within = {
-            "res": number * (2 if level == deepest else 1),
-            "attn": 2 * number + 1,
-            "downsample": lengths[level] - 1,
-            "upsample": lengths[level] - 1,
-        }[part]
-        path = f"{coder}coder.levels.{sum(lengths[:level]) + within}{path[found.end() :]}"
-    if path in RENAMED:
-        return f"{RENAMED[path]}.{kind}"
-    return ".".join([RENAMED.get(part, part) for part in path.split(".")] + [kind])
-
-
-@pytest.fixture(scope="module")
-def llamagen() -> tuple[VQModel, dict[str, np.ndarray]]:
-    config = TokenizerConfig(
-        image_size=8, codebook_size=256, channels=32, multipliers=(1, 1), latent_channels=64
-    )
-    stored = torch.load(LLAMAGEN / "vq.pt", weights_only=True)["model"]
-    del stored["quantize.codebook_used"]  # statistics of its training
-    model = VQModel(config).eval()
-    weights = {our_name(name, config): value.float() for name, value in stored.items()}
-    checkpoint.load_strict(model, weights, "vq.pt")
-    return model, dict(np.load(LLAMAGEN / "vq_expected.npz"))
-
-
-@torch.no_grad()
-def test_codes_are_llamagens(llamagen: tuple[VQModel, dict[str, np.ndarray]]) -> None:
-    model, expected = llamagen
-    codes_BL = model.encode(torch.from_numpy(expected["images"]))
-    assert codes_BL.numpy().tolist() == expected["codes"].tolist()
-
-
-@torch.no_grad()
-def test_images_are_llamagens(llamagen: tuple[VQModel, dict[str, np.ndarray]]) -> None:
-    model, expected = llamagen
-    gpt = np.load(LLAMAGEN / "gpt_expected.npz")
-    for codes, decoded in (
-        (expected["codes"], expected["decoded"]),
-        (gpt["greedy_guidance_2"], expected["greedy_decoded"]),
-    ):
-        codes_BL = torch.from_numpy(codes).long()
-        images_BCHW = model.decode_vectors(model.codebook()[codes_BL])
-        assert np.abs(images_BCHW.numpy() - decoded).max() < 1e-4
-        # What users get is the same, but for what cannot be a colour.
-        assert np.abs(model.decode(codes_BL).numpy() - decoded.clip(-1, 1)).max() < 1e-4
 
 
 # --- shapes ---------------------------------------------------------------------------------------

@@ -204,6 +204,10 @@ def save_state(folder: Path, step: int, tensors: Mapping[str, Tensor]) -> None:
         old.unlink()
 
 
+def has_state(folder: Path) -> bool:
+    return any(folder.glob("step-*.safetensors"))
+
+
 def load_latest_state(folder: Path) -> tuple[int, dict[str, Tensor]] | None:
     """The newest state that can be read, as (step, tensors); None where there is none."""
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):

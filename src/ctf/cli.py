@@ -22,7 +22,7 @@ from ctf.errors import UserError
 app = tyro.extras.SubcommandApp()
 groups = {
     name: tyro.extras.SubcommandApp()
-    for name in ("tokenizer", "tokens", "clusters", "train", "classifier")
+    for name in ("tokenizer", "tokens", "clusters", "train", "classifier", "convert")
 }
 # Standard output for what was asked for, standard error for progress and errors.
 console = Console(highlight=False)
@@ -32,6 +32,7 @@ F = TypeVar("F", bound=Callable[..., None])
 Positional = Annotated[T, tyro.conf.Positional]
 Folder = Annotated[Path, tyro.conf.arg(metavar="RUN")]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Size = Literal["B", "L", "XL", "XXL", "3B"]
 
 
 def command(name: str) -> Callable[[F], F]:
@@ -387,6 +388,7 @@ def clusters_fit(
     count: int = 512,
     method: Literal["kmeans", "identity", "random"] = "kmeans",
     seed: int = 0,
+    out: Path | None = None,
     dry_run: bool = False,
 ) -> None:
     """Groups similar codes, and studies how redundant they are (Fig. 1b of the paper).
@@ -398,6 +400,8 @@ def clusters_fit(
         count: number of clusters
         method: kmeans; identity, the full-vocabulary baseline; random, the paper's control
         seed: of the restarts
+        out: another run for them, with the tokenizer and the tokens of this one; needed where
+            this one has clusters already, as a converted pipeline has
         dry_run: check everything, and write nothing
     """
     from ctf import fit as fitting
@@ -409,6 +413,9 @@ def clusters_fit(
     if dry_run:
         console.print(f"would put {tokenizer.config.codebook_size} codes into clusters: {chosen}")
         return
+    if out is not None:
+        fitting.branch(run, out)
+        run = out
     fitting.fit_clusters(run, tokenizer, chosen)
     clusters_show(run)
 
@@ -433,25 +440,33 @@ def _train(
     kind: Literal["coarse", "fine"],
     run: Path,
     preset: str,
+    size: Size | None,
     steps: int | None,
     set: tuple[str, ...],
     device: Device,
     dry_run: bool,
+    start: Path | None = None,
 ) -> None:
     from ctf import clusters
     from ctf import fit as fitting
+    from ctf.presets import SIZES
     from ctf.presets import preset as preset_named
+    from ctf.warm_start import open_source
 
-    recipe = fitting.adjust(preset_named(preset), steps, set)
+    recipe = preset_named(preset)
+    if size is not None:
+        recipe = dataclasses.replace(recipe, **{kind: SIZES[size]})  # type: ignore[arg-type]
+    recipe = fitting.adjust(recipe, steps, set)
     place = _device(device)
     parts = clusters.load(run / "clusters" / clusters.FILE)
     if dry_run:
-        trainer = fitting.make_trainer(run, kind, parts, recipe, place)
+        source = None if start is None else open_source(start, fitting.tokenizer_hash(run))
+        trainer = fitting.make_trainer(run, kind, parts, recipe, place, source)
         millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
         console.print(f"would train {millions:.1f} M parameters: {trainer.training}")
         return
     with _progress(kind) as report:
-        fitting.train_model(run, kind, parts, recipe, place, report)
+        fitting.train_model(run, kind, parts, recipe, place, report, start)
     console.print(f"{run / kind}: done", soft_wrap=True)
 
 
@@ -461,24 +476,29 @@ def train_coarse(
     /,
     *,
     preset: str = "small",
+    size: Size | None = None,
     steps: int | None = None,
+    warm_start: Path | None = None,
     set: tuple[str, ...] = (),
     device: Device = "auto",
     dry_run: bool = False,
 ) -> None:
     """Trains the coarse model of a run whose tokens and clusters are done.
 
-    Example: ctf train coarse run --preset small
+    Example: ctf train coarse run --preset base --warm-start llamagen-B
 
     Args:
         run: folder of the run
         preset: tiny, small or base
+        size: of the transformer, as LlamaGen's and the paper's, instead of the preset's
         steps: instead of the preset's
+        warm_start: folder of a full-vocabulary pipeline of the same tokenizer, a baseline or a
+            converted LlamaGen, whose transformer it starts from; it has the size of that one then
         set: values of the recipe to replace, e.g. coarse.layers=8
         device: where to compute; auto takes a GPU if there is one
         dry_run: say what would be done, and write nothing
     """
-    _train("coarse", run, preset, steps, set, device, dry_run)
+    _train("coarse", run, preset, size, steps, set, device, dry_run, warm_start)
 
 
 @command("train fine")
@@ -487,6 +507,7 @@ def train_fine(
     /,
     *,
     preset: str = "small",
+    size: Size | None = None,
     steps: int | None = None,
     set: tuple[str, ...] = (),
     device: Device = "auto",
@@ -499,12 +520,13 @@ def train_fine(
     Args:
         run: folder of the run
         preset: tiny, small or base
+        size: of the transformer, as LlamaGen's and the paper's, instead of the preset's
         steps: instead of the preset's
         set: values of the recipe to replace, e.g. fine_softmax=full
         device: where to compute; auto takes a GPU if there is one
         dry_run: say what would be done, and write nothing
     """
-    _train("fine", run, preset, steps, set, device, dry_run)
+    _train("fine", run, preset, size, steps, set, device, dry_run)
 
 
 @command("train baseline")
@@ -514,7 +536,9 @@ def train_baseline(
     *,
     out: Path,
     preset: str = "small",
+    size: Size | None = None,
     steps: int | None = None,
+    warm_start: Path | None = None,
     set: tuple[str, ...] = (),
     device: Device = "auto",
     dry_run: bool = False,
@@ -529,7 +553,9 @@ def train_baseline(
         run: folder of the run whose tokenizer and tokens are used
         out: folder of the baseline
         preset: tiny, small or base
+        size: of the transformer, as LlamaGen's and the paper's, instead of the preset's
         steps: instead of the preset's
+        warm_start: folder of a full-vocabulary pipeline of the same tokenizer to start from
         set: values of the recipe to replace, e.g. coarse.layers=8
         device: where to compute; auto takes a GPU if there is one
         dry_run: say what would be done, and write nothing
@@ -540,7 +566,7 @@ def train_baseline(
         console.print(f"would make {out} with the tokenizer and tokens of {run}, and train on it")
         return
     fitting.make_baseline(run, out)
-    _train("coarse", out, preset, steps, set, device, dry_run=False)
+    _train("coarse", out, preset, size, steps, set, device, False, warm_start)
 
 
 @command("classifier train")
@@ -587,6 +613,37 @@ def classifier_train(
         )
     accuracy = classifier.held_out_accuracy(model, pictures.val)
     console.print(f"{out}: {accuracy:.2%} of {len(pictures.val)} held-out pictures recognised")
+
+
+@command("convert llamagen")
+def convert_llamagen(
+    *,
+    vq: Path,
+    gpt: Path | None = None,
+    out: Path,
+    size: Size | None = None,
+    image_size: int | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Makes a full-vocabulary pipeline of released LlamaGen weights.
+
+    Example: ctf convert llamagen --vq vq_ds16_c2i.pt --gpt c2i_B_256.pt --size B
+    --image-size 256 --out llamagen-B
+
+    Args:
+        vq: the tokenizer's file
+        gpt: the transformer's file, of a class-conditional one; without it the tokenizer alone is
+            converted, for a run of your own pictures
+        out: folder of the pipeline
+        size: of the transformer; by default what its tensors are those of
+        image_size: pixels a side that the transformer was trained for: 256, 384 or 512; by
+            default what its file says, else 256
+        dry_run: read and check everything, and write nothing
+    """
+    from ctf import llamagen
+
+    written = llamagen.convert(vq, gpt, out, size=size, image_size=image_size, dry_run=dry_run)
+    console.print(written, soft_wrap=True)
 
 
 # --- What the commands share ----------------------------------------------------------------------

@@ -303,12 +303,17 @@ def fit_clusters(
     checkpoint.remove_temporaries(folder)
     if path.exists():
         clusters, metadata = _load(path)
-        there = {"tokenizer": metadata.get("tokenizer"), **json.loads(metadata.get("config", "{}"))}
+        if "tokenizer" not in metadata:
+            raise UserError(
+                f"{folder}: holds the {clusters.count} clusters of a pipeline that was saved or "
+                "converted\nput the new ones into another run: --out"
+            )
+        there = {"tokenizer": metadata["tokenizer"], **json.loads(metadata["config"])}
         for key, value in wanted.items():
             if there.get(key) != value:
                 raise UserError(
                     f"{folder}: holds other clusters: {key}: got {there.get(key)}, "
-                    f"expected {value}\nchoose another run, or delete this folder"
+                    f"expected {value}\nput the new ones into another run: --out"
                 )
     else:
         for file in (report_file, sheet_file):

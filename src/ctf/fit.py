@@ -36,6 +36,7 @@ from ctf.tokenizer_training import TokenizerTraining
 from ctf.tokens import Tokens
 from ctf.training import TrainingConfig
 from ctf.transformer import Trunk, zero_head
+from ctf.warm_start import Source, fill, open_source
 
 # Opens a reporter for a stage of that name, e.g. `ctf.progress.progress`.
 Progress = Callable[[str], AbstractContextManager[Reporter]]
@@ -301,11 +302,16 @@ def make_trainer(
     parts: Clusters,
     recipe: Recipe,
     device: torch.device,
+    source: Source | None = None,
 ) -> training.Trainer:
     """A trainer for the coarse or fine model of a run whose tokens and clusters are done.
 
+    Args:
+        source: what a coarse model is to start from; it gets that one's shape.
+
     Raises:
-        UserError: the tokens are another tokenizer's, or a fine model has nothing to choose.
+        UserError: the tokens are another tokenizer's, a fine model has nothing to choose, or the
+            source was made for another grid.
     """
     if kind == "fine" and parts.largest == 1:
         raise UserError(
@@ -318,7 +324,17 @@ def make_trainer(
     if kind == "coarse":
         t = recipe.coarse_training
         torch.manual_seed(t.seed)
-        model: training.Model = CoarseModel(recipe.coarse.config(grid, classes), parts.count)
+        shape = recipe.coarse.config(grid, classes)
+        if source is not None:
+            if source.model.config.grid != grid:
+                raise UserError(
+                    f"the model to start from was made for a grid of {source.model.config.grid}, "
+                    f"the tokens are of {grid} x {grid}"
+                )
+            shape = dataclasses.replace(
+                source.model.config, classes=classes, dropout=recipe.coarse.dropout
+            )
+        model: training.Model = CoarseModel(shape, parts.count)
         objective = training.coarse_objective(parts)
     else:
         t = recipe.fine_training
@@ -335,9 +351,16 @@ def train_model(
     recipe: Recipe,
     device: torch.device,
     report: loop.Report | None,
+    warm_start: Path | None = None,
 ) -> None:
-    """Trains the coarse or the fine model of a run, or goes on, or finds that it is done."""
-    trainer = make_trainer(run, kind, parts, recipe, device)
+    """Trains the coarse or the fine model of a run, or goes on, or finds that it is done.
+
+    Args:
+        warm_start: folder of a full-vocabulary pipeline that a coarse model starts from. The loss
+            that it starts with is the first line of its metrics.jsonl.
+    """
+    source = None if warm_start is None else open_source(warm_start, tokenizer_hash(run))
+    trainer = make_trainer(run, kind, parts, recipe, device, source)
     folder = run / kind
     stored: dict[str, Any] = {
         "model": config.to_json(trainer.model.config),
@@ -347,6 +370,8 @@ def train_model(
     }
     if isinstance(trainer.model, FineModel):
         stored["softmax"] = trainer.model.softmax
+    if source is not None:
+        stored["warm_start"] = source.hash
     loop.claim(folder, stored)
     settings = PipelineSettings(
         trainer.train.manifest.class_names,
@@ -356,34 +381,44 @@ def train_model(
     if loop.is_finished(folder):
         return
     checkpoint.save_json(run / pipeline.SETTINGS, config.to_json(settings))
+    if source is not None and not checkpoint.has_state(folder / "state"):
+        assert isinstance(trainer.model, CoarseModel)
+        fill(trainer.model, parts, source, trainer.train, device)
+        trainer.averaged.load_state_dict(trainer.model.state_dict())
     loop.run(
         trainer,
         folder,
         trainer.training.steps,
         evaluate_every=trainer.training.evaluate_every,
+        evaluate_first=source is not None,
         report=report,
     )
     loop.finish(folder, trainer.averaged.state_dict(), {})
 
 
-def make_baseline(run: Path, out: Path) -> Clusters:
-    """Makes `out` a run with the tokenizer and the tokens of `run`, and identity clusters.
+def branch(run: Path, out: Path) -> None:
+    """Makes `out` a run with the tokenizer and the tokens of `run`: for other clusters or models.
 
     Raises:
         UserError: `run` has no tokenizer or tokens, or `out` holds something else.
     """
-    tokenizer = tokenizer_training.load(run / "tokenizer")
     Tokens(run / "tokens", "train", tokenizer_hash(run))
     files = ("config.json", "model.safetensors")
     if not (out / "tokenizer" / files[-1]).is_file():
         if not (checkpoint.is_vacant(out) or (out / "tokenizer" / files[0]).is_file()):
-            raise UserError(f"{out} exists and is not a baseline of {run}; choose another --out")
+            raise UserError(f"{out} exists and is no run with {run}'s tokens; choose another --out")
         for name in files:
             with checkpoint.atomic(out / "tokenizer" / name) as temporary:
                 shutil.copyfile(run / "tokenizer" / name, temporary)
     if not (out / "tokens").exists():
         # A link: tokens may be large, and are only needed for training.
         (out / "tokens").symlink_to((run / "tokens").resolve(), target_is_directory=True)
+
+
+def make_baseline(run: Path, out: Path) -> Clusters:
+    """Makes `out` a run like `run` with identity clusters. Raises UserError: see `branch`."""
+    tokenizer = tokenizer_training.load(run / "tokenizer")
+    branch(run, out)
     return fit_clusters(out, tokenizer, ClustersConfig(method="identity"))
 
 

@@ -49,6 +49,8 @@ FASHION_MNIST_SHA256 = {
 FASHION_MNIST_SIDE, FASHION_MNIST_SIZE = 28, 32  # as published; with a black border of 2 pixels
 INCLUDED = (FASHION_MNIST.name,)
 
+IMAGENET = Path(__file__).parent / "data" / "imagenet" / "classes.txt"
+
 Report = Callable[[int, int], None]
 
 
@@ -327,7 +329,7 @@ def _open_folder(
     root: Path, size: int, colour: tuple[int, ...], skip_bad: bool, report: Report | None
 ) -> Splits:
     by_class = _find(root)
-    class_names = tuple(by_class)
+    class_names = readable(tuple(by_class))
     names = [name for found in by_class.values() for name in found]
     classes_N = np.repeat(np.arange(len(by_class)), [len(found) for found in by_class.values()])
     _check_counts(root, class_names, classes_N)
@@ -354,6 +356,22 @@ def _open_folder(
     # Shuffled by their names, so that the first few of them are of all classes.
     held_out_rows = sorted(rows[held_out], key=lambda row: _hash(names[row]))
     return Splits(split(rows[~held_out]), split(np.array(held_out_rows)), tuple(bad))
+
+
+def imagenet_classes() -> dict[str, str]:
+    """WordNet number -> name of the 1000 classes of ImageNet-1k, in their usual order."""
+    lines = IMAGENET.read_text(encoding="utf-8").splitlines()
+    return dict(line.split(" ", maxsplit=1) for line in lines)
+
+
+def readable(class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of ImageNet classes where all are their WordNet numbers, as its folders have them."""
+    if not all(name.startswith("n") for name in class_names):
+        return class_names
+    known = imagenet_classes()
+    if not known.keys() >= {*class_names}:
+        return class_names
+    return tuple(known[name] for name in class_names)
 
 
 def _find(root: Path) -> dict[str, list[str]]:

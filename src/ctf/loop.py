@@ -51,13 +51,15 @@ def run(
     steps: int,
     *,
     evaluate_every: int,
+    evaluate_first: bool = False,
     report: Report | None = None,
 ) -> None:
     """Trains up to `steps`, going on from the newest state in `folder`/state if there is one.
 
     Writes `folder`/metrics.jsonl: a line for each LOG_EVERY steps with the mean of what the steps
-    returned ("split": "train"), and one for each evaluation ("split": "val"). States are written
-    only where a line ends, so that a resumed run logs the same means.
+    returned ("split": "train"), and one for each evaluation ("split": "val"), the first of them
+    before the first step if `evaluate_first`. States are written only where a line ends, so that a
+    resumed run logs the same means.
     """
     metrics_file = folder / "metrics.jsonl"
     latest = checkpoint.load_latest_state(folder / "state")
@@ -67,6 +69,8 @@ def run(
         trainable.load_state(tensors)
     seconds_before = _forget_metrics_after(metrics_file, start)
     began = last_saved = time.monotonic()
+    if evaluate_first and start == 0:
+        _append_metrics(metrics_file, 0, "val", trainable.evaluate(), 0.0)
     sums: dict[str, float] = {}
     for step in range(start, steps):
         logged = trainable.step(step)
@@ -178,7 +182,7 @@ def _forget_metrics_after(path: Path, step: int) -> float:
     """Drops lines of steps that will be made again; returns the seconds spent up to `step`."""
     if not path.is_file():
         return 0.0
-    kept = [line for line in _read_metrics(path) if line["step"] <= step]
+    kept = [line for line in _read_metrics(path) if 0 < step >= line["step"]]
     with checkpoint.atomic(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     return float(kept[-1]["seconds"]) if kept else 0.0

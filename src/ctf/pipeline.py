@@ -228,7 +228,8 @@ def load(folder: Path, device: torch.device) -> Pipeline:
     return Pipeline(tokenizer, parts, coarse, fine, **vars(settings))
 
 
-def save(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> None:
+def save(pipeline: Pipeline, folder: Path, dtype: torch.dtype | None) -> None:
+    """Writes a pipeline's folder, its weights as `dtype`; None: as they are."""
     if not (checkpoint.is_vacant(folder) or (folder / SETTINGS).is_file()):
         raise UserError(f"{folder} exists and is not a pipeline; choose another folder")
     # First: it marks the folder as ours, if writing should be cut short.
@@ -248,7 +249,7 @@ def save(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> None:
         checkpoint.save_json(
             folder / name / "config.json", {"model": config.to_json(shape), **more}
         )
-        weights = {key: value.to(dtype) for key, value in model.state_dict().items()}
+        weights = {k: v if dtype is None else v.to(dtype) for k, v in model.state_dict().items()}
         checkpoint.save_tensors(folder / name / "model.safetensors", weights)
     clusters.save(pipeline.clusters, folder / "clusters" / clusters.FILE)
 

@@ -75,6 +75,25 @@ class TransformerShape:
         )
 
 
+# The transformers of LlamaGen (arXiv 2406.06525, table 1) and of the paper: each one the
+# full-vocabulary baseline with K = V, the coarse model with K clusters, or the fine model.
+# Parameters with 1000 classes and V = 16384: 111, 343, 775, 1411 and 3097 M; with K = 512 87, 310,
+# 734, 1362 and 2995 M.
+SIZES = {
+    "B": TransformerShape(width=768, layers=12, heads=12, dropout=0.1),
+    "L": TransformerShape(width=1024, layers=24, heads=16, dropout=0.1),
+    "XL": TransformerShape(width=1280, layers=36, heads=20, dropout=0.1),
+    "XXL": TransformerShape(width=1536, layers=48, heads=24, dropout=0.1),
+    "3B": TransformerShape(width=3200, layers=24, heads=32, dropout=0.1),
+}
+
+# LlamaGen's tokenizers, named after the pixels that a code stands for along each side: 72 and 70 M.
+TOKENIZERS = {
+    "VQ-16": TokenizerConfig(),
+    "VQ-8": TokenizerConfig(multipliers=(1, 2, 2, 4)),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class TimeShares:
     """How `ctf fit --minutes` shares its time among the stages; clusters take what they need."""
@@ -186,9 +205,9 @@ PRESETS = {
         ),
         tokens=TokensConfig(views="ten-crop"),
         clusters=ClustersConfig(count=512),
-        coarse=TransformerShape(width=768, layers=12, heads=12, dropout=0.1),
+        coarse=SIZES["B"],
         coarse_training=TrainingConfig(steps=300_000, batch_size=256, ema=0.9999),
-        fine=TransformerShape(width=1024, layers=24, heads=16, dropout=0.1),
+        fine=SIZES["L"],
         fine_softmax="members",
         fine_training=TrainingConfig(steps=125_000, batch_size=1024, ema=0.9999),
         sampling=Sampling(guidance=2.0, temperature=1.1, fine_temperature=1.1),

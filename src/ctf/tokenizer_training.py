@@ -76,13 +76,13 @@ class TokenizerTrainer:
     ) -> None:
         self.training, self.images, self.device = training, images, device
         torch.manual_seed(training.seed)
-        self.model = _place(VQModel(model_config), device)
+        self.model = place(VQModel(model_config), device)
         self.optimizer = self._optimizer(self.model)
         self.usage_V = torch.ones(model_config.codebook_size, device=device)
-        self.perceptual = _place(PerceptualLoss(), device) if training.perceptual_weight else None
+        self.perceptual = place(PerceptualLoss(), device) if training.perceptual_weight else None
         self.discriminator: PatchDiscriminator | None = None
         if training.adversarial_weight:
-            self.discriminator = _place(PatchDiscriminator(), device)
+            self.discriminator = place(PatchDiscriminator(), device)
             self.discriminator_optimizer = self._optimizer(self.discriminator)
 
     def _optimizer(self, module: nn.Module) -> torch.optim.AdamW:
@@ -282,7 +282,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> VQModel:
     checkpoint.load_strict(
         model, {k: v.float() for k, v in tensors.items()}, folder / "model.safetensors"
     )
-    return _place(model, torch.device(device)).eval().requires_grad_(False)
+    return place(model, torch.device(device)).eval().requires_grad_(False)
 
 
 @torch.inference_mode()
@@ -323,5 +323,5 @@ def evaluate(
     }
 
 
-def _place(module: M, device: torch.device) -> M:
+def place(module: M, device: torch.device) -> M:
     return module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

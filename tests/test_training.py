@@ -15,6 +15,7 @@ from torch import Tensor
 from ctf import checkpoint, config, loop, training
 from ctf.clusters import Clusters
 from ctf.coarse import CoarseModel
+from ctf.distributed import ALONE
 from ctf.errors import UserError
 from ctf.fine import FineModel
 from ctf.images import VIEWS
@@ -22,7 +23,6 @@ from ctf.tokens import MANIFEST, Manifest, Shard, SplitManifest, Tokens
 from ctf.training import Objective, Trainer, TrainingConfig
 from ctf.transformer import TransformerConfig
 
-CPU = torch.device("cpu")
 CODES, CLASSES, GRID = 40, 3, 4
 LENGTH = GRID**2
 SHAPE = TransformerConfig(
@@ -83,7 +83,7 @@ def make(
     else:
         model = FineModel(shape, CLUSTERS)
         objective = objective or training.fine_objective(CLUSTERS)
-    return Trainer(model, objective, Tokens(folder, "train"), Tokens(folder, "val"), t, CPU)
+    return Trainer(model, objective, Tokens(folder, "train"), Tokens(folder, "val"), t, ALONE)
 
 
 KINDS: tuple[Kind, ...] = ("coarse", "fine")

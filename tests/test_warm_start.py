@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from ctf import cli, llamagen
 from ctf.clusters import Clusters, identity
 from ctf.coarse import CoarseModel
+from ctf.distributed import ALONE
 from ctf.errors import UserError
 from ctf.fit import tokenizer_hash, train_model
 from ctf.pipeline import Pipeline
 from ctf.tokens import Tokens
 from ctf.transformer import TransformerConfig
-from ctf.warm_start import Source, fill, open_source
+from ctf.warm_start import Source, open_source, weights
 
 FIXTURES = Path(__file__).parent / "fixtures" / "llamagen"
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ def full_vocabulary(tokens: Tokens) -> CoarseModel:
 def started(model: CoarseModel, parts: Clusters, tokens: Tokens) -> CoarseModel:
     new = CoarseModel(model.config, parts.count).eval()
     source = Source(model, tokens.manifest.class_names, "")
-    fill(new, parts, source, tokens, CPU)
+    new.load_state_dict(weights(source, parts, tokens, new, CPU))
     return new
 
 
@@ -111,10 +112,10 @@ def test_classes_go_by_their_names(tokens: Tokens) -> None:
     """tokens has blue, green and red."""
     old = full_vocabulary(tokens)
     config = dataclasses.replace(old.config, classes=2)
-    source = CoarseModel(config, V)
-    new = CoarseModel(old.config, V)
-    fill(new, identity(V), Source(source, ("red", "mauve"), ""), tokens, CPU)
-    (red, _, none), rows = source.trunk.class_embedding.weight, new.trunk.class_embedding.weight
+    source = Source(CoarseModel(config, V), ("red", "mauve"), "")
+    first = weights(source, identity(V), tokens, old, CPU)
+    red, _, none = source.model.trunk.class_embedding.weight
+    rows = first["trunk.class_embedding.weight"]
     for got, expected in zip(rows, (none, none, red, none), strict=True):
         assert torch.equal(got, expected)
 
@@ -183,7 +184,7 @@ def test_resumed_it_does_not_start_again(
             chosen = fit.adjust(presets.preset("tiny"), 40, overrides)
             parts = clusters.load(out / "clusters" / clusters.FILE)
             with pytest.raises(Killed):
-                train_model(out, "coarse", parts, chosen, CPU, stop, baseline)
+                train_model(out, "coarse", parts, chosen, ALONE, stop, baseline)
             assert (out / "coarse" / "state").is_dir()
         result = ctf(*arguments)
         assert result.code == 0, result.err

@@ -199,9 +199,18 @@ STATES_KEPT = 2  # if the newest turns out to be damaged, there is one before it
 
 def save_state(folder: Path, step: int, tensors: Mapping[str, Tensor]) -> None:
     """Stores everything a training needs to go on after `step` steps; drops all but the newest."""
-    save_tensors(folder / f"step-{step:08d}.safetensors", tensors)
+    save_tensors(_state_file(folder, step), tensors)
     for old in sorted(folder.glob("step-*.safetensors"))[:-STATES_KEPT]:
         old.unlink()
+
+
+def _state_file(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}.safetensors"
+
+
+def load_state(folder: Path, step: int) -> dict[str, Tensor]:
+    """The state after that many steps. Raises UserError where it cannot be read."""
+    return load_tensors(_state_file(folder, step))[0]
 
 
 def has_state(folder: Path) -> bool:

@@ -446,8 +446,9 @@ def _train(
     device: Device,
     dry_run: bool,
     start: Path | None = None,
+    baseline_of: Path | None = None,
 ) -> None:
-    from ctf import clusters
+    from ctf import clusters, distributed
     from ctf import fit as fitting
     from ctf.presets import SIZES
     from ctf.presets import preset as preset_named
@@ -457,17 +458,26 @@ def _train(
     if size is not None:
         recipe = dataclasses.replace(recipe, **{kind: SIZES[size]})  # type: ignore[arg-type]
     recipe = fitting.adjust(recipe, steps, set)
-    place = _device(device)
-    parts = clusters.load(run / "clusters" / clusters.FILE)
-    if dry_run:
-        source = None if start is None else open_source(start, fitting.tokenizer_hash(run))
-        trainer = fitting.make_trainer(run, kind, parts, recipe, place, source)
-        millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
-        console.print(f"would train {millions:.1f} M parameters: {trainer.training}")
-        return
-    with _progress(kind) as report:
-        fitting.train_model(run, kind, parts, recipe, place, report, start)
-    console.print(f"{run / kind}: done", soft_wrap=True)
+    with distributed.joined(_device(device)) as world:
+        if baseline_of is not None:
+            if world.main:
+                fitting.make_baseline(baseline_of, run)
+            world.barrier()
+        parts = clusters.load(run / "clusters" / clusters.FILE)
+        if dry_run:
+            source = None if start is None else open_source(start, fitting.tokenizer_hash(run))
+            trainer = fitting.make_trainer(run, kind, parts, recipe, world, source)
+            millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+            _say(world, f"would train {millions:.1f} M parameters: {trainer.training}")
+            return
+        with _progress(kind) if world.main else contextlib.nullcontext() as report:
+            fitting.train_model(run, kind, parts, recipe, world, report, start)
+        _say(world, f"{run / kind}: done")
+
+
+def _say(world: Any, text: str) -> None:
+    if world.main:
+        console.print(text, soft_wrap=True)
 
 
 @command("train coarse")
@@ -560,13 +570,10 @@ def train_baseline(
         device: where to compute; auto takes a GPU if there is one
         dry_run: say what would be done, and write nothing
     """
-    from ctf import fit as fitting
-
     if dry_run:
         console.print(f"would make {out} with the tokenizer and tokens of {run}, and train on it")
         return
-    fitting.make_baseline(run, out)
-    _train("coarse", out, preset, size, steps, set, device, False, warm_start)
+    _train("coarse", out, preset, size, steps, set, device, False, warm_start, baseline_of=run)
 
 
 @command("classifier train")

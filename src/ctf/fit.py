@@ -25,6 +25,7 @@ from torch import nn
 from ctf import checkpoint, clusters, config, loop, pipeline, tokenizer_training, tokens, training
 from ctf.clusters import Clusters, ClustersConfig
 from ctf.coarse import CoarseModel
+from ctf.distributed import World
 from ctf.errors import UserError
 from ctf.fine import FineModel
 from ctf.images import VIEWS, Splits, as_tensor
@@ -36,7 +37,7 @@ from ctf.tokenizer_training import TokenizerTraining
 from ctf.tokens import Tokens
 from ctf.training import TrainingConfig
 from ctf.transformer import Trunk, zero_head
-from ctf.warm_start import Source, fill, open_source
+from ctf.warm_start import Source, open_source, weights
 
 # Opens a reporter for a stage of that name, e.g. `ctf.progress.progress`.
 Progress = Callable[[str], AbstractContextManager[Reporter]]
@@ -105,13 +106,14 @@ def fit(
     with log.timed("clusters"):
         parts = fit_clusters(run, tokenizer, recipe.clusters)
 
+    world = World(device=device)
     kinds: tuple[Kind, ...] = ("coarse", "fine")
     for kind in kinds:
         if kind == "fine" and parts.largest == 1:
             break  # nothing is left to choose
 
         def model_steps(kind: Kind, recipe: Recipe) -> int:
-            trial = make_trainer(run, kind, parts, recipe, device)
+            trial = make_trainer(run, kind, parts, recipe, world)
             return budget.steps(kind, loop.seconds_per_step(trial))
 
         steps = log.plan(kind, partial(model_steps, kind, recipe) if minutes else None)
@@ -119,7 +121,7 @@ def fit(
             stage_training = with_steps(getattr(recipe, f"{kind}_training"), steps)
             recipe = dataclasses.replace(recipe, **{f"{kind}_training": stage_training})
         with log.timed(kind), progress(kind) as report:
-            train_model(run, kind, parts, recipe, device, report)
+            train_model(run, kind, parts, recipe, world, report)
     _describe(run, images, recipe, log.seconds)
     return pipeline.load(run, device)
 
@@ -301,7 +303,7 @@ def make_trainer(
     kind: Kind,
     parts: Clusters,
     recipe: Recipe,
-    device: torch.device,
+    world: World,
     source: Source | None = None,
 ) -> training.Trainer:
     """A trainer for the coarse or fine model of a run whose tokens and clusters are done.
@@ -341,7 +343,7 @@ def make_trainer(
         torch.manual_seed(t.seed)
         model = FineModel(recipe.fine.config(grid, classes), parts, recipe.fine_softmax)
         objective = training.fine_objective(parts)
-    return training.Trainer(model, objective, train, val, t, device)
+    return training.Trainer(model, objective, train, val, t, world)
 
 
 def train_model(
@@ -349,7 +351,7 @@ def train_model(
     kind: Kind,
     parts: Clusters,
     recipe: Recipe,
-    device: torch.device,
+    world: World,
     report: loop.Report | None,
     warm_start: Path | None = None,
 ) -> None:
@@ -360,7 +362,7 @@ def train_model(
             that it starts with is the first line of its metrics.jsonl.
     """
     source = None if warm_start is None else open_source(warm_start, tokenizer_hash(run))
-    trainer = make_trainer(run, kind, parts, recipe, device, source)
+    trainer = make_trainer(run, kind, parts, recipe, world, source)
     folder = run / kind
     stored: dict[str, Any] = {
         "model": config.to_json(trainer.model.config),
@@ -372,7 +374,7 @@ def train_model(
         stored["softmax"] = trainer.model.softmax
     if source is not None:
         stored["warm_start"] = source.hash
-    loop.claim(folder, stored)
+    loop.claim(folder, stored, world)
     settings = PipelineSettings(
         trainer.train.manifest.class_names,
         recipe.sampling,
@@ -380,11 +382,11 @@ def train_model(
     )
     if loop.is_finished(folder):
         return
-    checkpoint.save_json(run / pipeline.SETTINGS, config.to_json(settings))
+    if world.main:
+        checkpoint.save_json(run / pipeline.SETTINGS, config.to_json(settings))
     if source is not None and not checkpoint.has_state(folder / "state"):
         assert isinstance(trainer.model, CoarseModel)
-        fill(trainer.model, parts, source, trainer.train, device)
-        trainer.averaged.load_state_dict(trainer.model.state_dict())
+        trainer.start_from(weights(source, parts, trainer.train, trainer.model, world.device))
     loop.run(
         trainer,
         folder,
@@ -392,8 +394,9 @@ def train_model(
         evaluate_every=trainer.training.evaluate_every,
         evaluate_first=source is not None,
         report=report,
+        world=world,
     )
-    loop.finish(folder, trainer.averaged.state_dict(), {})
+    loop.finish(folder, trainer.averaged.state_dict(), {}, world)
 
 
 def branch(run: Path, out: Path) -> None:

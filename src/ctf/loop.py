@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ctf import checkpoint
+from ctf.distributed import ALONE, World
 from ctf.errors import UserError
 
 Report = Callable[[int, int, Mapping[str, float]], None]  # steps done, steps in all, latest metrics
@@ -53,24 +54,21 @@ def run(
     evaluate_every: int,
     evaluate_first: bool = False,
     report: Report | None = None,
+    world: World = ALONE,
 ) -> None:
     """Trains up to `steps`, going on from the newest state in `folder`/state if there is one.
 
     Writes `folder`/metrics.jsonl: a line for each LOG_EVERY steps with the mean of what the steps
     returned ("split": "train"), and one for each evaluation ("split": "val"), the first of them
     before the first step if `evaluate_first`. States are written only where a line ends, so that a
-    resumed run logs the same means.
+    resumed run logs the same means. Of several processes, all train and the first one writes.
     """
-    metrics_file = folder / "metrics.jsonl"
-    latest = checkpoint.load_latest_state(folder / "state")
-    start = 0
-    if latest is not None:
-        start, tensors = latest
-        trainable.load_state(tensors)
-    seconds_before = _forget_metrics_after(metrics_file, start)
+    log = _Metrics(folder / "metrics.jsonl", world)
+    start = _load_state(trainable, folder / "state", world)
+    seconds_before = log.forget_after(start)
     began = last_saved = time.monotonic()
     if evaluate_first and start == 0:
-        _append_metrics(metrics_file, 0, "val", trainable.evaluate(), 0.0)
+        log.append(0, "val", trainable.evaluate(), 0.0)
     sums: dict[str, float] = {}
     for step in range(start, steps):
         logged = trainable.step(step)
@@ -83,32 +81,56 @@ def run(
         means = {name: total / count for name, total in sums.items()}
         sums = {}
         seconds = seconds_before + time.monotonic() - began
-        _append_metrics(metrics_file, done, "train", means, seconds)
+        log.append(done, "train", means, seconds)
         if report is not None:
             report(done, steps, means)
         if done % _whole_lines(evaluate_every) == 0 or done == steps:
-            _append_metrics(metrics_file, done, "val", trainable.evaluate(), seconds)
-        if time.monotonic() - last_saved > SAVE_SECONDS or done == steps:
+            log.append(done, "val", trainable.evaluate(), seconds)
+        if world.main and (time.monotonic() - last_saved > SAVE_SECONDS or done == steps):
             checkpoint.save_state(folder / "state", done, trainable.state())
             last_saved = time.monotonic()
 
 
-def finish(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def _load_state(trainable: Trainable, folder: Path, world: World) -> int:
+    """Loads the newest state, if there is one; returns the steps that it is after."""
+    # The first process decides, since it is the one that drops a damaged state.
+    latest = checkpoint.load_latest_state(folder) if world.main else None
+    start = world.told(latest[0] if latest is not None else 0)
+    if start:
+        tensors = latest[1] if latest is not None else checkpoint.load_state(folder, start)
+        trainable.load_state(tensors)
+    return start
+
+
+def finish(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    world: World = ALONE,
+) -> None:
     """Writes the trained weights, the mark of a finished stage, and drops what resuming needed."""
-    checkpoint.save_tensors(folder / "model.safetensors", tensors, metadata)
-    shutil.rmtree(folder / "state", ignore_errors=True)
+    if world.main:
+        checkpoint.save_tensors(folder / "model.safetensors", tensors, metadata)
+        shutil.rmtree(folder / "state", ignore_errors=True)
+    world.barrier()
 
 
 def is_finished(folder: Path) -> bool:
     return (folder / "model.safetensors").is_file()
 
 
-def claim(folder: Path, config: Mapping[str, Any]) -> None:
+def claim(folder: Path, config: Mapping[str, Any], world: World = ALONE) -> None:
     """Makes `folder` belong to a training of `config`, or checks that it already does.
 
     Raises:
         UserError: the folder holds a run made by another configuration, or something else.
     """
+    if world.main:
+        _claim(folder, config)
+    world.barrier()
+
+
+def _claim(folder: Path, config: Mapping[str, Any]) -> None:
     path = folder / "config.json"
     if path.is_file():
         stored = checkpoint.load_json(path)
@@ -156,14 +178,30 @@ def _whole_lines(evaluate_every: int) -> int:
     return max(1, round(evaluate_every / LOG_EVERY)) * LOG_EVERY
 
 
-def _append_metrics(
-    path: Path, step: int, split: str, metrics: Mapping[str, float], seconds: float
-) -> None:
-    line = {"step": step, "split": split, **metrics, "seconds": round(seconds, 3)}
-    with checkpoint.writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+class _Metrics:
+    """The file metrics.jsonl; of several processes, the first one writes it."""
+
+    def __init__(self, path: Path, world: World) -> None:
+        self.path, self.world = path, world
+
+    def append(self, step: int, split: str, metrics: Mapping[str, float], seconds: float) -> None:
+        if not self.world.main:
+            return
+        line = {"step": step, "split": split, **metrics, "seconds": round(seconds, 3)}
+        with checkpoint.writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def forget_after(self, step: int) -> float:
+        """Drops lines of steps that will be made again; returns the seconds spent up to `step`."""
+        if not (self.world.main and self.path.is_file()):
+            return 0.0
+        kept = [line for line in _read_metrics(self.path) if 0 < step >= line["step"]]
+        with checkpoint.atomic(self.path) as temporary:
+            lines = (json.dumps(line) + "\n" for line in kept)
+            temporary.write_text("".join(lines), encoding="utf-8")
+        return float(kept[-1]["seconds"]) if kept else 0.0
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -176,16 +214,6 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break  # the line that a kill cut short
     return lines
-
-
-def _forget_metrics_after(path: Path, step: int) -> float:
-    """Drops lines of steps that will be made again; returns the seconds spent up to `step`."""
-    if not path.is_file():
-        return 0.0
-    kept = [line for line in _read_metrics(path) if 0 < step >= line["step"]]
-    with checkpoint.atomic(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    return float(kept[-1]["seconds"]) if kept else 0.0
 
 
 # --- What one step is made of ---------------------------------------------------------------------

@@ -12,18 +12,21 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ctf import checkpoint, loop
 from ctf.clusters import Clusters
 from ctf.coarse import CoarseModel
+from ctf.distributed import World
 from ctf.errors import UserError
 from ctf.fine import FineModel
 from ctf.tokens import Tokens
 
 Model = CoarseModel | FineModel
-# (model, codes_BL, classes_B) -> cross-entropy of each token in nats, (B, L)
-Objective = Callable[[Model, Tensor, Tensor], Tensor]
+# (model, codes_BL, classes_B) -> cross-entropy of each token in nats, (B, L). The model may be
+# wrapped, to share its gradients with other processes.
+Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,7 @@ def coarse_objective(clusters: Clusters) -> Objective:
     """Next label given the class and the labels before it (the paper's section 3.2)."""
     labels_V = clusters.labels_V
 
-    def losses(model: Model, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
+    def losses(model: nn.Module, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
         labels_BL = labels_V.to(codes_BL.device)[codes_BL]
         return _cross_entropy(model(labels_BL, classes_B), labels_BL)
 
@@ -67,10 +70,11 @@ def fine_objective(clusters: Clusters) -> Objective:
     """Each exact code given the class and all true labels (the paper's section 3.2)."""
     labels_V = clusters.labels_V
 
-    def losses(model: Model, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
-        assert isinstance(model, FineModel)
+    def losses(model: nn.Module, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
         labels_BL = labels_V.to(codes_BL.device)[codes_BL]
-        return _cross_entropy(model(labels_BL, classes_B), model.choices(codes_BL))
+        fine = model.module if isinstance(model, DistributedDataParallel) else model
+        assert isinstance(fine, FineModel)
+        return _cross_entropy(model(labels_BL, classes_B), fine.choices(codes_BL))
 
     return losses
 
@@ -81,7 +85,14 @@ def _cross_entropy(logits_BLK: Tensor, targets_BL: Tensor) -> Tensor:
 
 
 class Trainer:
-    """A model, its moving average and its optimiser: a `loop.Trainable`."""
+    """A model, its moving average and its optimiser: a `loop.Trainable`.
+
+    Every process of the world trains on its share of each batch and ends with the same weights.
+    GPUs compute in bfloat16 where they can, with weights and optimiser in single precision.
+
+    Raises:
+        UserError: the batch cannot be shared equally among the processes.
+    """
 
     def __init__(
         self,
@@ -90,16 +101,26 @@ class Trainer:
         train: Tokens,
         val: Tokens,
         training: TrainingConfig,
-        device: torch.device,
+        world: World,
     ) -> None:
-        self.model, self.objective, self.training, self.device = model, objective, training, device
+        self.model, self.objective, self.training, self.world = model, objective, training, world
         self.train, self.val = train, val
-        model.to(device).train()
+        self.share = world.share(training.batch_size, "batch_size")
+        model.to(world.device).train()
         self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
         self.ema = dict(self.averaged.named_parameters())
         self.optimizer = loop.make_optimizer(
             model, training.learning_rate, training.betas, training.weight_decay
         )
+        self.shared: nn.Module = model
+        if world.size > 1:
+            self.shared = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Begins with these weights of the model instead of random ones."""
+        checkpoint.load_strict(self.model, weights, "the first weights")
+        self.world.give(self.model)
+        self.averaged.load_state_dict(self.model.state_dict())
 
     def step(self, step: int) -> Mapping[str, Tensor | float]:
         t = self.training
@@ -107,33 +128,45 @@ class Trainer:
             step, t.steps, t.learning_rate, t.warm_up, t.schedule, t.final_learning_rate
         )
         codes_BL, classes_B = self._batch(step)
-        loop.seed_dropout(t.seed, 4, step)
-        loss = self.objective(self.model, codes_BL, classes_B).mean()
+        loop.seed_dropout(t.seed, 4, step, *([self.world.rank] if self.world.rank else []))
+        with self._precision():
+            loss = self.objective(self.shared, codes_BL, classes_B).mean()
         norm = loop.update(self.optimizer, loss, rate, t.clip, step, "loss")
         loop.update_ema(self.ema, self.model, t.ema, step)
-        return {"loss": loss.detach(), "gradient_norm": norm, "learning_rate": rate}
+        mean = self.world.sum(loss.detach()) / self.world.size
+        return {"loss": mean, "gradient_norm": norm, "learning_rate": rate}
+
+    def _precision(self) -> torch.autocast:
+        kind = self.world.device.type
+        able = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.autocast(kind, torch.bfloat16, enabled=able)
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """This process's share of a batch, which is the same for any number of processes."""
         t = self.training
         random = loop.generator(t.seed, 3, step)
         indices_B = loop.batch_indices(len(self.train), t.batch_size, t.seed, step)
-        codes_BL = self.train.codes(indices_B, random.integers(self.train.views, size=t.batch_size))
+        views_B = random.integers(self.train.views, size=t.batch_size)
         hidden_B = random.random(t.batch_size) < t.class_dropout
         classes_B = np.where(hidden_B, self.model.no_class, self.train.classes_N[indices_B])
-        return codes_BL.to(self.device), torch.from_numpy(classes_B).to(self.device)
+        codes_BL = self.train.codes(indices_B[self.share], views_B[self.share])
+        return self._placed(codes_BL, classes_B[self.share])
+
+    def _placed(self, codes_BL: Tensor, classes_B: np.ndarray) -> tuple[Tensor, Tensor]:
+        device = self.world.device
+        return codes_BL.to(device), torch.from_numpy(classes_B).to(device)
 
     def evaluate(self) -> Mapping[str, float]:
         """Mean cross-entropy of held-out tokens under the averaged weights, nats a token."""
-        count = min(len(self.val), self.training.evaluate_images)
-        total = 0.0
-        with torch.inference_mode():
-            for start in range(0, count, self.training.batch_size):
-                indices_B = np.arange(start, min(start + self.training.batch_size, count))
-                codes_BL = self.val.codes(indices_B).to(self.device)
-                classes_B = torch.from_numpy(self.val.classes_N[indices_B]).to(self.device)
-                losses_BL = self.objective(self.averaged, codes_BL, classes_B)
-                total += float(losses_BL.mean(1).double().sum())
-        return {"loss": total / count}
+        count, size = min(len(self.val), self.training.evaluate_images), self.training.batch_size
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        with torch.inference_mode(), self._precision():
+            for start in range(self.world.rank * size, count, self.world.size * size):
+                indices_B = np.arange(start, min(start + size, count))
+                batch = self._placed(self.val.codes(indices_B), self.val.classes_N[indices_B])
+                losses_BL = self.objective(self.averaged, *batch)
+                total += losses_BL.mean(1).double().sum()
+        return {"loss": float(self.world.sum(total)) / count}
 
     def state(self) -> Mapping[str, Tensor]:
         return {

@@ -11,6 +11,7 @@ Shapes: B batch, L codes of an image, D width, V codes, K clusters, T tokens.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,10 +71,10 @@ def _weights(folder: Path) -> Path:
 
 
 @torch.no_grad()
-def fill(
-    model: CoarseModel, parts: Clusters, source: Source, tokens: Tokens, device: torch.device
-) -> None:
-    """Gives `model`, of the source's shape but for its labels and classes, its first weights.
+def weights(
+    source: Source, parts: Clusters, tokens: Tokens, model: CoarseModel, device: torch.device
+) -> dict[str, Tensor]:
+    """The first weights of `model`, which has the source's shape but for its labels and classes.
 
     A class begins as the source's class of the same name, a new one as "no class".
 
@@ -81,35 +82,32 @@ def fill(
         tokens: of the pictures that the output rows are fitted to.
     """
     old = source.model.to(device)
-    model.to(device)
-    weights = old.state_dict()
-    classes_CD = weights["trunk.class_embedding.weight"]
+    first = old.state_dict()
+    classes_CD = first["trunk.class_embedding.weight"]
     rows = {name: row for row, name in enumerate(source.class_names)}
     chosen = [rows.get(name, old.no_class) for name in tokens.manifest.class_names]
-    chosen.append(old.no_class)
-    weights["trunk.class_embedding.weight"] = classes_CD[torch.tensor(chosen, device=device)]
-    if parts.largest > 1:
-        labels_V = parts.labels_V.to(device)
-        codes_VD = weights["trunk.label_embedding.weight"]
-        sums_KD = codes_VD.new_zeros(parts.count, codes_VD.shape[1])
-        sums_KD.index_add_(0, labels_V, codes_VD)
-        weights["trunk.label_embedding.weight"] = sums_KD / parts.sizes_K.to(device)[:, None]
-        weights["head.weight"] = torch.zeros_like(model.head.weight)
-    checkpoint.load_strict(model, weights, "the model to start from")
-    if parts.largest > 1:
-        training = model.training
-        model.eval()
-        model.head.weight.copy_(_fit_head(model, labels_V, old, chosen, tokens, device))
-        model.train(training)
+    chosen_C = torch.tensor([*chosen, old.no_class], device=device)
+    first["trunk.class_embedding.weight"] = classes_CD[chosen_C]
+    if parts.largest == 1:
+        return first
+    labels_V = parts.labels_V.to(device)
+    codes_VD = first["trunk.label_embedding.weight"]
+    sums_KD = codes_VD.new_zeros(parts.count, codes_VD.shape[1])
+    sums_KD.index_add_(0, labels_V, codes_VD)
+    first["trunk.label_embedding.weight"] = sums_KD / parts.sizes_K.to(device)[:, None]
+    first["head.weight"] = codes_VD.new_zeros(parts.count, codes_VD.shape[1])
+    new = copy.deepcopy(model).to(device).eval()
+    checkpoint.load_strict(new, first, "the model to start from")
+    first["head.weight"] = _fit_head(new, labels_V, old, chosen_C, tokens)
+    return first
 
 
 def _fit_head(
     model: CoarseModel,
     labels_V: Tensor,
     old: CoarseModel,
-    chosen: list[int],
+    chosen_C: Tensor,
     tokens: Tokens,
-    device: torch.device,
 ) -> Tensor:
     """Rows (K, D) with which `model` predicts the sums of the old model's probabilities."""
     width = model.config.width
@@ -118,8 +116,8 @@ def _fit_head(
     products_DK = torch.zeros(width, model.count, dtype=torch.float64)
     seen = 0
     for codes_BL, classes_B in _pictures(tokens, TOKENS_PER_WIDTH * width):
-        codes_BL, classes_B = codes_BL.to(device), classes_B.to(device)
-        known_B = torch.tensor(chosen, device=device)[classes_B]
+        codes_BL, classes_B = codes_BL.to(labels_V.device), classes_B.to(labels_V.device)
+        known_B = chosen_C[classes_B]
         labels_BL = labels_V[codes_BL]
         new_TD = model.trunk(labels_BL[:, :-1], classes_B, causal=True).flatten(0, 1)
         old_TD = old.trunk(codes_BL[:, :-1], known_B, causal=True).flatten(0, 1)

@@ -1,0 +1,100 @@
+"""One process for each device, started by torchrun; without it, a world of one process.
+
+    torchrun --nproc-per-node 8 -m ctf train coarse run
+
+Files are written by the first process alone; all of them read the same folders, so several
+machines need a file system that they share.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ctf.errors import UserError
+
+# How long a process waits for the others, which may be evaluating or reading a large state.
+PATIENCE = datetime.timedelta(minutes=60)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that work together, and which one this is."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes files and speaks to the user."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits until all have come here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of what all processes have, known to all."""
+        if self.size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
+
+    def told(self, number: int) -> int:
+        """The number that the first process has, known to all."""
+        if self.size == 1:
+            return number
+        told = torch.tensor(number, device=self.device)
+        dist.broadcast(told, 0)
+        return int(told)
+
+    def share(self, count: int, what: str) -> slice:
+        """This process's part of `count` things, all parts of one size.
+
+        Raises:
+            UserError: they cannot be shared equally.
+        """
+        if count % self.size:
+            raise UserError(
+                f"{what}: got {count}, expected a multiple of the {self.size} processes"
+            )
+        each = count // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def give(self, module: nn.Module) -> None:
+        """Gives all processes the weights that the first one has."""
+        if self.size > 1:
+            for tensor in module.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+
+ALONE = World()
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """The world that torchrun made, for as long as it is needed; by itself, a world of one.
+
+    Args:
+        device: where to compute; of "cuda", each process takes the one of its local rank.
+    """
+    if "RANK" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        yield World(device=device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()

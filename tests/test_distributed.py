@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,8 @@ from ctf.errors import UserError
 def torchrun(processes: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
     return subprocess.run(
-        [*launcher, str(processes), "-m", "ctf", *map(str, arguments)],
+        # "--", or torchrun takes options of ours for abbreviations of its own.
+        [*launcher, str(processes), "-m", "--", "ctf", *map(str, arguments)],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200,
     )  # fmt: skip
 
@@ -68,6 +70,18 @@ def test_a_baseline_with_a_warm_start_by_two(run: Path, tmp_path: Path, ctf: Com
     done = torchrun(2, "train", "coarse", out, "--warm-start", first, *recipe)
     assert done.returncode == 0, done.stderr
     assert [step for step, _ in losses(out, "coarse")] == [0, 20, 20]
+
+
+def test_tokens_by_two(run: Path, pictures: Path, tmp_path: Path, ctf: Command) -> None:
+    small = ("--preset", "tiny", "--views", "flip", "--set", "tokens.shard_images=7")
+    for name in ("alone", "together"):
+        (tmp_path / name).mkdir()
+        shutil.copytree(run / "tokenizer", tmp_path / name / "tokenizer")
+    assert ctf("tokens", "extract", pictures, "--run", tmp_path / "alone", *small).code == 0
+    done = torchrun(2, "tokens", "extract", pictures, "--run", tmp_path / "together", *small)
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "alone") == files(tmp_path / "together")
+    assert len([*(tmp_path / "together" / "tokens").glob("train-0*.npy")]) > 2
 
 
 def test_batches_that_cannot_be_shared(branches: tuple[Path, Path]) -> None:

@@ -198,6 +198,58 @@ def sample(
     console.print(written, soft_wrap=True)
 
 
+@command("push")
+def push(
+    model: Positional[str],
+    /,
+    *,
+    to: str,
+    private: bool = False,
+    license: str | None = None,
+    half: bool = False,
+    picture: bool = True,
+    device: Device = "auto",
+    dry_run: bool = False,
+) -> None:
+    """Pushes a pipeline to the Hugging Face Hub, with a model card.
+
+    Example: ctf push run --to me/discs --license apache-2.0
+
+    Args:
+        model: folder of a run or pipeline, a shipped name, or org/name on the Hub
+        to: org/name or org/name@branch, made if there is none
+        private: make the repository a private one, if it is made
+        license: of the weights, as the Hub calls it; by default what the pipeline says
+        half: store weights in half precision
+        picture: draw a sheet of samples for the card
+        device: where to draw it; auto takes a GPU if there is one
+        dry_run: check everything but the Hub, and push nothing
+    """
+    from ctf import card, hub, pipeline
+
+    folder = pipeline.find(model)
+    pipe = pipeline.load(folder, _device(device))
+    own = card.edited(pipe, folder)
+    drawn = picture and (own is None or card.PICTURE in own)
+    if dry_run:
+        said = "a new README.md" if own is None else f"{folder / card.FILE}"
+        console.print(
+            f"would push the pipeline, {said}{f' and {card.PICTURE}' * drawn} to {hub.target(to)}",
+            soft_wrap=True,
+        )
+        return
+    address = pipe.push_to_hub(
+        to,
+        half=half,
+        license=license,
+        picture=drawn,
+        card=own,
+        private=private or None,
+        progress=_progress,
+    )
+    console.print(address, soft_wrap=True)
+
+
 @command("evaluate")
 def evaluate(
     model: Positional[str],
@@ -366,18 +418,19 @@ def tokens_extract(
         device: where to compute; auto takes a GPU if there is one
         dry_run: say what would be done, and write nothing
     """
+    from ctf import distributed, tokenizer_training
     from ctf import fit as fitting
-    from ctf import tokenizer_training
 
-    tokenizer = tokenizer_training.load(run / "tokenizer", _device(device))
-    pictures = _open(images, tokenizer.config.image_size, background, skip_bad)
-    recipe = fitting.resolve(preset, pictures, views=views, overrides=set)
-    if dry_run:
-        console.print(fitting.describe(pictures, recipe, None), soft_wrap=True)
-        return
-    with _progress("tokens") as report:
-        fitting.extract_tokens(run, tokenizer, pictures, recipe, limit, report)
-    console.print(f"{run / 'tokens'}: done", soft_wrap=True)
+    with distributed.joined(_device(device)) as world:
+        tokenizer = tokenizer_training.load(run / "tokenizer", world.device)
+        pictures = _open(images, tokenizer.config.image_size, background, skip_bad)
+        recipe = fitting.resolve(preset, pictures, views=views, overrides=set)
+        if dry_run:
+            _say(world, fitting.describe(pictures, recipe, None))
+            return
+        with _progress("tokens", world) as report:
+            fitting.extract_tokens(run, tokenizer, pictures, recipe, limit, report, world)
+        _say(world, f"{run / 'tokens'}: done")
 
 
 @command("clusters fit")
@@ -470,14 +523,9 @@ def _train(
             millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
             _say(world, f"would train {millions:.1f} M parameters: {trainer.training}")
             return
-        with _progress(kind) if world.main else contextlib.nullcontext() as report:
+        with _progress(kind, world) as report:
             fitting.train_model(run, kind, parts, recipe, world, report, start)
         _say(world, f"{run / kind}: done")
-
-
-def _say(world: Any, text: str) -> None:
-    if world.main:
-        console.print(text, soft_wrap=True)
 
 
 @command("train coarse")
@@ -685,10 +733,17 @@ def _open(
     return pictures
 
 
-def _progress(name: str) -> Any:
+def _progress(name: str, world: Any = None) -> Any:
     from ctf.progress import progress
 
+    if world is not None and not world.main:
+        return contextlib.nullcontext()
     return progress(name)
+
+
+def _say(world: Any, text: str) -> None:
+    if world.main:
+        console.print(text, soft_wrap=True)
 
 
 def _classes(text: str, pipe: Any) -> list[int]:

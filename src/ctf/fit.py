@@ -25,7 +25,7 @@ from torch import nn
 from ctf import checkpoint, clusters, config, loop, pipeline, tokenizer_training, tokens, training
 from ctf.clusters import Clusters, ClustersConfig
 from ctf.coarse import CoarseModel
-from ctf.distributed import World
+from ctf.distributed import ALONE, World
 from ctf.errors import UserError
 from ctf.fine import FineModel
 from ctf.images import VIEWS, Splits, as_tensor
@@ -284,10 +284,11 @@ def extract_tokens(
     recipe: Recipe,
     limit: int | None,
     report: tokens.Report | None,
+    world: World = ALONE,
 ) -> None:
     tokens.extract(
         tokenizer, tokenizer_hash(run), images, run / "tokens", recipe.tokens,
-        limit=limit, report=report,
+        limit=limit, report=report, world=world,
     )  # fmt: skip
 
 

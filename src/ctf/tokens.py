@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ctf import checkpoint
 from ctf.config import from_json, to_json
+from ctf.distributed import ALONE, World
 from ctf.errors import UserError
 from ctf.images import VIEWS, ImageSet, Splits, View, as_tensor
 from ctf.tokenizer import VQModel
@@ -95,12 +96,14 @@ def extract(
     *,
     limit: int | None = None,
     report: Report | None = None,
+    world: World = ALONE,
 ) -> Manifest:
     """Encodes every view of every picture into `folder`; shards that are there are kept.
 
     Killed at any moment and called again, it ends with the same files to the bit; called on a
-    complete folder, it encodes nothing. `limit` takes only that many training pictures, the first
-    of `balanced_order`, and no more held-out ones; these are seen in the plain view.
+    complete folder, it encodes nothing. Of several processes each one encodes its share of the
+    shards. `limit` takes only that many training pictures, the first of `balanced_order`, and no
+    more held-out ones; these are seen in the plain view.
 
     Raises:
         UserError: the folder holds something else, the tokenizer is for another image size, or
@@ -136,11 +139,17 @@ def extract(
         train=_split_manifest("train", images.train, chosen["train"], config, length),
         val=_split_manifest("val", images.val, chosen["val"], config, length),
     )
-    _claim(folder, manifest)
+    if world.main:
+        _claim(folder, manifest)
+    world.barrier()
 
     # A copy: the layout is for speed here, and the caller's model keeps its own.
     tokenizer = copy.deepcopy(tokenizer).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    total = sum(len(part.views) * part.count for part in (manifest.train, manifest.val))
+    total = sum(
+        len(part.views) * shard.shape[0]
+        for part in (manifest.train, manifest.val)
+        for shard in part.shards[world.rank :: world.size]
+    )
     done = 0
 
     def advance(count: int) -> None:
@@ -152,13 +161,15 @@ def extract(
     for split, image_set in sets.items():
         classes_file = folder / f"{split}-classes.npy"
         classes_N = image_set.classes_N[chosen[split]].astype(np.int64)
-        if not _is_whole(classes_file, classes_N.shape, "int64"):
+        if world.main and not _is_whole(classes_file, classes_N.shape, "int64"):
             _save_array(classes_file, classes_N)
         part = manifest.split(split)
         start = 0
-        for shard in part.shards:
+        for number, shard in enumerate(part.shards):
             numbers = chosen[split][start : start + shard.shape[0]]
             start += len(numbers)
+            if number % world.size != world.rank:
+                continue
             if _is_whole(folder / shard.file, shard.shape, manifest.dtype):
                 advance(len(numbers) * len(part.views))
                 continue
@@ -170,6 +181,7 @@ def extract(
                     codes[batch, v] = _encode(tokenizer, image_set.read(numbers[batch], view))
                     advance(len(numbers[batch]))
             _save_array(folder / shard.file, codes)
+    world.barrier()
     return manifest
 
 

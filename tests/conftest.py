@@ -1,9 +1,13 @@
 """What several tests share: pictures in many formats, a recipe of seconds, and one run of it."""
 
 import colorsys
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+# Before anything imports huggingface_hub: no test reaches out. Those of the Hub have their own.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest

@@ -32,10 +32,11 @@ from ctf import cli, clusters, samples
 from ctf.coarse import CoarseModel
 from ctf.pipeline import Pipeline
 
+LLAMAGEN = Path(__file__).parent / "fixtures" / "llamagen"
 COMMANDS = (
     "demo", "fit", "sample", "evaluate", "tokenizer train", "tokenizer evaluate", "tokens extract",
     "clusters fit", "clusters show", "train coarse", "train fine", "train baseline",
-    "classifier train",
+    "classifier train", "convert llamagen", "push",
 )  # fmt: skip
 WRITERS = tuple(c for c in COMMANDS if c not in ("tokenizer evaluate", "clusters show"))
 
@@ -318,8 +319,17 @@ def test_class_ten_of_ten(ctf: Command, pipe: Pipeline, tmp_path: Path) -> None:
             ["classifier", "train", "PICTURES", "--out", "NEW", "--image-size", 32, "--steps", 0],
             "steps: got 0",
         ),
-        (["evaluate", "RUN", "--samples", 30], "the classifier knows 10 classes"),
-        (["evaluate", "RUN", "--classifier", "NEW"], "not found"),
+        (["evaluate", "RUN", "--samples", 30], "nothing to score against; give a --reference"),
+        (["evaluate", "RUN", "--samples", 31], "31 samples cannot be shared equally among 3"),
+        (["evaluate", "RUN", "--samples", 30, "--reference", "nowhere"], "nowhere: no such folder"),
+        (
+            ["evaluate", "RUN", "--samples", 30, "--reference", "PICTURES", "--features", "lite1"],
+            "unknown features 'lite1': did you mean 'lite0'?",
+        ),
+        (
+            ["evaluate", "RUN", "--samples", 3, "--reference", "PICTURES", "--classifier", "NEW"],
+            "not found",
+        ),
         (["evaluate", "nowhere"], "no pipeline 'nowhere'"),
         (["tokenizer", "evaluate", "nowhere", "--images", "PICTURES"], "no pipeline 'nowhere'"),
     ],
@@ -460,7 +470,12 @@ def test_a_full_disk(
         (["train", "fine", "RUN", "--preset", "tiny"], "would train"),
         (["train", "baseline", "RUN", "--out", "NEW", "--preset", "tiny"], "would make"),
         (["classifier", "train", "PICTURES", "--out", "NEW", "--image-size", 32], "would train"),
-        (["evaluate", "RUN", "--out", "NEW"], "would draw and classify 1000 samples"),
+        (
+            ["evaluate", "RUN", "--reference", "PICTURES", "--samples", 30, "--out", "NEW"],
+            "would write",
+        ),
+        (["convert", "llamagen", "--vq", "VQ", "--gpt", "GPT", "--out", "NEW"], "10 classes"),
+        (["push", "RUN", "--to", "someone/something"], "would push"),
     ],
 )
 def test_dry_runs_write_nothing(
@@ -468,6 +483,7 @@ def test_dry_runs_write_nothing(
 ) -> None:
     before = files(run)
     places = {"RUN": run, "PICTURES": pictures, "NEW": tmp_path / "new"}
+    places |= {"VQ": LLAMAGEN / "vq.pt", "GPT": LLAMAGEN / "gpt.pt"}
     result = ctf(*[places.get(word, word) for word in command], "--dry-run")
     assert result.code == 0 and message in result.out, result
     assert list(tmp_path.iterdir()) == []
@@ -523,17 +539,24 @@ def test_a_folder_and_a_sheet_show_the_same(ctf: Command, run: Path, tmp_path: P
 
 
 def test_a_classifier_of_ones_own_scores_a_pipeline(
-    ctf: Command, run: Path, pictures: Path, tmp_path: Path
+    ctf: Command,
+    run: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("CTF_CACHE", str(tmp_path / "cache"))
     folder, report = tmp_path / "classifier", tmp_path / "report.json"
     train = ["classifier", "train", pictures, "--out", folder, "--image-size", SIDE, "--steps", 2]
     result = ctf(*train)
     assert result.code == 0 and "held-out pictures recognised" in result.out
-    result = ctf("evaluate", run, "--classifier", folder, "--samples", 6, "--out", report)
+    arguments = ("evaluate", run, "--classifier", folder, "--reference", pictures)
+    more = ("--features", "fashion", "--samples", 30, "--out", report)
+    result = ctf(*arguments, *more)
     assert result.code == 0, result.err
-    assert [line.split()[0] for line in result.out.splitlines()] == [*CLASSES, "all"]
+    assert "FID-fashion" in result.out and "class accuracy" in result.out
     scored = json.loads(report.read_text())
-    assert scored["samples"] == 6 and scored["per_class"].keys() == set(CLASSES)
-    refused(
-        ctf("evaluate", run, "--classifier", folder, "--samples", 7), "cannot be shared equally"
-    )
+    assert scored["count"] == 30 and scored["per_class"].keys() == set(CLASSES)
+    assert ctf(*arguments, *more).out == result.out  # it is done
+    against = ctf(*arguments, *more[:-1], tmp_path / "again.json", "--against", report)
+    assert against.code == 0 and "may be chance" in against.out

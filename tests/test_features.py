@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ctf import features
 from ctf.errors import UserError
-from ctf.features import PerceptualLoss, lite0_features, load_lite0
+from ctf.features import PerceptualLoss, load_lite0
+from ctf.images import as_tensor, crop
 
 # ImageNet classes that each photograph may fairly be taken for.
 PHOTOS = {
@@ -42,7 +43,8 @@ def photo(name: str) -> Image.Image:
 
 
 def test_photographs_are_recognised(lite0: features.Lite0) -> None:
-    features_ND, logits_NK = lite0_features(lite0, [photo(name) for name in PHOTOS], batch_size=4)
+    pixels = np.stack([np.asarray(crop(photo(name), features.LITE0_SIZE)) for name in PHOTOS])
+    logits_NK, features_ND = lite0(as_tensor(pixels))
     best = dict(zip(PHOTOS, logits_NK.argmax(1).tolist(), strict=True))
     assert {name: c for name, c in best.items() if c not in PHOTOS[name]} == {}
     assert features_ND.shape == (len(PHOTOS), 1280)
@@ -50,11 +52,12 @@ def test_photographs_are_recognised(lite0: features.Lite0) -> None:
     assert features_ND.min() >= 0 and features_ND.max() <= 6
 
 
-def test_arrays_and_pictures_give_the_same_features(lite0: features.Lite0) -> None:
-    pixels = np.stack([np.asarray(photo("chelsea").resize((64, 64)))] * 2)
-    one, _ = lite0_features(lite0, pixels)
-    other, _ = lite0_features(lite0, [Image.fromarray(p) for p in pixels], batch_size=1)
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+def test_maps_that_were_given_out_are_not_written_to(lite0: features.Lite0) -> None:
+    """The blocks work in place, on what is theirs."""
+    x = as_model_input(photo("chelsea"), 64)
+    given = list(lite0.maps(x))
+    at_once = [m.clone() for m in lite0.maps(x)]
+    assert all(torch.equal(a, b) for a, b in zip(given, at_once, strict=True))
 
 
 def test_padding_is_that_of_tensorflow() -> None:

@@ -445,3 +445,18 @@ def test_imagenet_classes() -> None:
     assert images.readable(("n02099601", "n01440764")) == ("golden retriever", "tench")
     for others in (("n02099601", "cats"), ("nothing",), ("n00000000",)):
         assert images.readable(others) == others
+
+
+@torch.no_grad()
+def test_resized_as_llamagen_does_before_it_scores(pipe: Pipeline) -> None:
+    codes_BL = torch.arange(32).view(2, 16)
+    raw_BCHW = pipe.tokenizer.decode_vectors(pipe.tokenizer.codebook()[codes_BL])
+    theirs = F.interpolate(raw_BCHW, size=(6, 6), mode="bicubic")
+    theirs = torch.clamp(127.5 * theirs + 128.0, 0, 255).byte().permute(0, 2, 3, 1).numpy()
+    decoded = pipe.decode(codes_BL, resize=6)
+    ours = np.stack([np.asarray(image) for image in images.as_pictures(decoded)])
+    assert int(np.abs(ours.astype(int) - theirs).max()) <= 1
+    assert float((ours == theirs).mean()) > 0.99
+    assert pipe.sample([1], resize=6).images[0].size == (6, 6)
+    with pytest.raises(UserError, match="resize: got 0"):
+        pipe.sample([1], resize=0)

@@ -159,7 +159,8 @@ def test_saved_and_loaded(pipe: Pipeline, tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "copy"
     chosen = dataclasses.replace(pipe, sampling=Sampling(guidance=1.5))
     chosen.save_pretrained(folder)
-    assert sorted(files(folder)) == sorted(PARTS)
+    assert sorted(files(folder)) == sorted((*PARTS, "README.md"))
+    assert sorted(pipeline.FILES) == sorted(PARTS)  # which is what is downloaded
     copy = Pipeline.from_pretrained(folder)
     assert copy.class_names == pipe.class_names
     assert copy.sampling == Sampling(guidance=1.5)
@@ -168,6 +169,17 @@ def test_saved_and_loaded(pipe: Pipeline, tmp_path: Path) -> None:
     before = files(folder)
     copy.save_pretrained(folder)  # over itself
     assert files(folder) == before
+
+
+def test_equal_pipelines_are_equal_bytes(pipe: Pipeline, tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        pipe.save_pretrained(tmp_path / name, license="mit")
+    assert files(tmp_path / "one") == files(tmp_path / "other")
+    # The licence stays with the pipeline.
+    copy = Pipeline.from_pretrained(tmp_path / "one")
+    assert copy.origin == {**pipe.origin, "license": "mit"} != pipe.origin
+    copy.save_pretrained(tmp_path / "third")
+    assert files(tmp_path / "third") == files(tmp_path / "one")
 
 
 def test_a_run_is_a_pipeline_wherever_it_is(parts: Path, pipe: Pipeline) -> None:

@@ -8,7 +8,8 @@ import torch
 
 from ctf import Pipeline, pipeline, tokenizer_training
 from ctf.classifier import shipped_classifier
-from ctf.evaluation import evaluate
+from ctf.drawing import Drawing
+from ctf.evaluation import recognised
 from ctf.images import open_images
 
 NAME = "fashion-mnist"
@@ -33,8 +34,7 @@ def test_uses_its_codebook(pipe: Pipeline) -> None:
 
 
 def test_samples_are_recognised(pipe: Pipeline) -> None:
-    scored = evaluate(pipe, samples=200, classifier=shipped_classifier())
-    assert scored.accuracy.value >= 0.93
+    assert recognised(pipe, shipped_classifier(), Drawing(200)).value >= 0.93
 
 
 def test_samples_are_not_copies_of_each_other(pipe: Pipeline) -> None:
@@ -44,6 +44,7 @@ def test_samples_are_not_copies_of_each_other(pipe: Pipeline) -> None:
 
 def test_says_what_it_was_made_of(pipe: Pipeline) -> None:
     assert pipe.origin["images"] == NAME
+    assert pipe.origin["license"] == "apache-2.0"
     assert set(pipe.origin["metrics"]) == {"tokenizer", "coarse", "fine"}
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -151,6 +151,7 @@ def sample(
     fine_top_k: int | None = None,
     top_p: float | None = None,
     fine_top_p: float | None = None,
+    resize: int | None = None,
     device: Device = "auto",
     dry_run: bool = False,
 ) -> None:
@@ -159,7 +160,7 @@ def sample(
     Example: ctf sample fashion-mnist --classes 3,bag --count 16 --out sheet.png
 
     Args:
-        model: fashion-mnist, or the folder of a run or pipeline
+        model: fashion-mnist, the folder of a run or pipeline, or org/name[@revision] on the Hub
         classes: numbers or names with commas between, or all
         count: pictures of each class
         seed: picture i is drawn from seed + i
@@ -174,6 +175,7 @@ def sample(
         fine_top_k: the same among the members of each cluster
         top_p: draw among the likeliest labels that have this probability together
         fine_top_p: the same among the members of each cluster
+        resize: pixels a side of the pictures, instead of the tokenizer's
         device: where to compute; auto takes a GPU if there is one
         dry_run: check everything and say what would be drawn, and write nothing
     """
@@ -194,7 +196,7 @@ def sample(
         console.print(f"would draw {count} pictures of each of {len(numbers)} classes: {used}")
         return
     with _progress("sample") as report:
-        written = samples.write(pipe, out, numbers, count, seed, report, **settings)
+        written = samples.write(pipe, out, numbers, count, seed, report, resize, **settings)
     console.print(written, soft_wrap=True)
 
 
@@ -229,7 +231,7 @@ def push(
 
     folder = pipeline.find(model)
     pipe = pipeline.load(folder, _device(device))
-    own = card.edited(pipe, folder)
+    own = card.edited(folder)
     drawn = picture and (own is None or card.PICTURE in own)
     if dry_run:
         said = "a new README.md" if own is None else f"{folder / card.FILE}"
@@ -255,59 +257,105 @@ def evaluate(
     model: Positional[str],
     /,
     *,
-    samples: int = 1000,
+    reference: str | None = None,
+    samples: int = 5000,
+    features: tuple[str, ...] = (),
+    weights: Path | None = None,
     classifier: Path | None = None,
     guidance: float | None = None,
+    fine_guidance: float | None = None,
     temperature: float | None = None,
     fine_temperature: float | None = None,
+    top_k: int | None = None,
+    fine_top_k: int | None = None,
+    top_p: float | None = None,
+    fine_top_p: float | None = None,
     seed: int = 0,
+    balance: Literal["balanced", "uniform"] = "balanced",
+    resize: int | None = None,
+    split: Literal["train", "val", "all"] | None = None,
+    search: bool = False,
+    search_samples: int = 1000,
+    against: Path | None = None,
     out: Path | None = None,
     device: Device = "auto",
     dry_run: bool = False,
 ) -> None:
-    """How many samples are recognised as the class that was asked for.
+    """Scores what a pipeline draws, or pictures that are there, against a reference.
 
-    Example: ctf evaluate fashion-mnist --samples 1000
+    Example: ctf evaluate fashion-mnist --samples 5000
 
     Args:
-        model: fashion-mnist, or the folder of a run or pipeline
-        samples: how many to draw, equally many of each class
-        classifier: folder of a classifier; by default the shipped one for Fashion-MNIST
-        guidance: of the coarse stage; by default the pipeline's
-        temperature: of the coarse stage; by default the pipeline's
-        fine_temperature: of the fine stage; by default the pipeline's
+        model: fashion-mnist, a folder of a run or pipeline, a Hub id, a folder of pictures of one
+            size, or an .npz file of pictures (arr_0)
+        reference: fashion-mnist, a folder of pictures, or an .npz file of pictures or statistics;
+            by default the set that the pipeline was trained on, if it is included
+        samples: how many to draw
+        features: one or several of lite0, inception, fashion, and mymodule:factory; by default
+            lite0, and fashion for its classes
+        weights: file of the Inception network, where it is not in a cache
+        classifier: folder of a classifier for the class accuracy; by default the shipped one for
+            its classes
+        guidance: of the coarse stage. This and all below: by default the pipeline's
+        fine_guidance: of the fine stage
+        temperature: of the coarse stage
+        fine_temperature: of the fine stage
+        top_k: of the coarse stage
+        fine_top_k: of the fine stage
+        top_p: of the coarse stage
+        fine_top_p: of the fine stage
         seed: sample i is drawn from seed + i
-        out: a JSON file for the result
+        balance: exactly equally many samples of each class, or the class of each one at random
+        resize: pixels a side that samples are resized to first, as LlamaGen does from 384 to 256
+        split: pictures of the reference; by default val of an included set, all of a folder
+        search: find guidance and temperatures first, by a search on fewer samples and other seeds
+        search_samples: of each point of the search
+        against: report.json of another evaluation: how far the scores differ
+        out: folder of the report, or a .json file beside it; by default a folder in evaluations/
+            that is named after the model and what is asked
         device: where to compute; auto takes a GPU if there is one
         dry_run: check everything, and draw and write nothing
     """
-    from ctf import checkpoint, config, evaluation
-    from ctf.classifier import load_classifier, shipped_classifier
-    from ctf.pipeline import Pipeline
+    from ctf import evaluation, report
 
-    place = _device(device)
-    pipe = Pipeline.from_pretrained(model, place)
-    judge = shipped_classifier(place) if classifier is None else load_classifier(classifier, place)
     given = {
-        "guidance": guidance,
-        "temperature": temperature,
-        "fine_temperature": fine_temperature,
-    }
-    settings: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        "guidance": guidance, "fine_guidance": fine_guidance,
+        "temperature": temperature, "fine_temperature": fine_temperature,
+        "top_k": top_k, "fine_top_k": fine_top_k, "top_p": top_p, "fine_top_p": fine_top_p,
+    }  # fmt: skip
+    job = evaluation.prepare(
+        model,
+        reference,
+        samples=samples,
+        features=features,
+        weights=weights,
+        classifier=classifier,
+        settings={name: value for name, value in given.items() if value is not None},
+        seed=seed,
+        balance=balance,
+        resize=resize,
+        split=split,
+        search_samples=search_samples if search else None,
+        out=out,
+        device=_device(device),
+    )
     if dry_run:
-        console.print(f"would draw and classify {samples} samples")
+        console.print(f"would write {job.folder}: {job.asked}", soft_wrap=True)
         return
-    with _progress("evaluate") as report:
-        scored = evaluation.evaluate(
-            pipe, samples=samples, classifier=judge, seed=seed, report=report, **settings
-        )
-    for name, accuracy in {**scored.per_class, "all": scored.accuracy}.items():
-        console.print(
-            f"{name:<12} {accuracy.value:6.1%}  "
-            f"(95 % interval {accuracy.low:.1%} to {accuracy.high:.1%})"
-        )
-    if out is not None:
-        checkpoint.save_json(out, config.to_json(scored))
+    result = job.run(_progress)
+    _table(("score", "value", "95 % interval"), report.rows(result))
+    if against is not None:
+        rows = [
+            (
+                name,
+                f"{d.value:+.4g}",
+                f"{d.low:.4g} to {d.high:.4g}",
+                "no" if d.significant else "yes",
+            )
+            for name, d in report.differences(result, report.load(against)).items()
+        ]
+        _table((f"minus {against}", "difference", "95 % interval", "may be chance"), rows)
+    console.print(f"{job.folder}: report.md, report.json, samples.npz", soft_wrap=True)
 
 
 @command("tokenizer train")
@@ -369,7 +417,7 @@ def tokenizer_evaluate(
     Example: ctf tokenizer evaluate run --images my-pictures
 
     Args:
-        run: folder of a run or pipeline, or the name of a shipped one
+        run: folder of a run or pipeline, fashion-mnist, or org/name[@revision] on the Hub
         images: fashion-mnist, or a folder of pictures
         background: colour behind transparent pictures
         skip_bad: leave pictures out that cannot be used
@@ -682,8 +730,7 @@ def convert_llamagen(
 ) -> None:
     """Makes a full-vocabulary pipeline of released LlamaGen weights.
 
-    Example: ctf convert llamagen --vq vq_ds16_c2i.pt --gpt c2i_B_256.pt --size B
-    --image-size 256 --out llamagen-B
+    Example: ctf convert llamagen --vq vq_ds16_c2i.pt --gpt c2i_B_256.pt --out llamagen-B
 
     Args:
         vq: the tokenizer's file
@@ -739,6 +786,15 @@ def _progress(name: str, world: Any = None) -> Any:
     if world is not None and not world.main:
         return contextlib.nullcontext()
     return progress(name)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def _say(world: Any, text: str) -> None:

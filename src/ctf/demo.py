@@ -11,7 +11,8 @@ from rich.table import Table
 
 from ctf import checkpoint, pipeline
 from ctf.classifier import shipped_classifier
-from ctf.evaluation import evaluate
+from ctf.drawing import Drawing
+from ctf.evaluation import recognised
 from ctf.fit import fit, resolve
 from ctf.images import open_images
 from ctf.pipeline import Pipeline
@@ -59,7 +60,7 @@ def _table(folders: dict[str, Path], device: torch.device, console: Console) -> 
     for name, folder in folders.items():
         pipe = Pipeline.from_pretrained(folder, device)
         with progress(f"scoring {name}", console) as report:
-            scored = evaluate(pipe, samples=SCORED, classifier=classifier, report=report)
+            accuracy = recognised(pipe, classifier, Drawing(SCORED), report)
         metrics = pipe.origin["metrics"]
         spent = pipe.origin["seconds"]
         columns.append(
@@ -69,7 +70,7 @@ def _table(folders: dict[str, Path], device: torch.device, console: Console) -> 
                 "reconstruction PSNR": f"{metrics['tokenizer']['psnr']:.1f} dB",
                 "validation loss, coarse (nats a token)": f"{metrics['coarse']['loss']:.3f}",
                 "validation loss, fine (nats a token)": f"{metrics['fine']['loss']:.3f}",
-                f"class accuracy of {SCORED} samples": f"{scored.accuracy.value:.1%}",
+                f"class accuracy of {SCORED} samples": f"{accuracy.value:.1%}",
                 **{f"seconds, {stage}": f"{value:.0f}" for stage, value in spent.items()},
             }
         )

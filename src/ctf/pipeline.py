@@ -5,6 +5,7 @@ Shapes: B batch, L tokens of an image.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import operator
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -21,14 +23,27 @@ from ctf.coarse import CoarseModel
 from ctf.config import did_you_mean
 from ctf.errors import UserError
 from ctf.fine import FineModel
-from ctf.images import as_pictures
+from ctf.images import LARGEST_SIZE, as_pictures
 from ctf.sampling import Sampling
 from ctf.tokenizer import VQModel
 from ctf.transformer import TransformerConfig
 
 SHIPPED = Path(__file__).parent / "shipped"
 SETTINGS = "pipeline.json"
+FILES = (  # that make a pipeline; all that is ever downloaded
+    SETTINGS,
+    f"clusters/{clusters.FILE}",
+    *(
+        f"{model}/{file}"
+        for model in ("tokenizer", "coarse", "fine")
+        for file in ("config.json", "model.safetensors")
+    ),
+)
+LICENSE = "license"  # the entry of `origin` with the licence of the weights
 BATCH = 64  # images drawn at a time
+
+Report = Callable[[int, int], None]  # images drawn, images to draw
+Progress = Callable[[str], contextlib.AbstractContextManager[Report]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +79,7 @@ class Pipeline:
     fine: (labels_BL, classes_B) -> logits over members (B, L, S), or None.
     class_names: one per class.
     sampling: the settings that `sample` takes where it is not told otherwise.
-    origin: what it was made of, as plain JSON values.
+    origin: what it was made of, as plain JSON values; "license" is that of the weights.
     """
 
     tokenizer: VQModel
@@ -76,24 +91,129 @@ class Pipeline:
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, device: torch.device | str = "cpu") -> Pipeline:
-        """Loads a shipped pipeline by its name, or the one in a folder.
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        device: torch.device | str = "cpu",
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> Pipeline:
+        """Loads the pipeline in a folder, a shipped one by its name, or one of the Hub.
+
+        Args:
+            name: a folder, a shipped name, or org/name[@revision] on the Hub, in this order.
+            revision: branch, tag or commit on the Hub, if not in the name; by default "main". This
+                and all below are of the Hub, and as everywhere in huggingface_hub.
+            cache_dir: where downloads are kept.
+            token: of the Hub; by default the one that was logged in with.
+            local_files_only: use what is in the cache, and no network.
+            force_download: download anew what is in the cache.
 
         Raises:
-            UserError: there is none, or its parts are missing, damaged, or of different runs.
+            UserError: there is none, or its parts are missing, damaged, or of different runs; see
+                `hub.download`.
         """
-        return load(find(name), torch.device(device))
+        folder = find(
+            name,
+            revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        return load(folder, torch.device(device))
 
-    def save_pretrained(self, folder: str | Path, *, half: bool = False) -> None:
-        """Writes the pipeline into a folder that `from_pretrained` takes.
+    def save_pretrained(
+        self, folder: str | Path, *, half: bool = False, license: str | None = None
+    ) -> None:
+        """Writes the pipeline into a folder that `from_pretrained` takes, with a model card.
+
+        Equal pipelines are equal bytes. A README.md that was edited is kept.
 
         Args:
             half: store weights in half precision: half the size, and now and then another code.
+            license: of the weights, as the Hub calls it, e.g. "apache-2.0"; it stays with the
+                pipeline. By default what `origin` says.
 
         Raises:
             UserError: the folder exists and holds something else, or cannot be written.
         """
-        save(self, Path(folder), torch.float16 if half else torch.float32)
+        from ctf import card
+
+        licensed = self._licensed(license)
+        save(licensed, Path(folder), torch.float16 if half else torch.float32)
+        card.save(licensed, Path(folder))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        half: bool = False,
+        license: str | None = None,
+        picture: bool = True,
+        card: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Push a pipeline of ctf",
+        progress: Progress | None = None,
+    ) -> str:
+        """Pushes what `save_pretrained` writes to the Hub, as one commit.
+
+        Its card is made anew, whatever the repository has, unless `card` is given.
+
+        Args:
+            repo_id: org/name, or org/name@branch; made if there is none.
+            half, license: see `save_pretrained`.
+            picture: draw a sheet of samples for the card.
+            card: the text of README.md, instead of the one that is made of `origin`.
+            private: who can see a repository that is made; by default as the organisation has it.
+            token: of the Hub; by default the one that was logged in with.
+            progress: opens a reporter of the samples that are drawn, e.g. `ctf.progress.progress`.
+
+        Returns:
+            The web address of the commit.
+
+        Raises:
+            UserError: no repository of that name can be made or written, or there is no network.
+        """
+        from ctf import card as cards
+        from ctf import hub
+
+        address = hub.target(repo_id)
+        if card is not None and license is not None:
+            raise UserError(
+                f"got a licence, {license!r}, and a {cards.FILE} of your own\n"
+                "write the licence into its header instead"
+            )
+        licensed = self._licensed(license)
+        hub.create(address, private=private, token=token)  # or fails before minutes of drawing
+        sheet = None
+        if picture:
+            with progress("samples") if progress else contextlib.nullcontext() as report:
+                sheet = cards.picture(self, report)
+        if card is None:
+            card = cards.text(licensed, str(address), with_picture=picture)
+
+        def write(folder: Path) -> None:
+            save(licensed, folder, torch.float16 if half else torch.float32)
+            cards.write(folder, card, sheet)
+
+        return hub.push(
+            write,
+            address,
+            replaced=(*FILES, cards.PICTURE),
+            message=commit_message,
+            token=token,
+        )
+
+    def _licensed(self, license: str | None) -> Pipeline:
+        if license is None:
+            return self
+        return dataclasses.replace(self, origin={**self.origin, LICENSE: license})
 
     @property
     def device(self) -> torch.device:
@@ -127,7 +247,8 @@ class Pipeline:
         classes: Sequence[int | str],
         seed: int = 0,
         *,
-        report: Callable[[int, int], None] | None = None,
+        resize: int | None = None,
+        report: Report | None = None,
         **settings: float,
     ) -> Samples:
         """Draws an image for each of the given classes.
@@ -137,6 +258,7 @@ class Pipeline:
 
         Args:
             classes: numbers or names.
+            resize: pixels a side of the images, instead of the tokenizer's.
             settings: any field of `Sampling`, by keyword; the rest as in `self.sampling`.
             report: called with the number of images done and to do.
 
@@ -152,6 +274,8 @@ class Pipeline:
         numbers = self.class_numbers(classes)
         if not numbers:
             raise UserError("got 0 images to sample, expected 1 or more")
+        if resize is not None and not 1 <= resize <= LARGEST_SIZE:
+            raise UserError(f"resize: got {resize}, expected 1 to {LARGEST_SIZE} pixels a side")
         check_seed(seed, len(numbers))
         images: list[Image.Image] = []
         codes, coarse = [], []
@@ -163,7 +287,7 @@ class Pipeline:
             codes_BL = sampling.sample_fine(
                 self.fine, self.clusters, labels_BL, classes_B, uniforms_B2L[:, 1], chosen
             )
-            images += as_pictures(self.decode(codes_BL))
+            images += as_pictures(self.decode(codes_BL, resize))
             codes.append(codes_BL.cpu())
             coarse.append(labels_BL.cpu())
             if report is not None:
@@ -171,9 +295,16 @@ class Pipeline:
         return Samples(images, torch.cat(codes), torch.cat(coarse))
 
     @torch.inference_mode()
-    def decode(self, codes_BL: Tensor) -> Tensor:
-        """Codes (B, L) -> images in [-1, 1], (B, 3, H, W)."""
-        return self.tokenizer.decode(codes_BL)
+    def decode(self, codes_BL: Tensor, resize: int | None = None) -> Tensor:
+        """Codes (B, L) -> images in [-1, 1], (B, 3, H, W), of `resize` pixels a side if given.
+
+        Resized as LlamaGen does from 384 to 256 before it scores (sample_c2i_ddp.py): bicubic,
+        not antialiased, before values are clipped.
+        """
+        if resize is None:
+            return self.tokenizer.decode(codes_BL)
+        images_BCHW = self.tokenizer.decode_vectors(self.tokenizer.codebook()[codes_BL])
+        return F.interpolate(images_BCHW, size=(resize, resize), mode="bicubic").clamp(-1, 1)
 
 
 def check_seed(seed: int, count: int) -> None:
@@ -187,19 +318,55 @@ def shipped() -> list[str]:
     return sorted(path.parent.name for path in SHIPPED.glob(f"*/{SETTINGS}"))
 
 
-def find(name: str | Path) -> Path:
-    """The folder of a shipped pipeline, or the given folder.
+def find(name: str | Path, revision: str | None = None, **download: Any) -> Path:
+    """The given folder, that of a shipped pipeline, or that of a downloaded one, in this order.
+
+    Args:
+        name: a folder, a shipped name, or org/name[@revision] on the Hub.
+        revision: on the Hub, if not in the name.
+        download: see `hub.download`.
 
     Raises:
-        UserError: there is neither.
+        UserError: there is none of the three.
     """
-    if Path(name).is_dir():
-        return Path(name)
-    if str(name) in shipped():
-        return SHIPPED / str(name)
-    raise UserError(
-        f"no pipeline {str(name)!r}, neither a folder nor a shipped one"
-        f"{did_you_mean(str(name), shipped())}"
+    here = Path(name).is_dir()
+    if here or str(name) in shipped():
+        if revision is not None:
+            raise UserError(f"{name}: is here, not on the Hub, and has no revision {revision!r}")
+        return Path(name) if here else SHIPPED / str(name)
+    from ctf import hub  # which takes its time, and is needed here alone
+
+    address = hub.parse(str(name), revision)
+    if address is None:
+        raise UserError(
+            f"no pipeline {str(name)!r}, neither a folder nor a shipped one nor org/name on the Hub"
+            f"{did_you_mean(str(name), shipped())}"
+        )
+    folder = hub.download(address, FILES, **download)
+    _check_complete(folder, address)
+    return folder
+
+
+def _check_complete(folder: Path, address: object) -> None:
+    """Raises UserError where what was downloaded from `address` lacks a file of a pipeline."""
+    missing = [file for file in FILES if not (folder / file).is_file()]
+    if {file.partition("/")[0] for file in missing} == {"fine"}:
+        parts = clusters.load(folder / "clusters" / clusters.FILE)
+        missing = missing if parts.largest > 1 else []  # a baseline has no fine model
+    if SETTINGS in missing:
+        raise UserError(f"{address} is no pipeline: the repository has no {SETTINGS}")
+    if missing:
+        raise UserError(
+            f"{address}: the repository has no {', '.join(missing)}\n"
+            "expected all files of a pipeline, as ctf push uploads them"
+        )
+
+
+def hash_of(folder: Path) -> str:
+    """What names the pipeline in a folder: a hash of the files that make it."""
+    files = {file: folder / file for file in FILES}
+    return checkpoint.hash_json(
+        {file: checkpoint.hash_file(path) for file, path in files.items() if path.is_file()}
     )
 
 

@@ -26,6 +26,7 @@ def class_sheet(
     count: int,
     seed: int = 0,
     report: Report | None = None,
+    resize: int | None = None,
     **settings: float,
 ) -> tuple[Image.Image, Samples]:
     """`count` pictures of each class on one sheet, a row or more for each, and the samples.
@@ -33,9 +34,8 @@ def class_sheet(
     Picture i of the sheet, row by row, is drawn from seed + i.
     """
     numbers = pipe.class_numbers(classes)
-    drawn = pipe.sample(
-        [number for number in numbers for _ in range(count)], seed, report=report, **settings
-    )
+    wanted = [number for number in numbers for _ in range(count)]
+    drawn = pipe.sample(wanted, seed, resize=resize, report=report, **settings)
     return contact_sheet(drawn.images, [pipe.class_names[n] for n in numbers], count), drawn
 
 
@@ -78,6 +78,7 @@ def write(
     count: int,
     seed: int = 0,
     report: Report | None = None,
+    resize: int | None = None,
     **settings: float,
 ) -> str:
     """Draws `count` pictures of each class into `out`; returns what was written, in words.
@@ -90,18 +91,18 @@ def write(
     """
     check(out, count, len(classes), seed)
     if out.suffix.lower() == ".png":
-        picture, _ = class_sheet(pipe, classes, count, seed, report, **settings)
+        picture, _ = class_sheet(pipe, classes, count, seed, report, resize, **settings)
         with checkpoint.atomic(out) as temporary:
             picture.save(temporary, format="PNG")
         return f"{out}: {picture.width} x {picture.height} pixels"
     chosen = pipe.class_numbers(classes)
     numbers = [number for number in chosen for _ in range(count)]
-    drawn = pipe.sample(numbers, seed, report=report, **settings)
+    drawn = pipe.sample(numbers, seed, resize=resize, report=report, **settings)
     # First: it marks the folder as ours, if writing should be cut short.
     used = {**dataclasses.asdict(pipe.sampling), **settings}
     checkpoint.save_json(
         out / "settings.json",
-        {"classes": chosen, "count": count, "seed": seed, "sampling": used},
+        {"classes": chosen, "count": count, "seed": seed, "resize": resize, "sampling": used},
     )
     for older in out.glob("[0-9]*.png"):  # of another call, which drew more
         if older.stem.isdigit() and int(older.stem) >= len(numbers):

@@ -288,6 +288,19 @@ def test_size_b_in_bounded_memory(size_b: tuple[Path, Path], tmp_path: Path) -> 
         assert torch.equal(value, given[llamagen._gpt_name(name)])
 
 
+@pytest.mark.parametrize(("pixels", "grid"), [(256, 16), (384, 24), (512, 32)])
+def test_the_grids_of_released_models(
+    size_b: tuple[Path, Path], tmp_path: Path, ctf: Command, pixels: int, grid: int
+) -> None:
+    vq, gpt = size_b
+    out = tmp_path / "out"
+    arguments = ("--vq", vq, "--gpt", gpt, "--image-size", pixels, "--out", out, "--dry-run")
+    result = ctf("convert", "llamagen", *arguments)
+    assert result.code == 0 and not out.exists()
+    assert f"{pixels} pixels -> {grid} x {grid} of 16384 codes" in result.out
+    assert "transformer of 110.9 M parameters, 1000 classes, guidance 2.0" in result.out
+
+
 def test_another_size_than_the_file_has(size_b: tuple[Path, Path], ctf: Command) -> None:
     vq, gpt = size_b
     result = ctf("convert", "llamagen", "--vq", vq, "--gpt", gpt, "--size", "L", "--out", "x")

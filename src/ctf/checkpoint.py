@@ -1,6 +1,7 @@
 """Files that are either whole or not there: atomic writes, strict loads, the latest state.
 
-Tensors are stored as safetensors, everything else as JSON; no pickle is ever executed.
+Tensors are stored as safetensors, everything else as JSON. Others' .pt files can be read; no pickle
+is ever executed.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import re
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -160,6 +164,40 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return tensors, json.loads(entries[METADATA]) if METADATA in entries else entries
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: truncated or not a safetensors file ({error})") from None
+
+
+# What torch.load raises for a file that is truncated, or is something else.
+_UNREADABLE = (
+    RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OSError,
+    zipfile.BadZipFile, pickle.UnpicklingError,
+)  # fmt: skip
+
+
+def load_pt(path: Path, classes: Sequence[type] = ()) -> Any:
+    """What a file of torch.save holds: tensors, plain values and `classes`; no code is ever run.
+
+    Tensors are on the CPU, mapped from the disk where the file's format allows it.
+
+    Raises:
+        UserError: not found, truncated, something else, or with code in it.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: not found")
+    try:
+        with torch.serialization.safe_globals(list(classes)):
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except _UNREADABLE as error:
+        if found := re.search(r"(?:GLOBAL|class|function) (\S+\.\S+)", str(error)):
+            raise UserError(
+                f"{path}: refused, since it holds {found[1]}, which is code and not weights; "
+                "nothing was run"
+            ) from None
+        reason = str(error).strip().split("\n")[0][:100] or type(error).__name__
+        raise UserError(
+            f"{path}: truncated, or not a checkpoint of PyTorch ({reason}); download it again"
+        ) from None
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:

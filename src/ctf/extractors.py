@@ -240,8 +240,8 @@ def _load_inception(path: Path) -> tuple[Inception, str]:
         f"get them from {INCEPTION_SOURCE}"
     )
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # of many kinds, where a file is something else
+        stored = checkpoint.load_pt(path)
+    except UserError:
         raise other from None
     if not isinstance(stored, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in stored.items()

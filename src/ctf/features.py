@@ -123,8 +123,7 @@ def load_lite0() -> Lite0:
     """
     weights = lite0_weights()
     network = Lite0()
-    with open(weights, "rb") as file:
-        stored = torch.load(file, map_location="cpu", weights_only=True)
+    stored = checkpoint.load_pt(weights)
     checkpoint.load_strict(network, _fold_batch_norms(stored), weights)
     for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

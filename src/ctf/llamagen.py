@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,12 +51,6 @@ PREFIXES = ("module.", "_orig_mod.")  # of DDP and torch.compile
 NOT_WEIGHTS = re.compile(r"freqs_cis|causal_mask|quantize\.codebook_used|.*\.kv_cache\.[kv]_cache")
 # Beside a bare state dict.
 NOT_TENSORS = ("optimizer", "steps", "args", "epoch", "epochs")
-
-# What torch.load raises for a file that is truncated, or is something else.
-UNREADABLE = (
-    RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OSError,
-    zipfile.BadZipFile, pickle.UnpicklingError,
-)  # fmt: skip
 
 
 def load(
@@ -190,23 +182,7 @@ def read(path: Path) -> Stored:
     Raises:
         UserError: not found, truncated, something else, or a pickle with code in it (not run).
     """
-    if not path.is_file():
-        raise UserError(f"{path}: not found")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-    except UNREADABLE as error:
-        if found := re.search(r"(?:GLOBAL|class|function) (\S+\.\S+)", str(error)):
-            raise UserError(
-                f"{path}: refused, since it holds {found[1]}, which is code and not weights; "
-                "nothing was run"
-            ) from None
-        reason = str(error).strip().split("\n")[0][:100] or type(error).__name__
-        raise UserError(
-            f"{path}: truncated, or not a checkpoint of PyTorch ({reason}); download it again"
-        ) from None
+    content = checkpoint.load_pt(path, [argparse.Namespace])
     return _stored(content, path)
 
 

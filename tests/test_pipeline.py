@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,14 +138,22 @@ def test_defaults_are_the_pipelines(pipe: Pipeline) -> None:
         ([0], {"temperature": 0.0}, "temperature: got 0.0"),
         ([0], {"fine_top_p": 1.5}, "fine_top_p: got 1.5"),
         ([0], {"top_k": -1}, "top_k: got -1"),
+        ([0], {"guidance_window": (1, 0)}, "guidance_window: got (1, 0)"),
+        ([0], {"guidance_schedule": "lin"}, "got 'lin': did you mean 'linear'?"),
     ],
 )
 def test_mistakes(
-    pipe: Pipeline, classes: list[Any], settings: dict[str, float], message: str
+    pipe: Pipeline, classes: list[Any], settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError) as caught:
-        pipe.sample(classes, seed=0, **settings)
-    assert message in str(caught.value)
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: pipe.sample(classes, **settings),
+        lambda: pipe.stream(classes, **settings),  # at once, not at the first event
+        lambda: pipe.refine(classes, torch.zeros(LENGTH, dtype=torch.int64), **settings),
+    )
+    for call in calls:
+        with pytest.raises(UserError) as caught:
+            call()
+        assert message in str(caught.value)
 
 
 def test_a_class_that_is_no_number_is_the_programs_mistake(pipe: Pipeline) -> None:
@@ -157,13 +166,16 @@ def test_a_class_that_is_no_number_is_the_programs_mistake(pipe: Pipeline) -> No
 
 def test_saved_and_loaded(pipe: Pipeline, tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "copy"
-    chosen = dataclasses.replace(pipe, sampling=Sampling(guidance=1.5))
+    sampling = Sampling(guidance=1.5, guidance_schedule="linear", guidance_window=(0.25, 1.0))
+    chosen = dataclasses.replace(pipe, sampling=sampling)
     chosen.save_pretrained(folder)
     assert sorted(files(folder)) == sorted((*PARTS, "README.md"))
     assert sorted(pipeline.FILES) == sorted(PARTS)  # which is what is downloaded
     copy = Pipeline.from_pretrained(folder)
     assert copy.class_names == pipe.class_names
-    assert copy.sampling == Sampling(guidance=1.5)
+    assert copy.sampling == sampling
+    card = (folder / "README.md").read_text()
+    assert "guidance_schedule linear, guidance_window 0.25 to 1 |" in card
     assert copy.origin == pipe.origin
     assert same(copy.sample([0, 1, 2], seed=4), chosen.sample([0, 1, 2], seed=4))
     before = files(folder)

@@ -1,10 +1,15 @@
 import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -17,14 +22,17 @@ from ctf.sampling import (
     Sampling,
     choose,
     draw,
+    guidance_scales,
     guide,
+    in_words,
     keep_top_k,
     keep_top_p,
     sample_coarse,
     sample_fine,
+    stream_coarse,
     uniforms,
 )
-from ctf.transformer import TransformerConfig
+from ctf.transformer import KVCache, TransformerConfig
 
 CONFIG = TransformerConfig(width=48, layers=2, heads=2, grid=4, classes=3, ffn_multiple=16)
 L = CONFIG.length
@@ -74,6 +82,70 @@ def fine() -> FineModel:
 def test_settings_out_of_range_are_refused(stage, name, value):
     with pytest.raises(UserError, match=f"{stage}{name}: got {value}"):
         Sampling(**{f"{stage}{name}": value})
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"guidance_schedule": "cosin"}, "got 'cosin': did you mean 'cosine'"),
+        ({"guidance_schedule": 2}, "got 2: "),
+        *(
+            ({"guidance_window": window}, r"got .*, expected 0 <= start < stop <= 1")
+            for window in [(0.5, 0.5), (0.6, 0.5), (-0.1, 1.0), (0.0, 1.1), (0.0, float("nan")),
+                           (0.5,), (0.0, 0.5, 1.0), 0.5]
+        ),
+    ],
+)  # fmt: skip
+def test_unknown_schedules_and_windows_are_refused(setting: dict[str, Any], message: str) -> None:
+    (name,) = setting
+    with pytest.raises(UserError, match=f"{name}: {message}"):
+        Sampling(**setting)
+
+
+def test_settings_in_words():
+    chosen = Sampling(guidance=1.5, top_k=3, guidance_schedule="linear", guidance_window=(0.25, 1))
+    assert in_words(dataclasses.asdict(chosen)) == (
+        "guidance 1.5, fine_guidance 1, temperature 1, fine_temperature 1, top_k 3, fine_top_k 0, "
+        "top_p 1, fine_top_p 1, guidance_schedule linear, guidance_window 0.25 to 1"
+    )
+    assert in_words({"guidance_window": [0.5, 1.0]}) == "guidance_window 0.5 to 1"  # from JSON
+
+
+# Guidance over the steps
+
+
+def test_schedules_in_closed_form():
+    def scales(name: Any) -> list[float]:
+        return guidance_scales(Sampling(guidance=3.0, guidance_schedule=name), 5)
+
+    assert scales("constant") == [3.0] * 5
+    assert scales("linear") == [1.0, 1.5, 2.0, 2.5, 3.0]
+    half = math.sqrt(0.5)
+    assert scales("cosine") == pytest.approx([1.0, 2 - half, 2.0, 2 + half, 3.0], abs=1e-12)
+
+
+@given(
+    st.floats(-10, 10),
+    st.sampled_from(["constant", "linear", "cosine"]),
+    st.tuples(st.integers(0, 7), st.integers(1, 8)).filter(lambda w: w[0] < w[1]),
+    st.sampled_from([1, 2, 5, 8, 16, 256]),
+)
+def test_a_window_leaves_the_schedule_as_it_is(g, schedule, eighths, length):
+    whole = Sampling(guidance=g, guidance_schedule=schedule)
+    start, stop = (e / 8 for e in eighths)
+    window = dataclasses.replace(whole, guidance_window=(start, stop))
+    every = guidance_scales(whole, length)
+    for step, scale in enumerate(guidance_scales(window, length)):
+        within = start * length <= step < stop * length
+        assert scale == (every[step] if within else 1.0)
+    # To the bit: anything else would compute what is not needed, or change what is drawn.
+    if g == 1:
+        assert every == [1.0] * length
+    if schedule == "constant":
+        assert every == [g] * length
+    elif length > 1:
+        assert (every[0], every[-1]) == (1.0, g)
+        assert sorted(every, reverse=g < 1) == every
 
 
 # Random numbers
@@ -236,24 +308,205 @@ def test_codes_are_members_of_their_labels(coarse, fine, settings):
 
 
 @torch.no_grad()
-def plain_coarse(model: CoarseModel, numbers_BL: Tensor, settings: Sampling) -> Tensor:
+def plain_coarse(
+    model: CoarseModel, numbers_BL: Tensor, settings: Sampling, kept_BL: Tensor | None = None
+) -> Tensor:
     """The definition: no cache, two passes, the guided logits of one place after another."""
     labels_BL = torch.zeros(numbers_BL.shape, dtype=torch.int64)
+    first, last = settings.guidance_window
     for position in range(L):
         cond = model(labels_BL, CLASSES_B)[:, position]
         uncond = model(labels_BL, torch.full_like(CLASSES_B, model.no_class))[:, position]
-        logits = uncond + settings.guidance * (cond - uncond)
+        r = position / (L - 1)
+        rise = {"constant": 1, "linear": r, "cosine": 0.5 - 0.5 * math.cos(math.pi * r)}
+        scale = 1 + (settings.guidance - 1) * rise[settings.guidance_schedule]
+        if not first <= position / L < last:
+            scale = 1
+        logits = uncond + scale * (cond - uncond)
         labels_BL[:, position] = choose(
             logits, numbers_BL[:, position], settings.temperature, settings.top_k, settings.top_p
         )
+        if kept_BL is not None:
+            for b in range(len(kept_BL)):
+                if kept_BL[b, position] >= 0:
+                    labels_BL[b, position] = kept_BL[b, position]
     return labels_BL
 
 
-@pytest.mark.parametrize("settings", [*SETTINGS, Sampling(top_k=1), Sampling(1.0, top_k=1)])
+WINDOWS = [
+    Sampling(guidance=3.0, guidance_window=(0.0, 0.5)),
+    Sampling(guidance=3.0, guidance_window=(0.5, 1.0), top_k=1),
+    Sampling(guidance=3.0, guidance_window=(0.3, 0.7), guidance_schedule="cosine"),
+    Sampling(guidance=-1.0, guidance_schedule="linear"),
+    Sampling(guidance=2.5, guidance_schedule="cosine", temperature=0.8, top_p=0.9),
+]
+
+
+@pytest.mark.parametrize(
+    "settings", [*SETTINGS, Sampling(top_k=1), Sampling(1.0, top_k=1), *WINDOWS]
+)
 def test_coarse_sampling_against_its_definition(coarse, settings):
     numbers_BL = uniforms(SEEDS, L)[:, 0]
     expected = plain_coarse(coarse, numbers_BL, settings)
     assert torch.equal(sample_coarse(coarse, CLASSES_B, numbers_BL, settings), expected)
+    if settings.top_k != 1:
+        whole = dataclasses.replace(
+            settings, guidance_schedule="constant", guidance_window=(0.0, 1.0)
+        )
+        assert settings == whole or not torch.equal(
+            sample_coarse(coarse, CLASSES_B, numbers_BL, whole), expected
+        )
+
+
+@torch.inference_mode()
+def cached_coarse(model: CoarseModel, numbers_BL: Tensor, settings: Sampling) -> Tensor:
+    """Full guidance with a cache and nothing else."""
+    classes = torch.cat([CLASSES_B, torch.full_like(CLASSES_B, model.no_class)])
+    cache = KVCache(CONFIG, len(classes), torch.device("cpu"), torch.float32)
+    labels_BL = torch.zeros(numbers_BL.shape, dtype=torch.int64)
+    inputs = classes
+    for position in range(L):
+        cond, uncond = model.step(inputs, position, cache).chunk(2)
+        logits = guide(cond, uncond, settings.guidance)
+        labels_BL[:, position] = choose(
+            logits, numbers_BL[:, position], settings.temperature, settings.top_k, settings.top_p
+        )
+        inputs = labels_BL[:, position].repeat(2)
+    return labels_BL
+
+
+@contextmanager
+def recorded(*models: nn.Module) -> Iterator[tuple[list[tuple[int, ...]], list[Tensor]]]:
+    """What goes through the first block of each, as (batch, positions); and all logits."""
+    shapes: list[tuple[int, ...]] = []
+    logits: list[Tensor] = []
+    hooks = [
+        *(m.trunk.layers[0].register_forward_pre_hook(
+            lambda _, given: shapes.append(tuple(given[0].shape[:2]))
+        ) for m in models),
+        *(m.head.register_forward_hook(
+            lambda _, given, result: logits.append(result.clone())
+        ) for m in models),
+    ]  # fmt: skip
+    try:
+        yield shapes, logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("guidance", [0.1, 1.1, 2.0])
+def test_full_guidance_is_the_plain_loop_to_the_bit(coarse, guidance):
+    numbers_BL = uniforms(SEEDS, L)[:, 0]
+    settings = Sampling(guidance=guidance)
+    with recorded(coarse) as (_, plain):
+        expected = cached_coarse(coarse, numbers_BL, settings)
+    with recorded(coarse) as (_, logits):
+        got = sample_coarse(coarse, CLASSES_B, numbers_BL, settings)
+    assert torch.equal(got, expected)
+    assert len(plain) == len(logits) == L
+    assert all(torch.equal(one, other) for one, other in zip(plain, logits, strict=True))
+
+
+ONE, BOTH = (5, 1), (10, 1)  # a step of the batch, and of the batch with and without classes
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (Sampling(), [BOTH] * L),
+        (Sampling(guidance=1.0), [ONE] * L),
+        (Sampling(guidance=1.0, guidance_schedule="linear"), [ONE] * L),
+        (Sampling(guidance_window=(0.0, 0.5)), [BOTH] * 8 + [ONE] * 8),
+        # What has no class catches up in one pass, over the class token and 7 labels.
+        (Sampling(guidance_window=(0.5, 1.0)), [ONE] * 8 + [(5, 8)] + [BOTH] * 8),
+        (Sampling(guidance_window=(0.25, 0.5)), [ONE] * 4 + [(5, 4)] + [BOTH] * 4 + [ONE] * 8),
+        (Sampling(guidance_schedule="cosine"), [ONE] + [ONE] + [BOTH] * 15),
+    ],
+)
+def test_nothing_unconditional_is_computed_that_is_not_needed(coarse, settings, expected):
+    with recorded(coarse) as (shapes, logits):
+        sample_coarse(coarse, CLASSES_B, uniforms(SEEDS, L)[:, 0], settings)
+    assert shapes == expected
+    assert len(logits) == L
+
+
+def test_a_step_is_taken_when_the_next_labels_are_asked_for(coarse):
+    numbers_BL = uniforms(SEEDS, L)[:, 0]
+    expected = sample_coarse(coarse, CLASSES_B, numbers_BL, Sampling())
+    with recorded(coarse) as (_, logits):
+        steps = stream_coarse(coarse, CLASSES_B, numbers_BL, Sampling())
+        assert len(logits) == 0
+        for count in range(1, L + 1):
+            assert torch.equal(next(steps), expected[:, :count])
+            assert len(logits) == count
+            assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+        assert list(steps) == []
+        steps = stream_coarse(coarse, CLASSES_B, numbers_BL, Sampling())
+        next(steps)
+        steps.close()
+        assert len(logits) == L + 1 and list(steps) == []
+
+
+# Labels and codes that are kept
+
+masks = st.integers(0, 2 ** (5 * L) - 1).map(
+    lambda bits: torch.tensor([bits >> i & 1 for i in range(5 * L)], dtype=torch.bool).view(5, L)
+)
+FORCED_BL = torch.arange(5 * L).view(5, L) * 3 % CLUSTERS.count
+
+
+@given(masks, st.sampled_from([SETTINGS[1], Sampling(1.0), WINDOWS[1], WINDOWS[2]]))
+@examples(max_examples=25, deadline=None)
+def test_sampling_around_kept_labels_against_its_definition(coarse, keep_BL, settings):
+    numbers_BL = uniforms(SEEDS, L)[:, 0]
+    kept_BL = FORCED_BL.masked_fill(~keep_BL, -1)
+    before = kept_BL.clone()
+    got = sample_coarse(coarse, CLASSES_B, numbers_BL, settings, kept_BL)
+    assert torch.equal(got, plain_coarse(coarse, numbers_BL, settings, kept_BL))
+    assert torch.equal(kept_BL, before)
+
+
+@given(st.integers(0, 2**L - 1), st.sampled_from([SETTINGS[1], Sampling(1.0), WINDOWS[2]]))
+@examples(max_examples=40, deadline=None)
+def test_positions_that_all_images_keep_take_no_step(coarse, bits, settings):
+    keep_L = torch.tensor([bits >> i & 1 for i in range(L)], dtype=torch.bool)
+    numbers_BL = uniforms(SEEDS, L)[:, 0]
+    kept_BL = FORCED_BL.masked_fill(~keep_L, -1)
+    with recorded(coarse) as (shapes, logits):
+        got = sample_coarse(coarse, CLASSES_B, numbers_BL, settings, kept_BL)
+    assert torch.equal(got, plain_coarse(coarse, numbers_BL, settings, kept_BL))
+    assert len(logits) == int((~keep_L).sum())
+    # No position is computed twice, and none after the last that is drawn.
+    images = sum(batch * positions for batch, positions in shapes)
+    drawn = (~keep_L).nonzero()[:, 0].tolist()
+    assert images <= 10 * (drawn[-1] + 1 if drawn else 0)
+
+
+def test_a_kept_half_takes_one_pass(coarse):
+    numbers_BL = uniforms(SEEDS, L)[:, 0]
+    for keep_L, expected in (
+        (torch.arange(L) < 8, [(5, 8), (5, 8)] + [BOTH] * 8),
+        (torch.arange(L) >= 8, [BOTH] * 8),
+        (torch.ones(L, dtype=torch.bool), []),
+    ):
+        with recorded(coarse) as (shapes, _):
+            kept_BL = FORCED_BL.masked_fill(~keep_L, -1)
+            sample_coarse(coarse, CLASSES_B, numbers_BL, Sampling(), kept_BL)
+        assert shapes == expected
+
+
+@pytest.mark.parametrize("softmax", ["members", "full"])
+def test_kept_codes_are_put_back(softmax):
+    model = FineModel(CONFIG, CLUSTERS, softmax).eval()
+    randomise(model)
+    codes_BL = torch.arange(5 * L).view(5, L) % len(LABELS_V)
+    keep_BL = torch.arange(5 * L).view(5, L) % 3 == 0
+    given = (CLUSTERS, LABELS_V[codes_BL], CLASSES_B, uniforms(SEEDS, L)[:, 1], Sampling())
+    free_BL = sample_fine(model, *given)
+    got_BL = sample_fine(model, *given, codes_BL.masked_fill(~keep_BL, -1))
+    assert torch.equal(got_BL, torch.where(keep_BL, codes_BL, free_BL))
+    assert not torch.equal(got_BL, free_BL)
 
 
 @torch.no_grad()
@@ -284,19 +537,11 @@ def test_fine_sampling_against_its_definition(settings, softmax):
 
 
 def test_no_guidance_costs_nothing(coarse, fine):
-    batches = []
-
-    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        batches.append(len(inputs[0]))
-
-    hooks = [m.trunk.norm.register_forward_pre_hook(record) for m in (coarse, fine)]
     for scale, factor in ((1.0, 1), (1.5, 2)):
-        batches.clear()
         settings = Sampling(guidance=scale, fine_guidance=scale)
-        sample(coarse, fine, CLASSES_B, SEEDS, settings)
-        assert batches == [factor * len(SEEDS)] * (L + 1)
-    for hook in hooks:
-        hook.remove()
+        with recorded(coarse, fine) as (shapes, _):
+            sample(coarse, fine, CLASSES_B, SEEDS, settings)
+        assert [batch for batch, _ in shapes] == [factor * len(SEEDS)] * (L + 1)
 
 
 def test_each_stage_has_settings_of_its_own(coarse, fine):
@@ -334,6 +579,6 @@ def test_half_precision_samples_too():
     for model in (coarse, fine):
         randomise(model)
         model.bfloat16()
-    settings = Sampling(fine_guidance=2.0, top_p=0.9, fine_top_k=3)
+    settings = Sampling(fine_guidance=2.0, top_p=0.9, fine_top_k=3, guidance_window=(0.5, 1.0))
     labels_BL, codes_BL = sample(coarse, fine, CLASSES_B, SEEDS, settings)
     assert torch.equal(LABELS_V[codes_BL], labels_BL)

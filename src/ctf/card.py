@@ -5,6 +5,7 @@ Nothing is in it that the pipeline does not say. Equal pipelines have equal card
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ from huggingface_hub import ModelCardData
 from PIL import Image
 from torch import nn
 
-from ctf import checkpoint, config
+from ctf import checkpoint
 from ctf.errors import UserError
 from ctf.pipeline import LICENSE, Pipeline, Report
 from ctf.samples import class_sheet
+from ctf.sampling import in_words
 
 FILE = "README.md"
 PICTURE = "samples.png"
@@ -132,7 +134,7 @@ def _parts(pipe: Pipeline) -> str:
         "clusters": f"{pipe.clusters.count} of up to {largest} codes" if largest > 1 else "none",
         "coarse model": _transformer(pipe.coarse),
         "fine model": "none" if pipe.fine is None else _transformer(pipe.fine),
-        "sampling": ", ".join(f"{k} {v:g}" for k, v in config.to_json(pipe.sampling).items()),
+        "sampling": in_words(dataclasses.asdict(pipe.sampling)),
     }
     return "## Parts\n\n" + _table(("part", ""), rows.items())
 

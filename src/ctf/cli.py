@@ -151,6 +151,8 @@ def sample(
     fine_top_k: int | None = None,
     top_p: float | None = None,
     fine_top_p: float | None = None,
+    guidance_window: tuple[float, float] | None = None,
+    guidance_schedule: Literal["constant", "linear", "cosine"] | None = None,
     resize: int | None = None,
     device: Device = "auto",
     dry_run: bool = False,
@@ -175,6 +177,9 @@ def sample(
         fine_top_k: the same among the members of each cluster
         top_p: draw among the likeliest labels that have this probability together
         fine_top_p: the same among the members of each cluster
+        guidance_window: guide between these fractions of the steps of the coarse stage only, e.g.
+            0.2 0.8; the others then cost less
+        guidance_schedule: how guidance grows from 1 over the steps of the coarse stage
         resize: pixels a side of the pictures, instead of the tokenizer's
         device: where to compute; auto takes a GPU if there is one
         dry_run: check everything and say what would be drawn, and write nothing
@@ -182,17 +187,18 @@ def sample(
     from ctf import samples
     from ctf.pipeline import Pipeline
 
-    given = {
+    given: dict[str, Any] = {
         "guidance": guidance, "fine_guidance": fine_guidance,
         "temperature": temperature, "fine_temperature": fine_temperature,
         "top_k": top_k, "fine_top_k": fine_top_k, "top_p": top_p, "fine_top_p": fine_top_p,
+        "guidance_window": guidance_window, "guidance_schedule": guidance_schedule,
     }  # fmt: skip
     settings = {name: value for name, value in given.items() if value is not None}
     pipe = Pipeline.from_pretrained(model, _device(device))
     numbers = _classes(classes, pipe)
     if dry_run:
         samples.check(out, count, len(numbers), seed)
-        used = dataclasses.replace(pipe.sampling, **settings)  # type: ignore[arg-type]
+        used = dataclasses.replace(pipe.sampling, **settings)
         console.print(f"would draw {count} pictures of each of {len(numbers)} classes: {used}")
         return
     with _progress("sample") as report:

@@ -8,22 +8,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor
 
 from ctf import checkpoint, clusters, config, sampling, tokenizer_training
 from ctf.clusters import Clusters
 from ctf.coarse import CoarseModel
 from ctf.config import did_you_mean
+from ctf.decoding import to_rgb
 from ctf.errors import UserError
 from ctf.fine import FineModel
-from ctf.images import LARGEST_SIZE, as_pictures
+from ctf.images import LARGEST_SIZE, as_pictures, as_tensor, crop
 from ctf.sampling import Sampling
 from ctf.tokenizer import VQModel
 from ctf.transformer import TransformerConfig
@@ -57,7 +59,7 @@ class PipelineSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """What `Pipeline.sample` returns, an entry per class that was asked for.
+    """What `Pipeline.sample` and `refine` return, an entry per class that was asked for.
 
     images: PIL images, RGB.
     codes: (B, L), int64 in [0, V), row by row.
@@ -67,6 +69,34 @@ class Samples:
     images: list[Image.Image]
     codes: Tensor
     coarse: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What `Pipeline.stream` yields: one after each row of coarse labels, then one with `samples`.
+
+    rows, total: rows of labels that are there, and that there will be.
+    coarse: (B, rows * grid), int64 in [0, K): the labels so far, row by row.
+    images: PIL images, RGB: previews, none where none are asked for; the last, those of `samples`.
+    samples: None except in the last event.
+    """
+
+    rows: int
+    total: int
+    coarse: Tensor
+    images: list[Image.Image]
+    samples: Samples | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Images that are drawn at a time: which of all, and of what, where the models are."""
+
+    images: slice
+    classes_B: Tensor
+    uniforms_B2L: Tensor
+    kept_BL: Tensor | None  # codes, and -1 where one is to be drawn
+    kept_labels_BL: Tensor | None  # of these codes, and -1
 
 
 @dataclasses.dataclass
@@ -247,52 +277,169 @@ class Pipeline:
         classes: Sequence[int | str],
         seed: int = 0,
         *,
+        codes: Tensor | None = None,
+        keep: Tensor | None = None,
         resize: int | None = None,
         report: Report | None = None,
-        **settings: float,
+        **settings: Any,
     ) -> Samples:
         """Draws an image for each of the given classes.
 
-        Image i is drawn from seed + i, and depends on nothing else but its class and the settings:
-        it is the same in any batch, up to the rounding of the kernels.
+        Image i is drawn from seed + i, and depends on nothing else but its class, what is kept of
+        it, and the settings: it is the same in any batch, up to the rounding of the kernels.
 
         Args:
             classes: numbers or names.
+            codes, keep: the parts of images that are given. Where `keep`, (B, L) of bool, is true,
+                the code of `codes`, (B, L) of integers in [0, V), is in the result, and its label;
+                elsewhere `codes` says nothing. The rest is drawn with the random numbers that it
+                would have alone: coarse labels follow from those above and to the left of them,
+                given or drawn, and codes from the labels of the whole image. (L,) and (1, L) are
+                for all images.
             resize: pixels a side of the images, instead of the tokenizer's.
             settings: any field of `Sampling`, by keyword; the rest as in `self.sampling`.
             report: called with the number of images done and to do.
 
         Raises:
             UserError: no class or an unknown one, an unknown setting, or one out of its range; a
-                seed of more than 64 bits.
+                seed of more than 64 bits; `codes` without `keep`, or of another shape, type or
+                range.
         """
-        known = [field.name for field in dataclasses.fields(Sampling)]
-        for name in settings:
-            if name not in known:
-                raise UserError(f"unknown setting {name!r}{did_you_mean(name, known)}")
-        chosen = dataclasses.replace(self.sampling, **settings)  # type: ignore[arg-type]
-        numbers = self.class_numbers(classes)
-        if not numbers:
-            raise UserError("got 0 images to sample, expected 1 or more")
-        if resize is not None and not 1 <= resize <= LARGEST_SIZE:
-            raise UserError(f"resize: got {resize}, expected 1 to {LARGEST_SIZE} pixels a side")
-        check_seed(seed, len(numbers))
-        images: list[Image.Image] = []
-        codes, coarse = [], []
-        for start in range(0, len(numbers), BATCH):
-            classes_B = torch.tensor(numbers[start : start + BATCH], device=self.device)
-            seeds = range(seed + start, seed + start + len(classes_B))
-            uniforms_B2L = sampling.uniforms(seeds, self.coarse.config.length)
-            labels_BL = sampling.sample_coarse(self.coarse, classes_B, uniforms_B2L[:, 0], chosen)
-            codes_BL = sampling.sample_fine(
-                self.fine, self.clusters, labels_BL, classes_B, uniforms_B2L[:, 1], chosen
+        numbers, chosen = self._asked(classes, seed, resize, settings)
+        kept_NL = self._kept(codes, keep, len(numbers))
+
+        def coarse(batch: _Batch) -> Tensor:
+            return sampling.sample_coarse(
+                self.coarse,
+                batch.classes_B,
+                batch.uniforms_B2L[:, 0],
+                chosen,
+                batch.kept_labels_BL,
             )
-            images += as_pictures(self.decode(codes_BL, resize))
-            codes.append(codes_BL.cpu())
-            coarse.append(labels_BL.cpu())
-            if report is not None:
-                report(len(images), len(numbers))
-        return Samples(images, torch.cat(codes), torch.cat(coarse))
+
+        return self._samples(numbers, seed, kept_NL, chosen, resize, report, coarse)
+
+    def refine(
+        self,
+        classes: Sequence[int | str],
+        coarse: Tensor,
+        seed: int = 0,
+        *,
+        resize: int | None = None,
+        report: Report | None = None,
+        **settings: Any,
+    ) -> Samples:
+        """Draws the details again, for the same coarse labels: the fine stage alone.
+
+        The images that `sample` draws of the same classes, seed and settings have, for their own
+        `coarse`, the same codes here; another seed gives other details. The full-vocabulary
+        baseline has no details left to draw, and gives the same codes for any seed.
+
+        Args:
+            coarse: (B, L) of integers in [0, K), or (L,) or (1, L) for all images.
+            classes, seed, resize, report, settings: see `sample`.
+
+        Raises:
+            UserError: see `sample`; labels of another shape, type or range.
+        """
+        numbers, chosen = self._asked(classes, seed, resize, settings)
+        labels_NL = self._integers("coarse", coarse, len(numbers))
+        _check_range("coarse", labels_NL, self.clusters.count)
+        return self._samples(
+            numbers, seed, None, chosen, resize, report, lambda batch: labels_NL[batch.images]
+        )
+
+    def stream(
+        self,
+        classes: Sequence[int | str],
+        seed: int = 0,
+        *,
+        codes: Tensor | None = None,
+        keep: Tensor | None = None,
+        resize: int | None = None,
+        preview: bool = True,
+        **settings: Any,
+    ) -> Generator[Event, None, None]:
+        """Draws as `sample` does, and shows the images while they grow.
+
+        An event comes after each row of coarse labels, and a last one has `samples`: what `sample`
+        returns. Closed, or left by `break`, it takes no further step and frees its memory.
+
+        A preview is decoded from the mean code vector of each label's cluster, the codes that are
+        kept, and the mean of all clusters where no label is known yet. It costs a pass of the
+        decoder for each row.
+
+        Args:
+            classes: one batch: at most `BATCH`.
+            preview: without, events have the labels only.
+            seed, codes, keep, resize, settings: see `sample`.
+
+        Raises:
+            UserError: see `sample`; more images than one batch has. All at once, not at the first
+                event.
+        """
+        numbers, chosen = self._asked(classes, seed, resize, settings)
+        if len(numbers) > BATCH:
+            raise UserError(
+                f"got {len(numbers)} images to stream, expected {BATCH} or fewer: one batch; "
+                "sample draws any number"
+            )
+        (batch,) = self._batches(numbers, seed, self._kept(codes, keep, len(numbers)))
+        return self._events(batch, chosen, resize, preview)
+
+    def _events(
+        self, batch: _Batch, settings: Sampling, resize: int | None, preview: bool
+    ) -> Generator[Event, None, None]:
+        grid = self.coarse.config.grid
+        for labels_BT in sampling.stream_coarse(
+            self.coarse,
+            batch.classes_B,
+            batch.uniforms_B2L[:, 0],
+            settings,
+            batch.kept_labels_BL,
+        ):
+            rows, more = divmod(labels_BT.shape[1], grid)
+            if more == 0:
+                images = []
+                if preview:
+                    images = as_pictures(self._preview(labels_BT, batch.kept_BL, resize))
+                yield Event(rows, grid, labels_BT.clone().cpu(), images)
+        samples = self._finish(batch, labels_BT, settings, resize)
+        yield Event(grid, grid, samples.coarse, samples.images, samples)
+
+    @torch.inference_mode()
+    def _preview(self, labels_BT: Tensor, kept_BL: Tensor | None, resize: int | None) -> Tensor:
+        """Images in [-1, 1] of the first T labels and of all codes that are kept."""
+        codebook_VC = self.tokenizer.codebook()
+        means_KC = codebook_VC.new_zeros(self.clusters.count, codebook_VC.shape[1])
+        means_KC.index_add_(0, self.clusters.labels_V, codebook_VC)
+        means_KC /= self.clusters.sizes_K[:, None]
+        # Not of length 1 again: it makes no difference to the images, as members are close, and
+        # what is unknown spoils what is known the less the shorter its vectors are.
+        batch, known = labels_BT.shape
+        vectors_BLC = means_KC.mean(0).repeat(batch, self.coarse.config.length, 1)
+        vectors_BLC[:, :known] = means_KC[labels_BT]
+        if kept_BL is not None:
+            kept_BL1 = (kept_BL >= 0)[..., None]
+            vectors_BLC = torch.where(kept_BL1, codebook_VC[kept_BL], vectors_BLC)
+        return self._decode_vectors(vectors_BLC, resize)
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pictures of any size and mode, cropped as those of the training -> codes (B, L), int64.
+
+        Raises:
+            UserError: there are none.
+        """
+        if not images:
+            raise UserError("got 0 images to encode, expected 1 or more")
+        size = self.tokenizer.config.image_size
+        # Copies are no files any more, whatever format they came from.
+        pictures = [to_rgb(cast(ImageFile.ImageFile, i.copy()), (255, 255, 255)) for i in images]
+        pixels_NHWC = np.stack([np.asarray(crop(picture, size)) for picture in pictures])
+        parts = np.split(pixels_NHWC, range(BATCH, len(images), BATCH))
+        codes = [self.tokenizer.encode(as_tensor(part, self.device)) for part in parts]
+        return torch.cat(codes).cpu()
 
     @torch.inference_mode()
     def decode(self, codes_BL: Tensor, resize: int | None = None) -> Tensor:
@@ -301,10 +448,125 @@ class Pipeline:
         Resized as LlamaGen does from 384 to 256 before it scores (sample_c2i_ddp.py): bicubic,
         not antialiased, before values are clipped.
         """
-        if resize is None:
-            return self.tokenizer.decode(codes_BL)
-        images_BCHW = self.tokenizer.decode_vectors(self.tokenizer.codebook()[codes_BL])
-        return F.interpolate(images_BCHW, size=(resize, resize), mode="bicubic").clamp(-1, 1)
+        return self._decode_vectors(self.tokenizer.codebook()[codes_BL], resize)
+
+    def _decode_vectors(self, vectors_BLC: Tensor, resize: int | None) -> Tensor:
+        images_BCHW = self.tokenizer.decode_vectors(vectors_BLC)
+        if resize is not None:
+            images_BCHW = F.interpolate(images_BCHW, size=(resize, resize), mode="bicubic")
+        return images_BCHW.clamp(-1, 1)
+
+    def _asked(
+        self,
+        classes: Sequence[int | str],
+        seed: int,
+        resize: int | None,
+        settings: Mapping[str, Any],
+    ) -> tuple[list[int], Sampling]:
+        """The numbers of the classes and the settings; raises UserError, see `sample`."""
+        known = [field.name for field in dataclasses.fields(Sampling)]
+        for name in settings:
+            if name not in known:
+                raise UserError(f"unknown setting {name!r}{did_you_mean(name, known)}")
+        chosen = dataclasses.replace(self.sampling, **settings)
+        numbers = self.class_numbers(classes)
+        if not numbers:
+            raise UserError("got 0 images to sample, expected 1 or more")
+        if resize is not None and not 1 <= resize <= LARGEST_SIZE:
+            raise UserError(f"resize: got {resize}, expected 1 to {LARGEST_SIZE} pixels a side")
+        check_seed(seed, len(numbers))
+        return numbers, chosen
+
+    def _kept(self, codes: Tensor | None, keep: Tensor | None, count: int) -> Tensor | None:
+        """The codes that are kept, and -1 elsewhere: int64 (count, L); None: none are given."""
+        if codes is None and keep is None:
+            return None
+        if codes is None or keep is None:
+            raise UserError("codes and keep: got one of them, expected both or neither")
+        if keep.dtype != torch.bool:
+            raise UserError(f"keep: got {keep.dtype}, expected torch.bool, true where a code stays")
+        keep_NL = self._for_all("keep", keep, count)
+        kept_NL = self._integers("codes", codes, count)
+        _check_range("codes", kept_NL[keep_NL], self.clusters.codebook_size)
+        return kept_NL.masked_fill(~keep_NL, -1)
+
+    def _integers(self, name: str, given: Tensor, count: int) -> Tensor:
+        if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+            raise UserError(f"{name}: got {given.dtype}, expected integers, e.g. torch.int64")
+        return self._for_all(name, given, count).long()
+
+    def _for_all(self, name: str, given: Tensor, count: int) -> Tensor:
+        length = self.coarse.config.length
+        if given.shape not in ((count, length), (1, length), (length,)):
+            raise UserError(
+                f"{name}: got shape {tuple(given.shape)}, expected {(count, length)}, or "
+                f"{(length,)} for all images"
+            )
+        return given.to(self.device).expand(count, length)
+
+    def _batches(
+        self, numbers: Sequence[int], seed: int, kept_NL: Tensor | None
+    ) -> Iterator[_Batch]:
+        for start in range(0, len(numbers), BATCH):
+            classes_B = torch.tensor(numbers[start : start + BATCH], device=self.device)
+            images = slice(start, start + len(classes_B))
+            seeds = range(seed + images.start, seed + images.stop)
+            kept_BL = kept_labels_BL = None
+            if kept_NL is not None:
+                kept_BL = kept_NL[images]
+                kept_labels_BL = torch.where(kept_BL < 0, -1, self.clusters.labels_V[kept_BL])
+            yield _Batch(
+                images,
+                classes_B,
+                sampling.uniforms(seeds, self.coarse.config.length),
+                kept_BL,
+                kept_labels_BL,
+            )
+
+    def _samples(
+        self,
+        numbers: Sequence[int],
+        seed: int,
+        kept_NL: Tensor | None,
+        settings: Sampling,
+        resize: int | None,
+        report: Report | None,
+        coarse: Callable[[_Batch], Tensor],
+    ) -> Samples:
+        """All batches, of the labels that `coarse` gives for each."""
+        done: list[Samples] = []
+        for batch in self._batches(numbers, seed, kept_NL):
+            done.append(self._finish(batch, coarse(batch), settings, resize))
+            if report is not None:
+                report(batch.images.stop, len(numbers))
+        return Samples(
+            [image for part in done for image in part.images],
+            torch.cat([part.codes for part in done]),
+            torch.cat([part.coarse for part in done]),
+        )
+
+    def _finish(
+        self, batch: _Batch, labels_BL: Tensor, settings: Sampling, resize: int | None
+    ) -> Samples:
+        """The fine stage and the decoder."""
+        codes_BL = sampling.sample_fine(
+            self.fine,
+            self.clusters,
+            labels_BL,
+            batch.classes_B,
+            batch.uniforms_B2L[:, 1],
+            settings,
+            batch.kept_BL,
+        )
+        images = as_pictures(self.decode(codes_BL, resize))
+        return Samples(images, codes_BL.cpu(), labels_BL.cpu())
+
+
+def _check_range(name: str, given: Tensor, stop: int) -> None:
+    if given.numel() and not 0 <= int(given.min()) <= int(given.max()) < stop:
+        raise UserError(
+            f"{name}: got {int(given.min())} to {int(given.max())}, expected 0 to {stop - 1}"
+        )
 
 
 def check_seed(seed: int, count: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,7 +28,7 @@ def class_sheet(
     seed: int = 0,
     report: Report | None = None,
     resize: int | None = None,
-    **settings: float,
+    **settings: Any,
 ) -> tuple[Image.Image, Samples]:
     """`count` pictures of each class on one sheet, a row or more for each, and the samples.
 
@@ -79,7 +80,7 @@ def write(
     seed: int = 0,
     report: Report | None = None,
     resize: int | None = None,
-    **settings: float,
+    **settings: Any,
 ) -> str:
     """Draws `count` pictures of each class into `out`; returns what was written, in words.
 

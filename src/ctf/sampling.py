@@ -5,18 +5,25 @@ Shapes: B batch, L tokens of an image, K choices (clusters, members or codes).
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ctf.clusters import Clusters
 from ctf.coarse import CoarseModel
+from ctf.config import did_you_mean
 from ctf.errors import UserError
 from ctf.fine import FineModel
 from ctf.transformer import KVCache
+
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,10 @@ class Sampling:
         top_k: draw among the k most likely choices; 1 is greedy, 0 is no limit.
         top_p: draw among the fewest most likely choices that together have this probability;
             1 is no limit. Applied after top_k.
+        guidance_schedule: how the scale of the coarse stage gets from 1 to `guidance` over its
+            steps; see `guidance_scales`.
+        guidance_window: from which fraction of the steps of the coarse stage up to which there is
+            guidance; outside of it there is none, and it costs nothing.
 
     Raises:
         UserError: a value out of its range.
@@ -43,6 +54,8 @@ class Sampling:
     fine_top_k: int = 0
     top_p: float = 1.0
     fine_top_p: float = 1.0
+    guidance_schedule: Schedule = "constant"
+    guidance_window: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         for stage in ("", "fine_"):
@@ -63,6 +76,28 @@ class Sampling:
                 raise UserError(
                     f"{stage}top_p: got {top_p}, expected 0 < {stage}top_p <= 1; 1 is no limit"
                 )
+        if self.guidance_schedule not in (known := get_args(Schedule)):
+            raise UserError(
+                f"guidance_schedule: got {self.guidance_schedule!r}"
+                f"{did_you_mean(str(self.guidance_schedule), known)}"
+            )
+        match self.guidance_window:
+            case (start, stop) if 0 <= start < stop <= 1:
+                pass
+            case window:
+                raise UserError(
+                    f"guidance_window: got {window}, expected 0 <= start < stop <= 1, fractions "
+                    "of the steps; set guidance to 1 for none"
+                )
+
+
+def in_words(settings: Mapping[str, Any]) -> str:
+    """Fields of `Sampling` in a line, e.g. "guidance 2, top_k 0, guidance_window 0 to 1"."""
+    said = []
+    for name, value in settings.items():
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        said.append(f"{name} " + " to ".join(v if isinstance(v, str) else f"{v:g}" for v in values))
+    return ", ".join(said)
 
 
 def uniforms(seeds: Sequence[int], length: int) -> Tensor:
@@ -135,39 +170,149 @@ def choose(
     return draw(keep_top_p(kept_BK, top_p), uniform_B)
 
 
-def sample_coarse(
-    model: CoarseModel, classes_B: Tensor, uniforms_BL: Tensor, settings: Sampling
-) -> Tensor:
-    """Draws the labels of each image, one after another: int64 (B, L).
+def guidance_scales(settings: Sampling, length: int) -> list[float]:
+    """The guidance scale of each of the `length` steps of the coarse stage.
 
-    The model is used as it is: switch its dropout off with `eval()`.
+    With g the scale of `settings`, and r going from 0 at the first step to 1 at the last one:
+    "constant" is g, "linear" is 1 + (g - 1) r (Muse, arXiv 2301.00704, section 2.7), "cosine" is
+    1 + (g - 1) (1 - cos(pi r)) / 2 (the power-cosine schedule of MDT, arXiv 2303.14389, of power
+    1). Step i of L is in the window if start <= i / L < stop; else its scale is 1 (a limited
+    interval, arXiv 2404.07724).
+    """
+    g, (start, stop) = settings.guidance, settings.guidance_window
+    scales = []
+    for step in range(length):
+        r = step / max(length - 1, 1)
+        shares = {"constant": 1.0, "linear": r, "cosine": (1 - math.cos(math.pi * r)) / 2}
+        share = shares[settings.guidance_schedule] if start <= step / length < stop else 0.0
+        scales.append(g if share == 1 else 1 + (g - 1) * share)  # g itself, without rounding
+    return scales
+
+
+class Decoder:
+    """The coarse model at work on a batch: here, and nowhere else, its transformer takes steps.
+
+    Under guidance the batch has a second half, the same images without their class. Each half is
+    computed only where it is needed. One that is needed again catches up in a single pass over
+    the labels that were drawn, or kept, meanwhile.
+    """
+
+    def __init__(self, model: CoarseModel, classes_B: Tensor, *, guided: bool) -> None:
+        self.model = model
+        self.inputs = _with_no_class(classes_B, model.no_class) if guided else classes_B
+        dtype = model.trunk.label_embedding.weight.dtype
+        self.cache = KVCache(model.config, len(self.inputs), classes_B.device, dtype)
+        self.cached = [0, 0]  # positions of each half
+
+    @torch.inference_mode()
+    def logits(self, labels_BL: Tensor, position: int, guidance: float) -> Tensor:
+        """Logits (B, K) of label `position`, which follow from class and labels before it."""
+        halves = 1 if guidance == 1 else 2
+        for half in range(halves):
+            if self.cached[half] < position:
+                self._catch_up(half, labels_BL, position)
+        batch = halves * len(labels_BL)
+        inputs = self.inputs[:batch]
+        if position > 0:
+            inputs = labels_BL[:, position - 1].repeat(halves)
+        logits = self.model.step(inputs, position, _rows(self.cache, 0, batch))
+        self.cached[:halves] = [position + 1] * halves
+        if halves == 1:
+            return logits
+        cond, uncond = logits.chunk(2)
+        return guide(cond, uncond, guidance)
+
+    def _catch_up(self, half: int, labels_BL: Tensor, stop: int) -> None:
+        """Caches keys and values of half 0 or 1 up to position `stop`, those after `cached`."""
+        first, last = half * len(labels_BL), (half + 1) * len(labels_BL)
+        start, trunk = self.cached[half], self.model.trunk
+        # The class token is at position 0, label i at i + 1.
+        x_BTD = trunk.label_embedding(labels_BL[:, max(start - 1, 0) : stop - 1])
+        if start == 0:
+            classes_B1D = trunk.class_embedding(self.inputs[first:last])[:, None]
+            x_BTD = torch.cat([classes_B1D, x_BTD], dim=1)
+        x_BTD = trunk.dropout(x_BTD)
+        rotation_TP = trunk.rope(start, stop)
+        cache = _rows(self.cache, first, last)
+        for i, layer in enumerate(trunk.layers):
+            x_BTD = layer(x_BTD, rotation_TP, partial(_attend, cache, i, start))
+        self.cached[half] = stop
+
+
+def _rows(cache: KVCache, start: int, stop: int) -> KVCache:
+    """The same memory, of some images of the batch."""
+    rows = copy.copy(cache)
+    rows.k, rows.v = cache.k[:, start:stop], cache.v[:, start:stop]
+    return rows
+
+
+def _attend(
+    cache: KVCache, layer: int, start: int, q_BNTE: Tensor, k_BNTE: Tensor, v_BNTE: Tensor
+) -> Tensor:
+    """As `KVCache.attend`, for several positions from `start` on at once."""
+    count = q_BNTE.shape[2]
+    end = start + count
+    cache.k[layer, :, :, start:end] = k_BNTE
+    cache.v[layer, :, :, start:end] = v_BNTE
+    seen = torch.ones(count, end, dtype=torch.bool, device=q_BNTE.device).tril(start)
+    return F.scaled_dot_product_attention(
+        q_BNTE, cache.k[layer, :, :, :end], cache.v[layer, :, :, :end], attn_mask=seen
+    )
+
+
+def stream_coarse(
+    model: CoarseModel,
+    classes_B: Tensor,
+    uniforms_BL: Tensor,
+    settings: Sampling,
+    kept_BL: Tensor | None = None,
+) -> Generator[Tensor, None, None]:
+    """Draws the labels of each image, one after another, and yields those so far after each.
+
+    What is yielded is int64 (B, 1), (B, 2), ... (B, L), a view of what goes on to be filled. The
+    model is used as it is: switch its dropout off with `eval()`. Closed, it takes no more steps.
 
     Args:
         classes_B: int64 in [0, classes], where the model is.
-        uniforms_BL: in [0, 1], as row 0 of `uniforms`.
+        uniforms_BL: in [0, 1], as row 0 of `uniforms`. Position i uses number i, whatever is kept.
+        kept_BL: int64 (B, L), labels that are given, and -1 where one is to be drawn. Positions
+            that are kept in all images take no step of their own.
     """
     uniforms_BL = uniforms_BL.to(classes_B.device)
     # Made out here, the labels are an ordinary tensor, that can go through a model again.
-    labels_BL = torch.empty(uniforms_BL.shape, dtype=torch.int64, device=classes_B.device)
-    guided = settings.guidance != 1
-    with torch.inference_mode():
-        inputs = _with_no_class(classes_B, model.no_class) if guided else classes_B
-        dtype = model.trunk.label_embedding.weight.dtype
-        cache = KVCache(model.config, len(inputs), inputs.device, dtype)
-        for position in range(model.config.length):
-            logits = model.step(inputs, position, cache)
-            if guided:
-                cond, uncond = logits.chunk(2)
-                logits = guide(cond, uncond, settings.guidance)
+    if kept_BL is None:
+        labels_BL = classes_B.new_full(uniforms_BL.shape, -1)
+    else:
+        labels_BL = kept_BL.to(classes_B.device, copy=True)
+    drawn_BL = labels_BL < 0
+    drawn_L = drawn_BL.any(0).tolist()
+    scales = guidance_scales(settings, model.config.length)
+    guided = any(scale != 1 and drawn for scale, drawn in zip(scales, drawn_L, strict=True))
+    decoder = Decoder(model, classes_B, guided=guided)
+    for position, scale in enumerate(scales):
+        if drawn_L[position]:
             labels_B = choose(
-                logits,
+                decoder.logits(labels_BL, position, scale),
                 uniforms_BL[:, position],
                 settings.temperature,
                 settings.top_k,
                 settings.top_p,
             )
-            labels_BL[:, position] = labels_B
-            inputs = labels_B.repeat(2) if guided else labels_B
+            labels_BL[:, position] = torch.where(
+                drawn_BL[:, position], labels_B, labels_BL[:, position]
+            )
+        yield labels_BL[:, : position + 1]
+
+
+def sample_coarse(
+    model: CoarseModel,
+    classes_B: Tensor,
+    uniforms_BL: Tensor,
+    settings: Sampling,
+    kept_BL: Tensor | None = None,
+) -> Tensor:
+    """The labels of each image, int64 (B, L): the last that `stream_coarse` yields."""
+    *_, labels_BL = stream_coarse(model, classes_B, uniforms_BL, settings, kept_BL)
     return labels_BL
 
 
@@ -178,6 +323,7 @@ def sample_fine(
     classes_B: Tensor,
     uniforms_BL: Tensor,
     settings: Sampling,
+    kept_BL: Tensor | None = None,
 ) -> Tensor:
     """Draws the codes for given labels, all in one pass: int64 (B, L).
 
@@ -187,6 +333,8 @@ def sample_fine(
         model: None where each cluster has one member (the full-vocabulary baseline).
         classes_B: int64 in [0, classes], where the model is.
         uniforms_BL: in [0, 1], as row 1 of `uniforms`.
+        kept_BL: int64 (B, L), codes that are given, of these labels, and -1 where one is to be
+            drawn.
     """
     if model is None:
         return clusters.members_KS.to(labels_BL.device)[labels_BL, 0]
@@ -211,7 +359,11 @@ def sample_fine(
                 for logits_LK, uniforms_L in zip(logits_BLK, uniforms_BL, strict=True)
             ]
         )
-    return model.codes(labels_BL, choices_BL)
+    codes_BL = model.codes(labels_BL, choices_BL)
+    if kept_BL is None:
+        return codes_BL
+    kept_BL = kept_BL.to(codes_BL.device)
+    return torch.where(kept_BL < 0, codes_BL, kept_BL)
 
 
 def _with_no_class(classes_B: Tensor, no_class: int) -> Tensor:

@@ -2,12 +2,15 @@
 
 import colorsys
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 # Before anything imports huggingface_hub: no test reaches out. Those of the Hub have their own.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nor does any test leave something in the user's cache.
+os.environ["CTF_CACHE"] = tempfile.mkdtemp(prefix="ctf-tests-")
 
 import numpy as np
 import pytest

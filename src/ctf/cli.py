@@ -264,7 +264,7 @@ def evaluate(
     /,
     *,
     reference: str | None = None,
-    samples: int = 5000,
+    samples: int | None = None,
     features: tuple[str, ...] = (),
     weights: Path | None = None,
     classifier: Path | None = None,
@@ -276,10 +276,14 @@ def evaluate(
     fine_top_k: int | None = None,
     top_p: float | None = None,
     fine_top_p: float | None = None,
+    guidance_window: tuple[float, float] | None = None,
+    guidance_schedule: Literal["constant", "linear", "cosine"] | None = None,
     seed: int = 0,
     balance: Literal["balanced", "uniform"] = "balanced",
     resize: int | None = None,
     split: Literal["train", "val", "all"] | None = None,
+    background: str = "white",
+    skip_bad: bool = False,
     search: bool = False,
     search_samples: int = 1000,
     against: Path | None = None,
@@ -296,7 +300,7 @@ def evaluate(
             size, or an .npz file of pictures (arr_0)
         reference: fashion-mnist, a folder of pictures, or an .npz file of pictures or statistics;
             by default the set that the pipeline was trained on, if it is included
-        samples: how many to draw
+        samples: how many to draw; by default 5000, or the next number that classes can share
         features: one or several of lite0, inception, fashion, and mymodule:factory; by default
             lite0, and fashion for its classes
         weights: file of the Inception network, where it is not in a cache
@@ -310,10 +314,14 @@ def evaluate(
         fine_top_k: of the fine stage
         top_p: of the coarse stage
         fine_top_p: of the fine stage
+        guidance_window: guide between these fractions of the steps of the coarse stage only
+        guidance_schedule: how guidance grows from 1 over the steps of the coarse stage
         seed: sample i is drawn from seed + i
         balance: exactly equally many samples of each class, or the class of each one at random
         resize: pixels a side that samples are resized to first, as LlamaGen does from 384 to 256
         split: pictures of the reference; by default val of an included set, all of a folder
+        background: colour behind transparent pictures of the reference
+        skip_bad: leave pictures of the reference out that cannot be used
         search: find guidance and temperatures first, by a search on fewer samples and other seeds
         search_samples: of each point of the search
         against: report.json of another evaluation: how far the scores differ
@@ -324,44 +332,43 @@ def evaluate(
     """
     from ctf import evaluation, report
 
-    given = {
+    given: dict[str, Any] = {
         "guidance": guidance, "fine_guidance": fine_guidance,
         "temperature": temperature, "fine_temperature": fine_temperature,
         "top_k": top_k, "fine_top_k": fine_top_k, "top_p": top_p, "fine_top_p": fine_top_p,
+        "guidance_window": guidance_window, "guidance_schedule": guidance_schedule,
     }  # fmt: skip
-    job = evaluation.prepare(
-        model,
-        reference,
-        samples=samples,
-        features=features,
-        weights=weights,
-        classifier=classifier,
-        settings={name: value for name, value in given.items() if value is not None},
-        seed=seed,
-        balance=balance,
-        resize=resize,
-        split=split,
-        search_samples=search_samples if search else None,
-        out=out,
-        device=_device(device),
-    )
+    with _progress("pictures") as advance:
+        job = evaluation.prepare(
+            model,
+            reference,
+            samples=samples,
+            features=features,
+            weights=weights,
+            classifier=classifier,
+            settings={name: value for name, value in given.items() if value is not None},
+            seed=seed,
+            balance=balance,
+            resize=resize,
+            split=split,
+            background=background,
+            skip_bad=skip_bad,
+            search_samples=search_samples if search else None,
+            against=against,
+            out=out,
+            device=_device(device),
+            advance=advance,
+        )
     if dry_run:
         console.print(f"would write {job.folder}: {job.asked}", soft_wrap=True)
         return
     result = job.run(_progress)
     _table(("score", "value", "95 % interval"), report.rows(result))
-    if against is not None:
-        rows = [
-            (
-                name,
-                f"{d.value:+.4g}",
-                f"{d.low:.4g} to {d.high:.4g}",
-                "no" if d.significant else "yes",
-            )
-            for name, d in report.differences(result, report.load(against)).items()
-        ]
-        _table((f"minus {against}", "difference", "95 % interval", "may be chance"), rows)
-    console.print(f"{job.folder}: report.md, report.json, samples.npz", soft_wrap=True)
+    if job.against is not None:
+        columns = (f"minus {against}", "difference", "95 % interval", "may be chance")
+        _table(columns, report.difference_rows(result, job.against))
+    written = "report.md, report.json" + (", samples.npz" if job.pipe is not None else "")
+    console.print(f"{job.folder}: {written}", soft_wrap=True)
 
 
 @command("tokenizer train")
@@ -414,6 +421,8 @@ def tokenizer_evaluate(
     /,
     *,
     images: str,
+    features: str | None = None,
+    weights: Path | None = None,
     background: str = "white",
     skip_bad: bool = False,
     device: Device = "auto",
@@ -425,11 +434,14 @@ def tokenizer_evaluate(
     Args:
         run: folder of a run or pipeline, fashion-mnist, or org/name[@revision] on the Hub
         images: fashion-mnist, or a folder of pictures
+        features: also the rFID by lite0, inception, fashion, or mymodule:factory
+        weights: file of the Inception network, where it is not in a cache
         background: colour behind transparent pictures
         skip_bad: leave pictures out that cannot be used
         device: where to compute; auto takes a GPU if there is one
     """
-    from ctf import pipeline, tokenizer_training
+    from ctf import collection, pipeline, scores, tokenizer_training
+    from ctf.extractors import open_extractor
 
     place = _device(device)
     tokenizer = tokenizer_training.load(pipeline.find(run) / "tokenizer", place)
@@ -439,6 +451,16 @@ def tokenizer_evaluate(
     units = {"mse": ".5f", "psnr": ".2f", "ssim": ".4f", "usage": ".2%", "perplexity": ".0f"}
     for name, value in result.items():
         console.print(f"{name:<12} {value:{units.get(name, '.0f')}}{' dB' * (name == 'psnr')}")
+    if features is None:
+        return
+    extractor = open_extractor(features, weights=weights, device=place)
+    held_out = collection.of_sets(images, (pictures.val,))
+    with _progress(f"rFID{extractor.suffix}") as report:
+        rfid = scores.reconstruction_distance(tokenizer, held_out, extractor, report)
+    console.print(
+        f"{f'rFID{extractor.suffix}':<12} {rfid.value:.4g}  "
+        f"(95 % interval {rfid.low:.4g} to {rfid.high:.4g})"
+    )
 
 
 @command("tokens extract")

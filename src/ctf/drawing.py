@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,12 +17,11 @@ from PIL import Image
 from ctf import checkpoint, collection
 from ctf.collection import Collection
 from ctf.errors import UserError
+from ctf.images import Report
 from ctf.loop import generator
+from ctf.pipeline import BATCH
 
-Report = Callable[[int, int], None]
 Balance = Literal["balanced", "uniform"]
-
-BLOCK = 512  # samples in a file while they are drawn: what a kill loses at most
 
 
 class Samples(Protocol):
@@ -33,7 +32,7 @@ class Samples(Protocol):
 
 
 class Sampler(Protocol):
-    """What is evaluated: `Pipeline`, or anything else that draws pictures of a class."""
+    """What is evaluated: `Pipeline`, or anything else that draws RGB pictures of a class."""
 
     @property
     def class_names(self) -> Sequence[str]: ...
@@ -49,7 +48,7 @@ class Drawing:
     samples: int
     seed: int = 0
     balance: Balance = "balanced"  # exactly equal counts of classes, or each at random
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # all of `Sampling`
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of `Sampling`
     resize: int | None = None  # pixels a side that samples are resized to before they are scored
 
     def classes(self, count: int) -> np.ndarray:
@@ -61,49 +60,56 @@ class Drawing:
         if self.samples < 1:
             raise UserError(f"got {self.samples} samples, expected 1 or more")
         if self.balance == "uniform":
-            return generator(self.seed, count).integers(count, size=self.samples)
-        if self.samples % count:
-            more = -(-self.samples // count) * count
+            # No generator takes a key below 0.
+            return generator(self.seed % 2**64, count).integers(count, size=self.samples)
+        if (shared := self.shared(count).samples) != self.samples:
             raise UserError(
                 f"{self.samples} samples cannot be shared equally among {count} classes; "
-                f"try {more}, or --balance uniform"
+                f"try {shared}, or --balance uniform"
             )
         return np.arange(self.samples) % count
+
+    def shared(self, count: int) -> Drawing:
+        """With as many samples more as it takes to be shared equally among `count` classes."""
+        missing = -self.samples % count if self.balance == "balanced" else 0
+        return dataclasses.replace(self, samples=self.samples + missing)
 
 
 def draw(pipe: Sampler, drawing: Drawing, folder: Path, report: Report) -> Collection:
     """Draws what is not drawn yet, and keeps it in `folder`/samples.npz.
 
-    Sample i is drawn from seed + i, so neither blocks nor interruptions change what is scored.
+    Sample i is drawn from seed + i, and blocks always begin at the same samples, so interruptions
+    do not change a bit. A kill loses the block that was being drawn.
     """
-    classes_N = drawing.classes(len(pipe.class_names))
     path, blocks = folder / "samples.npz", folder / "blocks"
+    classes_N = drawing.classes(len(pipe.class_names))
     if not path.is_file():
-        starts = range(0, len(classes_N), BLOCK)
+        starts = range(0, len(classes_N), BATCH)
         files = [blocks / f"{start:08d}.npy" for start in starts]
         for start, file in zip(starts, files, strict=True):
             if not file.is_file():
-                block = draw_block(pipe, drawing, classes_N, start)
+                block = _draw_block(pipe, drawing, classes_N, start)
                 with checkpoint.atomic(file) as temporary, open(temporary, "wb") as opened:
                     np.save(opened, block)
-            report(min(start + BLOCK, len(classes_N)), len(classes_N))
+            report(min(start + BATCH, len(classes_N)), len(classes_N))
         height, width, channels = np.load(files[0], mmap_mode="r").shape[1:]
-        collection.save_pictures(
-            path,
-            (np.load(file) for file in files),
-            (len(classes_N), height, width, channels),
-            classes_N,
-        )
+        shape = (len(classes_N), height, width, channels)
+        collection.save_pictures(path, (np.load(file) for file in files), shape, classes_N)
     shutil.rmtree(blocks, ignore_errors=True)
-    kept = collection.open_scored(path)
-    return dataclasses.replace(kept, class_names=tuple(pipe.class_names))
+    return dataclasses.replace(collection.open_scored(path), class_names=tuple(pipe.class_names))
 
 
-def draw_block(pipe: Sampler, drawing: Drawing, classes_N: np.ndarray, start: int) -> np.ndarray:
-    """The samples from `start` on, a block of them: uint8 (B, H, W, 3)."""
+def draw_blocks(pipe: Sampler, drawing: Drawing) -> Iterator[np.ndarray]:
+    """All samples, a block at a time, uint8 (B, H, W, 3); nothing is kept."""
+    classes_N = drawing.classes(len(pipe.class_names))
+    for start in range(0, len(classes_N), BATCH):
+        yield _draw_block(pipe, drawing, classes_N, start)
+
+
+def _draw_block(pipe: Sampler, drawing: Drawing, classes_N: np.ndarray, start: int) -> np.ndarray:
     settings = dict(drawing.settings)
     if drawing.resize is not None:
         settings["resize"] = drawing.resize
-    classes = classes_N[start : start + BLOCK].tolist()
+    classes = classes_N[start : start + BATCH].tolist()
     images = pipe.sample(classes=classes, seed=drawing.seed + start, **settings).images
-    return np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return np.stack([np.asarray(image) for image in images])

@@ -1,19 +1,22 @@
 """Pictures and a reference, seen by one network -> scores: FID, IS, KID, precision and so on.
 
-Shapes: N sampled pictures, M reference pictures, D features, C classes of a pipeline.
+Shapes: N sampled pictures, M reference pictures, D features, K and C classes of the network and of
+the pictures.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ctf import checkpoint
 from ctf.collection import Collection, Statistics
@@ -27,76 +30,106 @@ from ctf.distances import (
     manifold_scores,
 )
 from ctf.errors import UserError
-from ctf.extractors import Extractor
+from ctf.extractors import Extractor, Features
+from ctf.images import Report, as_pictures, as_tensor
 from ctf.loop import generator
 from ctf.metrics import Estimate, Groups, PredictionStatistics, inception_score
+from ctf.tokenizer import VQModel
 
-Report = Callable[[int, int], None]
 Score = Estimate | float
 
+VERSION = 1  # of how pictures are drawn and scored; another one makes everything anew
 ROWS = 10_000  # features kept for KID, precision, recall, density and coverage
+CHUNK = 1024  # features added at once: a covariance of 2048 costs as much for a few as for these
 
 
-@dataclasses.dataclass
 class Gathered:
-    """Statistics of the features of pictures; in groups, for intervals."""
+    """What is known of the features of pictures; in random groups, for intervals.
 
-    pooled: Groups[FeatureStatistics]
-    spatial: FeatureStatistics | None
-    predictions: Groups[PredictionStatistics] | None
-    rows: Reservoir
-    class_sums_CD: np.ndarray | None
-    recognised: list[np.ndarray]  # the likeliest class of each picture, by batches
+    class_sums_CD: sums of the features of each class, where the pictures' classes have names.
+    """
+
+    def __init__(self, first: Features, pictures: Collection) -> None:
+        """Empty, for features of the same widths as the first."""
+        width = first.pooled_ND.shape[1]
+        self._pictures = pictures
+        self._seen = 0
+        self.pooled = Groups(partial(FeatureStatistics, width), generator(0, 1))
+        self.rows = Reservoir(ROWS, width, generator(0, 2))
+        self.spatial: FeatureStatistics | None = None
+        if first.spatial_ND is not None:
+            self.spatial = FeatureStatistics(first.spatial_ND.shape[1])
+        self.predictions: Groups[PredictionStatistics] | None = None
+        if first.logits_NK is not None:
+            empty = partial(PredictionStatistics, first.logits_NK.shape[1])
+            self.predictions = Groups(empty, generator(0, 1))
+        self.class_sums_CD: np.ndarray | None = None
+        if pictures.classes_N is not None and pictures.class_names is not None:
+            self.class_sums_CD = np.zeros((len(pictures.class_names), width))
+
+    def add(self, features: Features) -> None:
+        """Those of the next pictures."""
+        self.pooled.add(features.pooled_ND)
+        self.rows.add(features.pooled_ND)
+        if self.spatial is not None and features.spatial_ND is not None:
+            self.spatial.add(features.spatial_ND)
+        if self.predictions is not None and features.logits_NK is not None:
+            self.predictions.add(features.logits_NK)
+        seen = self._seen + len(features.pooled_ND)
+        if self.class_sums_CD is not None and self._pictures.classes_N is not None:
+            classes_N = self._pictures.classes_N[self._seen : seen]
+            np.add.at(self.class_sums_CD, classes_N, features.pooled_ND.double().numpy())
+        self._seen = seen
+
+    @property
+    def class_means_CD(self) -> np.ndarray | None:
+        """Mean features of each class, NaN where it has no picture; None where none is known."""
+        if self.class_sums_CD is None or self._pictures.classes_N is None:
+            return None
+        counts_C = np.bincount(self._pictures.classes_N, minlength=len(self.class_sums_CD))
+        with np.errstate(invalid="ignore"):
+            means_CD: np.ndarray = self.class_sums_CD / counts_C[:, None]
+        return means_CD
 
 
-def gather(
-    extractor: Extractor, pictures: Collection, seed: int, report: Report | None = None
-) -> Gathered:
-    """Looks at every picture once, in the memory of a batch and of the statistics."""
+def gather(extractor: Extractor, pictures: Collection, report: Report | None = None) -> Gathered:
+    """Looks at every picture once, in the memory of a chunk and of the statistics."""
     found: Gathered | None = None
+    for features in _look(extractor, pictures, report):
+        found = found or Gathered(features, pictures)
+        found.add(features)
+    assert found is not None
+    return found
+
+
+def _look(extractor: Extractor, pictures: Collection, report: Report | None) -> Iterator[Features]:
+    """The features of all pictures, a chunk at a time."""
+    parts: list[Features] = []
     seen = 0
     for batch in pictures.batches():
-        features = extractor(batch)
-        width = features.pooled_ND.shape[1]
-        logits_NK, spatial_ND = features.logits_NK, features.spatial_ND
-        if found is None:
-            predictions = None
-            if logits_NK is not None:
-                empty = partial(PredictionStatistics, logits_NK.shape[1])
-                predictions = Groups(empty, generator(seed, 1))
-            of_class = None if pictures.class_names is None else len(pictures.class_names)
-            found = Gathered(
-                Groups(partial(FeatureStatistics, width), generator(seed, 1)),
-                None if spatial_ND is None else FeatureStatistics(spatial_ND.shape[1]),
-                predictions,
-                Reservoir(ROWS, width, generator(seed, 2)),
-                None if of_class is None else np.zeros((of_class, width)),
-                [],
-            )
-        found.pooled.add(features.pooled_ND)
-        found.rows.add(features.pooled_ND)
-        if found.spatial is not None and spatial_ND is not None:
-            found.spatial.add(spatial_ND)
-        if found.predictions is not None and logits_NK is not None:
-            found.predictions.add(logits_NK)
-            found.recognised.append(logits_NK.argmax(1).numpy())
-        if found.class_sums_CD is not None and pictures.classes_N is not None:
-            rows = pictures.classes_N[seen : seen + len(batch)]
-            np.add.at(found.class_sums_CD, rows, features.pooled_ND.double().numpy())
+        parts.append(extractor(batch))
         seen += len(batch)
         if report is not None:
             report(seen, pictures.count)
-    assert found is not None
-    return found
+        if sum(len(part.pooled_ND) for part in parts) >= CHUNK:
+            yield _joined(parts)
+            parts = []
+    if parts:
+        yield _joined(parts)
+
+
+def _joined(parts: list[Features]) -> Features:
+    def all_of(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat(values)
+
+    return Features(all_of("pooled_ND"), all_of("spatial_ND"), all_of("logits_NK"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
     """What scores are made against: all of it, or mean and covariance alone."""
 
-    name: str
-    fingerprint: str
-    count: int | None
     pooled: Gaussian
     spatial: Gaussian | None
     rows_MD: np.ndarray | None = None
@@ -109,40 +142,61 @@ def look_at_reference(
 ) -> Reference:
     """The features of a reference; they are kept for the next time in the user's cache folder.
 
-    Raises:
-        UserError: statistics of other features than the extractor's.
+    Where it has both pictures and statistics of Inception, as ADM's reference batches, FID and sFID
+    are against the statistics, which are of all pictures of the set, and the rest is against the
+    pictures, which are some of them. So does ADM's evaluator.
+
+    Args:
+        found: pictures, or statistics that `check_features` let pass.
     """
     if isinstance(found, Statistics):
-        if found.features not in (None, extractor.digest):
-            raise UserError(
-                f"{found.name}: made with other features than {extractor.name}; make it again, or "
-                "choose those features"
-            )
-        return Reference(found.name, found.fingerprint, None, found.pooled, found.spatial)
-    name = f"{found.fingerprint[:24]}-{extractor.digest[:24]}.npz"
+        return Reference(found.pooled, found.spatial)
+    name = f"{found.fingerprint[:24]}-{extractor.digest[:24]}-{VERSION}.npz"
     path = _cache() / "references" / name
     arrays = _read_cache(path)
     if arrays is None:
-        gathered = gather(extractor, found, seed=0, report=report)
-        arrays = _arrays(gathered, found)
-        with checkpoint.atomic(path) as temporary, open(temporary, "wb") as file:
+        arrays = _arrays(gather(extractor, found, report))
+        # Kept if that is possible: without it everything works, too.
+        with (
+            contextlib.suppress(UserError, OSError),
+            checkpoint.atomic(path) as temporary,
+            open(temporary, "wb") as file,
+        ):
             np.savez(file, **arrays)
-    spatial = None
+    pooled, spatial = Gaussian(arrays["mu"], arrays["sigma"], found.count), None
     if "mu_s" in arrays:
         spatial = Gaussian(arrays["mu_s"], arrays["sigma_s"], found.count)
-    return Reference(
-        found.name,
-        found.fingerprint,
-        found.count,
-        Gaussian(arrays["mu"], arrays["sigma"], found.count),
-        spatial,
-        arrays["rows"],
-        arrays.get("class_means"),
-        found.class_names,
-    )
+    if (stored := found.statistics) is not None and extractor.name == "inception":
+        pooled, spatial = stored.pooled, stored.spatial
+    return Reference(pooled, spatial, arrays["rows"], arrays.get("class_means"), found.class_names)
 
 
-def _arrays(gathered: Gathered, found: Collection) -> dict[str, Any]:
+def check_features(found: Statistics, extractor: Extractor, size: int) -> None:
+    """Looks at a picture of `size` pixels a side, where the statistics don't say what they are of.
+
+    Raises:
+        UserError: they are of other features than the extractor's.
+    """
+    if found.features is not None:
+        if found.features != extractor.digest:
+            raise UserError(
+                f"{found.name}: made with other features than {extractor.name}\n"
+                "make it again, or choose its --features"
+            )
+        return
+    seen = extractor(np.zeros((1, size, size, 3), np.uint8))
+    for stored, rows_1D in ((found.pooled, seen.pooled_ND), (found.spatial, seen.spatial_ND)):
+        if stored is None or rows_1D is None:
+            continue
+        got, expected = len(stored.mean_D), rows_1D.shape[1]
+        if got != expected:
+            raise UserError(
+                f"{found.name}: statistics of {got} features, but {extractor.name} has {expected}\n"
+                "choose the --features that it was made with"
+            )
+
+
+def _arrays(gathered: Gathered) -> dict[str, Any]:
     pooled = gathered.pooled.merged().gaussian
     arrays: dict[str, Any] = {
         "mu": pooled.mean_D,
@@ -152,19 +206,9 @@ def _arrays(gathered: Gathered, found: Collection) -> dict[str, Any]:
     if gathered.spatial is not None:
         spatial = gathered.spatial.gaussian
         arrays |= {"mu_s": spatial.mean_D, "sigma_s": spatial.covariance_DD}
-    if (means_CD := class_means(gathered, found)) is not None:
+    if (means_CD := gathered.class_means_CD) is not None:
         arrays["class_means"] = means_CD
     return arrays
-
-
-def class_means(gathered: Gathered, pictures: Collection) -> np.ndarray | None:
-    """Mean features of each class (C, D); None where no classes are known. NaN for empty ones."""
-    if gathered.class_sums_CD is None or pictures.classes_N is None:
-        return None
-    counts_C = np.bincount(pictures.classes_N, minlength=len(gathered.class_sums_CD))
-    with np.errstate(invalid="ignore"):
-        means_CD: np.ndarray = gathered.class_sums_CD / counts_C[:, None]
-    return means_CD
 
 
 def _cache() -> Path:
@@ -173,11 +217,12 @@ def _cache() -> Path:
 
 
 def _read_cache(path: Path) -> dict[str, Any] | None:
+    """None where there is none, or where it is damaged: it is made again."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             return dict(stored)
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        return None  # not there, or damaged: it is made again
+        return None
 
 
 def scores(samples: Gathered, reference: Reference, suffix: str) -> dict[str, Score]:
@@ -196,6 +241,26 @@ def scores(samples: Gathered, reference: Reference, suffix: str) -> dict[str, Sc
     if reference.rows_MD is not None:
         rows_ND = samples.rows.rows_ND
         found["KID"] = kernel_distance(rows_ND, reference.rows_MD, generator(0))
-        manifold = manifold_scores(rows_ND, reference.rows_MD)
-        found |= dataclasses.asdict(manifold)
+        found |= dataclasses.asdict(manifold_scores(rows_ND, reference.rows_MD))
     return {f"{name}{suffix}": score for name, score in found.items()}
+
+
+@torch.inference_mode()
+def reconstruction_distance(
+    tokenizer: VQModel, pictures: Collection, extractor: Extractor, report: Report | None = None
+) -> Estimate:
+    """rFID of a tokenizer: the Frechet distance of reconstructions to the pictures themselves.
+
+    Raises:
+        UserError: too few pictures for an interval.
+    """
+    device = next(tokenizer.parameters()).device
+
+    def reconstructed() -> Iterator[np.ndarray]:
+        for batch in pictures.batches():
+            images_BCHW = tokenizer.decode(tokenizer.encode(as_tensor(batch, device)))
+            yield np.stack([np.asarray(picture) for picture in as_pictures(images_BCHW)])
+
+    known = look_at_reference(pictures, extractor, report)
+    found = gather(extractor, dataclasses.replace(pictures, batches=reconstructed), report)
+    return frechet_distance_estimate(found.pooled.parts, known.pooled)

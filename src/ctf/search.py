@@ -2,43 +2,40 @@
 
 The first points are guidance scales at temperature 1. Then one setting after another is moved up
 and down from the best point so far, and steps are halved when a round finds nothing better. Every
-point tried counts, so a baseline, which has one setting less, has that setting's points for others.
+pipeline has the same number of points; a baseline, which has one setting less, has that setting's
+points for the others.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from ctf import checkpoint, config
-from ctf.collection import Collection, Statistics
-from ctf.distances import frechet_distance
-from ctf.drawing import BLOCK, Drawing, Sampler, draw_block
-from ctf.errors import UserError
+from ctf.distances import FeatureStatistics, Gaussian, frechet_distance
+from ctf.drawing import Drawing, Sampler, draw_blocks
 from ctf.extractors import Extractor
+from ctf.images import Report
 from ctf.metrics import PredictionStatistics
-from ctf.progress import Reporter
-from ctf.scores import Report, gather, look_at_reference
+from ctf.pipeline import Progress
 
 BUDGET = 16  # points
 GUIDANCES = (1.0, 1.5, 2.0, 2.5, 3.0)
 STEPS = {"guidance": 0.25, "temperature": 0.1, "fine_temperature": 0.1}
 LEAST = {"guidance": 1.0, "temperature": 0.5, "fine_temperature": 0.5}
-SMALLEST = 0.25  # of the first steps: then nothing is left to find
-FAR = 2**40  # between the seeds of the search and those of the final figures
+# From the seeds of the final figures to those of the search: a generator takes them modulo 2**32.
+FAR = 2**31
 
 Values = dict[str, float]
-Progress = Callable[[str], AbstractContextManager[Reporter]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A setting that was tried. fid, inception: of the search's samples; NaN where there is none"""
+    """Settings that were tried, and what their samples scored.
+
+    inception: Inception Score of all of them at once; None where the network knows no classes.
+    """
 
     settings: Values
     fid: float
@@ -48,8 +45,8 @@ class Point:
 def search(
     pipe: Sampler,
     drawing: Drawing,
-    reference: Collection | Statistics,
     extractor: Extractor,
+    reference: Gaussian,
     folder: Path,
     progress: Progress,
     *,
@@ -58,68 +55,75 @@ def search(
 ) -> Values:
     """The settings of lowest FID; every point tried is in `folder`/search.json and search.png.
 
+    Killed, it goes on with the points that are there.
+
     Args:
         drawing: number of samples of each point, and the settings that are not searched.
+        reference: the extractor's features of the reference.
         has_fine: whether there is a fine stage, whose temperature is searched, too.
-
-    Raises:
-        UserError: `folder` has points of another search.
     """
-    with progress(f"{extractor.name}: reference") as report:
-        known = look_at_reference(reference, extractor, report)
-    asked = {
-        "drawing": config.to_json(drawing),
-        "reference": reference.fingerprint,
-        "features": extractor.digest,
-        "budget": budget,
-    }
+    drawing = dataclasses.replace(drawing, seed=drawing.seed + FAR)
     path = folder / "search.json"
-    points = _load(path, asked)
-    names = [name for name in STEPS if has_fine or name != "fine_temperature"]
-
-    def tried(settings: Values) -> Point:
-        found = next((point for point in points if point.settings == settings), None)
-        if found is None:
+    described = {"features": extractor.name, "drawing": config.to_json(drawing)}
+    known = _load(path)
+    points: list[Point] = []
+    for settings in _candidates(searched(has_fine), points, budget):
+        point = next((point for point in known if point.settings == settings), None)
+        if point is None:
+            chosen = dataclasses.replace(drawing, settings={**drawing.settings, **settings})
             with progress(f"search {len(points) + 1}/{budget}") as report:
-                found = _try(pipe, drawing, settings, extractor, known.pooled, report)
-            points.append(found)
-            stored = {"asked": asked, "points": [config.to_json(point) for point in points]}
-            checkpoint.save_json(path, stored)
-        return found
-
-    done: list[Point] = []
-    for settings in _candidates(names, done, budget):
-        done.append(tried(settings))
-    best = min(done, key=lambda point: point.fid)
-    _plot(done, best, extractor.suffix, folder / "search.png")
+                point = _try(pipe, chosen, settings, extractor, reference, report)
+            stored = [config.to_json(point) for point in (*points, point)]
+            checkpoint.save_json(path, {**described, "points": stored})
+        points.append(point)
+    best = _best(points)
+    _plot(points, best, extractor.suffix, folder / "search.png")
     return best.settings
 
 
-def _candidates(names: Sequence[str], done: list[Point], budget: int) -> Iterator[Values]:
-    """Settings to try, one after another; `done` has the points of those before."""
+def searched(has_fine: bool) -> list[str]:
+    """The settings that are searched."""
+    return [name for name in STEPS if has_fine or name != "fine_temperature"]
+
+
+def _best(points: Sequence[Point]) -> Point:
+    """The earliest one of those with the lowest FID."""
+    return min(points, key=lambda point: point.fid)
+
+
+def _candidates(names: Sequence[str], points: Sequence[Point], budget: int) -> Iterator[Values]:
+    """Settings to try, `budget` different ones; `points` are those of the ones before.
+
+    It comes to an end, for any budget of use: a round with halved steps has values that no point
+    had before it, until after some 25 halvings they are lost in rounding.
+    """
     seen: list[Values] = []
-
-    def new(settings: Values) -> bool:
-        if settings in seen or len(seen) >= budget:
-            return False
-        seen.append(settings)
-        return True
-
-    start = {name: 1.0 for name in names}
-    for guidance in GUIDANCES:
-        if new(settings := {**start, "guidance": guidance}):
-            yield settings
     share = 1.0
-    while len(seen) < budget and share >= SMALLEST:
-        before = min(point.fid for point in done)
-        for name in names:
-            for sign in (1, -1):
-                best = min(done, key=lambda point: point.fid).settings
-                value = round(best[name] + sign * share * STEPS[name], 4)
-                if value >= LEAST[name] and new(settings := {**best, name: value}):
-                    yield settings
-        if min(point.fid for point in done) >= before:
+    while True:
+        known = len(points)
+        for settings in _round(names, points, share):
+            if settings not in seen:
+                seen.append(settings)
+                yield settings
+            if len(seen) == budget:
+                return
+        if known and _best(points) in points[:known]:
             share /= 2
+
+
+def _round(names: Sequence[str], points: Sequence[Point], share: float) -> Iterator[Values]:
+    """One step up and down of each setting from the best point at the time; or the first points."""
+    if not points:
+        for guidance in GUIDANCES:
+            yield {**dict.fromkeys(names, 1.0), "guidance": guidance}
+        return
+    for name in names:
+        for sign in (1, -1):
+            best = _best(points).settings
+            # Rounded, since 1.1 + 0.1 is another 1.2.
+            value = round(best[name] + sign * share * STEPS[name], 9)
+            if value >= LEAST[name]:
+                yield {**best, name: value}
 
 
 def _try(
@@ -127,61 +131,66 @@ def _try(
     drawing: Drawing,
     settings: Values,
     extractor: Extractor,
-    reference: Any,
+    reference: Gaussian,
     report: Report,
 ) -> Point:
-    chosen = dataclasses.replace(
-        drawing, seed=drawing.seed + FAR, settings={**drawing.settings, **settings}
-    )
-    classes_N = chosen.classes(len(pipe.class_names))
-
-    def batches() -> Iterator[np.ndarray]:
-        for start in range(0, len(classes_N), BLOCK):
-            yield draw_block(pipe, chosen, classes_N, start)
-
-    pictures = Collection("search", "", len(classes_N), (0, 0), batches)
-    gathered = gather(extractor, pictures, seed=0, report=report)
-    inception = None
-    if gathered.predictions is not None:
-        inception = PredictionStatistics.merged(gathered.predictions.parts).score
-    fid = frechet_distance(gathered.pooled.merged().gaussian, reference)
-    return Point(settings, fid, inception)
+    pooled = FeatureStatistics(len(reference.mean_D))
+    predictions: PredictionStatistics | None = None
+    for block in draw_blocks(pipe, drawing):
+        features = extractor(block)
+        pooled.add(features.pooled_ND)
+        if features.logits_NK is not None:
+            predictions = predictions or PredictionStatistics(features.logits_NK.shape[1])
+            predictions.add(features.logits_NK)
+        report(pooled.count, drawing.samples)
+    fid = frechet_distance(pooled.gaussian, reference)
+    return Point(settings, fid, None if predictions is None else predictions.score)
 
 
-def _load(path: Path, asked: Mapping[str, Any]) -> list[Point]:
+def _load(path: Path) -> list[Point]:
     if not path.is_file():
         return []
-    stored = checkpoint.load_object(path)
-    if stored.get("asked") != asked:
-        raise UserError(f"{path}: points of another search; choose another --out")
-    return [config.from_json(Point, point, str(path)) for point in stored["points"]]
+    stored = checkpoint.load_object(path).get("points", [])
+    return [config.from_json(Point, point, str(path)) for point in stored]
 
 
 def _plot(points: Sequence[Point], best: Point, suffix: str, path: Path) -> None:
-    """FID against IS of all points; those of one temperature are joined, guidance beside them."""
+    """FID against IS, guidance beside each point, those of equal temperatures joined.
+
+    Without an Inception Score: FID against guidance.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    lines: dict[tuple[float, ...], list[Point]] = {}
-    for point in points:
-        rest = tuple(v for name, v in point.settings.items() if name != "guidance")
-        lines.setdefault(rest, []).append(point)
-    for rest, of_line in sorted(lines.items()):
-        of_line.sort(key=lambda point: point.settings["guidance"])
-        values = [(p.inception or 0.0, p.fid) for p in of_line]
-        label = "temperature " + ", ".join(f"{value:g}" for value in rest)
-        axes.plot(*zip(*values, strict=True), marker="o", label=label)
-        for point, where in zip(of_line, values, strict=True):
+    has_score = best.inception is not None
+
+    def place(point: Point) -> tuple[float, float]:
+        return (
+            point.settings["guidance"] if point.inception is None else point.inception,
+            point.fid,
+        )
+
+    lines: dict[str, list[Point]] = {}
+    for point in sorted(points, key=lambda point: tuple(reversed(point.settings.values()))):
+        values = point.settings
+        fine = f", fine {values['fine_temperature']:g}" if "fine_temperature" in values else ""
+        lines.setdefault(f"{values['temperature']:g}{fine}", []).append(point)
+    for number, (label, of_line) in enumerate(lines.items()):
+        marker = "os^Dv<>PX"[number % 9]
+        axes.plot(*zip(*map(place, of_line), strict=True), marker=marker, lw=0.8, label=label)
+        for point in of_line if has_score else []:
             axes.annotate(
-                f"{point.settings['guidance']:g}", where, xytext=(4, 4), textcoords="offset points",
-                fontsize=7,
+                f"{point.settings['guidance']:g}", place(point), textcoords="offset points",
+                xytext=(5, (3, -9)[number % 2]), fontsize=7, color=f"C{number % 10}",
             )  # fmt: skip
-    axes.plot(best.inception or 0.0, best.fid, marker="*", markersize=16, color="black", zorder=0)
-    axes.set_xlabel(f"IS{suffix} (higher is better)")
-    axes.set_ylabel(f"FID{suffix} (lower is better)")
-    axes.set_title("Every point tried; numbers are guidance scales, the star is the lowest FID")
-    axes.title.set_fontsize(9)
-    axes.legend(fontsize=7)
+    axes.plot(
+        *place(best), marker="o", ms=13, mfc="none", mec="black", ls="none", label="lowest FID"
+    )
+    axes.set_xlabel(f"IS{suffix}, higher is better" if has_score else "guidance scale")
+    axes.set_ylabel(f"FID{suffix}, lower is better")
+    if has_score:
+        axes.set_title("the number at a point is its guidance scale", fontsize=9)
+    figure.legend(loc="outside right upper", fontsize=7, title="temperature", title_fontsize=8)
     with checkpoint.atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -23,6 +23,7 @@ from ctf.clusters import Clusters
 from ctf.coarse import CoarseModel
 from ctf.config import did_you_mean
 from ctf.decoding import to_rgb
+from ctf.engine import Engine, pack
 from ctf.errors import UserError
 from ctf.fine import FineModel
 from ctf.images import LARGEST_SIZE, as_pictures, as_tensor, crop
@@ -126,6 +127,7 @@ class Pipeline:
         name: str | Path,
         device: torch.device | str = "cpu",
         *,
+        engine: Engine = "eager",
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
@@ -136,6 +138,9 @@ class Pipeline:
 
         Args:
             name: a folder, a shipped name, or org/name[@revision] on the Hub, in this order.
+            engine: what computes the transformers: "eager", PyTorch's operators as they are;
+                "auto", the same results up to rounding, as fast as this machine can; "int8",
+                faster and nearly the same.
             revision: branch, tag or commit on the Hub, if not in the name; by default "main". This
                 and all below are of the Hub, and as everywhere in huggingface_hub.
             cache_dir: where downloads are kept.
@@ -155,7 +160,7 @@ class Pipeline:
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        return load(folder, torch.device(device))
+        return load(folder, torch.device(device), engine)
 
     def save_pretrained(
         self, folder: str | Path, *, half: bool = False, license: str | None = None
@@ -632,7 +637,7 @@ def hash_of(folder: Path) -> str:
     )
 
 
-def load(folder: Path, device: torch.device) -> Pipeline:
+def load(folder: Path, device: torch.device, engine: Engine = "eager") -> Pipeline:
     settings = load_settings(folder)
     tokenizer = tokenizer_training.load(folder / "tokenizer", device)
     parts = clusters.load(folder / "clusters" / clusters.FILE).to(device)
@@ -654,6 +659,10 @@ def load(folder: Path, device: torch.device) -> Pipeline:
                 f"{folder / name}: made for a grid of {got[0]} and {got[1]} classes, expected "
                 f"{tokenizer.grid} and {len(settings.class_names)}: parts of different runs"
             )
+    pack(coarse, engine)
+    if fine is not None and engine == "int8":
+        # In float32 its products are large, and packing gains nothing.
+        pack(fine.trunk, engine)
     return Pipeline(tokenizer, parts, coarse, fine, **vars(settings))
 
 

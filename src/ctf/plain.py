@@ -1,0 +1,102 @@
+"""The straightforward way to sample a full-vocabulary transformer: what `ctf bench` compares with.
+
+LlamaGen's own algorithm (arXiv 2406.06525; autoregressive/models of its repository), written
+plainly and on the weights of a `CoarseModel`: single precision, operators one by one, keys and
+values of the whole length in the cache and a mask for what is not there yet, keys and values
+repeated for their heads, both halves of guidance at every step. Only the draw is ours, so that
+equal logits give equal labels.
+
+Shapes: B batch, with both halves of guidance, L labels of an image, T positions of the cache,
+D width, N heads, E head width, K labels that there are.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ctf.coarse import CoarseModel
+from ctf.sampling import Sampling, choose
+from ctf.transformer import Attention, Block, SwiGLU
+
+
+@torch.inference_mode()
+def sample(
+    model: CoarseModel, classes_B: Tensor, uniforms_BL: Tensor, settings: Sampling
+) -> Tensor:
+    """Labels (B, L), int64, as `sampling.sample_coarse` draws them, at constant guidance."""
+    shape = model.config
+    guided = settings.guidance != 1
+    inputs = torch.cat([classes_B, torch.full_like(classes_B, model.no_class)])
+    if not guided:
+        inputs = classes_B
+    length = -(-(1 + shape.length) // 8) * 8  # LlamaGen rounds its caches up
+    caches = torch.zeros(shape.layers, 2, len(inputs), shape.heads, length, shape.head_width)
+    masks = torch.tril(torch.ones(length, length, dtype=torch.bool)).repeat(len(inputs), 1, 1)
+    labels = []
+    for i in range(shape.length):
+        position = torch.tensor([i])
+        embedding = model.trunk.class_embedding if i == 0 else model.trunk.label_embedding
+        x_B1D = embedding(inputs)[:, None]
+        mask_B11T = masks[:, None, position]
+        turn_1P2 = model.trunk.rope.table[position]
+        for layer, cache in zip(model.trunk.layers, caches, strict=True):
+            assert isinstance(layer, Block)
+            normed = _norm(x_B1D, layer.attention_norm)
+            x_B1D = x_B1D + _attention(
+                normed, layer.attention, turn_1P2, position, mask_B11T, cache
+            )
+            x_B1D = x_B1D + _feed_forward(_norm(x_B1D, layer.ffn_norm), layer.ffn)
+        logits_BK = model.head(_norm(x_B1D, model.trunk.norm))[:, -1].float()
+        if guided:
+            cond, uncond = logits_BK.chunk(2)
+            logits_BK = uncond + (cond - uncond) * settings.guidance
+        drawn_B = choose(
+            logits_BK, uniforms_BL[:, i], settings.temperature, settings.top_k, settings.top_p
+        )
+        labels.append(drawn_B)
+        inputs = torch.cat([drawn_B, drawn_B]) if guided else drawn_B
+    return torch.stack(labels, dim=1)
+
+
+def _norm(x_B1D: Tensor, norm: nn.RMSNorm) -> Tensor:
+    assert norm.eps is not None
+    wide = x_B1D.float()
+    wide = wide * torch.rsqrt(torch.mean(wide * wide, dim=-1, keepdim=True) + norm.eps)
+    return wide.type_as(x_B1D) * norm.weight
+
+
+def _attention(
+    x_B1D: Tensor,
+    attention: Attention,
+    turn_1P2: Tensor,
+    position: Tensor,
+    mask_B11T: Tensor,
+    cache_2BNTE: Tensor,
+) -> Tensor:
+    batch, _, width = x_B1D.shape
+    heads = (batch, 1, attention.heads, -1)
+    q, k, v = (part.view(heads) for part in attention.qkv(x_B1D).split(width, dim=-1))
+    q, k = _rotate(q, turn_1P2), _rotate(k, turn_1P2)
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    keys, values = cache_2BNTE
+    keys[:, :, position] = k
+    values[:, :, position] = v
+    keys, values = (part.repeat_interleave(1, dim=1) for part in (keys, values))
+    mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask_B11T)
+    out: Tensor = attention.out(mixed.transpose(1, 2).contiguous().view(batch, 1, width))
+    return out
+
+
+def _rotate(x_B1NE: Tensor, turn_1P2: Tensor) -> Tensor:
+    pairs = x_B1NE.float().reshape(*x_B1NE.shape[:-1], -1, 2)
+    cos, sin = turn_1P2[None, :, None].unbind(-1)
+    real, imaginary = pairs.unbind(-1)
+    turned = torch.stack([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
+    return turned.flatten(3).type_as(x_B1NE)
+
+
+def _feed_forward(x_B1D: Tensor, ffn: SwiGLU) -> Tensor:
+    out: Tensor = ffn.w2(F.silu(ffn.w1(x_B1D)) * ffn.w3(x_B1D))
+    return out

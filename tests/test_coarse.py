@@ -54,7 +54,9 @@ def test_cached_equals_uncached():
     labels_BL, classes_B = make_inputs(3)
     cache = KVCache(CONFIG, 3, torch.device("cpu"), torch.float32)
     inputs = [classes_B, *labels_BL[:, :-1].unbind(1)]
-    logits_BLK = torch.stack([model.step(x, i, cache) for i, x in enumerate(inputs)], dim=1)
+    logits_BLK = torch.stack(
+        [model.step(x[:, None], i, cache) for i, x in enumerate(inputs)], dim=1
+    )
     torch.testing.assert_close(logits_BLK, model(labels_BL, classes_B), rtol=1e-4, atol=1e-5)
 
 

@@ -366,7 +366,7 @@ def cached_coarse(model: CoarseModel, numbers_BL: Tensor, settings: Sampling) ->
     labels_BL = torch.zeros(numbers_BL.shape, dtype=torch.int64)
     inputs = classes
     for position in range(L):
-        cond, uncond = model.step(inputs, position, cache).chunk(2)
+        cond, uncond = model.step(inputs[:, None], position, cache).chunk(2)
         logits = guide(cond, uncond, settings.guidance)
         labels_BL[:, position] = choose(
             logits, numbers_BL[:, position], settings.temperature, settings.top_k, settings.top_p
@@ -418,17 +418,17 @@ ONE, BOTH = (5, 1), (10, 1)  # a step of the batch, and of the batch with and wi
         (Sampling(guidance=1.0), [ONE] * L),
         (Sampling(guidance=1.0, guidance_schedule="linear"), [ONE] * L),
         (Sampling(guidance_window=(0.0, 0.5)), [BOTH] * 8 + [ONE] * 8),
-        # What has no class catches up in one pass, over the class token and 7 labels.
-        (Sampling(guidance_window=(0.5, 1.0)), [ONE] * 8 + [(5, 8)] + [BOTH] * 8),
-        (Sampling(guidance_window=(0.25, 0.5)), [ONE] * 4 + [(5, 4)] + [BOTH] * 4 + [ONE] * 8),
-        (Sampling(guidance_schedule="cosine"), [ONE] + [ONE] + [BOTH] * 15),
+        # What has no class catches up in one pass, over the class token and 8 labels.
+        (Sampling(guidance_window=(0.5, 1.0)), [ONE] * 9 + [(5, 9)] + [BOTH] * 7),
+        (Sampling(guidance_window=(0.25, 0.5)), [ONE] * 5 + [(5, 5)] + [BOTH] * 3 + [ONE] * 8),
+        (Sampling(guidance_schedule="cosine"), [ONE] * 2 + [(5, 2)] + [BOTH] * 14),
     ],
 )
 def test_nothing_unconditional_is_computed_that_is_not_needed(coarse, settings, expected):
     with recorded(coarse) as (shapes, logits):
         sample_coarse(coarse, CLASSES_B, uniforms(SEEDS, L)[:, 0], settings)
     assert shapes == expected
-    assert len(logits) == L
+    assert [len(logits_BK) for logits_BK in logits] == [batch for batch, _ in expected]
 
 
 def test_a_step_is_taken_when_the_next_labels_are_asked_for(coarse):
@@ -476,7 +476,7 @@ def test_positions_that_all_images_keep_take_no_step(coarse, bits, settings):
     with recorded(coarse) as (shapes, logits):
         got = sample_coarse(coarse, CLASSES_B, numbers_BL, settings, kept_BL)
     assert torch.equal(got, plain_coarse(coarse, numbers_BL, settings, kept_BL))
-    assert len(logits) == int((~keep_L).sum())
+    assert 0 <= len(logits) - int((~keep_L).sum()) <= 1  # one step may take two passes
     # No position is computed twice, and none after the last that is drawn.
     images = sum(batch * positions for batch, positions in shapes)
     drawn = (~keep_L).nonzero()[:, 0].tolist()
@@ -486,7 +486,7 @@ def test_positions_that_all_images_keep_take_no_step(coarse, bits, settings):
 def test_a_kept_half_takes_one_pass(coarse):
     numbers_BL = uniforms(SEEDS, L)[:, 0]
     for keep_L, expected in (
-        (torch.arange(L) < 8, [(5, 8), (5, 8)] + [BOTH] * 8),
+        (torch.arange(L) < 8, [(10, 9)] + [BOTH] * 7),
         (torch.arange(L) >= 8, [BOTH] * 8),
         (torch.ones(L, dtype=torch.bool), []),
     ):

@@ -152,12 +152,32 @@ def test_steps_with_cache_equal_one_causal_pass(class_token_rope):
     with torch.no_grad():
         expected = trunk(labels_BL[:, :-1], classes_B, causal=True)
         cache = KVCache(CONFIG, 3, torch.device("cpu"), torch.float32)
-        # What lies beyond the current position must not be looked at.
-        cache.k.fill_(torch.nan)
-        cache.v.fill_(torch.nan)
         inputs = [classes_B, *labels_BL[:, :-1].unbind(1)]
-        steps = [trunk.step(x_B, position, cache) for position, x_B in enumerate(inputs)]
+        steps = []
+        for position, x_B in enumerate(inputs):
+            steps.append(trunk.step(x_B[:, None], position, cache)[:, 0])
+            for stored in (*cache.k, *cache.v):
+                stored[:, :, position + 1 :] = 1e6  # is not there yet, and must not be seen
     torch.testing.assert_close(torch.stack(steps, dim=1), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [(16,), (1, 15), (5, 1, 1, 9), (3, 4, 5, 4)])
+def test_several_positions_at_once_equal_one_causal_pass(parts, monkeypatch):
+    monkeypatch.setattr(KVCache, "BLOCK", 6)  # which the length is no multiple of
+    trunk = make_trunk(CONFIG)
+    labels_BL, classes_B = make_inputs(3)
+    inputs_BT = torch.cat([classes_B[:, None], labels_BL[:, :-1]], dim=1)
+    with torch.no_grad():
+        expected = trunk(labels_BL[:, :-1], classes_B, causal=True)
+        cache = KVCache(CONFIG, 3, torch.device("cpu"), torch.float32)
+        start, steps = 0, []
+        for count in parts:
+            # The images one by one: each finds its own rows in the cache.
+            given = inputs_BT[:, start : start + count]
+            one = [trunk.step(given[i : i + 1], start, cache, slice(i, i + 1)) for i in range(3)]
+            steps.append(torch.cat(one))
+            start += count
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_only_dropout_depends_on_training_mode():

@@ -41,11 +41,15 @@ class CoarseModel(nn.Module):
         logits_BLK: Tensor = self.head(self.trunk(labels_BL[:, :-1], classes_B, causal=True))
         return logits_BLK
 
-    def step(self, inputs_B: Tensor, position: int, cache: KVCache) -> Tensor:
-        """Logits (B, K) of label `position`, what came before it being in `cache`.
+    def step(
+        self, inputs_BT: Tensor, start: int, cache: KVCache, images: slice = slice(None)
+    ) -> Tensor:
+        """Logits (B, K) of label `start` + T - 1, what came before the inputs being in `cache`.
 
         Args:
-            inputs_B: classes at position 0, the label before after that.
+            inputs_BT: what stands at positions `start` to `start` + T - 1: the class at position 0,
+                label i at position i + 1.
+            images: which of those in the cache these are.
         """
-        logits_BK: Tensor = self.head(self.trunk.step(inputs_B, position, cache))
+        logits_BK: Tensor = self.head(self.trunk.step(inputs_BT, start, cache, images)[:, -1])
         return logits_BK

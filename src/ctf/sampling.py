@@ -5,16 +5,13 @@ Shapes: B batch, L tokens of an image, K choices (clusters, members or codes).
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ctf.clusters import Clusters
 from ctf.coarse import CoarseModel
@@ -193,71 +190,38 @@ class Decoder:
     """The coarse model at work on a batch: here, and nowhere else, its transformer takes steps.
 
     Under guidance the batch has a second half, the same images without their class. Each half is
-    computed only where it is needed. One that is needed again catches up in a single pass over
-    the labels that were drawn, or kept, meanwhile.
+    computed only where it is needed. One that is needed again takes all positions that it missed,
+    whose labels were drawn, or kept, meanwhile, in a single pass.
     """
 
     def __init__(self, model: CoarseModel, classes_B: Tensor, *, guided: bool) -> None:
         self.model = model
-        self.inputs = _with_no_class(classes_B, model.no_class) if guided else classes_B
+        self.classes = _with_no_class(classes_B, model.no_class) if guided else classes_B
         dtype = model.trunk.label_embedding.weight.dtype
-        self.cache = KVCache(model.config, len(self.inputs), classes_B.device, dtype)
+        self.cache = KVCache(model.config, len(self.classes), classes_B.device, dtype)
         self.cached = [0, 0]  # positions of each half
 
     @torch.inference_mode()
     def logits(self, labels_BL: Tensor, position: int, guidance: float) -> Tensor:
         """Logits (B, K) of label `position`, which follow from class and labels before it."""
-        halves = 1 if guidance == 1 else 2
-        for half in range(halves):
-            if self.cached[half] < position:
-                self._catch_up(half, labels_BL, position)
-        batch = halves * len(labels_BL)
-        inputs = self.inputs[:batch]
-        if position > 0:
-            inputs = labels_BL[:, position - 1].repeat(halves)
-        logits = self.model.step(inputs, position, _rows(self.cache, 0, batch))
-        self.cached[:halves] = [position + 1] * halves
-        if halves == 1:
-            return logits
-        cond, uncond = logits.chunk(2)
+        if guidance == 1:
+            return self._step(0, 1, labels_BL, position)
+        if self.cached[0] == self.cached[1]:
+            cond, uncond = self._step(0, 2, labels_BL, position).chunk(2)
+        else:
+            cond, uncond = (self._step(h, h + 1, labels_BL, position) for h in (0, 1))
         return guide(cond, uncond, guidance)
 
-    def _catch_up(self, half: int, labels_BL: Tensor, stop: int) -> None:
-        """Caches keys and values of half 0 or 1 up to position `stop`, those after `cached`."""
-        first, last = half * len(labels_BL), (half + 1) * len(labels_BL)
-        start, trunk = self.cached[half], self.model.trunk
+    def _step(self, first: int, last: int, labels_BL: Tensor, position: int) -> Tensor:
+        """Takes halves `first` to `last` from where they are up to `position`."""
+        start = self.cached[first]
+        images = slice(first * len(labels_BL), last * len(labels_BL))
         # The class token is at position 0, label i at i + 1.
-        x_BTD = trunk.label_embedding(labels_BL[:, max(start - 1, 0) : stop - 1])
+        inputs_BT = labels_BL[:, max(start - 1, 0) : position].repeat(last - first, 1)
         if start == 0:
-            classes_B1D = trunk.class_embedding(self.inputs[first:last])[:, None]
-            x_BTD = torch.cat([classes_B1D, x_BTD], dim=1)
-        x_BTD = trunk.dropout(x_BTD)
-        rotation_TP = trunk.rope(start, stop)
-        cache = _rows(self.cache, first, last)
-        for i, layer in enumerate(trunk.layers):
-            x_BTD = layer(x_BTD, rotation_TP, partial(_attend, cache, i, start))
-        self.cached[half] = stop
-
-
-def _rows(cache: KVCache, start: int, stop: int) -> KVCache:
-    """The same memory, of some images of the batch."""
-    rows = copy.copy(cache)
-    rows.k, rows.v = cache.k[:, start:stop], cache.v[:, start:stop]
-    return rows
-
-
-def _attend(
-    cache: KVCache, layer: int, start: int, q_BNTE: Tensor, k_BNTE: Tensor, v_BNTE: Tensor
-) -> Tensor:
-    """As `KVCache.attend`, for several positions from `start` on at once."""
-    count = q_BNTE.shape[2]
-    end = start + count
-    cache.k[layer, :, :, start:end] = k_BNTE
-    cache.v[layer, :, :, start:end] = v_BNTE
-    seen = torch.ones(count, end, dtype=torch.bool, device=q_BNTE.device).tril(start)
-    return F.scaled_dot_product_attention(
-        q_BNTE, cache.k[layer, :, :, :end], cache.v[layer, :, :, :end], attn_mask=seen
-    )
+            inputs_BT = torch.cat([self.classes[images, None], inputs_BT], dim=1)
+        self.cached[first:last] = [position + 1] * (last - first)
+        return self.model.step(inputs_BT, start, self.cache, images)
 
 
 def stream_coarse(

@@ -77,7 +77,7 @@ def test_the_plain_way_is_llamagens(guidance: int) -> None:
 @needs_packing
 def test_packed_is_equal_up_to_rounding() -> None:
     model, packed = make(), make()
-    engine.pack(packed, "auto")
+    engine.prepare(packed, None, None, "auto")
     assert not any(isinstance(module, nn.Linear) for module in packed.modules())
     torch.testing.assert_close(logits(packed), logits(model), rtol=0, atol=1e-4)
     assert torch.equal(draw(packed, guidance=2.0, top_k=1), draw(model, guidance=2.0, top_k=1))
@@ -86,7 +86,7 @@ def test_packed_is_equal_up_to_rounding() -> None:
 @needs_packing
 def test_packed_keeps_its_weights() -> None:
     model, packed = make(), make()
-    engine.pack(packed, "auto")
+    engine.prepare(packed, None, None, "auto")
     own, kept = model.state_dict(), packed.state_dict()
     assert own.keys() == kept.keys()
     assert all(torch.equal(own[name], kept[name]) for name in own)
@@ -95,7 +95,7 @@ def test_packed_keeps_its_weights() -> None:
 @needs_int8
 def test_int8_is_near() -> None:
     model, packed = make(128), make(128)
-    engine.pack(packed, "int8")
+    engine.prepare(packed, None, None, "int8")
     exact, near = logits(model), logits(packed)
     assert float((exact - near).abs().mean()) < 0.1 * float(exact.std())
     assert not torch.equal(exact, near)
@@ -116,7 +116,7 @@ def test_where_it_is_not_available_nothing_changes(
     engine._say_once.cache_clear()
     model, same = make(), make()
     for _ in range(2):
-        engine.pack(same, name)
+        engine.prepare(same, None, None, name)
     assert torch.equal(logits(model), logits(same))
     assert len(recwarn) == (1 if name == "int8" else 0)  # said once
 

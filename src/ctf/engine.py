@@ -1,11 +1,12 @@
-"""The same model, faster to sample: its matrices packed for the processor, in float32 or in int8.
+"""The same models, faster to draw with: matrices and convolutions made ready for the processor.
 
 A transformer that draws multiplies a few rows with every matrix, again and again. oneDNN's packed
-layout reads the matrix once and in order; in int8 it is a quarter of the bytes. Packing replaces
-layers in place and needs neither a compiler nor another package. What a processor cannot do is
-left as it is.
+layout reads the matrix once and in order; in int8 it is a quarter of the bytes. The tokenizer's
+decoder multiplies less where it doubles an image's sides, and in bfloat16 at twice the speed. On a
+GPU it is the single kernels' start that costs: there the steps are compiled. All this replaces
+layers in place and needs no other package. What a machine cannot do is left as it is.
 
-Shapes: V rows of a matrix, D its columns.
+Shapes: V rows of a matrix, D its columns; B batch, T positions, C channels, H, W height and width.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctf.errors import UserError
-from ctf.transformer import SwiGLU
+from ctf.coarse import CoarseModel
+from ctf.fine import FineModel
+from ctf.tokenizer import ResidualBlock, Upsample, VQModel
+from ctf.transformer import KVCache, SwiGLU, TransformerConfig, Trunk
 
-Engine = Literal["auto", "eager", "int8"]
+Engine = Literal["auto", "eager", "compile", "int8"]
 
 ROWS = 16  # that a packed layout is chosen for: 8 images and as many without their class
 
@@ -69,12 +72,6 @@ class Int8(nn.Module):
         out: Tensor = torch.ops.quantized.linear_dynamic(x, self.packed, self.reduced)
         return out
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        raise UserError(
-            "weights in int8 cannot be saved: they are not those of the model any more\n"
-            "load it with the engine auto or eager to save it"
-        )
-
 
 class PackedSwiGLU(nn.Module):
     """`SwiGLU` with its first two matrices as one product."""
@@ -91,18 +88,33 @@ class PackedSwiGLU(nn.Module):
         return out
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if isinstance(self.first[0], Packed):  # the other kind refuses, as `w2` says
+        if isinstance(self.first[0], Packed):  # int8 is not the model's own, see `is_exact`
             w1, w3 = self.first[0].weight().chunk(2)
             destination[f"{prefix}w1.weight"], destination[f"{prefix}w3.weight"] = w1, w3
 
 
 def available(engine: Engine, device: torch.device) -> bool:
-    """Whether this machine can do better than single operators."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    """Whether this machine can do what `engine` asks for on `device`."""
+    match engine:
+        case "eager":
+            return True
+        case "compile":
+            return _compiles(device.type)
+        case "auto":
+            return device.type == "cpu" and torch.backends.mkldnn.is_available()
+        case "int8":
+            supported = {"x86", "fbgemm"} & {*torch.backends.quantized.supported_engines}
+            return available("auto", device) and bool(supported)
+
+
+@functools.cache
+def _compiles(device: str) -> bool:
+    """Whether PyTorch finds what it needs to compile for a kind of device: a compiler, Triton."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
+    except Exception:  # each part that may be missing says so in its own way
         return False
-    return engine != "int8" or bool(
-        {"x86", "fbgemm"} & {*torch.backends.quantized.supported_engines}
-    )
+    return True
 
 
 @functools.cache
@@ -110,27 +122,190 @@ def _say_once(text: str) -> None:
     warnings.warn(text, stacklevel=4)
 
 
-def pack(model: nn.Module, engine: Engine) -> None:
-    """Replaces the linear layers of a model that draws, in place; each old one is let go at once.
+def prepare(
+    coarse: CoarseModel | None, fine: FineModel | None, tokenizer: VQModel | None, engine: Engine
+) -> None:
+    """Makes the models of a pipeline ready to draw, in place; each old layer is let go at once.
 
-    engine: "eager" leaves it as it is; "auto" computes the same in float32; "int8" computes nearly
-        the same. Where the machine cannot, it says so once and leaves the model as it is.
+    Where the machine cannot do what is asked for, it says so once and leaves the models as they
+    are.
+
+    Args:
+        engine: "eager" leaves all as it is. "auto" computes the same, up to rounding, as fast as
+            is known here: packed on a processor, compiled on a GPU. "compile" compiles the steps
+            of the coarse model. "int8" computes nearly the same: transformers in 8-bit integers,
+            and the decoder's convolutions in bfloat16 where the processor multiplies that.
     """
-    device = next(model.parameters()).device
+    models = [model for model in (coarse, fine, tokenizer) if model is not None]
+    device = next(models[0].parameters()).device
+    if engine == "auto" and device.type == "cuda":
+        engine = "compile" if available("compile", device) else "eager"
+    if not available(engine, device):
+        if engine != "auto":
+            _say_once(f"{engine} is not available for {device.type} here; computing without it")
+        return
+    if engine == "compile":
+        if coarse is not None:
+            coarse.trunk = CompiledTrunk(coarse.trunk)
+        return
     if engine == "eager":
         return
-    if not available(engine, device):
-        if engine == "int8":
-            _say_once(f"int8 is not available for {device.type} here; computing in float32")
-        return
-    _replace(model, Int8 if engine == "int8" else Packed)
+    kind = Int8 if engine == "int8" else Packed
+    if coarse is not None:
+        _pack(coarse, kind)
+    if fine is not None:
+        _pack(fine.trunk, kind)  # its head is read in slices, by cluster
+    if tokenizer is not None:
+        tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        low = engine == "int8" and torch.cpu._is_avx512_bf16_supported()
+        _prepare_decoder(tokenizer.decoder, torch.bfloat16 if low else torch.float32)
 
 
-def _replace(module: nn.Module, kind: type[Packed] | type[Int8]) -> None:
+def is_exact(model: nn.Module) -> bool:
+    """Whether a model still has the weights that it was loaded with, so that it can be saved."""
+    return not any(isinstance(part, Int8) for part in model.modules())
+
+
+def _pack(module: nn.Module, kind: type[Packed] | type[Int8]) -> None:
     for name, child in module.named_children():
         if isinstance(child, SwiGLU):
             setattr(module, name, PackedSwiGLU(child, kind))
         elif isinstance(child, nn.Linear):
             setattr(module, name, kind(child.weight))
         else:
-            _replace(child, kind)
+            _pack(child, kind)
+
+
+# --- The tokenizer's decoder ----------------------------------------------------------------------
+
+
+def _prepare_decoder(module: nn.Module, dtype: torch.dtype) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, ResidualBlock):
+            setattr(module, name, PreparedResidual(child, dtype))
+        elif isinstance(child, Upsample):
+            setattr(module, name, PreparedUpsample(child, dtype))
+        else:
+            _prepare_decoder(child, dtype)
+
+
+class PreparedResidual(nn.Module):
+    """`ResidualBlock` with less memory to fill, and its convolutions in `dtype`."""
+
+    def __init__(self, block: ResidualBlock, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = block.norm1, block.conv1
+        self.norm2, self.conv2 = block.norm2, block.conv2
+        self.skip = block.skip
+        self.kernels = [_as(conv.weight, dtype) for conv in (block.conv1, block.conv2)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(self.norm1(x), inplace=True)
+        h = _convolve(h, self.kernels[0], self.conv1.bias)
+        h = F.silu(self.norm2(h), inplace=True)
+        h = _convolve(h, self.kernels[1], self.conv2.bias)
+        return h.add_(self.skip(x))
+
+
+class PreparedUpsample(nn.Module):
+    """`Upsample` as one transposed convolution: 16 products for four pixels instead of 36.
+
+    Of the three rows of a kernel two meet the same row of the small image, so their weights add
+    up; columns alike.
+    """
+
+    def __init__(self, up: Upsample, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.conv = up.conv
+        kernel = up.conv.weight.detach().double()
+        for dim in (2, 3):
+            a, b, c = kernel.unbind(dim)
+            kernel = torch.stack([c, b + c, a + b, a], dim)
+        self.kernel = [_as(kernel.transpose(0, 1), dtype)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel, bias = self.kernel[0], self.conv.bias
+        assert bias is not None
+        return F.conv_transpose2d(
+            x.to(kernel.dtype), kernel, bias.to(kernel.dtype), stride=2, padding=1
+        ).to(x.dtype)
+
+
+def _as(kernel: Tensor, dtype: torch.dtype) -> Tensor:
+    return kernel.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    assert bias is not None
+    out = F.conv2d(x.to(kernel.dtype), kernel, bias.to(kernel.dtype), padding=1)
+    return out.to(x.dtype)
+
+
+# --- Compiled steps -------------------------------------------------------------------------------
+
+
+class StaticCache(KVCache):
+    """A cache with room for all positions from the start, so that all steps have one shape."""
+
+    def __init__(
+        self, config: TransformerConfig, batch: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__(config, batch, device, dtype)
+        self.k = [self._grown(k, config.length) for k in self.k]
+        self.v = [self._grown(v, config.length) for v in self.v]
+
+
+class CompiledTrunk(Trunk):
+    """A `Trunk` whose single steps of a whole batch are compiled, into CUDA graphs on a GPU.
+
+    Every step attends to all positions and masks those that are not there yet: a fixed shape is
+    worth more than the work that is saved.
+    """
+
+    def __init__(self, trunk: Trunk) -> None:
+        nn.Module.__init__(self)
+        self.config = trunk.config
+        for name, child in trunk.named_children():
+            setattr(self, name, child)
+        graphs = next(trunk.parameters()).device.type == "cuda"
+        self._step = torch.compile(
+            self._through, mode="reduce-overhead" if graphs else None, fullgraph=True, dynamic=False
+        )
+
+    def cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+        return StaticCache(self.config, batch, device, dtype)
+
+    def step(
+        self, inputs_BT: Tensor, start: int, cache: KVCache, images: slice = slice(None)
+    ) -> Tensor:
+        batch, count = inputs_BT.shape
+        if count > 1 or batch < len(cache.k[0]):
+            return super().step(inputs_BT, start, cache, images)
+        position = torch.tensor([start], device=inputs_BT.device)
+        torch.compiler.cudagraph_mark_step_begin()
+        return self._step(
+            self._embed(inputs_BT, start), self.rope.table, position, cache.k, cache.v
+        )
+
+    def _through(
+        self,
+        x_B1D: Tensor,
+        table_TP2: Tensor,
+        position: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+    ) -> Tensor:
+        rotation_1P2 = table_TP2[position]
+        seen_T = torch.arange(self.config.length, device=position.device) <= position
+
+        def attend(layer: int, q_BN1E: Tensor, k_BN1E: Tensor, v_BN1E: Tensor) -> Tensor:
+            keys[layer].index_copy_(2, position, k_BN1E)
+            values[layer].index_copy_(2, position, v_BN1E)
+            return F.scaled_dot_product_attention(
+                q_BN1E, keys[layer], values[layer], attn_mask=seen_T[None]
+            )
+
+        for i, layer in enumerate(self.layers):
+            x_B1D = layer(x_B1D, rotation_1P2, functools.partial(attend, i))
+        out: Tensor = self.norm(x_B1D)
+        return out

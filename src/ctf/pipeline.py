@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from ctf import checkpoint, clusters, config, sampling, tokenizer_training
+from ctf import checkpoint, clusters, config, engine, memory, sampling, tokenizer_training
 from ctf.clusters import Clusters
 from ctf.coarse import CoarseModel
 from ctf.config import did_you_mean
 from ctf.decoding import to_rgb
-from ctf.engine import Engine, pack
+from ctf.engine import Engine
 from ctf.errors import UserError
 from ctf.fine import FineModel
 from ctf.images import LARGEST_SIZE, as_pictures, as_tensor, crop
@@ -43,7 +43,8 @@ FILES = (  # that make a pipeline; all that is ever downloaded
     ),
 )
 LICENSE = "license"  # the entry of `origin` with the licence of the weights
-BATCH = 64  # images drawn at a time
+BATCH = 64  # images drawn at a time, at most
+DECODED = 2**23  # numbers in the largest layer of the decoder, of the images decoded at a time
 
 Report = Callable[[int, int], None]  # images drawn, images to draw
 Progress = Callable[[str], contextlib.AbstractContextManager[Report]]
@@ -138,9 +139,9 @@ class Pipeline:
 
         Args:
             name: a folder, a shipped name, or org/name[@revision] on the Hub, in this order.
-            engine: what computes the transformers: "eager", PyTorch's operators as they are;
-                "auto", the same results up to rounding, as fast as this machine can; "int8",
-                faster and nearly the same.
+            engine: what computes: "eager", PyTorch's operators as they are; "auto", the same
+                results up to rounding, as fast as is known here; "int8", faster and nearly the
+                same; "compile", steps that torch.compile made. See `engine.prepare`.
             revision: branch, tag or commit on the Hub, if not in the name; by default "main". This
                 and all below are of the Hub, and as everywhere in huggingface_hub.
             cache_dir: where downloads are kept.
@@ -375,7 +376,7 @@ class Pipeline:
         decoder for each row.
 
         Args:
-            classes: one batch: at most `BATCH`.
+            classes: one batch: at most `BATCH`, or fewer where memory is short.
             preview: without, events have the labels only.
             seed, codes, keep, resize, settings: see `sample`.
 
@@ -384,12 +385,12 @@ class Pipeline:
                 event.
         """
         numbers, chosen = self._asked(classes, seed, resize, settings)
-        if len(numbers) > BATCH:
+        if len(numbers) > (most := self._at_a_time(chosen)):
             raise UserError(
-                f"got {len(numbers)} images to stream, expected {BATCH} or fewer: one batch; "
+                f"got {len(numbers)} images to stream, expected {most} or fewer: one batch; "
                 "sample draws any number"
             )
-        (batch,) = self._batches(numbers, seed, self._kept(codes, keep, len(numbers)))
+        (batch,) = self._batches(numbers, seed, self._kept(codes, keep, len(numbers)), most)
         return self._events(batch, chosen, resize, preview)
 
     def _events(
@@ -456,7 +457,10 @@ class Pipeline:
         return self._decode_vectors(self.tokenizer.codebook()[codes_BL], resize)
 
     def _decode_vectors(self, vectors_BLC: Tensor, resize: int | None) -> Tensor:
-        images_BCHW = self.tokenizer.decode_vectors(vectors_BLC)
+        shape = self.tokenizer.config
+        at_a_time = max(1, DECODED // (shape.channels * shape.image_size**2))
+        parts = [self.tokenizer.decode_vectors(part) for part in vectors_BLC.split(at_a_time)]
+        images_BCHW = torch.cat(parts)
         if resize is not None:
             images_BCHW = F.interpolate(images_BCHW, size=(resize, resize), mode="bicubic")
         return images_BCHW.clamp(-1, 1)
@@ -509,11 +513,21 @@ class Pipeline:
             )
         return given.to(self.device).expand(count, length)
 
+    def _at_a_time(self, settings: Sampling) -> int:
+        """How many images are drawn at a time: `BATCH`, or what half of the free memory holds."""
+        halves = 1 if settings.guidance == 1 else 2
+        return min(BATCH, max(1, memory.available(self.device) // 2 // (halves * self._cached())))
+
+    def _cached(self) -> int:
+        """Bytes of keys and values of one image without guidance."""
+        shape, weight = self.coarse.config, self.coarse.trunk.label_embedding.weight
+        return 2 * shape.layers * shape.length * shape.width * weight.element_size()
+
     def _batches(
-        self, numbers: Sequence[int], seed: int, kept_NL: Tensor | None
+        self, numbers: Sequence[int], seed: int, kept_NL: Tensor | None, at_a_time: int
     ) -> Iterator[_Batch]:
-        for start in range(0, len(numbers), BATCH):
-            classes_B = torch.tensor(numbers[start : start + BATCH], device=self.device)
+        for start in range(0, len(numbers), at_a_time):
+            classes_B = torch.tensor(numbers[start : start + at_a_time], device=self.device)
             images = slice(start, start + len(classes_B))
             seeds = range(seed + images.start, seed + images.stop)
             kept_BL = kept_labels_BL = None
@@ -540,7 +554,7 @@ class Pipeline:
     ) -> Samples:
         """All batches, of the labels that `coarse` gives for each."""
         done: list[Samples] = []
-        for batch in self._batches(numbers, seed, kept_NL):
+        for batch in self._batches(numbers, seed, kept_NL, self._at_a_time(settings)):
             done.append(self._finish(batch, coarse(batch), settings, resize))
             if report is not None:
                 report(batch.images.stop, len(numbers))
@@ -637,7 +651,7 @@ def hash_of(folder: Path) -> str:
     )
 
 
-def load(folder: Path, device: torch.device, engine: Engine = "eager") -> Pipeline:
+def load(folder: Path, device: torch.device, how: Engine = "eager") -> Pipeline:
     settings = load_settings(folder)
     tokenizer = tokenizer_training.load(folder / "tokenizer", device)
     parts = clusters.load(folder / "clusters" / clusters.FILE).to(device)
@@ -659,10 +673,7 @@ def load(folder: Path, device: torch.device, engine: Engine = "eager") -> Pipeli
                 f"{folder / name}: made for a grid of {got[0]} and {got[1]} classes, expected "
                 f"{tokenizer.grid} and {len(settings.class_names)}: parts of different runs"
             )
-    pack(coarse, engine)
-    if fine is not None and engine == "int8":
-        # In float32 its products are large, and packing gains nothing.
-        pack(fine.trunk, engine)
+    engine.prepare(coarse, fine, tokenizer, how)
     return Pipeline(tokenizer, parts, coarse, fine, **vars(settings))
 
 
@@ -670,9 +681,6 @@ def save(pipeline: Pipeline, folder: Path, dtype: torch.dtype | None) -> None:
     """Writes a pipeline's folder, its weights as `dtype`; None: as they are."""
     if not (checkpoint.is_vacant(folder) or (folder / SETTINGS).is_file()):
         raise UserError(f"{folder} exists and is not a pipeline; choose another folder")
-    # First: it marks the folder as ours, if writing should be cut short.
-    settings = PipelineSettings(pipeline.class_names, pipeline.sampling, pipeline.origin)
-    checkpoint.save_json(folder / SETTINGS, config.to_json(settings))
     stored: dict[str, tuple[torch.nn.Module, dict[str, Any]]] = {
         "tokenizer": (pipeline.tokenizer, {}),
         "coarse": (pipeline.coarse, {"clusters": clusters.fingerprint(pipeline.clusters)}),
@@ -682,6 +690,14 @@ def save(pipeline: Pipeline, folder: Path, dtype: torch.dtype | None) -> None:
             pipeline.fine,
             {**stored["coarse"][1], "softmax": pipeline.fine.softmax},
         )
+    if not all(engine.is_exact(model) for model, _ in stored.values()):
+        raise UserError(
+            "weights in int8 cannot be saved: they are not those of the model any more\n"
+            "load it with the engine auto or eager to save it"
+        )
+    # First: it marks the folder as ours, if writing should be cut short.
+    settings = PipelineSettings(pipeline.class_names, pipeline.sampling, pipeline.origin)
+    checkpoint.save_json(folder / SETTINGS, config.to_json(settings))
     for name, (model, more) in stored.items():
         shape: Any = model.config
         checkpoint.save_json(

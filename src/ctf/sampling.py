@@ -18,9 +18,10 @@ from ctf.coarse import CoarseModel
 from ctf.config import did_you_mean
 from ctf.errors import UserError
 from ctf.fine import FineModel
-from ctf.transformer import KVCache
 
 Schedule = Literal["constant", "linear", "cosine"]
+
+FINE_TOKENS = 2048  # of the fine model at a time, with both halves of guidance
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class Decoder:
         self.model = model
         self.classes = _with_no_class(classes_B, model.no_class) if guided else classes_B
         dtype = model.trunk.label_embedding.weight.dtype
-        self.cache = KVCache(model.config, len(self.classes), classes_B.device, dtype)
+        self.cache = model.trunk.cache(len(self.classes), classes_B.device, dtype)
         self.cached = [0, 0]  # positions of each half
 
     @torch.inference_mode()
@@ -303,31 +304,50 @@ def sample_fine(
     if model is None:
         return clusters.members_KS.to(labels_BL.device)[labels_BL, 0]
     uniforms_BL = uniforms_BL.to(labels_BL.device)
-    with torch.inference_mode():
-        if settings.fine_guidance == 1:
-            logits_BLK = model(labels_BL, classes_B)
-        else:
-            both = model(labels_BL.repeat(2, 1), _with_no_class(classes_B, model.no_class))
-            cond, uncond = both.chunk(2)
-            logits_BLK = guide(cond, uncond, settings.fine_guidance)
-        # Image by image: in float64 the choices of a whole batch may be large.
-        choices_BL = torch.stack(
-            [
-                choose(
-                    logits_LK,
-                    uniforms_L,
-                    settings.fine_temperature,
-                    settings.fine_top_k,
-                    settings.fine_top_p,
-                )
-                for logits_LK, uniforms_L in zip(logits_BLK, uniforms_BL, strict=True)
-            ]
-        )
+    # In parts: the products of FINE_TOKENS are large enough to be fast, and fit into memory.
+    halves = 1 if settings.fine_guidance == 1 else 2
+    at_a_time = max(1, FINE_TOKENS // (halves * labels_BL.shape[1]))
+    parts = zip(
+        labels_BL.split(at_a_time),
+        classes_B.split(at_a_time),
+        uniforms_BL.split(at_a_time),
+        strict=True,
+    )
+    choices_BL = torch.cat([_fine_choices(model, *part, settings) for part in parts])
     codes_BL = model.codes(labels_BL, choices_BL)
     if kept_BL is None:
         return codes_BL
     kept_BL = kept_BL.to(codes_BL.device)
     return torch.where(kept_BL < 0, codes_BL, kept_BL)
+
+
+@torch.inference_mode()
+def _fine_choices(
+    model: FineModel,
+    labels_BL: Tensor,
+    classes_B: Tensor,
+    uniforms_BL: Tensor,
+    settings: Sampling,
+) -> Tensor:
+    if settings.fine_guidance == 1:
+        logits_BLK = model(labels_BL, classes_B)
+    else:
+        both = model(labels_BL.repeat(2, 1), _with_no_class(classes_B, model.no_class))
+        cond, uncond = both.chunk(2)
+        logits_BLK = guide(cond, uncond, settings.fine_guidance)
+    # Image by image: in float64 the choices of a whole batch may be large.
+    return torch.stack(
+        [
+            choose(
+                logits_LK,
+                uniforms_L,
+                settings.fine_temperature,
+                settings.fine_top_k,
+                settings.fine_top_p,
+            )
+            for logits_LK, uniforms_L in zip(logits_BLK, uniforms_BL, strict=True)
+        ]
+    )
 
 
 def _with_no_class(classes_B: Tensor, no_class: int) -> Tensor:

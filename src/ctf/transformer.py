@@ -122,20 +122,25 @@ class Rope(nn.Module):
         return self
 
     def forward(self, start: int, stop: int) -> Tensor:
-        """Rotations of positions `start` to `stop` (0 is the class token): complex (T, P)."""
-        return torch.view_as_complex(self.table[start:stop])
+        """Rotations of positions `start` to `stop` (0 is the class token): (T, P, 2)."""
+        return self.table[start:stop]
 
 
-def rotate(x_BTZNE: Tensor, rotation_TP: Tensor) -> Tensor:
+def rotate(x_BTZNE: Tensor, rotation_TP2: Tensor) -> Tensor:
     """Turns neighbours (2i, 2i + 1) as one complex number; at least in float32.
 
     Args:
         x_BTZNE: queries and keys, stacked along Z.
-        rotation_TP: complex, from `Rope`.
+        rotation_TP2: from `Rope`.
     """
-    wide = x_BTZNE.to(torch.promote_types(x_BTZNE.dtype, torch.float32))
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * rotation_TP[:, None, None])
+    pairs = x_BTZNE.to(torch.promote_types(x_BTZNE.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which knows real numbers only
+        cos, sin = rotation_TP2[:, None, None].unbind(-1)
+        x, y = pairs.unbind(-1)
+        turned = torch.stack([x * cos - y * sin, x * sin + y * cos], dim=-1)
+    else:
+        rotation_TP = torch.view_as_complex(rotation_TP2)
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * rotation_TP[:, None, None])
     return turned.flatten(-2).type_as(x_BTZNE)
 
 
@@ -198,9 +203,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor, rotation_TP: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotation_TP2: Tensor, attend: Attend) -> Tensor:
         qkv_BT3NE = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1))
-        q_BTNE, k_BTNE = rotate(qkv_BT3NE[:, :, :2], rotation_TP).unbind(2)
+        q_BTNE, k_BTNE = rotate(qkv_BT3NE[:, :, :2], rotation_TP2).unbind(2)
         v_BTNE = qkv_BT3NE[:, :, 2]
         mixed_BNTE = attend(q_BTNE.transpose(1, 2), k_BTNE.transpose(1, 2), v_BTNE.transpose(1, 2))
         out: Tensor = self.dropout(self.out(mixed_BNTE.transpose(1, 2).flatten(2)))
@@ -230,8 +235,8 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.ffn = SwiGLU(config)
 
-    def forward(self, x_BTD: Tensor, rotation_TP: Tensor, attend: Attend) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation_TP, attend)
+    def forward(self, x_BTD: Tensor, rotation_TP2: Tensor, attend: Attend) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation_TP2, attend)
         out: Tensor = x_BTD + self.ffn(self.ffn_norm(x_BTD))
         return out
 
@@ -258,11 +263,15 @@ class Trunk(nn.Module):
         """The vectors of the class token and of T <= L labels: (B, 1 + T, D)."""
         attend = partial(F.scaled_dot_product_attention, is_causal=causal)
         x_BTD = self._embed(torch.cat([classes_B[:, None], labels_BT], dim=1), 0)
-        rotation_TP = self.rope(0, x_BTD.shape[1])
+        rotation_TP2 = self.rope(0, x_BTD.shape[1])
         for layer in self.layers:
-            x_BTD = layer(x_BTD, rotation_TP, attend)
+            x_BTD = layer(x_BTD, rotation_TP2, attend)
         out: Tensor = self.norm(x_BTD)
         return out
+
+    def cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+        """An empty one, for `step`."""
+        return KVCache(self.config, batch, device, dtype)
 
     def step(
         self, inputs_BT: Tensor, start: int, cache: KVCache, images: slice = slice(None)
@@ -274,9 +283,9 @@ class Trunk(nn.Module):
             images: which of those in the cache these are.
         """
         x_BTD = self._embed(inputs_BT, start)
-        rotation_TP = self.rope(start, start + inputs_BT.shape[1])
+        rotation_TP2 = self.rope(start, start + inputs_BT.shape[1])
         for i, layer in enumerate(self.layers):
-            x_BTD = layer(x_BTD, rotation_TP, partial(cache.attend, i, start, images))
+            x_BTD = layer(x_BTD, rotation_TP2, partial(cache.attend, i, start, images))
         out: Tensor = self.norm(x_BTD)
         return out
 

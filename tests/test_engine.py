@@ -1,17 +1,22 @@
 """Packed layers: equal in float32, near in int8, and left alone where the machine cannot."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Command
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
-from ctf import engine, llamagen, plain
+from ctf import engine, llamagen, memory, pipeline, plain, sampling
 from ctf.coarse import CoarseModel
 from ctf.errors import UserError
 from ctf.pipeline import Pipeline
 from ctf.sampling import Sampling, sample_coarse, uniforms
+from ctf.tokenizer import TokenizerConfig, Upsample, VQModel
 from ctf.transformer import TransformerConfig
 
 FIXTURES = Path(__file__).parent / "fixtures" / "llamagen"
@@ -40,9 +45,9 @@ def logits(model: CoarseModel) -> torch.Tensor:
     return model(labels_BL, torch.arange(6) % 6)
 
 
-def draw(model: CoarseModel, **settings: float) -> torch.Tensor:
+def draw(model: CoarseModel, **settings: Any) -> torch.Tensor:
     numbers_BL = uniforms(range(5), 16)[:, 0]
-    chosen = Sampling(**settings)  # type: ignore[arg-type]
+    chosen = Sampling(**settings)
     return sample_coarse(model, torch.arange(5), numbers_BL, chosen)
 
 
@@ -106,6 +111,7 @@ def test_int8_cannot_be_saved(run: Path, tmp_path: Path) -> None:
     pipe = Pipeline.from_pretrained(run, engine="int8")
     with pytest.raises(UserError, match="weights in int8 cannot be saved"):
         pipe.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 @pytest.mark.parametrize("name", ["auto", "int8"])
@@ -119,6 +125,135 @@ def test_where_it_is_not_available_nothing_changes(
         engine.prepare(same, None, None, name)
     assert torch.equal(logits(model), logits(same))
     assert len(recwarn) == (1 if name == "int8" else 0)  # said once
+
+
+# --- the decoder ----------------------------------------------------------------------------------
+
+VQ = TokenizerConfig(
+    image_size=32,
+    codebook_size=50,
+    channels=16,
+    multipliers=(1, 2, 2),
+    latent_channels=16,
+    groups=4,
+)
+
+
+def make_tokenizer() -> VQModel:
+    torch.manual_seed(0)
+    return VQModel(VQ).eval().requires_grad_(False)
+
+
+@given(
+    st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(1, 5), st.integers(0, 99)
+)
+def test_doubling_by_a_transposed_convolution(
+    batch: int, height: int, width: int, channels: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    up = Upsample(channels).requires_grad_(False)
+    x = torch.randn(batch, channels, height, width)
+    prepared = engine.PreparedUpsample(up, torch.float32)
+    torch.testing.assert_close(prepared(x), up(x), rtol=0, atol=1e-5)
+
+
+@needs_packing
+def test_a_prepared_decoder_draws_the_same() -> None:
+    plain_model, prepared = make_tokenizer(), make_tokenizer()
+    engine.prepare(None, None, prepared, "auto")
+    codes_BL = torch.arange(3 * 64).view(3, 64) % 50
+    images = plain_model.decode(codes_BL)
+    torch.testing.assert_close(prepared.decode(codes_BL), images, rtol=0, atol=1e-5)
+    assert torch.equal(prepared.encode(images), plain_model.encode(images))
+    own, kept = plain_model.state_dict(), prepared.state_dict()
+    assert own.keys() == kept.keys()
+    assert all(torch.equal(own[name], kept[name]) for name in own)
+    assert any(isinstance(part, engine.PreparedUpsample) for part in prepared.modules())
+
+
+@needs_int8
+def test_low_precision_changes_pixels_by_less_than_a_grey_level() -> None:
+    pipe = Pipeline.from_pretrained("fashion-mnist")
+    low = copy.deepcopy(pipe.tokenizer)
+    engine._prepare_decoder(low.decoder, torch.bfloat16)
+    codes_BL = pipe.sample(list(range(10)), seed=5).codes
+    change = (low.decode(codes_BL) - pipe.tokenizer.decode(codes_BL)).abs() * 127.5
+    assert 0 < float(change.mean()) < 1
+
+
+# --- compiled -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not engine.available("compile", CPU), reason="there is no compiler here")
+def test_compiled_steps_draw_the_same() -> None:
+    model, compiled = make(), make()
+    for each in (model, compiled):
+        del each.trunk.layers[1:]  # to compile is slow
+    engine.prepare(compiled, None, None, "compile")
+    assert model.state_dict().keys() == compiled.state_dict().keys()
+    for settings in (
+        {"guidance": 2.0},
+        {"guidance": 2.0, "top_k": 1},
+        {"guidance": 1.5, "guidance_window": (0.25, 0.75)},  # halves that catch up, uncompiled
+    ):
+        assert torch.equal(draw(compiled, **settings), draw(model, **settings))
+
+
+def test_where_nothing_compiles_it_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    engine._compiles.cache_clear()
+    engine._say_once.cache_clear()
+    model, same = make(), make()
+    for _ in range(2):
+        engine.prepare(same, None, None, "compile")
+    assert torch.equal(draw(model), draw(same))
+    assert [str(warning.message) for warning in recwarn] == [
+        "compile is not available for cpu here; computing without it"
+    ]
+    engine._compiles.cache_clear()
+
+
+# --- in parts -------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_into_memory_is_drawn_in_parts(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = Pipeline.from_pretrained(run)
+    classes = [0, 1, 2, 0, 1, 2, 0]
+    whole = pipe.sample(classes, seed=3)
+    shape = pipe.coarse.config
+    image = 2 * 4 * shape.layers * shape.length * shape.width  # keys and values of one half
+    drawn: list[int] = []
+    sample_coarse_before = sampling.sample_coarse
+
+    def watched(model: CoarseModel, classes_B: torch.Tensor, *given: object) -> torch.Tensor:
+        drawn.append(len(classes_B))
+        return sample_coarse_before(model, classes_B, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sampling, "sample_coarse", watched)
+    monkeypatch.setattr(memory, "available", lambda device: 3 * 2 * 2 * image)
+    monkeypatch.setattr(sampling, "FINE_TOKENS", 2 * shape.length)
+    monkeypatch.setattr(pipeline, "DECODED", 1)
+    parts = pipe.sample(classes, seed=3)
+    assert drawn == [3, 3, 1]
+    assert torch.equal(parts.codes, whole.codes)
+    assert all(
+        abs(a - b) <= 1
+        for one, other in zip(parts.images, whole.images, strict=True)
+        for a, b in zip(one.tobytes(), other.tobytes(), strict=True)
+    )
+    drawn.clear()
+    pipe.sample(classes, seed=3, guidance=1.0)  # which needs half of it
+    assert drawn == [6, 1]
+    monkeypatch.setattr(memory, "available", lambda device: 0)
+    with pytest.raises(UserError, match="got 2 images to stream, expected 1 or fewer"):
+        pipe.stream([0, 1])
 
 
 # --- in a pipeline --------------------------------------------------------------------------------
@@ -139,7 +274,7 @@ def test_a_pipeline_draws_the_same_by_any_exact_engine(run: Path, tmp_path: Path
 
 @needs_int8
 def test_the_command(ctf: Command, run: Path, tmp_path: Path) -> None:
-    for name in ("auto", "eager", "int8"):
+    for name in ("auto", "eager", "int8", "compile"):
         out = tmp_path / f"{name}.png"
         result = ctf("sample", run, "--count", 1, "--engine", name, "--out", out)
         assert result.code == 0 and out.is_file(), result.err

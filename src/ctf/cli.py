@@ -22,7 +22,7 @@ from ctf.errors import UserError
 app = tyro.extras.SubcommandApp()
 groups = {
     name: tyro.extras.SubcommandApp()
-    for name in ("tokenizer", "tokens", "clusters", "train", "classifier", "convert")
+    for name in ("tokenizer", "tokens", "clusters", "train", "classifier", "convert", "bench")
 }
 # Standard output for what was asked for, standard error for progress and errors.
 console = Console(highlight=False)
@@ -32,7 +32,9 @@ F = TypeVar("F", bound=Callable[..., None])
 Positional = Annotated[T, tyro.conf.Positional]
 Folder = Annotated[Path, tyro.conf.arg(metavar="RUN")]
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Size = Literal["B", "L", "XL", "XXL", "3B"]
+Engine = Literal["auto", "eager", "compile", "int8"]
+LlamaGenSize = Literal["B", "L", "XL", "XXL", "3B"]
+Size = Literal["S", "B", "L", "XL", "XXL", "3B"]
 
 
 def command(name: str) -> Callable[[F], F]:
@@ -154,7 +156,7 @@ def sample(
     guidance_window: tuple[float, float] | None = None,
     guidance_schedule: Literal["constant", "linear", "cosine"] | None = None,
     resize: int | None = None,
-    engine: Literal["auto", "eager", "int8"] = "auto",
+    engine: Engine = "auto",
     device: Device = "auto",
     dry_run: bool = False,
 ) -> None:
@@ -182,8 +184,8 @@ def sample(
             0.2 0.8; the others then cost less
         guidance_schedule: how guidance grows from 1 over the steps of the coarse stage
         resize: pixels a side of the pictures, instead of the tokenizer's
-        engine: auto computes as fast as this machine can, equal up to rounding; int8 is faster
-            and nearly the same; eager takes PyTorch's operators as they are
+        engine: auto computes as fast as is known here, equal up to rounding; int8 is faster and
+            nearly the same; compile compiles the steps; eager takes PyTorch's operators as they are
         device: where to compute; auto takes a GPU if there is one
         dry_run: check everything and say what would be drawn, and write nothing
     """
@@ -755,7 +757,7 @@ def convert_llamagen(
     vq: Path,
     gpt: Path | None = None,
     out: Path,
-    size: Size | None = None,
+    size: LlamaGenSize | None = None,
     image_size: int | None = None,
     dry_run: bool = False,
 ) -> None:
@@ -779,6 +781,111 @@ def convert_llamagen(
     console.print(written, soft_wrap=True)
 
 
+@command("bench sample")
+def bench_sample(
+    *,
+    sizes: str = "B,L,XL",
+    batches: str = "1,8,32",
+    engines: str = "auto,int8",
+    guidance: float = 2.0,
+    rounds: int = 3,
+    out: Path = Path("bench-sample"),
+    device: Device = "auto",
+    dry_run: bool = False,
+) -> None:
+    """Measures how fast drawing is, beside LlamaGen's plain way and the machine's limits.
+
+    Example: ctf bench sample --sizes B --batches 1,8
+
+    Random weights, 256 tokens, from classes to images. Run it on a machine that does nothing else;
+    killed, the same command goes on.
+
+    Args:
+        sizes: of LlamaGen's transformers, with commas between: B, L, XL, XXL, 3B
+        batches: images drawn at a time
+        engines: auto, eager, compile, int8
+        guidance: of the coarse stage, and of the fine one where it is guided
+        rounds: how often each is measured, in turn
+        out: folder for sample.json, sample.md and sample.png
+        device: where to compute; auto takes a GPU if there is one
+        dry_run: say what would be measured, and write nothing
+    """
+    from ctf import bench, bench_report
+
+    try:
+        numbers = tuple(int(part) for part in batches.split(","))
+    except ValueError:
+        raise UserError(f"batches: got {batches!r}, expected numbers, e.g. 1,8,32") from None
+    asked = bench.Asked(
+        tuple(sizes.split(",")),
+        numbers,
+        _engines(engines),
+        guidance,
+        rounds,
+    )
+    place = _device(device)
+    if dry_run:
+        console.print(f"would measure {', '.join(bench.describe(asked, place))}", soft_wrap=True)
+        return
+    with _progress("bench") as report:
+        result = bench.run(asked, out, place, report)
+    bench_report.write(result, out)
+    for size in asked.sizes:
+        for batch in asked.batches:
+            console.print(f"size {size}, {batch} images")
+            _table(*bench_report.speed(result, size, batch))
+    console.print(f"{out}: sample.md, sample.png, sample.json", soft_wrap=True)
+
+
+@command("bench quality")
+def bench_quality(
+    model: Positional[str] = "fashion-mnist",
+    /,
+    *,
+    engines: str = "eager,auto,int8",
+    samples: int = 5000,
+    held_out: int = 10_000,
+    device: Device = "auto",
+) -> None:
+    """Measures what an engine costs in quality: likelihood of held-out codes, class accuracy.
+
+    Example: ctf bench quality fashion-mnist --engines eager,int8
+
+    Args:
+        model: a pipeline that was trained on an included set of pictures
+        engines: auto, eager, compile, int8; changes are stated against the first
+        samples: drawn by each engine, with the same seeds
+        held_out: pictures for the likelihood, at most
+        device: where to compute; auto takes a GPU if there is one
+    """
+    from ctf import quality
+
+    for name, given in (("samples", samples), ("held_out", held_out)):
+        if given < 1:
+            raise UserError(f"{name}: got {given}, expected 1 or more")
+    found = quality.compare(model, _engines(engines), samples, held_out, _device(device), _progress)
+    first = found[0]
+    rows = [
+        (
+            q.engine,
+            f"{q.coarse:.4f}",
+            f"{q.fine:.4f}",
+            f"{q.nats:.4f}",
+            f"{q.nats / first.nats - 1:+.3%}",
+            f"{q.accuracy.value:.2%}" if q.accuracy else "",
+            f"{100 * (q.accuracy.value - first.accuracy.value):+.2f} points"
+            if q.accuracy and first.accuracy
+            else "",
+        )
+        for q in found
+    ]
+    columns = (
+        "engine", "labels, nats a token", "codes given labels", "codes", "change",
+        "class accuracy", "change",
+    )  # fmt: skip
+    _table(columns, rows)
+
+
 # --- What the commands share ----------------------------------------------------------------------
 
 
@@ -791,6 +898,18 @@ def _device(name: Device) -> Any:
     if not has[name]:
         raise UserError(f"device {name}: there is none here; expected auto or cpu")
     return torch.device(name)
+
+
+def _engines(text: str) -> Any:
+    from typing import get_args
+
+    from ctf.config import did_you_mean
+
+    engines = tuple(part.strip() for part in text.split(","))
+    for name in engines:
+        if name not in get_args(Engine):
+            raise UserError(f"unknown engine {name!r}{did_you_mean(name, get_args(Engine))}")
+    return engines
 
 
 def _open(

@@ -65,6 +65,7 @@ class Int8(nn.Module):
                 weight_VD, scale_V, torch.zeros(len(scale_V), dtype=torch.int64), 0, torch.qint8
             )
             self.packed = torch.ops.quantized.linear_prepack(quantised, None)
+        self.size = weight_VD.numel() + 4 * len(weight_VD)  # bytes, about
         # Without VNNI, products of full range could overflow.
         self.reduced = not torch.cpu._is_vnni_supported()
 
@@ -157,8 +158,13 @@ def prepare(
         _pack(fine.trunk, kind)  # its head is read in slices, by cluster
     if tokenizer is not None:
         tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        low = engine == "int8" and torch.cpu._is_avx512_bf16_supported()
+        low = engine == "int8" and low_precision_convolutions()
         _prepare_decoder(tokenizer.decoder, torch.bfloat16 if low else torch.float32)
+
+
+def low_precision_convolutions() -> bool:
+    """Whether the processor multiplies bfloat16 itself; where it does not, it would take longer."""
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def is_exact(model: nn.Module) -> bool:

@@ -28,7 +28,7 @@ from ctf.config import did_you_mean
 from ctf.errors import UserError
 from ctf.images import imagenet_classes
 from ctf.pipeline import Pipeline, PipelineSettings
-from ctf.presets import SIZES, TransformerShape
+from ctf.presets import LLAMAGEN_SIZES, TransformerShape
 from ctf.sampling import Sampling
 from ctf.tokenizer import TokenizerConfig, VQModel
 
@@ -40,7 +40,7 @@ GUIDANCE = {"B": 2.0, "L": 2.0, "XL": 1.75, "XXL": 1.75, "3B": 1.65}
 
 # Shapes that are known by their tensors: the released ones, and that of the parity tests.
 FIXTURE = "fixture"
-SHAPES = {**SIZES, FIXTURE: TransformerShape(width=64, layers=2, heads=4)}
+SHAPES = {**LLAMAGEN_SIZES, FIXTURE: TransformerShape(width=64, layers=2, heads=4)}
 FIXTURE_IMAGE_SIZE = 8
 
 CODEBOOK, EMBEDDING = "quantize.embedding.weight", "tok_embeddings.weight"
@@ -294,12 +294,12 @@ def _size(stored: Stored, path: Path, asked: str | None) -> str:
     """The name of the size: what was asked for, or what width and layers are those of."""
     if asked is not None:
         if asked not in SHAPES:
-            raise UserError(f"unknown size {asked!r}{did_you_mean(asked, SIZES)}")
+            raise UserError(f"unknown size {asked!r}{did_you_mean(asked, LLAMAGEN_SIZES)}")
         return asked
     found = _fitting(stored)
     if found is None:
         width, layers = _width_layers(stored)
-        sizes = ", ".join(f"{n} ({s.width}, {s.layers})" for n, s in SIZES.items())
+        sizes = ", ".join(f"{n} ({s.width}, {s.layers})" for n, s in LLAMAGEN_SIZES.items())
         raise UserError(
             f"{path}: width {width} and {layers} layers are those of no released size: {sizes}"
         )

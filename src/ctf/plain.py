@@ -12,13 +12,15 @@ D width, N heads, E head width, K labels that there are.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctf.coarse import CoarseModel
 from ctf.sampling import Sampling, choose
-from ctf.transformer import Attention, Block, SwiGLU
+from ctf.transformer import Attention, Block, SwiGLU, TransformerConfig
 
 
 @torch.inference_mode()
@@ -26,29 +28,14 @@ def sample(
     model: CoarseModel, classes_B: Tensor, uniforms_BL: Tensor, settings: Sampling
 ) -> Tensor:
     """Labels (B, L), int64, as `sampling.sample_coarse` draws them, at constant guidance."""
-    shape = model.config
     guided = settings.guidance != 1
     inputs = torch.cat([classes_B, torch.full_like(classes_B, model.no_class)])
     if not guided:
         inputs = classes_B
-    length = -(-(1 + shape.length) // 8) * 8  # LlamaGen rounds its caches up
-    caches = torch.zeros(shape.layers, 2, len(inputs), shape.heads, length, shape.head_width)
-    masks = torch.tril(torch.ones(length, length, dtype=torch.bool)).repeat(len(inputs), 1, 1)
+    caches, masks = make_caches(model.config, len(inputs))
     labels = []
-    for i in range(shape.length):
-        position = torch.tensor([i])
-        embedding = model.trunk.class_embedding if i == 0 else model.trunk.label_embedding
-        x_B1D = embedding(inputs)[:, None]
-        mask_B11T = masks[:, None, position]
-        turn_1P2 = model.trunk.rope.table[position]
-        for layer, cache in zip(model.trunk.layers, caches, strict=True):
-            assert isinstance(layer, Block)
-            normed = _norm(x_B1D, layer.attention_norm)
-            x_B1D = x_B1D + _attention(
-                normed, layer.attention, turn_1P2, position, mask_B11T, cache
-            )
-            x_B1D = x_B1D + _feed_forward(_norm(x_B1D, layer.ffn_norm), layer.ffn)
-        logits_BK = model.head(_norm(x_B1D, model.trunk.norm))[:, -1].float()
+    for i in range(model.config.length):
+        logits_BK = step(model, inputs, i, caches, masks)
         if guided:
             cond, uncond = logits_BK.chunk(2)
             logits_BK = uncond + (cond - uncond) * settings.guidance
@@ -58,6 +45,32 @@ def sample(
         labels.append(drawn_B)
         inputs = torch.cat([drawn_B, drawn_B]) if guided else drawn_B
     return torch.stack(labels, dim=1)
+
+
+def make_caches(shape: TransformerConfig, batch: int) -> tuple[Tensor, Tensor]:
+    """Keys and values, (layers, 2, B, N, T, E), and masks, (B, T, T), of the full length."""
+    length = -(-(1 + shape.length) // 8) * 8  # LlamaGen rounds its caches up
+    caches = torch.zeros(shape.layers, 2, batch, shape.heads, length, shape.head_width)
+    masks = torch.tril(torch.ones(length, length, dtype=torch.bool)).repeat(batch, 1, 1)
+    return caches, masks
+
+
+def step(
+    model: CoarseModel, inputs_B: Tensor, i: int, caches: Iterable[Tensor], masks: Tensor
+) -> Tensor:
+    """Logits (B, K) after position `i`, whose inputs are classes at 0, then the label before."""
+    position = torch.tensor([i])
+    embedding = model.trunk.class_embedding if i == 0 else model.trunk.label_embedding
+    x_B1D = embedding(inputs_B)[:, None]
+    mask_B11T = masks[:, None, position]
+    turn_1P2 = model.trunk.rope.table[position]
+    for layer, cache in zip(model.trunk.layers, caches, strict=True):
+        assert isinstance(layer, Block)
+        normed = _norm(x_B1D, layer.attention_norm)
+        x_B1D = x_B1D + _attention(normed, layer.attention, turn_1P2, position, mask_B11T, cache)
+        x_B1D = x_B1D + _feed_forward(_norm(x_B1D, layer.ffn_norm), layer.ffn)
+    logits_BK: Tensor = model.head(_norm(x_B1D, model.trunk.norm))[:, -1].float()
+    return logits_BK
 
 
 def _norm(x_B1D: Tensor, norm: nn.RMSNorm) -> Tensor:

@@ -1,0 +1,462 @@
+"""`ctf bench sample`: how fast drawing is, beside the plain way and the machine's limits.
+
+Models have random weights and the shapes of 256-pixel pictures: 256 tokens, 1000 classes, a
+codebook of 16384, for CTF 512 clusters of 32. What is compared is measured in turn, round after
+round, in one process. Of the 256 steps of an image those are timed at which the cache grows, and
+the ones in the middle between; the others take as long as these. The decoder works image by
+image, so one image is timed.
+
+Shapes: B batch, L tokens of an image, N heads, E head width.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctf import checkpoint, clusters, config, engine, memory, plain, sampling, work
+from ctf.coarse import CoarseModel
+from ctf.engine import Engine
+from ctf.errors import UserError
+from ctf.fine import FineModel
+from ctf.presets import SIZES, TOKENIZERS
+from ctf.sampling import Sampling
+from ctf.tokenizer import VQModel
+from ctf.transformer import KVCache
+from ctf.version import __version__
+from ctf.work import Machine, Work
+
+FILE = "sample.json"
+CODES, COUNT, CLASSES, GRID = 16384, 512, 1000, 16
+LENGTH = GRID**2
+PAPER, RECOMMENDED = "L", "S"  # fine models, by size
+SIDE, READ = 2048, 2**27  # of the square matrices, and of the numbers that are read
+LAYERS_APART = 12  # layers with a cache of their own when timing: more than any processor's cache
+GREEDY_BATCH = 2
+
+Report = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What is measured."""
+
+    sizes: tuple[str, ...] = ("B", "L", "XL")
+    batches: tuple[int, ...] = (1, 8, 32)
+    engines: tuple[Engine, ...] = ("auto", "int8")
+    guidance: float = 2.0
+    rounds: int = 3
+
+    def __post_init__(self) -> None:
+        for size in self.sizes:
+            if size not in SIZES:
+                raise UserError(f"unknown size {size!r}, expected some of {', '.join(SIZES)}")
+        for batch in self.batches:
+            if not 1 <= batch <= 1024:
+                raise UserError(f"batches: got {batch}, expected 1 to 1024 images")
+        if self.rounds < 1:
+            raise UserError(f"rounds: got {self.rounds}, expected 1 or more")
+        if not (self.sizes and self.batches and self.engines):
+            raise UserError("sizes, batches, engines: expected at least one of each")
+
+    @property
+    def halves(self) -> int:
+        return 1 if self.guidance == 1 else 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One way of doing one stage for one batch.
+
+    seconds: of each round. floor: the least that the machine of this run could take.
+    weights, cache: bytes. working: bytes that it held for a while besides these, at the most.
+    """
+
+    name: str
+    seconds: tuple[float, ...]
+    floor: float
+    work: Work
+    weights: int
+    cache: int
+    working: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """What was measured in turn, and what the machine reached just before.
+
+    found: facts beside the times, e.g. whether greedy labels were equal.
+    """
+
+    machine: Machine
+    timings: tuple[Timing, ...]
+    found: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def timing(self, name: str) -> Timing:
+        return next(timing for timing in self.timings if timing.name == name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A whole run; `groups` by name: "coarse B 8", "fine 8", "decode", "greedy B"."""
+
+    asked: Asked
+    where: dict[str, str]
+    groups: dict[str, Group]
+
+
+def run(asked: Asked, folder: Path, device: torch.device, report: Report) -> Result:
+    """Measures what is not in `folder`/sample.json yet; killed, it goes on after the last group.
+
+    Raises:
+        UserError: the file there is of another run.
+    """
+    path = folder / FILE
+    result = Result(asked, _where(device), {})
+    if path.is_file():
+        there = config.from_json(Result, checkpoint.load_json(path), str(path))
+        if (there.asked, there.where) != (result.asked, result.where):
+            raise UserError(f"{path}: is of another run or machine; choose another folder")
+        result = there
+    elif not checkpoint.is_vacant(folder):
+        raise UserError(f"{folder}: holds something else; choose another folder")
+    jobs = _jobs(asked, device)
+    for done, (name, measure) in enumerate(jobs.items()):
+        report(done, len(jobs))
+        if name in result.groups:
+            continue
+        with torch.inference_mode():
+            group = measure(_machine(device))
+        result = dataclasses.replace(result, groups={**result.groups, name: group})
+        checkpoint.save_json(path, config.to_json(result))
+        gc.collect()
+    report(len(jobs), len(jobs))
+    return result
+
+
+def _jobs(asked: Asked, device: torch.device) -> dict[str, Callable[[Machine], Group]]:
+    jobs: dict[str, Callable[[Machine], Group]] = {}
+
+    def add(name: str, measure: Callable[..., Group], *given: Any) -> None:
+        jobs[name] = lambda machine: measure(machine, asked, device, *given)
+
+    add("decode", _decoding)
+    for batch in asked.batches:
+        add(f"fine {batch}", _fine, batch)
+    for size in asked.sizes:
+        add(f"greedy {size}", _greedy, size)
+        for batch in asked.batches:
+            add(f"coarse {size} {batch}", _coarse, size, batch)
+    return jobs
+
+
+def _where(device: torch.device) -> dict[str, str]:
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].partition(":")[2].strip() if lines else name
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {
+        "device": f"{device.type}: {name}",
+        "threads": str(torch.get_num_threads()),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "ctf": __version__,
+    }
+
+
+# --- The machine's limits -------------------------------------------------------------------------
+
+
+def _machine(device: torch.device) -> Machine:
+    """The best that products of 2048 x 2048 and reading 512 MB reach, of several each."""
+    side, many = SIDE, READ
+    a, b = torch.randn(2, side, side, device=device)
+    products: dict[str, list[Callable[[], Any]]] = {"fp32": [lambda: a @ b], "bf16": [], "int8": []}
+    low_a, low_b = a.bfloat16(), b.bfloat16()
+    products["bf16"].append(lambda: low_a @ low_b)
+    if engine.available("auto", device):
+        packed = engine.Packed(b)
+        products["fp32"].append(lambda: packed(a))
+    if engine.available("int8", device):
+        small = engine.Int8(b)
+        products["int8"].append(lambda: small(a))
+    numbers = torch.ones(many, device=device)
+    rates = {
+        name: max((2.0 * side**3 / _best(way, device) for way in ways), default=0.0)
+        for name, ways in products.items()
+    }
+    # Without int8 there is nothing that is counted in it.
+    return Machine(
+        fp32=rates["fp32"],
+        bf16=rates["bf16"],
+        int8=rates["int8"] or rates["fp32"],
+        bandwidth=4.0 * many / _best(numbers.sum, device),
+    )
+
+
+def _best(way: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
+    return min(_timed(way, device)[0] for _ in range(repeats))
+
+
+def _timed(way: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    _wait(device)
+    began = time.perf_counter()
+    result = way()
+    _wait(device)
+    return time.perf_counter() - began, result
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _working(way: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that a call holds at the most beyond what is held before."""
+    gc.collect()
+    before = memory.held(device)
+    memory.forget_peak(device)
+    way()
+    return max(0, memory.peak(device) - before)
+
+
+def _bytes(*models: nn.Module | None) -> int:
+    """Of the weights as they are held, packed or not."""
+    total = 0
+    for model in models:
+        for part in () if model is None else model.modules():
+            total += sum(p.numel() * p.element_size() for p in part.parameters(recurse=False))
+            if isinstance(part, engine.Packed):
+                total += part.packed.numel() * 4
+            elif isinstance(part, engine.Int8):
+                total += part.size
+            elif isinstance(part, engine.PackedSwiGLU):
+                total += _bytes(part.first[0])
+    return total
+
+
+# --- The stages -----------------------------------------------------------------------------------
+
+
+def _coarse_model(size: str, labels: int, device: torch.device) -> CoarseModel:
+    with device:
+        model = CoarseModel(SIZES[size].config(GRID, CLASSES), labels)
+    nn.init.normal_(model.head.weight, std=0.02)
+    return model.eval().requires_grad_(False)
+
+
+class _Steps:
+    """A coarse model in our engine, put to any position of a batch."""
+
+    def __init__(self, model: CoarseModel, batch: int, asked: Asked, device: torch.device) -> None:
+        self.model, self.settings = model, Sampling(guidance=asked.guidance)
+        self.guided = asked.halves == 2
+        self.classes_B = torch.randint(CLASSES, (batch,), device=device)
+        self.labels_BL = torch.randint(model.count, (batch, LENGTH), device=device)
+        self.uniforms_B = torch.rand(batch, dtype=torch.float64, device=device)
+
+    def at(self, position: int) -> Callable[[], Tensor]:
+        """What takes the step at `position`; what is before is in the cache."""
+        decoder = sampling.Decoder(self.model, self.classes_B, guided=self.guided)
+        decoder.cached = [position, position]
+        room = min(-(-position // KVCache.BLOCK) * KVCache.BLOCK, LENGTH)
+        for stored in (decoder.cache.k, decoder.cache.v):
+            apart = stored[:LAYERS_APART]
+            if apart[0].shape[2] < room:
+                apart = [
+                    k.new_full((*k.shape[:2], room, k.shape[3]), 0.01) for k in apart
+                ]  # any numbers will do
+            stored[:] = [apart[layer % len(apart)] for layer in range(len(stored))]
+
+        def take() -> Tensor:
+            logits_BK = decoder.logits(self.labels_BL, position, self.settings.guidance)
+            return sampling.choose(logits_BK, self.uniforms_B, 1.0, 0, 1.0)
+
+        return take
+
+
+class _PlainSteps:
+    """The same in the plain way."""
+
+    def __init__(self, model: CoarseModel, batch: int, asked: Asked) -> None:
+        self.model, self.guidance = model, asked.guidance
+        self.inputs = torch.randint(CLASSES, (asked.halves * batch,))
+        self.uniforms_B = torch.rand(batch, dtype=torch.float64)
+        shallow = dataclasses.replace(model.config, layers=min(LAYERS_APART, model.config.layers))
+        apart, self.masks = plain.make_caches(shallow, len(self.inputs))
+        apart.fill_(0.01)
+        self.caches = [apart[layer % len(apart)] for layer in range(model.config.layers)]
+
+    def at(self, position: int) -> Callable[[], Tensor]:
+        def take() -> Tensor:
+            logits_BK = plain.step(self.model, self.inputs, position, self.caches, self.masks)
+            if self.guidance != 1:
+                cond, uncond = logits_BK.chunk(2)
+                logits_BK = uncond + (cond - uncond) * self.guidance
+            return sampling.choose(logits_BK, self.uniforms_B, 1.0, 0, 1.0)
+
+        return take
+
+
+def _coarse(machine: Machine, asked: Asked, device: torch.device, size: str, batch: int) -> Group:
+    rows = asked.halves * batch
+    shape = SIZES[size].config(GRID, CLASSES)
+    models: dict[str, CoarseModel] = {}
+    ways: dict[str, _Steps | _PlainSteps] = {}
+    for kind, labels in (("baseline", CODES), ("ctf", COUNT)):
+        model = _coarse_model(size, labels, device)
+        for how in asked.engines:
+            models[f"{kind} {how}"] = own = copy.deepcopy(model)
+            engine.prepare(own, None, None, how)
+            ways[f"{kind} {how}"] = _Steps(own, batch, asked, device)
+        if kind == "baseline" and device.type == "cpu":
+            models["plain"], ways["plain"] = model, _PlainSteps(model, batch, asked)
+        del model
+    # Where the cache grows there is one step, between two such places 31.
+    block = KVCache.BLOCK
+    positions = {p: n for s in range(0, LENGTH, block) for p, n in ((s, 1), (s + block // 2, 31))}
+    working = {}
+    for name, way in ways.items():
+        way.at(LENGTH - 1)()
+        working[name] = _working(way.at(LENGTH - 1), device)
+    seconds = {name: [0.0] * asked.rounds for name in ways}
+    for turn in range(asked.rounds):
+        for position, count in positions.items():
+            for name, way in ways.items():
+                take = way.at(position)
+                seconds[name][turn] += count * _timed(take, device)[0]
+                del take
+    timings = []
+    for name, model in models.items():
+        low = name.endswith("int8")
+        each = work.steps(shape, model.count, rows, low)
+        total = sum(each, Work())
+        floor = sum(one.floor(machine) for one in each)
+        length = LENGTH
+        if name == "plain":
+            length = -(-(1 + LENGTH) // 8) * 8
+        cache = 2 * 4 * shape.layers * rows * shape.width * length
+        timings.append(
+            Timing(name, tuple(seconds[name]), floor, total, _bytes(model), cache, working[name])
+        )
+    return Group(machine, tuple(timings))
+
+
+def _greedy(machine: Machine, asked: Asked, device: torch.device, size: str) -> Group:
+    """Whole images, greedily: how many labels are those of the plain way."""
+    if device.type != "cpu":
+        return Group(machine, ())
+    model = _coarse_model(size, CODES, device)
+    classes_B = torch.arange(GREEDY_BATCH)
+    settings = Sampling(guidance=asked.guidance, top_k=1)
+    numbers_BL = sampling.uniforms(range(GREEDY_BATCH), LENGTH)[:, 0]
+    seconds, expected_BL = _timed(
+        lambda: plain.sample(model, classes_B, numbers_BL, settings), device
+    )
+    found = {"labels": float(expected_BL.numel()), "plain seconds": seconds}
+    engine.prepare(model, None, None, "auto")
+    seconds, labels_BL = _timed(
+        lambda: sampling.sample_coarse(model, classes_B, numbers_BL, settings), device
+    )
+    found["auto seconds"] = seconds
+    found["equal"] = float((labels_BL == expected_BL).sum())
+    return Group(machine, (), found)
+
+
+def _fine(machine: Machine, asked: Asked, device: torch.device, batch: int) -> Group:
+    parts = clusters.Clusters.from_labels(torch.arange(CODES) % COUNT).to(device)
+    labels_BL = torch.randint(COUNT, (batch, LENGTH), device=device)
+    classes_B = torch.randint(CLASSES, (batch,), device=device)
+    numbers_BL = sampling.uniforms(range(batch), LENGTH)[:, 1]
+    models: dict[str, FineModel] = {}
+    ways: dict[str, Callable[[], Tensor]] = {}
+    for size in (RECOMMENDED, PAPER):
+        with device:
+            model = FineModel(SIZES[size].config(GRID, CLASSES), parts)
+        nn.init.normal_(model.head.weight, std=0.02)
+        model.eval().requires_grad_(False)
+        for how in asked.engines:
+            own = copy.deepcopy(model)
+            engine.prepare(None, own, None, how)
+            for guidance in dict.fromkeys((1.0, asked.guidance)):
+                way = f"{size} {how}{'' if guidance == 1 else ' guided'}"
+                models[way] = own
+                ways[way] = _call(
+                    sampling.sample_fine,
+                    own,
+                    parts,
+                    labels_BL,
+                    classes_B,
+                    numbers_BL,
+                    Sampling(fine_guidance=guidance),
+                )
+    seconds, working = _in_turn(ways, asked.rounds, device)
+    timings = []
+    for name, model in models.items():
+        rows = batch * (asked.halves if name.endswith("guided") else 1)
+        total = work.fine(model.config, rows, CODES / COUNT, "int8" in name)
+        floor = total.floor(machine)
+        timings.append(Timing(name, seconds[name], floor, total, _bytes(model), 0, working[name]))
+    return Group(machine, tuple(timings))
+
+
+def _decoding(machine: Machine, asked: Asked, device: torch.device) -> Group:
+    """One image, from codes."""
+    model = VQModel(TOKENIZERS["VQ-16"]).eval().requires_grad_(False).to(device)
+    codes_BL = torch.randint(CODES, (1, LENGTH), device=device)
+    models = {"plain": model}
+    for how in asked.engines:
+        models[str(how)] = own = copy.deepcopy(model)
+        engine.prepare(None, None, own, how)
+    images = {name: own.decode(codes_BL) for name, own in models.items()}
+    found = {
+        f"{name} difference": float((image - images["plain"]).abs().mean()) * 127.5
+        for name, image in images.items()
+    }
+    ways = {name: _call(own.decode, codes_BL) for name, own in models.items()}
+    seconds, working = _in_turn(ways, asked.rounds, device)
+    operations = work.decoding(model)
+    timings = []
+    for name, own in models.items():
+        low = name == "int8" and engine.low_precision_convolutions()
+        total = Work(bf16=operations) if low else Work(fp32=operations)
+        floor = total.floor(machine)
+        timings.append(Timing(name, seconds[name], floor, total, _bytes(own), 0, working[name]))
+    return Group(machine, tuple(timings), found)
+
+
+def _call(function: Callable[..., Tensor], *given: Any) -> Callable[[], Tensor]:
+    return lambda: function(*given)
+
+
+def _in_turn(
+    ways: Mapping[str, Callable[[], Tensor]], rounds: int, device: torch.device
+) -> tuple[dict[str, tuple[float, ...]], dict[str, int]]:
+    """Seconds of each round, and bytes held for a while, after a first call that is not timed."""
+    working = {name: _working(way, device) for name, way in ways.items()}
+    turns: list[dict[str, float]] = [
+        {name: _timed(way, device)[0] for name, way in ways.items()} for _ in range(rounds)
+    ]
+    return {name: tuple(turn[name] for turn in turns) for name in ways}, working
+
+
+def describe(asked: Asked, device: torch.device) -> Sequence[str]:
+    """The names of the groups that would be measured."""
+    return list(_jobs(asked, device))

@@ -203,6 +203,8 @@ def load_pt(path: Path, classes: Sequence[type] = ()) -> Any:
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
     """Copies `tensors` into `module`; names and shapes must match exactly.
 
+    A module on the meta device, which has no memory yet, takes the tensors themselves.
+
     Raises:
         UserError: names the first tensor that is missing, unknown, or of another shape.
     """
@@ -218,7 +220,8 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str | P
                 f"{where}: tensor {name!r} has shape {tuple(value.shape)}, "
                 f"expected {tuple(own[name].shape)}"
             )
-    module.load_state_dict(dict(tensors))
+    empty = any(tensor.is_meta for tensor in own.values())
+    module.load_state_dict(dict(tensors), assign=empty)
 
 
 def hash_file(path: Path) -> str:

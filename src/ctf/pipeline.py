@@ -716,7 +716,8 @@ def load_settings(folder: Path) -> PipelineSettings:
 def load_coarse(folder: Path, parts: Clusters, device: torch.device) -> CoarseModel:
     """The coarse model in `folder`, for these clusters, ready to draw."""
     shape, _ = _load_config(folder, parts)
-    model = CoarseModel(shape, parts.count)
+    with torch.device("meta"):  # the weights come from the file
+        model = CoarseModel(shape, parts.count)
     return _ready(model, folder, device)
 
 
@@ -726,7 +727,8 @@ def load_fine(folder: Path, parts: Clusters, device: torch.device) -> FineModel:
     softmax = stored.get("softmax")
     if softmax not in ("members", "full"):
         raise UserError(f"{folder}: got softmax {softmax!r}, expected that of a fine model")
-    model = FineModel(shape, parts, softmax)
+    with torch.device("meta"):
+        model = FineModel(shape, parts, softmax)
     return _ready(model, folder, device)
 
 

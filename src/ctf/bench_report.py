@@ -95,6 +95,9 @@ def markdown(result: Result) -> str:
     parts += ["### CTF beside the baseline", _markdown(shares(result))]
     parts += ["### The decoder, one image", _markdown(_decoder(result.groups["decode"]))]
     parts += ["### Memory", _markdown(_memory(result))]
+    start = result.groups["start"].found
+    seconds = (("", "s"), [(name, f"{value:.2f}") for name, value in start.items()])
+    parts += ["### The shipped pipeline in a new process", _markdown(seconds)]
     if greedy := _greedy(result):
         parts += ["### Greedy labels", _markdown(greedy)]
     return "\n\n".join(parts) + "\n"

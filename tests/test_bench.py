@@ -90,6 +90,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> bench.Asked:
     for name, value in {"SIDE": 64, "READ": 2**12}.items():
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(KVCache, "BLOCK", 8)
+    monkeypatch.setattr(bench, "_STARTED", "print(0.1, 0.2, 0.3)")
     return bench.Asked(sizes=("B",), batches=(1, 3), rounds=2)
 
 
@@ -99,14 +100,9 @@ def silent(done: int, total: int) -> None:
 
 def test_every_row_has_its_stages_and_adds_up(small: bench.Asked, tmp_path: Path) -> None:
     result = bench.run(small, tmp_path, CPU, silent)
-    assert [*result.groups] == [
-        "decode",
-        "fine 1",
-        "fine 3",
-        "greedy B",
-        "coarse B 1",
-        "coarse B 3",
-    ]
+    names = ["start", "decode", "fine 1", "fine 3", "greedy B", "coarse B 1", "coarse B 3"]
+    assert [*result.groups] == names
+    assert all(seconds > 0 for seconds in result.groups["start"].found.values())
     for group in result.groups.values():
         for timing in group.timings:
             assert len(timing.seconds) == 2 and min(timing.seconds) > 0
@@ -137,11 +133,11 @@ def test_killed_it_goes_on_with_what_is_missing(
         with pytest.raises(KeyboardInterrupt):
             bench.run(small, tmp_path, CPU, silent)
     before = json.loads((tmp_path / bench.FILE).read_text())["groups"]
-    assert [*before] == ["decode", "fine 1", "fine 3"]
+    assert [*before] == ["start", "decode", "fine 1", "fine 3"]
     result = bench.run(small, tmp_path, CPU, silent)
     after = json.loads((tmp_path / bench.FILE).read_text())["groups"]
     assert {name: after[name] for name in before} == before
-    assert len(result.groups) == len(after) == 6
+    assert len(result.groups) == len(after) == 7
     with pytest.raises(UserError, match="another run"):
         bench.run(dataclasses.replace(small, rounds=3), tmp_path, CPU, silent)
 

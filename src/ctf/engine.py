@@ -102,10 +102,19 @@ def available(engine: Engine, device: torch.device) -> bool:
         case "compile":
             return _compiles(device.type)
         case "auto":
-            return device.type == "cpu" and torch.backends.mkldnn.is_available()
+            return device.type == "cpu" and _works(Packed)
         case "int8":
-            supported = {"x86", "fbgemm"} & {*torch.backends.quantized.supported_engines}
-            return available("auto", device) and bool(supported)
+            return device.type == "cpu" and _works(Int8)
+
+
+@functools.cache
+def _works(kind: type[Packed] | type[Int8]) -> bool:
+    """Whether this build of PyTorch, on this processor, can do the products of a kind."""
+    try:
+        kind(torch.ones(16, 16))(torch.ones(2, 16))
+    except Exception:  # no such operator, no such library, no such instruction
+        return False
+    return True
 
 
 @functools.cache

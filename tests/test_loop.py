@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import without_times
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -68,10 +69,6 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def without_seconds(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines(folder)]
-
-
 # --- run ------------------------------------------------------------------------------------------
 
 
@@ -100,7 +97,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, kills: list[int]) -> None:
     loop.run(resumed, tmp_path / "killed", 70, evaluate_every=20)
     for name, value in whole.state().items():
         assert torch.equal(resumed.state()[name], value), name
-    assert without_seconds(tmp_path / "killed") == without_seconds(tmp_path / "whole")
+    assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
     seconds = [entry["seconds"] for entry in lines(tmp_path / "killed")]
     assert seconds == sorted(seconds)
 
@@ -128,7 +125,7 @@ def test_a_line_cut_short_is_written_again(tmp_path: Path) -> None:
         file.write('{"step": 60, "spl')
     loop.run(Line(), tmp_path, 70, evaluate_every=20)
     loop.run(Line(), tmp_path / "whole", 70, evaluate_every=20)
-    assert without_seconds(tmp_path) == without_seconds(tmp_path / "whole")
+    assert without_times(tmp_path) == without_times(tmp_path / "whole")
 
 
 def test_a_damaged_state_costs_no_more_than_its_line(tmp_path: Path) -> None:
@@ -142,7 +139,7 @@ def test_a_damaged_state_costs_no_more_than_its_line(tmp_path: Path) -> None:
     assert resumed.steps_made == list(range(20, 70))
     for name, value in whole.state().items():
         assert torch.equal(resumed.state()[name], value), name
-    assert without_seconds(tmp_path / "killed") == without_seconds(tmp_path / "whole")
+    assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
 
 
 def test_states_are_saved_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ def fit(
     Args:
         images: fashion-mnist, or a folder: one subfolder per class, or flat (one class)
         out: folder of the run
-        preset: tiny, small or base
+        preset: tiny, small, base, or imagenet256-B, -L, -XL
         image_size: pixels a side; by default 32 for fashion-mnist, the preset's for folders
         minutes: time for all stages together, shared among them by measured speed
         steps: steps of every trained stage, instead of the preset's
@@ -132,6 +132,47 @@ def fit(
         return
     fitting.fit(pictures, out, recipe, minutes=minutes, device=place, progress=_progress)
     console.print(f"{out}: done; ctf sample {out} draws from it", soft_wrap=True)
+
+
+@command("cost")
+def cost(
+    preset: Positional[str],
+    /,
+    *,
+    pictures: int | None = None,
+    classes: int | None = None,
+    image_size: int | None = None,
+    devices: int = 8,
+    utilisation: float | None = None,
+    steps: int | None = None,
+    set: tuple[str, ...] = (),
+) -> None:
+    """Calculates what a recipe costs: FLOPs, hours on A100 and H100, memory; needs no pictures.
+
+    Example: ctf cost imagenet256-B --devices 8
+
+    Args:
+        preset: tiny, small, base, or imagenet256-B, -L, -XL
+        pictures: how many there are to train on; by default ImageNet's 1281167
+        classes: how many there are; by default ImageNet's 1000
+        image_size: pixels a side; by default the preset's
+        devices: how many compute
+        utilisation: share of their peak that they reach; by default an assumed 0.3
+        steps: steps of every trained stage, instead of the preset's
+        set: values of the recipe to replace, e.g. coarse_training.batch_size=1024
+    """
+    from ctf import cost as calculation
+    from ctf import fit as fitting
+    from ctf.presets import preset as preset_named
+
+    recipe = fitting.adjust(preset_named(preset), steps, set)
+    given = {"pictures": pictures, "classes": classes, "utilisation": utilisation}
+    setting = calculation.Setting(
+        recipe.image_size if image_size is None else image_size,
+        devices=devices,
+        **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+    )
+    console.print(calculation.describe(recipe, setting), soft_wrap=True)
 
 
 @command("sample")
@@ -396,7 +437,7 @@ def tokenizer_train(
     Args:
         images: fashion-mnist, or a folder of pictures
         out: folder of the run; the tokenizer goes into its folder tokenizer/
-        preset: tiny, small or base
+        preset: tiny, small, base, or imagenet256-B, -L, -XL
         image_size: pixels a side; by default 32 for fashion-mnist, the preset's for folders
         steps: instead of the preset's
         background: colour behind transparent pictures
@@ -488,7 +529,7 @@ def tokens_extract(
     Args:
         images: fashion-mnist, or a folder of pictures
         run: folder of the run
-        preset: tiny, small or base
+        preset: tiny, small, base, or imagenet256-B, -L, -XL
         views: of each training picture; by default flip, and plain for fashion-mnist
         limit: of training pictures, in balanced classes; by default all
         background: colour behind transparent pictures
@@ -626,7 +667,7 @@ def train_coarse(
 
     Args:
         run: folder of the run
-        preset: tiny, small or base
+        preset: tiny, small, base, or imagenet256-B, -L, -XL
         size: of the transformer, as LlamaGen's and the paper's, instead of the preset's
         steps: instead of the preset's
         warm_start: folder of a full-vocabulary pipeline of the same tokenizer, a baseline or a
@@ -656,7 +697,7 @@ def train_fine(
 
     Args:
         run: folder of the run
-        preset: tiny, small or base
+        preset: tiny, small, base, or imagenet256-B, -L, -XL
         size: of the transformer, as LlamaGen's and the paper's, instead of the preset's
         steps: instead of the preset's
         set: values of the recipe to replace, e.g. fine_softmax=full
@@ -689,7 +730,7 @@ def train_baseline(
     Args:
         run: folder of the run whose tokenizer and tokens are used
         out: folder of the baseline
-        preset: tiny, small or base
+        preset: tiny, small, base, or imagenet256-B, -L, -XL
         size: of the transformer, as LlamaGen's and the paper's, instead of the preset's
         steps: instead of the preset's
         warm_start: folder of a full-vocabulary pipeline of the same tokenizer to start from

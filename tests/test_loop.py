@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,32 @@ def test_a_damaged_state_costs_no_more_than_its_line(tmp_path: Path) -> None:
     for name, value in whole.state().items():
         assert torch.equal(resumed.state()[name], value), name
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
+
+
+class Counting(Line):
+    """Sees 512 tokens in half a second; its evaluations take long, which is not its speed."""
+
+    now = 0.0
+
+    def step(self, step: int) -> Mapping[str, Tensor | float]:
+        Counting.now += 0.5
+        return {**super().step(step), "tokens": 512}
+
+    def evaluate(self) -> Mapping[str, float]:
+        Counting.now += 100.0
+        return super().evaluate()
+
+
+def test_what_is_counted_is_logged_per_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: Counting.now)
+    with pytest.raises(Killed):
+        loop.run(Counting(45), tmp_path, 70, evaluate_every=20)
+    loop.run(Counting(), tmp_path, 70, evaluate_every=20)
+    train = [entry for entry in lines(tmp_path) if entry["split"] == "train"]
+    assert [entry["tokens_per_second"] for entry in train] == [1024.0] * 4
+    assert not any("tokens" in entry for entry in lines(tmp_path))
 
 
 def test_states_are_saved_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from ctf.errors import UserError
 app = tyro.extras.SubcommandApp()
 groups = {
     name: tyro.extras.SubcommandApp()
-    for name in ("tokenizer", "tokens", "clusters", "train", "classifier", "convert")
+    for name in ("tokenizer", "tokens", "clusters", "train", "runs", "classifier", "convert")
 }
 # Standard output for what was asked for, standard error for progress and errors.
 console = Console(highlight=False)
@@ -742,6 +742,37 @@ def train_baseline(
         console.print(f"would make {out} with the tokenizer and tokens of {run}, and train on it")
         return
     _train("coarse", out, preset, size, steps, set, device, False, warm_start, baseline_of=run)
+
+
+@command("runs show")
+def runs_show(
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")],
+    /,
+    *,
+    out: Path = Path("curves.png"),
+    dry_run: bool = False,
+) -> None:
+    """Draws the curves of runs, trained or in training, and says how their stages stand.
+
+    Example: ctf runs show run baseline --out curves.png
+
+    Args:
+        folders: one or several runs; their curves lie upon each other
+        out: picture of the curves (.png): loss, gradient norm, learning rate, speed over steps
+        dry_run: say how the stages stand, and draw nothing
+    """
+    from ctf import runs
+
+    if out.suffix != ".png":
+        raise UserError(f"--out {out}: expected a name that ends in .png")
+    shown = [runs.stages(folder) for folder in folders]
+    if not shown:
+        raise UserError("got no run, expected at least one")
+    console.print(runs.table(shown), soft_wrap=True)
+    if dry_run:
+        return
+    runs.draw(shown, out)
+    console.print(out, soft_wrap=True)
 
 
 @command("classifier train")

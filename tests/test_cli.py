@@ -37,6 +37,7 @@ COMMANDS = (
     "demo", "fit", "sample", "evaluate", "tokenizer train", "tokenizer evaluate", "tokens extract",
     "clusters fit", "clusters show", "train coarse", "train fine", "train baseline",
     "classifier train", "convert llamagen", "push", "cost", "runs show",
+    "runs tensorboard",
 )  # fmt: skip
 WRITERS = tuple(c for c in COMMANDS if c not in ("tokenizer evaluate", "clusters show", "cost"))
 

@@ -775,6 +775,34 @@ def runs_show(
     console.print(out, soft_wrap=True)
 
 
+@command("runs tensorboard")
+def runs_tensorboard(
+    run: Positional[Folder],
+    /,
+    *,
+    once: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Mirrors a run into event files for TensorBoard, while it trains or afterwards.
+
+    Example: ctf runs tensorboard run
+
+    Args:
+        run: folder of a run; the event files go into its folder tensorboard/
+        once: write what there is and end, instead of going on until interrupted
+        dry_run: say what would be written, and write nothing
+    """
+    from ctf import events, runs
+
+    names = ", ".join(folder.name for folder in runs.trained(run))
+    folder = run / events.FOLDER
+    if dry_run:
+        console.print(f"would write {folder}: {names or 'nothing yet'}", soft_wrap=True)
+        return
+    console.print(f"tensorboard --logdir {folder} shows it", soft_wrap=True)
+    events.follow(run, once=once)
+
+
 @command("classifier train")
 def classifier_train(
     images: Positional[str],

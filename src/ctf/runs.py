@@ -89,14 +89,22 @@ def stages(run: Path) -> list[Stage]:
     Raises:
         UserError: there is none, or no such folder.
     """
+    if not (folders := trained(run)):
+        raise UserError(f"{run}: no training has logged anything there (no metrics.jsonl)")
+    return [_stage(run, folder) for folder in folders]
+
+
+def trained(run: Path) -> list[Path]:
+    """The folders of a run whose training has begun, in the order of the data.
+
+    Raises:
+        UserError: there is no such run.
+    """
     if not run.is_dir():
         raise UserError(f"{run}: not found; expected the folder of a run")
     folders = [path.parent for path in (*run.glob("metrics.jsonl"), *run.glob("*/metrics.jsonl"))]
-    if not folders:
-        raise UserError(f"{run}: no training has logged anything there (no metrics.jsonl)")
     known = {name: number for number, name in enumerate(ORDER)}
-    folders.sort(key=lambda folder: (known.get(folder.name, len(known)), folder.name))
-    return [_stage(run, folder) for folder in folders]
+    return sorted(folders, key=lambda folder: (known.get(folder.name, len(known)), folder.name))
 
 
 def _stage(run: Path, folder: Path) -> Stage:

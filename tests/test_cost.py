@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,6 +196,27 @@ def test_identity_clusters_have_no_fine_stage() -> None:
     recipe = config.override(preset("base"), ["clusters.method=identity"])
     stages = {c.name: c for c in cost.costs(recipe, cost.Setting(256))}
     assert "fine" not in stages and round(stages["coarse"].parameters / 1e6) == 111
+
+
+def test_the_tables_of_the_documentation(ctf: Command) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if "| " in line}
+    for size in ("B", "L", "XL"):
+        said = ctf("cost", f"imagenet256-{size}").out.splitlines()
+        for name, row in (
+            ("tokenizer", "tokenizer"), ("tokens", "tokens, 20 views"),
+            ("coarse", f"coarse {size}"), ("fine", "fine (L)"),
+        ):  # fmt: skip
+            start = next(i for i, line in enumerate(said) if line.startswith(f"{name}: "))
+            flop, *gpus = said[start + 1 : start + 4]
+            cells = [flop.split()[-2], *(line.split(" = ")[1] for line in gpus)]
+            if name != "tokens":
+                cells.append(said[start + 4].split(" = ")[1])
+            assert [cell.strip() for cell in rows[row].strip("|").split("|")][1:][
+                : len(cells)
+            ] == cells
+    for option, expected in (("--size=3B", "97.2 GB"), ("--size=XXL", "with --shard 33.3 GB")):
+        assert expected in ctf("cost", "imagenet256-XL", option).out
 
 
 def test_command(ctf: Command) -> None:

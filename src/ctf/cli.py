@@ -139,6 +139,7 @@ def cost(
     preset: Positional[str],
     /,
     *,
+    size: Size | None = None,
     pictures: int | None = None,
     classes: int | None = None,
     image_size: int | None = None,
@@ -153,6 +154,7 @@ def cost(
 
     Args:
         preset: tiny, small, base, or imagenet256-B, -L, -XL
+        size: of the coarse model, as LlamaGen's and the paper's, instead of the preset's
         pictures: how many there are to train on; by default ImageNet's 1281167
         classes: how many there are; by default ImageNet's 1000
         image_size: pixels a side; by default the preset's
@@ -163,9 +165,13 @@ def cost(
     """
     from ctf import cost as calculation
     from ctf import fit as fitting
+    from ctf.presets import SIZES
     from ctf.presets import preset as preset_named
 
-    recipe = fitting.adjust(preset_named(preset), steps, set)
+    recipe = preset_named(preset)
+    if size is not None:
+        recipe = dataclasses.replace(recipe, coarse=SIZES[size])
+    recipe = fitting.adjust(recipe, steps, set)
     given = {"pictures": pictures, "classes": classes, "utilisation": utilisation}
     setting = calculation.Setting(
         recipe.image_size if image_size is None else image_size,

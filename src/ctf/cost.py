@@ -286,8 +286,7 @@ def costs(recipe: Recipe, setting: Setting) -> Iterator[Cost]:
     yield _transformer_cost(
         "coarse", coarse, recipe.coarse_training, setting,
         positions=coarse.length, labels=clusters, head=clusters, outputs=clusters,
-        # bfloat16, and float32 for log-probabilities and for the gradient.
-        logits=clusters * (HALF + 2 * FLOAT),
+        logits=clusters * HALF,  # one copy, which becomes its own gradient
     )  # fmt: skip
     if clusters == codes:
         return  # nothing is left to choose

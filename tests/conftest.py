@@ -1,11 +1,12 @@
 """What several tests share: pictures in many formats, a recipe of seconds, and one run of it."""
 
 import colorsys
+import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Before anything imports huggingface_hub: no test reaches out. Those of the Hub have their own.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -110,6 +111,26 @@ def files(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+TIMES = ("seconds", "tokens_per_second", "images_per_second")  # what no two runs have in common
+
+
+def without_times(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a stage's metrics.jsonl, but for what depends on the clock."""
+    lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def comparable(run: Path) -> dict[str, Any]:
+    """All that must be the same in two runs of one recipe, however often one was killed."""
+    content: dict[str, Any] = dict(files(run))
+    for path in run.rglob("metrics.jsonl"):
+        content[str(path.relative_to(run))] = without_times(path.parent)
+    for name in {"fit.json", "pipeline.json"} & content.keys():
+        content[name] = json.loads(content[name])
+        content[name].get("origin", content[name]).pop("seconds", None)
+    return content
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from ctf import loop
@@ -154,7 +153,6 @@ def test_bad_input(stripes: Splits, trained: Path, tmp_path: Path) -> None:
 
 
 def test_the_shipped_classifier_recognises_the_test_pictures() -> None:
-    torch.set_num_threads(2)
     images = open_images("fashion-mnist").val
     model = shipped_classifier()
     assert model.class_names == images.class_names

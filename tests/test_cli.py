@@ -36,9 +36,10 @@ LLAMAGEN = Path(__file__).parent / "fixtures" / "llamagen"
 COMMANDS = (
     "demo", "fit", "sample", "evaluate", "tokenizer train", "tokenizer evaluate", "tokens extract",
     "clusters fit", "clusters show", "train coarse", "train fine", "train baseline",
-    "classifier train", "convert llamagen", "push",
+    "classifier train", "convert llamagen", "push", "cost", "runs show",
+    "runs tensorboard",
 )  # fmt: skip
-WRITERS = tuple(c for c in COMMANDS if c not in ("tokenizer evaluate", "clusters show"))
+WRITERS = tuple(c for c in COMMANDS if c not in ("tokenizer evaluate", "clusters show", "cost"))
 
 
 def refused(result: Result, *messages: str, lines: int = 2) -> str:
@@ -76,6 +77,8 @@ def test_examples_can_be_parsed(
     if command == "demo" or "fashion-mnist" in arguments:
         arguments += ["--device", "mps"]  # which is refused before anything long begins
         refused(ctf(*arguments), "device mps: there is none here")
+    elif command == "cost":
+        assert ctf(*arguments).code == 0  # it needs nothing
     else:
         said = refused(ctf(*arguments))
         assert any(words in said for words in ("no such folder", "not found", "no pipeline"))
@@ -88,7 +91,7 @@ def test_help_of_all(ctf: Command) -> None:
         assert result.code == 0
         for command in COMMANDS:
             assert command.split()[0] in result.out
-    for group in ("tokenizer", "tokens", "clusters", "train", "classifier"):
+    for group in ("tokenizer", "tokens", "clusters", "train", "classifier", "runs"):
         assert ctf(group, "--help").code == 0
 
 

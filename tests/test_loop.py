@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import without_times
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -68,10 +70,6 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def without_seconds(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines(folder)]
-
-
 # --- run ------------------------------------------------------------------------------------------
 
 
@@ -100,7 +98,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, kills: list[int]) -> None:
     loop.run(resumed, tmp_path / "killed", 70, evaluate_every=20)
     for name, value in whole.state().items():
         assert torch.equal(resumed.state()[name], value), name
-    assert without_seconds(tmp_path / "killed") == without_seconds(tmp_path / "whole")
+    assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
     seconds = [entry["seconds"] for entry in lines(tmp_path / "killed")]
     assert seconds == sorted(seconds)
 
@@ -128,7 +126,7 @@ def test_a_line_cut_short_is_written_again(tmp_path: Path) -> None:
         file.write('{"step": 60, "spl')
     loop.run(Line(), tmp_path, 70, evaluate_every=20)
     loop.run(Line(), tmp_path / "whole", 70, evaluate_every=20)
-    assert without_seconds(tmp_path) == without_seconds(tmp_path / "whole")
+    assert without_times(tmp_path) == without_times(tmp_path / "whole")
 
 
 def test_a_damaged_state_costs_no_more_than_its_line(tmp_path: Path) -> None:
@@ -142,7 +140,33 @@ def test_a_damaged_state_costs_no_more_than_its_line(tmp_path: Path) -> None:
     assert resumed.steps_made == list(range(20, 70))
     for name, value in whole.state().items():
         assert torch.equal(resumed.state()[name], value), name
-    assert without_seconds(tmp_path / "killed") == without_seconds(tmp_path / "whole")
+    assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
+
+
+class Counting(Line):
+    """Sees 512 tokens in half a second; its evaluations take long, which is not its speed."""
+
+    now = 0.0
+
+    def step(self, step: int) -> Mapping[str, Tensor | float]:
+        Counting.now += 0.5
+        return {**super().step(step), "tokens": 512}
+
+    def evaluate(self) -> Mapping[str, float]:
+        Counting.now += 100.0
+        return super().evaluate()
+
+
+def test_what_is_counted_is_logged_per_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: Counting.now)
+    with pytest.raises(Killed):
+        loop.run(Counting(45), tmp_path, 70, evaluate_every=20)
+    loop.run(Counting(), tmp_path, 70, evaluate_every=20)
+    train = [entry for entry in lines(tmp_path) if entry["split"] == "train"]
+    assert [entry["tokens_per_second"] for entry in train] == [1024.0] * 4
+    assert not any("tokens" in entry for entry in lines(tmp_path))
 
 
 def test_states_are_saved_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

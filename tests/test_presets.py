@@ -72,7 +72,7 @@ def test_sizes_that_do_not_divide(name: str) -> None:
 def test_unknown_preset() -> None:
     with pytest.raises(UserError, match=r"^unknown preset 'smal': did you mean 'small'\?$"):
         preset("smal")
-    with pytest.raises(UserError, match=r"^unknown preset 'x': there is tiny, small, base$"):
+    with pytest.raises(UserError, match=r"^unknown preset 'x': there is tiny, small, base, image"):
         preset("x")
 
 
@@ -169,14 +169,16 @@ def test_identity_needs_no_count(splits: images.Splits) -> None:
 
 def test_description(splits: images.Splits) -> None:
     text = fit.describe(splits, preset("tiny"), None)
-    first, *stages = text.splitlines()
+    first, *stages = (line for line in text.splitlines() if not line.startswith(" "))
     assert (
         f"{len(splits.train)} pictures to train on, {len(splits.val)} held out, 3 classes" in first
     )
     assert "32 pixels -> 8 x 8 of 4096 codes in 256 clusters" in first
-    assert [line.split(":")[0] for line in stages] == ["tokenizer", "coarse", "fine"]
+    assert [line.split(":")[0] for line in stages] == ["tokenizer", "tokens", "coarse", "fine"]
     assert "600 steps" in text
-    assert fit.describe(splits, preset("tiny"), 3).endswith("about 3 minutes in all")
+    _, *stages, last = fit.describe(splits, preset("tiny"), 3).splitlines()
+    assert [line.split(":")[0] for line in stages] == ["tokenizer", "coarse", "fine"]
+    assert last == "about 3 minutes in all"
 
 
 def test_recipes_are_plain_json() -> None:

@@ -181,6 +181,7 @@ class ClassifierTrainer:
             "accuracy": right_B.float().mean(),
             "gradient_norm": norm,
             "learning_rate": rate,
+            "images": c.batch_size,
         }
 
     def evaluate(self) -> Mapping[str, float]:

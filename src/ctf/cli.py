@@ -22,7 +22,16 @@ from ctf.errors import UserError
 app = tyro.extras.SubcommandApp()
 groups = {
     name: tyro.extras.SubcommandApp()
-    for name in ("tokenizer", "tokens", "clusters", "train", "classifier", "convert", "bench")
+    for name in (
+        "tokenizer",
+        "tokens",
+        "clusters",
+        "train",
+        "runs",
+        "classifier",
+        "convert",
+        "bench",
+    )
 }
 # Standard output for what was asked for, standard error for progress and errors.
 console = Console(highlight=False)
@@ -109,7 +118,7 @@ def fit(
     Args:
         images: fashion-mnist, or a folder: one subfolder per class, or flat (one class)
         out: folder of the run
-        preset: tiny, small or base
+        preset: tiny, small, base, or imagenet256-B, -L, -XL
         image_size: pixels a side; by default 32 for fashion-mnist, the preset's for folders
         minutes: time for all stages together, shared among them by measured speed
         steps: steps of every trained stage, instead of the preset's
@@ -134,6 +143,53 @@ def fit(
         return
     fitting.fit(pictures, out, recipe, minutes=minutes, device=place, progress=_progress)
     console.print(f"{out}: done; ctf sample {out} draws from it", soft_wrap=True)
+
+
+@command("cost")
+def cost(
+    preset: Positional[str],
+    /,
+    *,
+    size: Size | None = None,
+    pictures: int | None = None,
+    classes: int | None = None,
+    image_size: int | None = None,
+    devices: int = 8,
+    utilisation: float | None = None,
+    steps: int | None = None,
+    set: tuple[str, ...] = (),
+) -> None:
+    """Calculates what a recipe costs: FLOPs, hours on A100 and H100, memory; needs no pictures.
+
+    Example: ctf cost imagenet256-B --devices 8
+
+    Args:
+        preset: tiny, small, base, or imagenet256-B, -L, -XL
+        size: of the coarse model, as LlamaGen's and the paper's, instead of the preset's
+        pictures: how many there are to train on; by default ImageNet's 1281167
+        classes: how many there are; by default ImageNet's 1000
+        image_size: pixels a side; by default the preset's
+        devices: how many compute
+        utilisation: share of their peak that they reach; by default an assumed 0.3
+        steps: steps of every trained stage, instead of the preset's
+        set: values of the recipe to replace, e.g. coarse_training.batch_size=1024
+    """
+    from ctf import cost as calculation
+    from ctf import fit as fitting
+    from ctf.presets import SIZES
+    from ctf.presets import preset as preset_named
+
+    recipe = preset_named(preset)
+    if size is not None:
+        recipe = dataclasses.replace(recipe, coarse=SIZES[size])
+    recipe = fitting.adjust(recipe, steps, set)
+    given = {"pictures": pictures, "classes": classes, "utilisation": utilisation}
+    setting = calculation.Setting(
+        recipe.image_size if image_size is None else image_size,
+        devices=devices,
+        **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+    )
+    console.print(calculation.describe(recipe, setting), soft_wrap=True)
 
 
 @command("sample")
@@ -398,7 +454,7 @@ def tokenizer_train(
     Args:
         images: fashion-mnist, or a folder of pictures
         out: folder of the run; the tokenizer goes into its folder tokenizer/
-        preset: tiny, small or base
+        preset: tiny, small, base, or imagenet256-B, -L, -XL
         image_size: pixels a side; by default 32 for fashion-mnist, the preset's for folders
         steps: instead of the preset's
         background: colour behind transparent pictures
@@ -490,7 +546,7 @@ def tokens_extract(
     Args:
         images: fashion-mnist, or a folder of pictures
         run: folder of the run
-        preset: tiny, small or base
+        preset: tiny, small, base, or imagenet256-B, -L, -XL
         views: of each training picture; by default flip, and plain for fashion-mnist
         limit: of training pictures, in balanced classes; by default all
         background: colour behind transparent pictures
@@ -628,7 +684,7 @@ def train_coarse(
 
     Args:
         run: folder of the run
-        preset: tiny, small or base
+        preset: tiny, small, base, or imagenet256-B, -L, -XL
         size: of the transformer, as LlamaGen's and the paper's, instead of the preset's
         steps: instead of the preset's
         warm_start: folder of a full-vocabulary pipeline of the same tokenizer, a baseline or a
@@ -658,7 +714,7 @@ def train_fine(
 
     Args:
         run: folder of the run
-        preset: tiny, small or base
+        preset: tiny, small, base, or imagenet256-B, -L, -XL
         size: of the transformer, as LlamaGen's and the paper's, instead of the preset's
         steps: instead of the preset's
         set: values of the recipe to replace, e.g. fine_softmax=full
@@ -691,7 +747,7 @@ def train_baseline(
     Args:
         run: folder of the run whose tokenizer and tokens are used
         out: folder of the baseline
-        preset: tiny, small or base
+        preset: tiny, small, base, or imagenet256-B, -L, -XL
         size: of the transformer, as LlamaGen's and the paper's, instead of the preset's
         steps: instead of the preset's
         warm_start: folder of a full-vocabulary pipeline of the same tokenizer to start from
@@ -703,6 +759,65 @@ def train_baseline(
         console.print(f"would make {out} with the tokenizer and tokens of {run}, and train on it")
         return
     _train("coarse", out, preset, size, steps, set, device, False, warm_start, baseline_of=run)
+
+
+@command("runs show")
+def runs_show(
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")],
+    /,
+    *,
+    out: Path = Path("curves.png"),
+    dry_run: bool = False,
+) -> None:
+    """Draws the curves of runs, trained or in training, and says how their stages stand.
+
+    Example: ctf runs show run baseline --out curves.png
+
+    Args:
+        folders: one or several runs; their curves lie upon each other
+        out: picture of the curves (.png): loss, gradient norm, learning rate, speed over steps
+        dry_run: say how the stages stand, and draw nothing
+    """
+    from ctf import runs
+
+    if out.suffix != ".png":
+        raise UserError(f"--out {out}: expected a name that ends in .png")
+    shown = [runs.stages(folder) for folder in folders]
+    if not shown:
+        raise UserError("got no run, expected at least one")
+    console.print(runs.table(shown), soft_wrap=True)
+    if dry_run:
+        return
+    runs.draw(shown, out)
+    console.print(out, soft_wrap=True)
+
+
+@command("runs tensorboard")
+def runs_tensorboard(
+    run: Positional[Folder],
+    /,
+    *,
+    once: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Mirrors a run into event files for TensorBoard, while it trains or afterwards.
+
+    Example: ctf runs tensorboard run
+
+    Args:
+        run: folder of a run; the event files go into its folder tensorboard/
+        once: write what there is and end, instead of going on until interrupted
+        dry_run: say what would be written, and write nothing
+    """
+    from ctf import events, runs
+
+    names = ", ".join(folder.name for folder in runs.trained(run))
+    folder = run / events.FOLDER
+    if dry_run:
+        console.print(f"would write {folder}: {names or 'nothing yet'}", soft_wrap=True)
+        return
+    console.print(f"tensorboard --logdir {folder} shows it", soft_wrap=True)
+    events.follow(run, once=once)
 
 
 @command("classifier train")

@@ -20,9 +20,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
 
-from ctf import checkpoint, clusters, config, loop, pipeline, tokenizer_training, tokens, training
+from ctf import (
+    checkpoint,
+    clusters,
+    config,
+    cost,
+    loop,
+    pipeline,
+    tokenizer_training,
+    tokens,
+    training,
+)  # fmt: skip
 from ctf.clusters import Clusters, ClustersConfig
 from ctf.coarse import CoarseModel
 from ctf.distributed import ALONE, World
@@ -33,10 +42,7 @@ from ctf.pipeline import Pipeline, PipelineSettings
 from ctf.presets import Recipe, preset, with_steps
 from ctf.progress import Reporter
 from ctf.tokenizer import VQModel
-from ctf.tokenizer_training import TokenizerTraining
 from ctf.tokens import Tokens
-from ctf.training import TrainingConfig
-from ctf.transformer import Trunk, zero_head
 from ctf.warm_start import Source, open_source, weights
 
 # Opens a reporter for a stage of that name, e.g. `ctf.progress.progress`.
@@ -179,7 +185,7 @@ def check(images: Splits, recipe: Recipe) -> None:
 
 
 def describe(images: Splits, recipe: Recipe, minutes: float | None) -> str:
-    """What `fit` would do with these pictures, in a line for each stage.
+    """What `fit` would do with these pictures, and what each stage costs by calculation.
 
     Raises:
         UserError: see `check`.
@@ -187,39 +193,19 @@ def describe(images: Splits, recipe: Recipe, minutes: float | None) -> str:
     check(images, recipe)
     classes = len(images.train.class_names)
     tokenizer_config = recipe.tokenizer.config(images.train.image_size)
-    transformers = {
-        "coarse": (recipe.coarse, recipe.clusters.count),
-        "fine": (recipe.fine, recipe.tokenizer.codebook_size),
-    }
-    with torch.device("meta"):
-        models: dict[str, nn.Module] = {
-            "tokenizer": VQModel(tokenizer_config),
-            **{
-                name: nn.Sequential(
-                    Trunk(shape.config(tokenizer_config.grid, classes), recipe.clusters.count),
-                    zero_head(shape.width, outputs),
-                )
-                for name, (shape, outputs) in transformers.items()
-            },
-        }
-    trainings: dict[str, TokenizerTraining | TrainingConfig] = {
-        "tokenizer": recipe.tokenizer_training,
-        "coarse": recipe.coarse_training,
-        "fine": recipe.fine_training,
-    }
     lines = [
         f"{len(images.train)} pictures to train on, {len(images.val)} held out, {classes} classes, "
         f"{images.train.image_size} pixels -> {tokenizer_config.grid} x {tokenizer_config.grid} "
         f"of {tokenizer_config.codebook_size} codes in {recipe.clusters.count} clusters"
     ]
-    for name, model in models.items():
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
-        steps = trainings[name].steps
-        how_long = f"{steps} steps" if minutes is None else "steps by measured speed"
-        lines.append(f"{name}: {millions:.1f} M parameters, {how_long}")
-    if minutes is not None:
-        lines.append(f"about {minutes:g} minutes in all")
-    return "\n".join(lines)
+    setting = cost.Setting(images.train.image_size, len(images.train), classes)
+    if minutes is None:
+        return "\n".join([*lines, cost.describe(recipe, setting)])
+    for stage in cost.costs(recipe, setting):
+        if stage.parameters:
+            millions = stage.parameters / 1e6
+            lines.append(f"{stage.name}: {millions:.1f} M parameters, steps by measured speed")
+    return "\n".join([*lines, f"about {minutes:g} minutes in all"])
 
 
 def _describe(run: Path, images: Splits, recipe: Recipe, spent: dict[str, float]) -> None:

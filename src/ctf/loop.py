@@ -27,6 +27,7 @@ from ctf.errors import UserError
 Report = Callable[[int, int, Mapping[str, float]], None]  # steps done, steps in all, latest metrics
 
 LOG_EVERY = 20  # steps averaged into one line of metrics.jsonl
+COUNTED = ("images", "tokens")  # of what a step returns: logged per second, not as a mean
 SAVE_SECONDS = 20.0  # a kill loses at most about this much work
 
 
@@ -34,7 +35,10 @@ class Trainable(Protocol):
     """What the loop asks of a thing that is trained."""
 
     def step(self, step: int) -> Mapping[str, Tensor | float]:
-        """Makes one optimiser step, number `step` (from 0); returns what is to be logged."""
+        """Makes one optimiser step, number `step` (from 0); returns what is to be logged.
+
+        "images" and "tokens" are how many all processes saw; they are logged per second.
+        """
 
     def evaluate(self) -> Mapping[str, float]:
         """Metrics on held-out data."""
@@ -71,14 +75,12 @@ def run(
         log.append(0, "val", trainable.evaluate(), 0.0)
     sums: dict[str, float] = {}
     for step in range(start, steps):
-        logged = trainable.step(step)
-        for name, value in logged.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
+        _step(trainable, step, sums)
         done = step + 1
         if done % LOG_EVERY and done != steps:
             continue
         count = (done - 1) % LOG_EVERY + 1
-        means = {name: total / count for name, total in sums.items()}
+        means = _means(sums, count)
         sums = {}
         seconds = seconds_before + time.monotonic() - began
         log.append(done, "train", means, seconds)
@@ -89,6 +91,28 @@ def run(
         if world.main and (time.monotonic() - last_saved > SAVE_SECONDS or done == steps):
             checkpoint.save_state(folder / "state", done, trainable.state())
             last_saved = time.monotonic()
+
+
+def _step(trainable: Trainable, step: int, sums: dict[str, float]) -> None:
+    """Makes a step, and adds what it returns and how long it took to the sums of a line."""
+    began = time.monotonic()
+    logged = trainable.step(step)
+    for name, value in logged.items():
+        sums[name] = sums.get(name, 0.0) + float(value)
+    # After the values were read: a GPU has then made the step.
+    sums["seconds"] = sums.get("seconds", 0.0) + time.monotonic() - began
+
+
+def _means(sums: Mapping[str, float], count: int) -> dict[str, float]:
+    """The line of `count` steps: means, and of what is counted how many a second of the steps."""
+    seconds = max(sums["seconds"], 1e-9)
+    return {
+        f"{name}_per_second" if name in COUNTED else name: (
+            round(total / seconds, 1) if name in COUNTED else total / count
+        )
+        for name, total in sums.items()
+        if name != "seconds"
+    }
 
 
 def _load_state(trainable: Trainable, folder: Path, world: World) -> int:
@@ -170,8 +194,13 @@ def seconds_per_step(trainable: Trainable, *, warm_up: int = 2, timed: int = 6) 
 
 def last_metrics(folder: Path, split: Literal["train", "val"]) -> dict[str, float]:
     """The newest line of a stage's metrics.jsonl of that split; {} if there is none."""
-    lines = _read_metrics(folder / "metrics.jsonl")
+    lines = read_metrics(folder)
     return next((line for line in reversed(lines) if line["split"] == split), {})
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All lines of a stage's metrics.jsonl; [] if there is none."""
+    return _read_metrics(folder / "metrics.jsonl")
 
 
 def _whole_lines(evaluate_every: int) -> int:

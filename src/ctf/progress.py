@@ -15,7 +15,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-PLAIN_SECONDS = 15.0  # between two plain lines
+PLAIN_SECONDS = 15.0  # between two plain lines; the first and the last are always printed
+SPEED_SECONDS = (
+    600.0  # that the speed of a bar is taken over: a line of a large model takes minutes
+)
 
 
 class Reporter:
@@ -24,15 +27,44 @@ class Reporter:
     def __init__(self, name: str, console: Console, bar: Progress | None) -> None:
         self.name, self.console, self.bar = name, console, bar
         self.task = bar.add_task(name, total=None, metrics="") if bar is not None else None
-        self.printed = time.monotonic()
+        self.first: tuple[int, float] | None = None  # what was done when it was first called
+        self.printed = -PLAIN_SECONDS
 
     def __call__(self, done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
-        text = f"loss {metrics['loss']:.4f}" if metrics and "loss" in metrics else ""
+        now, said = time.monotonic(), _said(metrics or {})
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=done, total=total, metrics=text)
-        elif time.monotonic() - self.printed > PLAIN_SECONDS or done == total:
-            self.printed = time.monotonic()
-            self.console.print(f"{self.name}: {done}/{total} {text}".rstrip(), highlight=False)
+            self.bar.update(self.task, completed=done, total=total, metrics=", ".join(said))
+            return
+        self.first = self.first or (done, now)
+        if now - self.printed < PLAIN_SECONDS and done != total:
+            return
+        self.printed = now
+        # Counted from the first call: a resumed training did not make all steps just now.
+        done_before, began = self.first
+        if done_before < done < total:
+            left = (total - done) * (now - began) / (done - done_before)
+            said.append(f"{_duration(left)} left")
+        parts = ", ".join([f"{self.name}: {done}/{total}", *said])
+        self.console.print(parts, highlight=False, soft_wrap=True)
+
+
+def _said(metrics: Mapping[str, float]) -> list[str]:
+    said = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+    for name, value in metrics.items():
+        if name.endswith("_per_second"):
+            said.append(f"{value:,.0f} {name.removesuffix('_per_second')}/s")
+    return said
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 @contextmanager
@@ -49,5 +81,6 @@ def progress(name: str, console: Console | None = None) -> Iterator[Reporter]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[metrics]}"),
         console=console,
+        speed_estimate_period=SPEED_SECONDS,
     ) as bar:
         yield Reporter(name, console, bar)

@@ -140,7 +140,7 @@ class TokenizerTrainer:
             )
             logged["discriminator"] = hinge.detach()
 
-        logged["learning_rate"] = rate
+        logged |= {"learning_rate": rate, "images": t.batch_size}
         if free:
             if step + 1 == int(t.free_until * t.steps):
                 self._place_codes(step)

@@ -134,7 +134,8 @@ class Trainer:
         norm = loop.update(self.optimizer, loss, rate, t.clip, step, "loss")
         loop.update_ema(self.ema, self.model, t.ema, step)
         mean = self.world.sum(loss.detach()) / self.world.size
-        return {"loss": mean, "gradient_norm": norm, "learning_rate": rate}
+        tokens = t.batch_size * self.model.config.length
+        return {"loss": mean, "gradient_norm": norm, "learning_rate": rate, "tokens": tokens}
 
     def _precision(self) -> torch.autocast:
         kind = self.world.device.type

@@ -1,0 +1,120 @@
+"""A run for TensorBoard: its metrics.jsonl mirrored into event files, while it trains or after.
+
+The training itself writes metrics.jsonl and nothing else. Another process reads that and writes
+RUN/tensorboard, so no training waits for TensorBoard, fails with it or has to be asked for it
+beforehand; runs that are long finished can be shown; and resuming is not a case of its own. Where
+lines were dropped, since their steps are made again, and where the mirror is started again,
+everything is written anew, behind a mark upon which TensorBoard forgets what it had read: no step
+is shown twice.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ctf import card, loop, pipeline, runs
+from ctf.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+FOLDER = "tensorboard"
+SECONDS = 5.0  # between two looks at the run
+
+
+def follow(run: Path, *, once: bool) -> None:
+    """Mirrors a run into RUN/tensorboard, until interrupted.
+
+    Each stage has its own folder there: training lines as train/loss and so on, held-out ones as
+    val/loss. The picture of the clusters, and samples once the pipeline is whole, are in pictures/.
+
+    Args:
+        once: write what there is, and return.
+
+    Raises:
+        UserError: there is no such folder, or no TensorBoard.
+    """
+    stages: dict[Path, _Stage] = {}
+    pictures = _Pictures(run)
+    while True:
+        for folder in runs.trained(run):
+            stages.setdefault(folder, _Stage(folder, run)).update()
+        pictures.update()
+        if once:
+            return
+        time.sleep(SECONDS)
+
+
+class _Stage:
+    """The event file of one stage, and the lines that are in it."""
+
+    def __init__(self, folder: Path, run: Path) -> None:
+        self.folder, self.out = folder, run / FOLDER / folder.name
+        self.lines: list[dict[str, Any]] = []
+        self.writer = _begin(self.out)
+
+    def update(self) -> None:
+        lines = loop.read_metrics(self.folder)
+        if lines[: len(self.lines)] != self.lines:  # a resumed training dropped some
+            self.writer.close()
+            self.lines, self.writer = [], _begin(self.out)
+        # When the line was written, so that the axis of relative time is that of the training.
+        began = (self.folder / "config.json").stat().st_mtime
+        for line in lines[len(self.lines) :]:
+            for name, value in line.items():
+                if name not in ("step", "split", "seconds"):
+                    self.writer.add_scalar(
+                        f"{line['split']}/{name}", value, line["step"], began + line["seconds"]
+                    )
+        self.lines = lines
+        self.writer.flush()
+
+
+class _Pictures:
+    """The event file of a run's pictures; each is written again when what it shows has changed."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.writer: SummaryWriter | None = None  # a file in it would make a new run look taken
+        self.shown: dict[str, object] = {}
+
+    def update(self) -> None:
+        swaps = self.run / "clusters" / "swaps.png"
+        if self._is_new("clusters", [swaps]):
+            self._add("clusters", Image.open(swaps))
+        models = [self.run / name / "model.safetensors" for name in ("coarse", "fine")]
+        if self._is_new("samples", models):
+            try:
+                pipe = pipeline.load(self.run, torch.device("cpu"))
+            except UserError:
+                return  # not whole yet
+            self._add("samples", card.picture(pipe))
+
+    def _is_new(self, name: str, paths: list[Path]) -> bool:
+        """Whether files are there that were not when it was asked before."""
+        there = [path.stat().st_mtime_ns for path in paths if path.is_file()]
+        before, self.shown[name] = self.shown.get(name, []), there
+        return there != before
+
+    def _add(self, name: str, picture: Image.Image) -> None:
+        self.writer = self.writer or _begin(self.run / FOLDER / "pictures")
+        self.writer.add_image(name, np.asarray(picture.convert("RGB")), 0, dataformats="HWC")
+        self.writer.flush()
+
+
+def _begin(folder: Path) -> SummaryWriter:
+    """A new event file, with a mark that makes readers forget the steps of those before it.
+
+    These stay: an open TensorBoard that finds the file gone that it was reading reads no other.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("TensorBoard is not installed: pip install 'ctf[tensorboard]'") from None
+    return SummaryWriter(folder, purge_step=0)

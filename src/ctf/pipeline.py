@@ -745,4 +745,5 @@ def _ready(model: Any, folder: Path, device: torch.device) -> Any:
     path = folder / "model.safetensors"
     tensors, _ = checkpoint.load_tensors(path)
     checkpoint.load_strict(model, {k: v.float() for k, v in tensors.items()}, path)
+    model.trunk.rope.to_empty(device="cpu")  # no weights of the file; it fills itself
     return model.to(device).eval().requires_grad_(False)

@@ -98,9 +98,9 @@ class Rope(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("table", self._compute(torch.device("cpu")), persistent=False)
+        self.register_buffer("table", self._compute(), persistent=False)
 
-    def _compute(self, device: torch.device) -> Tensor:
+    def _compute(self, device: torch.device | None = None) -> Tensor:
         grid, half = self.config.grid, self.config.head_width // 2
         exponents = torch.arange(0, half, 2, device=device).float() / half
         steps = torch.arange(grid, device=device).float()

@@ -3,8 +3,8 @@
 Models have random weights and the shapes of 256-pixel pictures: 256 tokens, 1000 classes, a
 codebook of 16384, for CTF 512 clusters of 32. What is compared is measured in turn, round after
 round, in one process. Of the 256 steps of an image those are timed at which the cache grows, and
-the ones in the middle between; the others take as long as these. The decoder works image by
-image, so one image is timed.
+the ones in the middle between; the others take as long as these. The fine stage draws 8 images at
+a time and the decoder one, so no more are timed.
 
 Shapes: B batch, L tokens of an image, N heads, E head width.
 """
@@ -96,6 +96,15 @@ class Timing:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
+    def times(self, count: float) -> Timing:
+        """The same, so many times one after another."""
+        return dataclasses.replace(
+            self,
+            seconds=tuple(count * seconds for seconds in self.seconds),
+            floor=count * self.floor,
+            work=self.work.times(count),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -158,13 +167,18 @@ def _jobs(asked: Asked, device: torch.device) -> dict[str, Callable[[Machine], G
 
     add("start", _start)
     add("decode", _decoding)
-    for batch in asked.batches:
+    for batch in dict.fromkeys(map(fine_batch, asked.batches)):
         add(f"fine {batch}", _fine, batch)
     for size in asked.sizes:
         add(f"greedy {size}", _greedy, size)
         for batch in asked.batches:
             add(f"coarse {size} {batch}", _coarse, size, batch)
     return jobs
+
+
+def fine_batch(batch: int) -> int:
+    """How many images of a batch the fine stage draws at a time."""
+    return min(batch, sampling.FINE_TOKENS // LENGTH)
 
 
 def _where(device: torch.device) -> dict[str, str]:

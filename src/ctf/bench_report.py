@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ctf import checkpoint
-from ctf.bench import PAPER, RECOMMENDED, Group, Result, Timing
+from ctf.bench import PAPER, RECOMMENDED, Group, Result, Timing, fine_batch
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # columns and rows
 
@@ -19,7 +19,6 @@ class Row:
     """One way of drawing a batch, from classes to images.
 
     engine: of its transformers; None in the plain way. fine: None where there is no fine stage.
-    decode: of one image.
     """
 
     label: str
@@ -27,7 +26,6 @@ class Row:
     coarse: Timing
     fine: Timing | None
     decode: Timing
-    batch: int
 
     @property
     def stages(self) -> dict[str, float]:
@@ -35,7 +33,7 @@ class Row:
         return {
             "coarse": self.coarse.median,
             "fine": self.fine.median if self.fine else 0.0,
-            "decode": self.batch * self.decode.median,
+            "decode": self.decode.median,
         }
 
     @property
@@ -55,22 +53,23 @@ class Row:
 def rows_of(result: Result, size: str, batch: int) -> list[Row]:
     """All ways of drawing a batch with models of one size, the plain one first if it is there."""
     coarse = result.groups[f"coarse {size} {batch}"]
-    fine, decode = result.groups[f"fine {batch}"], result.groups["decode"].timing
+    at_a_time = fine_batch(batch)
+    fine = result.groups[f"fine {at_a_time}"]
+    images = {timing.name: timing.times(batch) for timing in result.groups["decode"].timings}
     rows = []
     if any(timing.name == "plain" for timing in coarse.timings):
         plain = coarse.timing("plain")
-        rows.append(Row("LlamaGen's way, plain", None, plain, None, decode("plain"), batch))
+        rows.append(Row("LlamaGen's way, plain", None, plain, None, images["plain"]))
     for how in result.asked.engines:
         own = coarse.timing(f"baseline {how}")
-        rows.append(Row(f"baseline, {how}", how, own, None, decode(how), batch))
+        rows.append(Row(f"baseline, {how}", how, own, None, images[how]))
         for name, said in ((RECOMMENDED, f"fine {RECOMMENDED}"), (PAPER, f"fine {PAPER}")):
             for guided in ("", " guided"):
                 if guided and result.asked.guidance == 1:
                     continue
-                own, second = coarse.timing(f"ctf {how}"), fine.timing(f"{name} {how}{guided}")
-                rows.append(
-                    Row(f"CTF, {said}{guided}, {how}", how, own, second, decode(how), batch)
-                )
+                own = coarse.timing(f"ctf {how}")
+                second = fine.timing(f"{name} {how}{guided}").times(batch / at_a_time)
+                rows.append(Row(f"CTF, {said}{guided}, {how}", how, own, second, images[how]))
     return rows
 
 

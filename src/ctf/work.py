@@ -46,6 +46,9 @@ class Work:
             self.bytes + other.bytes,
         )
 
+    def times(self, count: float) -> Work:
+        return Work(count * self.fp32, count * self.bf16, count * self.int8, count * self.bytes)
+
     @property
     def operations(self) -> float:
         return self.fp32 + self.bf16 + self.int8

@@ -512,6 +512,26 @@ def tokens_extract(
         _say(world, f"{run / 'tokens'}: done")
 
 
+@command("tokens check")
+def tokens_check(run: Positional[Folder], /) -> None:
+    """Reads all tokens of a run and compares them with their checksums; exits with 2 on damage.
+
+    Example: ctf tokens check run
+
+    Args:
+        run: folder of the run
+    """
+    from ctf import tokens
+
+    with _progress("check") as report:
+        found = tokens.check(run / "tokens", report)
+    older = f"; {found.without_checksum} of an earlier version have no checksum, and were only read"
+    console.print(
+        f"{run / 'tokens'}: {found.files} files are whole{older * (found.without_checksum > 0)}",
+        soft_wrap=True,
+    )
+
+
 @command("clusters fit")
 def clusters_fit(
     run: Positional[Folder],

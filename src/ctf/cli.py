@@ -502,7 +502,11 @@ def tokens_extract(
 
     with distributed.joined(_device(device)) as world:
         tokenizer = tokenizer_training.load(run / "tokenizer", world.device)
+        if not world.main:
+            world.barrier()  # until the first process knows the files, and so all do
         pictures = _open(images, tokenizer.config.image_size, background, skip_bad)
+        if world.main:
+            world.barrier()
         recipe = fitting.resolve(preset, pictures, views=views, overrides=set)
         if dry_run:
             _say(world, fitting.describe(pictures, recipe, None))

@@ -184,8 +184,9 @@ def extract(
             # Batches begin with the shard, so a resumed run encodes the same batches.
             for at in range(0, len(numbers), config.batch_size):
                 batch = slice(at, at + config.batch_size)
-                for v, view in enumerate(part.views):
-                    codes[batch, v] = _encode(tokenizer, image_set.read(numbers[batch], view))
+                views = image_set.read_views(numbers[batch], part.views)
+                for v, pictures in enumerate(views):
+                    codes[batch, v] = _encode(tokenizer, pictures)
                     advance(len(numbers[batch]))
             shards.save(folder / shard.file, codes)
     world.barrier()

@@ -25,13 +25,13 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageColor
 from torch import Tensor
 
-from ctf.config import did_you_mean
 from ctf.decoding import SUFFIXES, Unusable, decode
 from ctf.errors import UserError
+from ctf.files import find
 from ctf.scan import THREADS as THREADS
 from ctf.scan import BadPicture, scan
 from ctf.scan import Report as Report
-from ctf.sources import Files, Folder
+from ctf.sources import Files
 
 FOLDER_IMAGE_SIZE = 64  # of folders, where no size is named; the included set has its own
 SMALLEST_SIZE, LARGEST_SIZE = 8, 2048
@@ -197,10 +197,11 @@ def open_images(
     skip_bad: bool = False,
     report: Report | None = None,
 ) -> Splits:
-    """Opens an included set by name, or a folder: one subfolder per class, or flat (one class).
+    """Opens an included set by name, or pictures: one subfolder per class, or flat (one class).
 
     Args:
-        source: "fashion-mnist" (write ./fashion-mnist for a folder of that name), or a folder.
+        source: "fashion-mnist" (write ./fashion-mnist for a folder of that name), a folder, a .tar
+            file, a folder of nothing but these, or a pattern like "data/train-*.tar".
         image_size: side of the squares that the pictures are cut to, 8..2048. Default: 32 for
             fashion-mnist (28 gives the originals without their border), 64 for folders.
         background: colour by name or #rrggbb that transparent pictures are laid upon.
@@ -224,12 +225,7 @@ def open_images(
         raise UserError(f"background: unknown colour {background!r}: {meant}") from None
     if source in INCLUDED:
         return _open_fashion_mnist(image_size or FASHION_MNIST_SIZE)
-    if not os.path.lexists(source):
-        raise UserError(
-            f"{source}: no such folder, nor an included set of that name"
-            f"{did_you_mean(source, INCLUDED)}"
-        )
-    files = _find(Path(source))
+    files = find(source, INCLUDED)
     return _open_files(files, image_size or FOLDER_IMAGE_SIZE, colour, skip_bad, report)
 
 
@@ -299,12 +295,6 @@ def _open_fashion_mnist(size: int) -> Splits:
 
 
 # ---------------------------------------------------------------- files
-
-
-def _find(root: Path) -> Files:
-    if not root.is_dir():
-        raise UserError(f"{root}: is a file; expected a folder of pictures")
-    return Folder(root)
 
 
 class _FileSet(ImageSet):

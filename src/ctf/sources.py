@@ -1,6 +1,6 @@
 """Where encoded pictures come from: files with a name, a class, and the bytes of a picture each.
 
-Here is the folder; `tars` has the others' way.
+Folders are here, .tar files in `tars`, tables in `tables`.
 
 Shape suffix: N files.
 """
@@ -84,6 +84,36 @@ class Folder(Files):
     def stamps(self) -> NDArray[np.int64]:
         found = [stamp(os.path.join(self.where, name)) for name in self.names]
         return np.array(found, np.int64).reshape(-1, 3)
+
+
+def by_label(labels: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Class names and classes (N,) of what is written beside pictures; "" is no class, -1.
+
+    Numbers are in the order of numbers, other names in that of the alphabet.
+    """
+    present = {label for label in labels if label}
+    whole = all(label.isascii() and label.isdigit() for label in present)
+    names = sorted(present, key=lambda label: (int(label), label) if whole else (0, label))
+    number = {"": -1, **{name: i for i, name in enumerate(names)}}
+    return tuple(names), np.array([number[label] for label in labels], np.int64)
+
+
+def by_top_folder(
+    where: Path, title: str, names: Sequence[str]
+) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """The first folder of each name is its class; one class where no name has one.
+
+    Raises:
+        UserError: some have one, some have none.
+    """
+    folders = [name.partition("/")[0] if "/" in name else "" for name in names]
+    if not any(folders):
+        return (title,), np.zeros(len(names), np.int64)
+    if loose := [name for name, folder in zip(names, folders, strict=True) if not folder]:
+        raise beside_class_folders(where, loose)
+    class_names = sorted({*folders})
+    number = {name: i for i, name in enumerate(class_names)}
+    return tuple(class_names), np.array([number[folder] for folder in folders], np.int64)
 
 
 def _find(root: Path) -> dict[str, list[str]]:

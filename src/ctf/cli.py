@@ -105,7 +105,8 @@ def fit(
     Example: ctf fit my-pictures --out run --image-size 64 --minutes 60
 
     Args:
-        images: fashion-mnist, or a folder: one subfolder per class, or flat (one class)
+        images: fashion-mnist, a folder: one subfolder per class, or flat (one class); or .tar or
+            .parquet files: one, a folder of them, or a pattern in quotes
         out: folder of the run
         preset: tiny, small or base
         image_size: pixels a side; by default 32 for fashion-mnist, the preset's for folders
@@ -301,8 +302,8 @@ def evaluate(
     Args:
         model: fashion-mnist, a folder of a run or pipeline, a Hub id, a folder of pictures of one
             size, or an .npz file of pictures (arr_0)
-        reference: fashion-mnist, a folder of pictures, or an .npz file of pictures or statistics;
-            by default the set that the pipeline was trained on, if it is included
+        reference: fashion-mnist, pictures (a folder, .tar, .parquet), or an .npz file of pictures
+            or statistics; by default the set that the pipeline was trained on, if it is included
         samples: how many to draw; by default 5000, or the next number that classes can share
         features: one or several of lite0, inception, fashion, and mymodule:factory; by default
             lite0, and fashion for its classes
@@ -394,7 +395,7 @@ def tokenizer_train(
     Example: ctf tokenizer train my-pictures --out run
 
     Args:
-        images: fashion-mnist, or a folder of pictures
+        images: fashion-mnist, a folder of pictures, or .tar or .parquet files
         out: folder of the run; the tokenizer goes into its folder tokenizer/
         preset: tiny, small or base
         image_size: pixels a side; by default 32 for fashion-mnist, the preset's for folders
@@ -436,7 +437,7 @@ def tokenizer_evaluate(
 
     Args:
         run: folder of a run or pipeline, fashion-mnist, or org/name[@revision] on the Hub
-        images: fashion-mnist, or a folder of pictures
+        images: fashion-mnist, a folder of pictures, or .tar or .parquet files
         features: also the rFID by lite0, inception, fashion, or mymodule:factory
         weights: file of the Inception network, where it is not in a cache
         background: colour behind transparent pictures
@@ -486,7 +487,7 @@ def tokens_extract(
     Example: ctf tokens extract my-pictures --run run --views flip
 
     Args:
-        images: fashion-mnist, or a folder of pictures
+        images: fashion-mnist, a folder of pictures, or .tar or .parquet files
         run: folder of the run
         preset: tiny, small or base
         views: of each training picture; by default flip, and plain for fashion-mnist
@@ -745,7 +746,7 @@ def classifier_train(
     Example: ctf classifier train fashion-mnist --out classifier
 
     Args:
-        images: fashion-mnist, or a folder with a subfolder per class
+        images: fashion-mnist, a folder with a subfolder per class, or .tar or .parquet files
         out: folder of the classifier
         image_size: pixels a side; by default 32 for fashion-mnist, 64 for folders
         steps: instead of the default

@@ -10,10 +10,14 @@ from pathlib import Path
 from ctf.config import did_you_mean
 from ctf.errors import UserError
 from ctf.sources import Files, Folder
+from ctf.tables import Tables
 from ctf.tars import Tars
 
 # Files that hold many pictures, by their suffix.
-HOLDERS: dict[str, Callable[[Path, str, Sequence[Path], Path | None], Files]] = {".tar": Tars}
+HOLDERS: dict[str, Callable[[Path, str, Sequence[Path], Path | None], Files]] = {
+    ".tar": Tars,
+    ".parquet": Tables,
+}
 
 
 def find(source: str, included: Sequence[str]) -> Files:

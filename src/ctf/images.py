@@ -201,7 +201,7 @@ def open_images(
 
     Args:
         source: "fashion-mnist" (write ./fashion-mnist for a folder of that name), a folder, a .tar
-            file, a folder of nothing but these, or a pattern like "data/train-*.tar".
+            or .parquet file, a folder of nothing but these, or a pattern like "data/train-*.tar".
         image_size: side of the squares that the pictures are cut to, 8..2048. Default: 32 for
             fashion-mnist (28 gives the originals without their border), 64 for folders.
         background: colour by name or #rrggbb that transparent pictures are laid upon.

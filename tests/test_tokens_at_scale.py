@@ -62,11 +62,11 @@ MEMORY = """
 import sys
 sys.path.insert(0, {tests!r})
 from test_tokens import *
-from ctf.tokens_bench import memory
+from ctf import memory
 grown = []
 def report(done, total):
     if done % 200 == 0:
-        grown.append(memory()[1])
+        grown.append(memory.used()[1])
 config = TokensConfig(shard_images=10, batch_size=10)
 tokens.extract(tiny(), "abc", Splits(Pictures(2000, 0), IMAGES.val), Path({folder!r}), config,
                report=report)

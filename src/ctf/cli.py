@@ -22,7 +22,7 @@ from ctf.errors import UserError
 app = tyro.extras.SubcommandApp()
 groups = {
     name: tyro.extras.SubcommandApp()
-    for name in ("tokenizer", "tokens", "clusters", "train", "classifier", "convert")
+    for name in ("tokenizer", "tokens", "clusters", "train", "classifier", "convert", "bench")
 }
 # Standard output for what was asked for, standard error for progress and errors.
 console = Console(highlight=False)
@@ -772,6 +772,36 @@ def classifier_train(
         )
     accuracy = classifier.held_out_accuracy(model, pictures.val)
     console.print(f"{out}: {accuracy:.2%} of {len(pictures.val)} held-out pictures recognised")
+
+
+@command("bench tokens")
+def bench_tokens(
+    *,
+    images: int = 1_281_167,
+    size: Size = "B",
+    pictures: int = 4,
+    rounds: int = 3,
+    device: Device = "auto",
+    out: Path | None = None,
+) -> None:
+    """Reads a synthetic cache of ImageNet's size, and extracts tokens beside LlamaGen's loop.
+
+    Example: ctf bench tokens --out tokens.json
+
+    Args:
+        images: pictures of the cache, 512 bytes each, written into a temporary folder
+        size: of the coarse model that the reader is compared with
+        pictures: of 256 pixels that are encoded in each round, in two views
+        rounds: of both ways of extracting, in turn
+        device: where to compute; auto takes a GPU if there is one
+        out: a .json file for what was measured
+    """
+    from ctf import checkpoint, tokens_bench
+
+    found = tokens_bench.measure(images, size, pictures, rounds, _device(device))
+    _table(("what", "measured", "goal"), tokens_bench.rows(found))
+    if out is not None:
+        checkpoint.save_json(out, found)
 
 
 @command("convert llamagen")

@@ -1,8 +1,8 @@
 """Pictures in .parquet files, as Hugging Face `datasets` writes them.
 
-Reading them needs pyarrow: pip install 'ctf[parquet]'. The column of pictures is a struct of `bytes`
-and `path`. That of classes is whole numbers, whose names are in the file's schema (ClassLabel), or
-texts.
+Reading them needs pyarrow: pip install 'ctf[parquet]'. The column of pictures is a struct of
+`bytes` and `path`. That of classes is whole numbers, whose names are in the file's schema
+(ClassLabel), or texts.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctf import checkpoint, shards
+from ctf import checkpoint, memory, shards
 from ctf.config import from_json, to_json
 from ctf.distributed import ALONE, World
 from ctf.errors import UserError
@@ -94,6 +94,7 @@ class Manifest:
         return Shard(f"{split}-classes.npy", (self.split(split).count,))
 
 
+@memory.kept()
 def extract(
     tokenizer: VQModel,
     tokenizer_hash: str,

@@ -1,6 +1,7 @@
 import contextlib
 import hashlib
 import io
+import json
 import os
 import shutil
 import struct
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ctf import images
+from ctf import images, scan
 from ctf.decoding import Unusable, decode
 from ctf.errors import UserError
 from ctf.images import VIEWS, View, crop, open_images
@@ -297,12 +298,13 @@ def test_plain_crop_is_adms_and_views_crop_its_square(
         np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
     )
     assert np.array_equal(np.asarray(crop(image, size)), center_crop_arr(image, size))
-    square = center_crop_arr(image, round(size * scale))
+    square = center_crop_arr(image, int(size * scale))
     for x, y in ((0, 0), (1, 0), (0, 1), (1, 1)):
         rows = square[-size:] if y else square[:size]
+        rows = rows[:, ::-1] if flip else rows
         expected = rows[:, -size:] if x else rows[:, :size]
         got = np.asarray(crop(image, size, View(flip, scale, x, y)))
-        assert np.array_equal(got, expected[:, ::-1] if flip else expected)
+        assert np.array_equal(got, expected)
 
 
 def test_views_pick_the_right_pixels() -> None:
@@ -316,10 +318,29 @@ def test_views_pick_the_right_pixels() -> None:
 def test_named_views() -> None:
     assert VIEWS["plain"] == (View(),)
     assert VIEWS["flip"] == (View(), View(flip=True))
-    ten_crop = VIEWS["ten-crop"]
-    assert len(set(ten_crop)) == 20
-    assert {(v.x, v.y) for v in ten_crop} == {(0, 0), (1, 0), (0, 1), (1, 1), (0.5, 0.5)}
-    assert {v.side(256) for v in ten_crop} == {282, 269}
+    assert len(set(VIEWS["ten-crop"])) == 20
+
+
+def five_crop(array: np.ndarray, size: int) -> list[np.ndarray]:
+    """Of torchvision, by its documentation: the corners and the centre."""
+    top, left = (round((side - size) / 2) for side in array.shape[:2])
+    return [
+        array[:size, :size], array[:size, -size:], array[-size:, :size], array[-size:, -size:],
+        array[top : top + size, left : left + size],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [256, 32, 20, 37])
+def test_ten_crop_is_llamagens(size: int) -> None:
+    """extract_codes_c2i.py: int(size * range), ADM's crop to that, torchvision's TenCrop of it."""
+    pixels = np.random.default_rng(size).integers(0, 256, (300, 340, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    expected = []
+    for crop_range in (1.1, 1.05):
+        square = center_crop_arr(image, int(size * crop_range))
+        expected += five_crop(square, size) + five_crop(square[:, ::-1], size)
+    for view, other in zip(VIEWS["ten-crop"], expected, strict=True):
+        assert np.array_equal(np.asarray(crop(image, size, view)), other)
 
 
 # ---------------------------------------------------------------- the included set
@@ -492,6 +513,19 @@ def test_fingerprint_is_of_the_content(folder: Path, tmp_path: Path) -> None:
     assert fingerprints(folder) != before
 
 
+def test_fingerprint_is_that_of_earlier_versions(folder: Path) -> None:
+    splits = open_images(folder, 16)
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("[01]*.png"))
+    held_out = images.choose_held_out(names, np.repeat([0, 1], 12))
+    pictures = [
+        (name, int(name.startswith("b")), hashlib.sha256((folder / name).read_bytes()).hexdigest())
+        for name, out in zip(names, held_out, strict=True)
+        if not out
+    ]
+    content = json.dumps([16, WHITE, pictures])
+    assert splits.train.fingerprint == hashlib.sha256(content.encode()).hexdigest()
+
+
 def test_links_are_followed_and_loops_are_not(folder: Path, tmp_path: Path) -> None:
     linked = tmp_path / "linked"
     (linked / "a").mkdir(parents=True)
@@ -500,6 +534,134 @@ def test_links_are_followed_and_loops_are_not(folder: Path, tmp_path: Path) -> N
     (linked / "b").symlink_to(folder / "b")
     splits = open_images(linked, 16)
     assert len(splits.train) + len(splits.val) == 24
+
+
+# ---------------------------------------------------------------- what is known of files
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """Collects the lengths of the files that a scan looks into, with a cache of its own."""
+    monkeypatch.setenv("CTF_CACHE", str(tmp_path / "cache"))
+    seen: list[int] = []
+
+    def counted(data: bytes, *rest: object) -> Image.Image:
+        seen.append(len(data))
+        return decode(data, *rest)
+
+    monkeypatch.setattr(scan, "decode", counted)
+    return seen
+
+
+def same(a: images.Splits, b: images.Splits) -> bool:
+    return a.skipped == b.skipped and all(
+        x.fingerprint == y.fingerprint
+        and np.array_equal(x.classes_N, y.classes_N)
+        and np.array_equal(x.read(np.arange(len(x))), y.read(np.arange(len(y))))
+        for x, y in ((a.train, b.train), (a.val, b.val))
+    )
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_files_are_looked_at_once(
+    folder: Path, looks: list[int], in_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not in_memory:
+        monkeypatch.setattr(images, "CACHE_BYTES", 0)
+    first = open_images(folder, 16)
+    assert len(looks) == 24
+    reports: list[tuple[int, int]] = []
+    for size in (16, 8, 16):
+        again = open_images(folder, size, report=lambda *call: reports.append(call))
+        assert again.train.image_size == size
+    assert len(looks) == 24 and not reports
+    assert same(first, again)
+    every = np.arange(len(first.train))
+    view = View(flip=True)
+    assert np.array_equal(first.train.read(every, view), again.train.read(every, view))
+
+
+def test_what_has_changed_is_looked_at_again(folder: Path, looks: list[int]) -> None:
+    open_images(folder, 16)
+    looks.clear()
+    save(folder / "a" / "new.png")
+    (folder / "a" / "00.png").unlink()
+    save(folder / "b" / "deeper" / "03.png", gradient(30, 30))
+    (folder / "b" / "deeper" / "04.png").rename(folder / "b" / "deeper" / "renamed.png")
+    times = (folder / "a" / "05.png").stat()
+    (folder / "a" / "05.png").write_bytes((folder / "a" / "06.png").read_bytes())
+    os.utime(folder / "a" / "05.png", ns=(times.st_atime_ns, times.st_mtime_ns))
+    known = open_images(folder, 16)
+    assert len(looks) == 4
+    shutil.rmtree(os.environ["CTF_CACHE"])
+    assert same(known, open_images(folder, 16))
+
+
+def test_unusable_files_are_looked_at_each_time(spoilt: Path, looks: list[int]) -> None:
+    message = refusal(spoilt)
+    looks.clear()
+    assert refusal(spoilt) == message
+    assert sorted(looks) == sorted(len((spoilt / n).read_bytes()) for n in BROKEN)
+    known = open_images(spoilt, 16, skip_bad=True)
+    shutil.rmtree(os.environ["CTF_CACHE"])
+    assert same(known, open_images(spoilt, 16, skip_bad=True))
+    save(spoilt / "b" / "small.png")
+    for name in BROKEN:
+        (spoilt / name).unlink()
+    assert open_images(spoilt, 16).skipped == ()
+
+
+def test_a_scan_that_was_stopped_goes_on(
+    folder: Path, looks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan, "SAVE_SECONDS", -1.0)
+    for number in range(300):
+        save(folder / "a" / f"more-{number}.png", gradient(16, 16))
+
+    def stop(done: int, total: int) -> None:
+        if done == 300:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        open_images(folder, 16, report=stop)
+    looks.clear()
+    open_images(folder, 16)
+    assert len(looks) == 324 - 256
+
+
+@pytest.mark.parametrize("damage", ["cut off", "nonsense", "not a folder"])
+def test_without_a_cache_everything_works(
+    folder: Path, looks: list[int], damage: str, tmp_path: Path
+) -> None:
+    first = open_images(folder, 16)
+    (file,) = (tmp_path / "cache" / "scans").iterdir()
+    if damage == "cut off":
+        os.truncate(file, file.stat().st_size // 2)
+    elif damage == "nonsense":
+        file.write_bytes(b"nonsense")
+    else:
+        shutil.rmtree(tmp_path / "cache")
+        (tmp_path / "cache").write_text("")
+    assert same(open_images(folder, 16), first)
+    assert len(looks) == 48
+
+
+def test_views_of_files_are_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "CACHE_BYTES", 0)
+    train = open_images(folder, 16).train
+    indices = np.array([3, 0, 3])
+    expected = [train.read(indices, view) for view in VIEWS["ten-crop"]]
+    count = 0
+
+    def counted(*arguments: object) -> Image.Image:
+        nonlocal count
+        count += 1
+        return decode(*arguments)
+
+    monkeypatch.setattr(images, "decode", counted)
+    found = list(train.read_views(indices, VIEWS["ten-crop"]))
+    assert len(found) == 20 and np.array_equal(found, expected)
+    assert count == 3
 
 
 # ---------------------------------------------------------------- the held-out split
@@ -555,6 +717,9 @@ def refusal(source: str | Path, size: int | None = 16, **options: object) -> str
     with pytest.raises(UserError) as caught:
         open_images(source, size, **options)
     return str(caught.value)
+
+
+BROKEN = ("a/cut.jpg", "a/text.png", "b/empty.gif")
 
 
 @pytest.fixture

@@ -1,23 +1,27 @@
 """Extraction of tokens, killed and resumed, refused and read back."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import Command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 
-from ctf import tokens
+from ctf import shards, tokens
 from ctf.errors import UserError
 from ctf.images import PLAIN, VIEWS, ImageSet, Splits, View
 from ctf.tokenizer import TokenizerConfig, VQModel
@@ -112,6 +116,12 @@ def test_files(folder: Path) -> None:
         "val-00000.npy": (5, 1, 16),
     }
     assert np.load(folder / "train-00000.npy").dtype == np.uint16
+    for path in folder.glob("*.npy"):  # the second array of a file is the checksum of the first
+        with open(path, "rb") as file:
+            np.load(file)
+            end = file.tell()
+            assert np.load(file).tobytes() == hashlib.sha256(path.read_bytes()[:end]).digest()
+            assert not file.read()
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["tokenizer"] == "abc"
     assert manifest["class_names"] == ["class 0", "class 1", "class 2"]
@@ -279,6 +289,125 @@ def test_damaged_shard(tmp_path: Path, tokenizer: VQModel, folder: Path, damage:
     Tokens(tmp_path, "val")
     tokens.extract(tokenizer, "abc", IMAGES, tmp_path, CONFIG)
     assert contents(tmp_path) == contents(folder)
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def overwrite(path: Path, value: int) -> None:
+    """A value of a shard, with a checksum that is right."""
+    array = np.load(path)
+    array.flat[-1] = value
+    shards.save(path, array)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a bit of a code": (lambda p: flip(p, 200), "its content is not what its checksum says"),
+    "a bit of the header": (lambda p: flip(p, 3), "not an array, or cut off"),
+    "a bit of the checksum": (lambda p: flip(p, -1), "its content is not what its checksum says"),
+    "cut off": (lambda p: os.truncate(p, 300), "cut off"),
+    "checksum cut off": (
+        lambda p: os.truncate(p, p.stat().st_size - 3), "its content is not what its checksum says"
+    ),
+    "missing": (Path.unlink, "missing"),
+    "a code too large": (lambda p: overwrite(p, 64), "holds 64, expected 0 to 63"),
+    "of another shape": (
+        lambda p: shards.save(p, np.zeros((6, 2, 15), np.uint16)),
+        "holds uint16 of shape (6, 2, 15), expected uint16 of (6, 2, 16)",
+    ),
+    "of another type": (
+        lambda p: shards.save(p, np.zeros((6, 2, 16), np.int32)),
+        "holds int32 of shape (6, 2, 16), expected uint16 of (6, 2, 16)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_check_names_what_is_damaged_and_extract_mends_it(
+    tmp_path: Path, tokenizer: VQModel, folder: Path, damage: str, ctf: Command
+) -> None:
+    made = tmp_path / "tokens"
+    shutil.copytree(folder, made)
+    spoil, reason = DAMAGE[damage]
+    assert ctf("tokens", "check", tmp_path).out == f"{made}: 7 files are whole\n"
+    spoil(made / "train-00001.npy")
+    result = ctf("tokens", "check", tmp_path)
+    assert result.code == 2
+    assert result.err.endswith(
+        f"ctf: {made}: 1 of 7 files are damaged; run ctf tokens extract again, which makes them "
+        f"anew and keeps the others\ntrain-00001.npy: {reason}\n"
+    )
+    tokens.extract(tokenizer, "abc", IMAGES, made, CONFIG)
+    assert contents(made) == contents(folder)
+
+
+def test_check_of_classes_and_of_several_files(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    overwrite(tmp_path / "train-classes.npy", 3)
+    overwrite(tmp_path / "val-classes.npy", -1)
+    (tmp_path / "val-00000.npy").unlink()
+    with pytest.raises(UserError) as caught:
+        tokens.check(tmp_path)
+    assert str(caught.value).split("\n")[1:] == [
+        "train-classes.npy: holds 3, expected 0 to 2",
+        "val-classes.npy: holds -1, expected 0 to 2",
+        "val-00000.npy: missing",
+    ]
+
+
+@pytest.mark.parametrize("change", [("count", 19), ("shards", []), ("views", [])])
+def test_manifest_that_contradicts_itself(
+    folder: Path, tmp_path: Path, change: tuple[str, object]
+) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["train"][change[0]] = change[1]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    for look in (tokens.check, lambda folder: Tokens(folder, "val")):
+        with pytest.raises(UserError, match=r"manifest.json: damaged: its shards are not .* views"):
+            look(tmp_path)
+
+
+def test_tokens_without_checksums_are_those_of_an_earlier_version(
+    folder: Path, tmp_path: Path, tokenizer: VQModel, ctf: Command
+) -> None:
+    made = tmp_path / "tokens"
+    shutil.copytree(folder, made)
+    for path in made.glob("*.npy"):
+        np.save(path, np.load(path))
+    every = np.arange(20)
+    assert torch.equal(Tokens(made, "train").codes(every), Tokens(folder, "train").codes(every))
+    older = "; 7 of an earlier version have no checksum, and were only read"
+    assert ctf("tokens", "check", tmp_path).out == f"{made}: 7 files are whole{older}\n"
+    before = contents(made)
+    tokens.extract(tokenizer, "abc", IMAGES, made, CONFIG)
+    assert contents(made) == before
+
+
+def test_shard_that_is_cut_off_while_it_is_read(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    reader = Tokens(tmp_path, "train")
+    os.truncate(tmp_path / "train-00001.npy", 150)
+    reader.codes(np.array([0]))
+    with pytest.raises(UserError, match=r"train-00001.npy: cannot be read \(it is cut off\)"):
+        reader.codes(np.array([0, 6]))
+    (tmp_path / "train-00002.npy").unlink()
+    with pytest.raises(UserError, match=r"train-00002.npy: cannot be read \(No such file"):
+        reader.codes(np.array([12]))
+
+
+@given(st.integers(0, 2000), st.integers(0, 7))
+def test_every_bit_counts(tmp_path_factory: pytest.TempPathFactory, at: int, bit: int) -> None:
+    path = tmp_path_factory.getbasetemp() / "bits.npy"
+    shards.save(path, np.arange(100, dtype=np.uint16))
+    data = bytearray(path.read_bytes())
+    data[at % len(data)] ^= 1 << bit
+    path.write_bytes(data)
+    with pytest.raises(shards.Damaged):
+        shards.verify(path, (100,), "uint16", 2**16)
 
 
 @pytest.mark.parametrize(

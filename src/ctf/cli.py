@@ -116,7 +116,8 @@ def fit(
     Example: ctf fit my-pictures --out run --image-size 64 --minutes 60
 
     Args:
-        images: fashion-mnist, or a folder: one subfolder per class, or flat (one class)
+        images: fashion-mnist, a folder: one subfolder per class, or flat (one class); or .tar or
+            .parquet files: one, a folder of them, or a pattern in quotes
         out: folder of the run
         preset: tiny, small, base, or imagenet256-B, -L, -XL
         image_size: pixels a side; by default 32 for fashion-mnist, the preset's for folders
@@ -359,8 +360,8 @@ def evaluate(
     Args:
         model: fashion-mnist, a folder of a run or pipeline, a Hub id, a folder of pictures of one
             size, or an .npz file of pictures (arr_0)
-        reference: fashion-mnist, a folder of pictures, or an .npz file of pictures or statistics;
-            by default the set that the pipeline was trained on, if it is included
+        reference: fashion-mnist, pictures (a folder, .tar, .parquet), or an .npz file of pictures
+            or statistics; by default the set that the pipeline was trained on, if it is included
         samples: how many to draw; by default 5000, or the next number that classes can share
         features: one or several of lite0, inception, fashion, and mymodule:factory; by default
             lite0, and fashion for its classes
@@ -452,7 +453,7 @@ def tokenizer_train(
     Example: ctf tokenizer train my-pictures --out run
 
     Args:
-        images: fashion-mnist, or a folder of pictures
+        images: fashion-mnist, a folder of pictures, or .tar or .parquet files
         out: folder of the run; the tokenizer goes into its folder tokenizer/
         preset: tiny, small, base, or imagenet256-B, -L, -XL
         image_size: pixels a side; by default 32 for fashion-mnist, the preset's for folders
@@ -494,7 +495,7 @@ def tokenizer_evaluate(
 
     Args:
         run: folder of a run or pipeline, fashion-mnist, or org/name[@revision] on the Hub
-        images: fashion-mnist, or a folder of pictures
+        images: fashion-mnist, a folder of pictures, or .tar or .parquet files
         features: also the rFID by lite0, inception, fashion, or mymodule:factory
         weights: file of the Inception network, where it is not in a cache
         background: colour behind transparent pictures
@@ -544,7 +545,7 @@ def tokens_extract(
     Example: ctf tokens extract my-pictures --run run --views flip
 
     Args:
-        images: fashion-mnist, or a folder of pictures
+        images: fashion-mnist, a folder of pictures, or .tar or .parquet files
         run: folder of the run
         preset: tiny, small, base, or imagenet256-B, -L, -XL
         views: of each training picture; by default flip, and plain for fashion-mnist
@@ -560,7 +561,11 @@ def tokens_extract(
 
     with distributed.joined(_device(device)) as world:
         tokenizer = tokenizer_training.load(run / "tokenizer", world.device)
+        if not world.main:
+            world.barrier()  # until the first process knows the files, and so all do
         pictures = _open(images, tokenizer.config.image_size, background, skip_bad)
+        if world.main:
+            world.barrier()
         recipe = fitting.resolve(preset, pictures, views=views, overrides=set)
         if dry_run:
             _say(world, fitting.describe(pictures, recipe, None))
@@ -568,6 +573,26 @@ def tokens_extract(
         with _progress("tokens", world) as report:
             fitting.extract_tokens(run, tokenizer, pictures, recipe, limit, report, world)
         _say(world, f"{run / 'tokens'}: done")
+
+
+@command("tokens check")
+def tokens_check(run: Positional[Folder], /) -> None:
+    """Reads all tokens of a run and compares them with their checksums; exits with 2 on damage.
+
+    Example: ctf tokens check run
+
+    Args:
+        run: folder of the run
+    """
+    from ctf import tokens
+
+    with _progress("check") as report:
+        found = tokens.check(run / "tokens", report)
+    older = f"; {found.without_checksum} of an earlier version have no checksum, and were only read"
+    console.print(
+        f"{run / 'tokens'}: {found.files} files are whole{older * (found.without_checksum > 0)}",
+        soft_wrap=True,
+    )
 
 
 @command("clusters fit")
@@ -838,7 +863,7 @@ def classifier_train(
     Example: ctf classifier train fashion-mnist --out classifier
 
     Args:
-        images: fashion-mnist, or a folder with a subfolder per class
+        images: fashion-mnist, a folder with a subfolder per class, or .tar or .parquet files
         out: folder of the classifier
         image_size: pixels a side; by default 32 for fashion-mnist, 64 for folders
         steps: instead of the default
@@ -864,6 +889,36 @@ def classifier_train(
         )
     accuracy = classifier.held_out_accuracy(model, pictures.val)
     console.print(f"{out}: {accuracy:.2%} of {len(pictures.val)} held-out pictures recognised")
+
+
+@command("bench tokens")
+def bench_tokens(
+    *,
+    images: int = 1_281_167,
+    size: Size = "B",
+    pictures: int = 4,
+    rounds: int = 3,
+    device: Device = "auto",
+    out: Path | None = None,
+) -> None:
+    """Reads a synthetic cache of ImageNet's size, and extracts tokens beside LlamaGen's loop.
+
+    Example: ctf bench tokens --out tokens.json
+
+    Args:
+        images: pictures of the cache, 512 bytes each, written into a temporary folder
+        size: of the coarse model that the reader is compared with
+        pictures: of 256 pixels that are encoded in each round, in two views
+        rounds: of both ways of extracting, in turn
+        device: where to compute; auto takes a GPU if there is one
+        out: a .json file for what was measured
+    """
+    from ctf import checkpoint, tokens_bench
+
+    found = tokens_bench.measure(images, size, pictures, rounds, _device(device))
+    _table(("what", "measured", "goal"), tokens_bench.rows(found))
+    if out is not None:
+        checkpoint.save_json(out, found)
 
 
 @command("convert llamagen")

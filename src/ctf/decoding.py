@@ -43,9 +43,14 @@ def decode(data: bytes, size: int, colour: tuple[int, ...]) -> Image.Image:
         raise Unusable(f"more than {limit:,} pixels") from None
     except Exception:  # decoders raise nearly everything when the data is damaged
         raise Unusable("corrupt, truncated or of an unknown format") from None
-    if min(image.size) < size:
-        raise Unusable(f"{image.width}x{image.height}, smaller than --image-size {size}")
+    check_size(*image.size, size)
     return image
+
+
+def check_size(width: int, height: int, size: int) -> None:
+    """Raises `Unusable` where one of the sides is shorter than `size`."""
+    if min(width, height) < size:
+        raise Unusable(f"{width}x{height}, smaller than --image-size {size}")
 
 
 def to_rgb(file: ImageFile.ImageFile, colour: tuple[int, ...]) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Pictures as arrays: the included set, or any folder, -> uint8 images through one crop function.
+"""Pictures as arrays: the included set, or files, -> uint8 images through one crop function.
 
 Shape suffixes: B images of a batch, N images of a set, H and W height and width, S = image_size.
 """
@@ -10,15 +10,14 @@ import hashlib
 import io
 import json
 import os
-import warnings
 import zipfile
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -26,15 +25,18 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageColor
 from torch import Tensor
 
-from ctf.config import did_you_mean
-from ctf.decoding import SUFFIXES, Unusable, decode, read_bytes
+from ctf.decoding import SUFFIXES, Unusable, decode
 from ctf.errors import UserError
+from ctf.files import find
+from ctf.scan import THREADS as THREADS
+from ctf.scan import BadPicture, scan
+from ctf.scan import Report as Report
+from ctf.sources import Files
 
 FOLDER_IMAGE_SIZE = 64  # of folders, where no size is named; the included set has its own
 SMALLEST_SIZE, LARGEST_SIZE = 8, 2048
 HELD_OUT, MOST_HELD_OUT = 0.1, 10_000  # share of a folder's pictures in `val`, and its limit
 CACHE_BYTES = 1 << 30  # a folder's crops stay in memory up to this total
-THREADS = 2  # Pillow's decoders run outside the interpreter's lock
 
 FASHION_MNIST = Path(__file__).parent / "data" / "fashion-mnist"
 FASHION_MNIST_CLASSES = (
@@ -49,9 +51,9 @@ FASHION_MNIST_SHA256 = {
 FASHION_MNIST_SIDE, FASHION_MNIST_SIZE = 28, 32  # as published; with a black border of 2 pixels
 INCLUDED = (FASHION_MNIST.name,)
 
-IMAGENET = Path(__file__).parent / "data" / "imagenet" / "classes.txt"
+T = TypeVar("T")
 
-Report = Callable[[int, int], None]
+IMAGENET = Path(__file__).parent / "data" / "imagenet" / "classes.txt"
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class View:
     """One way to cut a square out of a picture; see `crop`.
 
     scale >= 1 is the side of the picture's central square in units of the image size; x and y in
-    0..1 place the crop within that square, from left to right and from top to bottom.
+    0..1 place the crop within that square, from left to right and from top to bottom, after it is
+    mirrored if `flip`.
     """
 
     flip: bool = False
@@ -69,14 +72,15 @@ class View:
 
     def side(self, size: int) -> int:
         """Pixels that the picture's shorter side is resized to, for crops of `size` pixels."""
-        return round(size * self.scale)
+        return int(size * self.scale)
 
 
 PLAIN = View()
 VIEWS: dict[str, tuple[View, ...]] = {
     "plain": (PLAIN,),
     "flip": (PLAIN, View(flip=True)),
-    # LlamaGen's augmentation: the corners and the centre, mirrored or not, at two scales.
+    # LlamaGen's augmentation, in its order: the corners and the centre, mirrored or not, of its
+    # extraction at --crop-range 1.1 and of that at 1.05.
     "ten-crop": tuple(
         View(flip, scale, x, y)
         for scale in (1.1, 1.05)
@@ -89,22 +93,33 @@ VIEWS: dict[str, tuple[View, ...]] = {
 def crop(image: Image.Image, size: int, view: View = PLAIN) -> Image.Image:
     """`size` x `size` pixels of an RGB or grey picture; the only crop function there is.
 
-    The shorter side is resized to round(size * scale), by halving with a box filter as long as
-    that is possible and then with an antialiased bicubic filter. The plain view is the middle of
-    it, which is ADM's `center_crop_arr`; other views crop that central square again, as
-    LlamaGen's ten-crop does.
+    The plain view is the central square, which is ADM's `center_crop_arr`; other views crop a
+    larger central square again, as LlamaGen's ten-crop does.
     """
-    side = view.side(size)
+    return _cut(_square(image, view.side(size)), size, view)
+
+
+def _square(image: Image.Image, side: int) -> Image.Image:
+    """The central square, resized to `side` pixels.
+
+    The shorter side is halved with a box filter as long as that is possible, and then resized
+    with an antialiased bicubic filter.
+    """
     while min(image.size) >= 2 * side:
         halved = (image.width // 2, image.height // 2)
         image = image.resize(halved, Image.Resampling.BOX)
     ratio = side / min(image.size)
     resized = (round(image.width * ratio), round(image.height * ratio))
     image = image.resize(resized, Image.Resampling.BICUBIC)
-    left = (image.width - side) // 2 + round((side - size) * view.x)
-    top = (image.height - side) // 2 + round((side - size) * view.y)
-    image = image.crop((left, top, left + size, top + size))
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flip else image
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def _cut(square: Image.Image, size: int, view: View) -> Image.Image:
+    if view.flip:
+        square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    left, top = (round((square.width - size) * at) for at in (view.x, view.y))
+    return square.crop((left, top, left + size, top + size))
 
 
 def as_tensor(pixels_BHWC: NDArray[np.uint8], device: torch.device | str = "cpu") -> Tensor:
@@ -159,13 +174,10 @@ class ImageSet(ABC):
             UserError: a picture's file was damaged or removed after the set was opened.
         """
 
-
-@dataclass(frozen=True)
-class BadPicture:
-    """A file that cannot be used: its path relative to the folder, and why."""
-
-    name: str
-    reason: str
+    def read_views(self, indices: ArrayLike, views: Sequence[View]) -> Iterator[NDArray[np.uint8]]:
+        """`read` for each of the views; a set of files decodes each only once for all of them."""
+        for view in views:
+            yield self.read(indices, view)
 
 
 @dataclass(frozen=True)
@@ -185,10 +197,11 @@ def open_images(
     skip_bad: bool = False,
     report: Report | None = None,
 ) -> Splits:
-    """Opens an included set by name, or a folder: one subfolder per class, or flat (one class).
+    """Opens an included set by name, or pictures: one subfolder per class, or flat (one class).
 
     Args:
-        source: "fashion-mnist" (write ./fashion-mnist for a folder of that name), or a folder.
+        source: "fashion-mnist" (write ./fashion-mnist for a folder of that name), a folder, a .tar
+            or .parquet file, a folder of nothing but these, or a pattern like "data/train-*.tar".
         image_size: side of the squares that the pictures are cut to, 8..2048. Default: 32 for
             fashion-mnist (28 gives the originals without their border), 64 for folders.
         background: colour by name or #rrggbb that transparent pictures are laid upon.
@@ -212,12 +225,8 @@ def open_images(
         raise UserError(f"background: unknown colour {background!r}: {meant}") from None
     if source in INCLUDED:
         return _open_fashion_mnist(image_size or FASHION_MNIST_SIZE)
-    if not os.path.lexists(source):
-        raise UserError(
-            f"{source}: no such folder, nor an included set of that name"
-            f"{did_you_mean(source, INCLUDED)}"
-        )
-    return _open_folder(Path(source), image_size or FOLDER_IMAGE_SIZE, colour, skip_bad, report)
+    files = find(source, INCLUDED)
+    return _open_files(files, image_size or FOLDER_IMAGE_SIZE, colour, skip_bad, report)
 
 
 # ---------------------------------------------------------------- the included set
@@ -285,77 +294,112 @@ def _open_fashion_mnist(size: int) -> Splits:
     return Splits(train=load("train"), val=load("test"))
 
 
-# ---------------------------------------------------------------- folders
+# ---------------------------------------------------------------- files
 
 
-class _FolderSet(ImageSet):
-    """Pictures of a folder: their crops in memory if they fit, else from disk at each read."""
+class _FileSet(ImageSet):
+    """Pictures of files: their crops in memory if they fit, else decoded at each read."""
 
     def __init__(
         self,
-        root: Path,
-        names: Sequence[str],
+        files: Files,
         colour: tuple[int, ...],
-        cache: NDArray[np.uint8] | None,
+        crops: _Crops | None,
         rows_N: NDArray[np.int64],
         **attributes: Any,
     ) -> None:
         super().__init__(**attributes)
-        self._root, self._names, self._colour = root, names, colour
-        self._cache, self._rows_N = cache, rows_N  # the cache is shared by both splits
+        self._files, self._colour = files, colour
+        self._crops, self._rows_N = crops, rows_N  # the crops are shared by both splits
 
     def read(self, indices: ArrayLike, view: View = PLAIN) -> NDArray[np.uint8]:
+        return next(self.read_views(indices, (view,)))
+
+    def read_views(self, indices: ArrayLike, views: Sequence[View]) -> Iterator[NDArray[np.uint8]]:
         size = self.image_size
         rows_B = self._rows_N[np.asarray(indices, dtype=np.int64)]
-        if self._cache is not None and view.side(size) == size:
-            images = self._cache[rows_B]
-            return np.ascontiguousarray(images[:, :, ::-1]) if view.flip else images
-        images = np.empty((len(rows_B), size, size, 3), dtype=np.uint8)
+        sides = {view.side(size) for view in views}
+        if self._crops is not None and sides == {size}:
+            self._fill(rows_B)
+            for view in views:
+                images = self._crops.pixels[rows_B]
+                yield np.ascontiguousarray(images[:, :, ::-1]) if view.flip else images
+            return
+        # Of each picture only the squares that the views are cut from are kept.
+        squares = self._each(rows_B, lambda whole: {side: _square(whole, side) for side in sides})
+        for view in views:
+            images = np.empty((len(rows_B), size, size, 3), dtype=np.uint8)
+            for image, square in zip(images, squares, strict=True):
+                image[:] = np.asarray(_cut(square[view.side(size)], size, view))
+            yield images
 
-        def fill(image: NDArray[np.uint8], row: int) -> None:
-            path = self._root / self._names[row]
+    def _fill(self, rows_B: NDArray[np.int64]) -> None:
+        """Decodes what is not in memory: what was known when the set was opened."""
+        assert self._crops is not None
+        missing = np.unique(rows_B[~self._crops.filled[rows_B]])
+        cut = self._each(missing, lambda whole: np.asarray(crop(whole, self.image_size)))
+        for row, pixels in zip(missing, cut, strict=True):
+            self._crops.put(row, pixels)
+
+    def _each(self, rows_B: NDArray[np.int64], cut: Callable[[Image.Image], T]) -> list[T]:
+        def one(row: int) -> T:
             try:
-                whole = decode(read_bytes(path), size, self._colour)
+                return cut(decode(self._files.read(row), self.image_size, self._colour))
             except Unusable as why:
+                path = self._files.where / self._files.names[row]
                 raise UserError(f"{path}: {why}; it was usable before, so run this again") from None
-            image[:] = np.asarray(crop(whole, size, view))
 
+        if not len(rows_B):
+            return []
         with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(fill, images, rows_B.tolist()))
-        return images
+            return list(pool.map(one, rows_B.tolist()))
 
 
-def _open_folder(
-    root: Path, size: int, colour: tuple[int, ...], skip_bad: bool, report: Report | None
+class _Crops:
+    """Plain crops in memory, (N, S, S, 3), and which of them are there."""
+
+    def __init__(self, count: int, size: int) -> None:
+        self.pixels = np.empty((count, size, size, 3), dtype=np.uint8)
+        self.filled = np.zeros(count, dtype=np.bool_)
+
+    def put(self, row: int, pixels: NDArray[np.uint8]) -> None:
+        self.pixels[row] = pixels
+        self.filled[row] = True
+
+
+def _open_files(
+    files: Files, size: int, colour: tuple[int, ...], skip_bad: bool, report: Report | None
 ) -> Splits:
-    by_class = _find(root)
-    class_names = readable(tuple(by_class))
-    names = [name for found in by_class.values() for name in found]
-    classes_N = np.repeat(np.arange(len(by_class)), [len(found) for found in by_class.values()])
-    _check_counts(root, class_names, classes_N)
-
+    names, class_names, classes_N = files.names, readable(files.class_names), files.classes_N
+    _check_counts(files.where, class_names, classes_N)
     fits = len(names) * size * size * 3 <= CACHE_BYTES
-    cache = np.empty((len(names), size, size, 3), dtype=np.uint8) if fits else None
-    hashes, bad = _scan(root, names, size, colour, cache, report)
-    if bad and not skip_bad:
-        _refuse(root, bad, len(names))
-    unusable = {picture.name for picture in bad}
-    rows = np.array([row for row, name in enumerate(names) if name not in unusable], dtype=np.int64)
-    _check_counts(root, class_names, classes_N[rows])
+    crops = _Crops(len(names), size) if fits else None
+
+    def keep(row: int, whole: Image.Image) -> None:
+        if crops is not None:
+            crops.put(row, np.asarray(crop(whole, size)))
+
+    found = scan(files, size, colour, keep, report)
+    if found.bad and not skip_bad:
+        _refuse(files.where, found.bad.values(), len(names))
+    rows = np.setdiff1d(np.arange(len(names)), np.array([*found.bad], np.int64))
+    _check_counts(files.where, class_names, classes_N[rows])
     held_out = choose_held_out([names[row] for row in rows], classes_N[rows])
 
     def split(rows_N: NDArray[np.int64]) -> ImageSet:
-        pictures = [(names[row], int(classes_N[row]), hashes[row]) for row in rows_N]
-        return _FolderSet(
-            root, names, colour, cache, rows_N,
-            name=root.resolve().name or str(root), class_names=class_names,
-            classes_N=classes_N[rows_N], image_size=size,
-            fingerprint=_hash([size, colour, pictures]),
+        pictures = (
+            (names[row], int(classes_N[row]), found.digests_N[row].tobytes().hex())
+            for row in rows_N
+        )
+        return _FileSet(
+            files, colour, crops, rows_N,
+            name=files.title, class_names=class_names, classes_N=classes_N[rows_N],
+            image_size=size, fingerprint=_fingerprint([size, colour], pictures),
         )  # fmt: skip
 
     # Shuffled by their names, so that the first few of them are of all classes.
     held_out_rows = sorted(rows[held_out], key=lambda row: _hash(names[row]))
-    return Splits(split(rows[~held_out]), split(np.array(held_out_rows)), tuple(bad))
+    return Splits(split(rows[~held_out]), split(np.array(held_out_rows)), (*found.bad.values(),))
 
 
 def imagenet_classes() -> dict[str, str]:
@@ -374,49 +418,8 @@ def readable(class_names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(known[name] for name in class_names)
 
 
-def _find(root: Path) -> dict[str, list[str]]:
-    """Paths relative to `root` of the pictures of each class, both in alphabetical order."""
-    try:
-        entries = sorted(entry for entry in os.listdir(root) if not entry.startswith("."))
-        folders = [entry for entry in entries if (root / entry).is_dir()]
-    except NotADirectoryError:
-        raise UserError(f"{root}: is a file; expected a folder of pictures") from None
-    except OSError as error:
-        _unreadable(error)
-    loose = [entry for entry in entries if _is_picture(entry) and entry not in folders]
-    by_class = {folder: _walk(root, folder) for folder in folders}
-    if not any(by_class.values()):  # no class folders, whatever else may lie around
-        by_class = {root.resolve().name or str(root): loose}
-    elif loose:
-        raise UserError(
-            f"{root}: pictures beside the class folders ({len(loose)}, e.g. {loose[0]}); "
-            "move them into the folder of their class"
-        )
-    return by_class
-
-
-def _walk(root: Path, folder: str) -> list[str]:
-    found, seen = [], set()
-    for here, folders, files in os.walk(root / folder, onerror=_unreadable, followlinks=True):
-        real = os.path.realpath(here)
-        if real in seen:  # a link to a folder around it
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [Path(here, f).relative_to(root).as_posix() for f in files if _is_picture(f)]
-    return sorted(found)
-
-
-def _unreadable(error: OSError) -> NoReturn:
-    raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
-
-
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
-
-
 def _check_counts(root: Path, class_names: Sequence[str], classes_N: NDArray[np.int64]) -> None:
+    classes_N = classes_N[classes_N >= 0]
     if len(classes_N) == 0:
         raise UserError(f"{root}: no usable picture in it; expected {', '.join(SUFFIXES)} files")
     if len(classes_N) == 1:
@@ -429,40 +432,7 @@ def _check_counts(root: Path, class_names: Sequence[str], classes_N: NDArray[np.
         )
 
 
-def _scan(
-    root: Path,
-    names: Sequence[str],
-    size: int,
-    colour: tuple[int, ...],
-    cache: NDArray[np.uint8] | None,
-    report: Report | None,
-) -> tuple[list[str], list[BadPicture]]:
-    """Decodes every file once, fills `cache`; returns the files' SHA-256 and the bad ones."""
-
-    def look(row: int) -> tuple[str, BadPicture | None]:
-        try:
-            data = read_bytes(root / names[row])
-            image = decode(data, size, colour)
-            if cache is not None:
-                cache[row] = np.asarray(crop(image, size))
-        except Unusable as why:
-            return "", BadPicture(names[row], str(why))
-        return hashlib.sha256(data).hexdigest(), None
-
-    hashes, bad = [], []
-    with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
-        warnings.simplefilter("ignore")  # Pillow's: about pictures that end up in `bad`
-        for start in range(0, len(names), 256):  # not a future for each of a million files
-            for digest, problem in pool.map(look, range(len(names))[start : start + 256]):
-                hashes.append(digest)
-                if problem:
-                    bad.append(problem)
-                if report:
-                    report(len(hashes), len(names))
-    return hashes, bad
-
-
-def _refuse(root: Path, bad: Sequence[BadPicture], total: int) -> NoReturn:
+def _refuse(root: Path, bad: Collection[BadPicture], total: int) -> NoReturn:
     by_reason = defaultdict(list)
     for picture in bad:
         by_reason[picture.reason].append(picture.name)
@@ -496,3 +466,14 @@ def choose_held_out(names: Sequence[str], classes_N: NDArray[np.int64]) -> NDArr
 
 def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _fingerprint(settings: list[Any], pictures: Iterable[Any]) -> str:
+    """`_hash` of [*settings, [*pictures]], without the text of a million pictures in memory."""
+    digest = hashlib.sha256(json.dumps(settings)[:-1].encode())
+    separator = ", ["
+    for picture in pictures:
+        digest.update((separator + json.dumps(picture)).encode())
+        separator = ", "
+    digest.update(b"]]")
+    return digest.hexdigest()

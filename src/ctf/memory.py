@@ -1,14 +1,21 @@
-"""How much memory there is to work with."""
+"""How much memory there is to work with, how much was held, and how it is given back."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
+STATUS = Path("/proc/self/status")
+
+# Of glibc's mallopt (malloc.h).
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 
 
 def available(device: torch.device) -> int:
@@ -39,9 +46,6 @@ def _of_container() -> int:
         return sys.maxsize
 
 
-STATUS = Path("/proc/self/status")
-
-
 def forget_peak(device: torch.device) -> None:
     """From here on, `peak` is counted anew."""
     if device.type == "cuda":
@@ -70,3 +74,32 @@ def _status(name: str) -> int:
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
     return 0
+
+
+def used() -> tuple[float, float]:
+    """Megabytes that this process holds: of its own, and with files that are mapped."""
+    return _status("RssAnon") / 2**20, _status("VmRSS") / 2**20
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Keeps what is freed meanwhile for the next tensor, and gives it back to the system after.
+
+    By default glibc asks the system for each tensor of more than 32 MB, and the system clears it
+    page by page: more than a quarter of the time in which VQ-16 encodes a picture of 256 pixels.
+    Elsewhere than on glibc this does nothing.
+    """
+    library = ctypes.CDLL(None)
+    if not (hasattr(library, "mallopt") and hasattr(library, "malloc_trim")):
+        yield
+        return
+    library.mallopt(MMAP_MAX, 0)
+    library.mallopt(TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        # Where glibc's own, moving limits end, too, once large tensors have been freed.
+        library.mallopt(MMAP_MAX, 1 << 16)
+        library.mallopt(MMAP_THRESHOLD, 32 << 20)
+        library.mallopt(TRIM_THRESHOLD, 64 << 20)
+        library.malloc_trim(0)

@@ -6,19 +6,15 @@ the pictures.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import zipfile
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ctf import checkpoint
+from ctf import cache
 from ctf.collection import Collection, Statistics
 from ctf.distances import (
     FeatureStatistics,
@@ -152,17 +148,10 @@ def look_at_reference(
     if isinstance(found, Statistics):
         return Reference(found.pooled, found.spatial)
     name = f"{found.fingerprint[:24]}-{extractor.digest[:24]}-{VERSION}.npz"
-    path = _cache() / "references" / name
-    arrays = _read_cache(path)
+    arrays = cache.load(f"references/{name}")
     if arrays is None:
         arrays = _arrays(gather(extractor, found, report))
-        # Kept if that is possible: without it everything works, too.
-        with (
-            contextlib.suppress(UserError, OSError),
-            checkpoint.atomic(path) as temporary,
-            open(temporary, "wb") as file,
-        ):
-            np.savez(file, **arrays)
+        cache.save(f"references/{name}", arrays)
     pooled, spatial = Gaussian(arrays["mu"], arrays["sigma"], found.count), None
     if "mu_s" in arrays:
         spatial = Gaussian(arrays["mu_s"], arrays["sigma_s"], found.count)
@@ -209,20 +198,6 @@ def _arrays(gathered: Gathered) -> dict[str, Any]:
     if (means_CD := gathered.class_means_CD) is not None:
         arrays["class_means"] = means_CD
     return arrays
-
-
-def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("CTF_CACHE") or Path(home) / "ctf")
-
-
-def _read_cache(path: Path) -> dict[str, Any] | None:
-    """None where there is none, or where it is damaged: it is made again."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return dict(stored)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        return None
 
 
 def scores(samples: Gathered, reference: Reference, suffix: str) -> dict[str, Score]:

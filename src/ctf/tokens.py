@@ -1,7 +1,8 @@
-"""Pictures -> codes, once, ahead of training: memory-mapped shards, a manifest, and their reader.
+"""Pictures -> codes, once, ahead of training: shards on disk, a manifest, a check, and a reader.
 
 A folder of tokens holds manifest.json, the shards train-00000.npy, ... and val-00000.npy, ... of
-shape (pictures, views, L), and the classes train-classes.npy and val-classes.npy.
+shape (pictures, views, L), and the classes train-classes.npy and val-classes.npy. Each of these
+arrays ends with its checksum (`shards`).
 
 Shapes: B batch, C channels, H, W height and width, L codes of an image, N pictures.
 """
@@ -11,8 +12,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import io
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctf import checkpoint
+from ctf import checkpoint, memory, shards
 from ctf.config import from_json, to_json
 from ctf.distributed import ALONE, World
 from ctf.errors import UserError
@@ -31,6 +33,7 @@ Split = Literal["train", "val"]
 Report = Callable[[int, int], None]  # pictures encoded, pictures in all; each view counts as one
 
 MANIFEST = "manifest.json"
+CLASS_DTYPE = "int64"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +89,12 @@ class Manifest:
     def split(self, split: Split) -> SplitManifest:
         return self.train if split == "train" else self.val
 
+    def classes(self, split: Split) -> Shard:
+        """The file of the classes of a split's pictures, int64."""
+        return Shard(f"{split}-classes.npy", (self.split(split).count,))
 
+
+@memory.kept()
 def extract(
     tokenizer: VQModel,
     tokenizer_hash: str,
@@ -98,7 +106,7 @@ def extract(
     report: Report | None = None,
     world: World = ALONE,
 ) -> Manifest:
-    """Encodes every view of every picture into `folder`; shards that are there are kept.
+    """Encodes every view of every picture into `folder`; shards that are there and whole are kept.
 
     Killed at any moment and called again, it ends with the same files to the bit; called on a
     complete folder, it encodes nothing. Of several processes each one encodes its share of the
@@ -159,10 +167,10 @@ def extract(
             report(done, total)
 
     for split, image_set in sets.items():
-        classes_file = folder / f"{split}-classes.npy"
-        classes_N = image_set.classes_N[chosen[split]].astype(np.int64)
-        if world.main and not _is_whole(classes_file, classes_N.shape, "int64"):
-            _save_array(classes_file, classes_N)
+        classes = manifest.classes(split)
+        if world.main and _damage(folder, classes, manifest):
+            classes_N = image_set.classes_N[chosen[split]].astype(np.int64)
+            shards.save(folder / classes.file, classes_N)
         part = manifest.split(split)
         start = 0
         for number, shard in enumerate(part.shards):
@@ -170,17 +178,18 @@ def extract(
             start += len(numbers)
             if number % world.size != world.rank:
                 continue
-            if _is_whole(folder / shard.file, shard.shape, manifest.dtype):
+            if not _damage(folder, shard, manifest):
                 advance(len(numbers) * len(part.views))
                 continue
             codes = np.empty(shard.shape, manifest.dtype)
             # Batches begin with the shard, so a resumed run encodes the same batches.
             for at in range(0, len(numbers), config.batch_size):
                 batch = slice(at, at + config.batch_size)
-                for v, view in enumerate(part.views):
-                    codes[batch, v] = _encode(tokenizer, image_set.read(numbers[batch], view))
+                views = image_set.read_views(numbers[batch], part.views)
+                for v, pictures in enumerate(views):
+                    codes[batch, v] = _encode(tokenizer, pictures)
                     advance(len(numbers[batch]))
-            _save_array(folder / shard.file, codes)
+            shards.save(folder / shard.file, codes)
     world.barrier()
     return manifest
 
@@ -203,49 +212,99 @@ def balanced_order(classes_N: np.ndarray, seed: int) -> np.ndarray:
     return shuffled[np.argsort(round_N, kind="stable")].astype(np.int64)
 
 
-class Tokens:
-    """The codes of one split of a folder of tokens, read through memory maps.
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What `check` found whole: files, and those among them that have no checksum."""
 
-    The maps are opened by each process that reads, when it first does: the reader can be pickled
-    to data-loading workers without copying what it maps.
+    files: int
+    without_checksum: int
+
+
+def check(folder: Path, report: Report | None = None) -> Checked:
+    """Reads every file of a folder of tokens: checksums, shapes, ranges of codes and classes.
+
+    Args:
+        report: called with (files, files in all).
+
+    Raises:
+        UserError: the folder holds no tokens, or some of its files are damaged; names them all.
+    """
+    manifest = _load_manifest(folder)
+    parts: tuple[Split, ...] = ("train", "val")
+    files = [
+        shard for name in parts for shard in (manifest.classes(name), *manifest.split(name).shards)
+    ]
+    broken, without_checksum = [], 0
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results = pool.map(lambda shard: _look(folder, shard, manifest), files)
+        for done, (shard, found) in enumerate(zip(files, results, strict=True), 1):
+            if isinstance(found, shards.Damaged):
+                broken.append(f"{shard.file}: {found}")
+            elif not found:
+                without_checksum += 1
+            if report is not None:
+                report(done, len(files))
+    if broken:
+        raise UserError(
+            f"{folder}: {len(broken)} of {len(files)} files are damaged; run ctf tokens extract "
+            "again, which makes them anew and keeps the others\n" + "\n".join(broken)
+        )
+    return Checked(len(files), without_checksum)
+
+
+def _look(folder: Path, shard: Shard, manifest: Manifest) -> bool | shards.Damaged:
+    """What is wrong with a shard, or whether it has a checksum."""
+    path = folder / shard.file
+    try:
+        if len(shard.shape) == 1:
+            return shards.verify(path, shard.shape, CLASS_DTYPE, len(manifest.class_names))
+        return shards.verify(path, shard.shape, manifest.dtype, manifest.codebook_size)
+    except shards.Damaged as damage:
+        return damage
+
+
+def _damage(folder: Path, shard: Shard, manifest: Manifest) -> bool:
+    return isinstance(_look(folder, shard, manifest), shards.Damaged)
+
+
+class Tokens:
+    """The codes of one split of a folder of tokens, read from the disk where they are asked for.
+
+    The shards are opened by each process that reads, when it first does, so the reader can be
+    pickled to data-loading workers. It holds the classes in memory, and no codes.
 
     Raises:
         UserError: the folder holds no tokens, was made by another tokenizer than
-            `tokenizer_hash`, or is incomplete.
+            `tokenizer_hash`, or is incomplete. The codes themselves are looked at by `check`.
     """
 
     def __init__(self, folder: Path, split: Split, tokenizer_hash: str | None = None) -> None:
-        manifest_file = folder / MANIFEST
         self.folder = folder
         self.split = split
-        self.manifest = from_json(
-            Manifest, checkpoint.load_json(manifest_file), where=str(manifest_file)
-        )
-        part = self.manifest.split(split)
+        self.manifest = _load_manifest(folder)
         if tokenizer_hash is not None and self.manifest.tokenizer != tokenizer_hash:
             raise UserError(
                 f"{folder}: made by tokenizer {self.manifest.tokenizer[:12]}, expected "
                 f"{tokenizer_hash[:12]}: the tokenizer changed\n"
                 "run ctf tokens extract again, into another folder or after deleting this one"
             )
-        classes_file = f"{split}-classes.npy"
-        broken = [
-            shard.file
-            for shard in (Shard(classes_file, (part.count,)), *part.shards)
-            if not _is_whole(
-                folder / shard.file,
-                shard.shape,
-                "int64" if shard.file == classes_file else self.manifest.dtype,
-            )
-        ]
+        part, classes = self.manifest.split(split), self.manifest.classes(split)
+        broken, self._starts = [], []
+        for shard in (classes, *part.shards):
+            dtype = CLASS_DTYPE if shard is classes else self.manifest.dtype
+            try:
+                self._starts.append(shards.first_byte(folder / shard.file, shard.shape, dtype))
+            except shards.Damaged:
+                broken.append(shard.file)
         if broken:
             raise UserError(
                 f"{folder}: incomplete: {broken[0]} is missing or damaged"
                 + (f", and {len(broken) - 1} more" if len(broken) > 1 else "")
                 + "\nrun ctf tokens extract again; it keeps what is whole"
             )
-        self.classes_N: np.ndarray = np.load(folder / classes_file)
-        self._maps: list[np.ndarray | None] = [None] * len(part.shards)
+        self.classes_N: np.ndarray = np.load(folder / classes.file)
+        del self._starts[0]  # that of the classes
+        self._readers: dict[int, shards.Reader] = {}
 
     def __len__(self) -> int:
         return self.manifest.split(self.split).count
@@ -263,6 +322,7 @@ class Tokens:
 
         Raises:
             IndexError: a picture or a view that there is not.
+            UserError: a shard that was damaged since the reader was made.
         """
         indices = np.asarray(indices, np.int64)
         views = np.broadcast_to(np.asarray(views, np.int64), indices.shape)
@@ -270,24 +330,49 @@ class Tokens:
             outside = values[(values < 0) | (values >= count)]
             if len(outside):
                 raise IndexError(f"{name} {outside[0]} of {count} in {self.folder}")
-        codes_BL = np.empty((len(indices), self.manifest.length), np.int64)
+        codes_BL = np.empty((len(indices), self.manifest.length), self.manifest.dtype)
         if len(indices):
             # All shards but the last are of the first one's size.
-            shard_B, row_B = np.divmod(indices, self._map(0).shape[0])
-            for shard in np.unique(shard_B):
-                here = shard_B == shard
-                codes_BL[here] = self._map(int(shard))[row_B[here], views[here]]
-        return torch.from_numpy(codes_BL)
+            size = self.manifest.split(self.split).shards[0].shape[0]
+            shard_B, row_B = np.divmod(indices, size)
+            offset_B = (row_B * self.views + views) * codes_BL[0].nbytes
+            for row_L, shard, offset in zip(
+                codes_BL, shard_B.tolist(), offset_B.tolist(), strict=True
+            ):
+                try:
+                    self._reader(shard).read_into(row_L, self._starts[shard] + offset)
+                except OSError as error:
+                    file = self.manifest.split(self.split).shards[shard].file
+                    raise UserError(
+                        f"{self.folder / file}: cannot be read ({error.strerror or error}); "
+                        "ctf tokens check says what is damaged"
+                    ) from None
+        return torch.from_numpy(codes_BL.astype(np.int64))
 
-    def _map(self, shard: int) -> np.ndarray:
-        mapped = self._maps[shard]
-        if mapped is None:
+    def _reader(self, shard: int) -> shards.Reader:
+        if shard not in self._readers:
             file = self.manifest.split(self.split).shards[shard].file
-            mapped = self._maps[shard] = np.load(self.folder / file, mmap_mode="r")
-        return mapped
+            self._readers[shard] = shards.Reader(self.folder / file)
+        return self._readers[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": [None] * len(self._maps)}  # a pickled map is a copy
+        return {**self.__dict__, "_readers": {}}  # an open file is this process's own
+
+
+def _load_manifest(folder: Path) -> Manifest:
+    """Raises UserError where there is none, or where its parts contradict each other."""
+    path = folder / MANIFEST
+    manifest = from_json(Manifest, checkpoint.load_json(path), where=str(path))
+    for part in (manifest.train, manifest.val):
+        counts = [shard.shape[0] for shard in part.shards]
+        shapes = {shard.shape[1:] for shard in part.shards}
+        if sum(counts) != part.count or shapes - {(len(part.views), manifest.length)}:
+            raise UserError(
+                f"{path}: damaged: its shards are not {part.count} pictures of {len(part.views)} "
+                f"views of {manifest.length} codes\n"
+                "delete the folder and run ctf tokens extract again"
+            )
+    return manifest
 
 
 def _split_manifest(
@@ -347,21 +432,6 @@ def _difference(there: Any, wanted: Any, key: str = "") -> str | None:
 def _short(value: Any) -> str:
     text = f"a list of {len(value)}" if isinstance(value, list) else str(value)
     return text if len(text) <= 40 else f"{text[:12]}..."
-
-
-def _is_whole(path: Path, shape: tuple[int, ...], dtype: str) -> bool:
-    try:
-        array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):  # not there; not an array, or cut off; empty
-        return False
-    return array.shape == shape and array.dtype == np.dtype(dtype)
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-    buffer = io.BytesIO()  # numpy's own writing to a full disk fails without saying why
-    np.save(buffer, array)
-    with checkpoint.atomic(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
 
 
 @torch.inference_mode()

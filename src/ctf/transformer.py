@@ -188,10 +188,10 @@ class KVCache:
 
     def _grown(self, stored_BNTE: Tensor, end: int) -> Tensor:
         room = -(-end // self.BLOCK) * self.BLOCK
-        grown = stored_BNTE.new_zeros(
-            *stored_BNTE.shape[:2], min(room, self.length), stored_BNTE.shape[3]
-        )
-        grown[:, :, : stored_BNTE.shape[2]] = stored_BNTE
+        batch, heads, before, width = stored_BNTE.shape
+        grown = stored_BNTE.new_empty(batch, heads, min(room, self.length), width)
+        grown[:, :, :before] = stored_BNTE
+        grown[:, :, before:] = 0  # masked, but zero times anything must be zero
         return grown
 
 

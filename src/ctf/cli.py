@@ -1007,6 +1007,47 @@ def bench_sample(
     console.print(f"{out}: sample.md, sample.png, sample.json", soft_wrap=True)
 
 
+@command("bench train")
+def bench_train(
+    *,
+    sizes: str = "B,L",
+    batch: int = 8,
+    rounds: int = 3,
+    out: Path = Path("bench-train"),
+    device: Device = "auto",
+    dry_run: bool = False,
+) -> None:
+    """Measures how fast a training step is, beside LlamaGen's plain one and the machine's peak.
+
+    Example: ctf bench train --sizes B
+
+    Random weights, 256 tokens. Run it on a machine that does nothing else; killed, the same
+    command goes on.
+
+    Args:
+        sizes: of LlamaGen's transformers, with commas between: B, L, XL, XXL, 3B
+        batch: images of a step
+        rounds: how often each is measured, in turn
+        out: folder for train.json and train.md
+        device: where to compute; auto takes a GPU if there is one
+        dry_run: say what would be measured, and write nothing
+    """
+    from ctf import train_bench
+
+    asked = train_bench.Asked(tuple(sizes.split(",")), batch, rounds)
+    place = _device(device)
+    if dry_run:
+        said = ", ".join(train_bench.describe(asked, place))
+        console.print(f"would measure {said}", soft_wrap=True)
+        return
+    with _progress("bench") as report:
+        result = train_bench.run(asked, out, place, report)
+    for size in asked.sizes:
+        _table(*train_bench.rows(result, size))
+        console.print(train_bench.verdict(result, size), soft_wrap=True)
+    console.print(f"{out}: train.md, train.json", soft_wrap=True)
+
+
 @command("bench quality")
 def bench_quality(
     model: Positional[str] = "fashion-mnist",

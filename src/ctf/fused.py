@@ -1,8 +1,8 @@
 """The transformer's parts for training on a processor: forward and backward passes by hand.
 
-The same mathematics as the modules of `transformer`, up to rounding. Left to autograd, each operator
-reads and writes tensors of whole size, on a processor mostly memory that is fresh and has to be
-cleared by the system first. By hand, a part computes in place where it can, and again in the
+The same mathematics as the modules of `transformer`, up to rounding. Left to autograd, each
+operator reads and writes tensors of whole size, on a processor mostly memory that is fresh and has
+to be cleared by the system first. By hand, a part computes in place where it can, and again in the
 backward pass what is cheap. Products with weights are oneDNN's where PyTorch has it, which
 is faster here than MKL.
 

@@ -117,9 +117,7 @@ def _causal_attention(x_BTD: Tensor, attention: Attention, turn_TP2: Tensor) -> 
     return out
 
 
-def _heads(
-    x_BTD: Tensor, attention: Attention, turn_TP2: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _heads(x_BTD: Tensor, attention: Attention, turn_TP2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values (B, N, T, E), the first two turned."""
     batch, length, width = x_BTD.shape
     heads = (batch, length, attention.heads, -1)

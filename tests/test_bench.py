@@ -10,7 +10,7 @@ from conftest import Command
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ctf import bench, bench_report, engine, memory, pipeline, plain, quality, work
+from ctf import bench, bench_report, engine, measuring, memory, pipeline, plain, quality, work
 from ctf.clusters import Clusters
 from ctf.coarse import CoarseModel
 from ctf.errors import UserError
@@ -89,7 +89,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> bench.Asked:
     for name, value in {"CODES": 64, "COUNT": 8, "CLASSES": 5, "GRID": 4, "LENGTH": 16}.items():
         monkeypatch.setattr(bench, name, value)
     for name, value in {"SIDE": 64, "READ": 2**12}.items():
-        monkeypatch.setattr(bench, name, value)
+        monkeypatch.setattr(measuring, name, value)
     monkeypatch.setattr(KVCache, "BLOCK", 8)
     monkeypatch.setattr(bench, "_STARTED", "print(0.1, 0.2, 0.3)")
     return bench.Asked(sizes=("B",), batches=(1, 3), rounds=2)
@@ -177,8 +177,8 @@ def test_the_peak_is_that_of_what_was_called() -> None:
         torch.ones(2**24).sum()
 
     if memory.held(CPU):  # systems that tell nothing give 0
-        assert bench._working(hold, CPU) == pytest.approx(2**26, rel=0.2)
-        assert bench._working(lambda: None, CPU) < 2**22
+        assert measuring.working_memory(hold, CPU) == pytest.approx(2**26, rel=0.2)
+        assert measuring.working_memory(lambda: None, CPU) < 2**22
 
 
 def test_a_container_and_the_machine_limit_the_memory(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ctf import fused
 from ctf.errors import UserError
 
 # Which positions see which is the caller's choice: (q, k, v), each (B, N, T, E), to (B, N, T, E).
@@ -202,6 +203,13 @@ class KVCache:
         return grown
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, arXiv 1910.07467."""
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return fused.rms_norm(x_BTD, self) if fused.able(x_BTD, self) else super().forward(x_BTD)
+
+
 class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -211,6 +219,10 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor, rotation_TP2: Tensor, attend: Attend) -> Tensor:
+        if fused.able(x_BTD, self.qkv, self.out):
+            heads = fused.heads(x_BTD, self.qkv.weight, rotation_TP2, self.heads)
+            mixed_BTD = attend(*heads).transpose(1, 2).flatten(2)
+            return fused.dropout(fused.linear(mixed_BTD, self.out.weight), self.dropout)
         qkv_BT3NE = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1))
         q_BTNE, k_BTNE = rotate(qkv_BT3NE[:, :, :2], rotation_TP2).unbind(2)
         v_BTNE = qkv_BT3NE[:, :, 2]
@@ -230,6 +242,9 @@ class SwiGLU(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        if fused.able(x_BTD, self.w1, self.w3, self.w2):
+            mixed_BTD = fused.swiglu(x_BTD, self.w1.weight, self.w3.weight, self.w2.weight)
+            return fused.dropout(mixed_BTD, self.dropout)
         out: Tensor = self.dropout(self.w2(F.silu(self.w1(x_BTD)) * self.w3(x_BTD)))
         return out
 
@@ -237,9 +252,9 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.ffn_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.ffn = SwiGLU(config)
 
     def forward(self, x_BTD: Tensor, rotation_TP2: Tensor, attend: Attend) -> Tensor:
@@ -263,7 +278,7 @@ class Trunk(nn.Module):
         self.label_embedding = nn.Embedding(count, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.rope = Rope(config)
         self.apply(_initialise)
 
@@ -310,6 +325,8 @@ class Trunk(nn.Module):
                 [self.class_embedding(inputs_BT[:, :1]), self.label_embedding(inputs_BT[:, 1:])],
                 dim=1,
             )
+        if fused.able(x_BTD, self.label_embedding):
+            return fused.dropout(x_BTD, self.dropout)
         out: Tensor = self.dropout(x_BTD)
         return out
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ctf import checkpoint
+from ctf import checkpoint, memory
 from ctf.distributed import ALONE, World, laid_out, whole
 from ctf.errors import Stopped, UserError
 
@@ -109,7 +109,7 @@ def run(
     began = last_saved = time.monotonic()
     if evaluate_first and start == 0:
         log.append(0, "val", trainable.evaluate(), 0.0)
-    with _sigterm() as asked:
+    with _sigterm() as asked, memory.kept():
         for step in range(start, steps):
             _step(trainable, step, sums)
             done = step + 1

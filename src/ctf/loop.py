@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ctf import checkpoint
+from ctf import checkpoint, memory
 from ctf.distributed import ALONE, World, laid_out, whole
 from ctf.errors import Stopped, UserError
 
@@ -109,7 +109,7 @@ def run(
     began = last_saved = time.monotonic()
     if evaluate_first and start == 0:
         log.append(0, "val", trainable.evaluate(), 0.0)
-    with _sigterm() as asked:
+    with _sigterm() as asked, memory.kept():
         for step in range(start, steps):
             _step(trainable, step, sums)
             done = step + 1
@@ -246,10 +246,11 @@ def first_difference(stored: Any, wanted: Any, path: str = "") -> str:
 def seconds_per_step(trainable: Trainable, *, warm_up: int = 2, timed: int = 6) -> float:
     """Median duration of a step in seconds. The trainable is changed: use one to throw away."""
     durations = []
-    for step in range(warm_up + timed):
-        began = time.perf_counter()
-        trainable.step(step)
-        durations.append(time.perf_counter() - began)
+    with memory.kept():
+        for step in range(warm_up + timed):
+            began = time.perf_counter()
+            trainable.step(step)
+            durations.append(time.perf_counter() - began)
     return float(np.median(durations[warm_up:]))
 
 

@@ -195,18 +195,37 @@ class KVCache:
         return grown
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose masks take a processor a tenth of the time: 16 random bits for each entry.
+
+    Each is dropped with the nearest multiple of 2 ** -16 to the probability that was asked for.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(x)
+        dropped = round(self.p * 2**16)
+        if not (self.training and dropped):
+            return x
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        bits = words.view(torch.int16)[: x.numel()].view(x.shape)
+        return (x * (2**16 / (2**16 - dropped))).masked_fill_(bits < dropped - 2**15, 0)
+
+
 class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.heads = config.heads
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor, rotation_TP2: Tensor, attend: Attend) -> Tensor:
         qkv_BT3NE = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1))
-        q_BTNE, k_BTNE = rotate(qkv_BT3NE[:, :, :2], rotation_TP2).unbind(2)
-        v_BTNE = qkv_BT3NE[:, :, 2]
+        # Split, not sliced: the gradients of slices are each padded with zeros to the whole.
+        qk_BT2NE, v_BT1NE = qkv_BT3NE.split((2, 1), dim=2)
+        q_BTNE, k_BTNE = rotate(qk_BT2NE, rotation_TP2).unbind(2)
+        v_BTNE = v_BT1NE.squeeze(2)
         mixed_BNTE = attend(q_BTNE.transpose(1, 2), k_BTNE.transpose(1, 2), v_BTNE.transpose(1, 2))
         out: Tensor = self.dropout(self.out(mixed_BNTE.transpose(1, 2).flatten(2)))
         return out
@@ -220,7 +239,7 @@ class SwiGLU(nn.Module):
         self.w1 = nn.Linear(config.width, config.ffn_width, bias=False)
         self.w3 = nn.Linear(config.width, config.ffn_width, bias=False)
         self.w2 = nn.Linear(config.ffn_width, config.width, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         out: Tensor = self.dropout(self.w2(F.silu(self.w1(x_BTD)) * self.w3(x_BTD)))
@@ -253,7 +272,7 @@ class Trunk(nn.Module):
         self.config = config
         self.class_embedding = nn.Embedding(config.classes + 1, config.width)
         self.label_embedding = nn.Embedding(count, config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.rope = Rope(config)

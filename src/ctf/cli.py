@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -138,6 +139,8 @@ def fit(
     """
     from ctf import fit as fitting
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("ctf fit is one process; with torchrun, run its stages one by one")
     if minutes is not None and steps is not None:
         raise UserError("got both --minutes and --steps, expected one of them")
     if minutes is not None:

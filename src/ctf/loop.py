@@ -246,10 +246,11 @@ def first_difference(stored: Any, wanted: Any, path: str = "") -> str:
 def seconds_per_step(trainable: Trainable, *, warm_up: int = 2, timed: int = 6) -> float:
     """Median duration of a step in seconds. The trainable is changed: use one to throw away."""
     durations = []
-    for step in range(warm_up + timed):
-        began = time.perf_counter()
-        trainable.step(step)
-        durations.append(time.perf_counter() - began)
+    with memory.kept():
+        for step in range(warm_up + timed):
+            began = time.perf_counter()
+            trainable.step(step)
+            durations.append(time.perf_counter() - began)
     return float(np.median(durations[warm_up:]))
 
 

@@ -174,6 +174,7 @@ class _Way:
 
 def _timed(name: str, make: Callable[[], _Way], device: torch.device) -> Timing:
     gc.collect()
+    memory.give_back()
     held = memory.held(device)
     memory.forget_peak(device)
     way = make()

@@ -276,22 +276,29 @@ class _Metrics:
         self.path, self.world = path, world
 
     def append(self, step: int, split: str, metrics: Mapping[str, float], seconds: float) -> None:
-        if not self.world.main:
-            return
         line = {"step": step, "split": split, **metrics, "seconds": round(seconds, 3)}
-        with checkpoint.writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+
+        def write() -> None:
+            with checkpoint.writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+
+        self.world.first(write)
 
     def forget_after(self, step: int) -> float:
         """Drops lines of steps that will be made again; returns the seconds spent up to `step`."""
-        if not (self.world.main and self.path.is_file()):
-            return 0.0
-        kept = [line for line in _read_metrics(self.path) if 0 < step >= line["step"]]
-        with checkpoint.atomic(self.path) as temporary:
-            lines = (json.dumps(line) + "\n" for line in kept)
-            temporary.write_text("".join(lines), encoding="utf-8")
+        kept: list[dict[str, Any]] = []
+
+        def forget() -> None:
+            if not self.path.is_file():
+                return
+            kept.extend(line for line in _read_metrics(self.path) if 0 < step >= line["step"])
+            with checkpoint.atomic(self.path) as temporary:
+                lines = (json.dumps(line) + "\n" for line in kept)
+                temporary.write_text("".join(lines), encoding="utf-8")
+
+        self.world.first(forget)
         return float(kept[-1]["seconds"]) if kept else 0.0
 
 

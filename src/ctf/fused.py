@@ -91,7 +91,7 @@ def _has_onednn() -> bool:
 
 def _back(grad: Tensor, weight_FD: Tensor) -> Tensor:
     """The gradient of x, grad @ weight."""
-    return _product(grad, weight_FD.t().contiguous())
+    return _product(grad, weight_FD.t())
 
 
 def _of_weight(grad: Tensor, x: Tensor) -> Tensor:

@@ -140,6 +140,9 @@ def test_killed_it_goes_on_with_what_is_missing(
     after = json.loads((tmp_path / bench.FILE).read_text())["groups"]
     assert {name: after[name] for name in before} == before
     assert len(result.groups) == len(after) == 7
+    assert bench_report.markdown(result) == bench_report.markdown(
+        bench.run(small, tmp_path, CPU, silent)  # all of it from the file
+    )
     with pytest.raises(UserError, match="another run"):
         bench.run(dataclasses.replace(small, rounds=3), tmp_path, CPU, silent)
 

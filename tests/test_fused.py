@@ -62,33 +62,6 @@ def test_only_what_is_trained_in_single_precision_computes_by_hand() -> None:
     assert not fused.able(x, layer.requires_grad_(False))
 
 
-def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
-    torch.manual_seed(0)
-    x = torch.ones(1000, 1001, requires_grad=True)
-    for p in (0.1, 0.5):
-        out = fused.dropout(x, nn.Dropout(p))
-        (grad,) = torch.autograd.grad(out.sum(), x)
-        out = out.detach()
-        assert torch.equal(grad, out)
-        assert float((out == 0).float().mean()) == pytest.approx(p, abs=2e-3)
-        kept = out[out != 0]
-        assert float(kept.min()) == float(kept.max()) == pytest.approx(1 / (1 - p), rel=1e-4)
-        # Neighbours are dropped independently of each other.
-        dropped = (out == 0).flatten().float()
-        for lag in (1, 2, 3, 4):
-            assert float((dropped[lag:] * dropped[:-lag]).mean()) == pytest.approx(p * p, abs=2e-3)
-    assert fused.dropout(x, nn.Dropout(0.0)) is x
-    assert fused.dropout(x, nn.Dropout(0.5).eval()) is x
-
-
-def test_dropout_depends_on_the_seed_alone() -> None:
-    def drawn(seed: int) -> Tensor:
-        torch.manual_seed(seed)
-        return fused.dropout(torch.ones(37), nn.Dropout(0.5))
-
-    assert torch.equal(drawn(3), drawn(3)) and not torch.equal(drawn(3), drawn(4))
-
-
 @pytest.mark.parametrize("part", ["rms_norm", "swiglu", "linear"])
 def test_gradients_of_a_part_are_finite_differences(
     part: str, monkeypatch: pytest.MonkeyPatch

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -138,6 +139,8 @@ def fit(
     """
     from ctf import fit as fitting
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("ctf fit is one process; with torchrun, run its stages one by one")
     if minutes is not None and steps is not None:
         raise UserError("got both --minutes and --steps, expected one of them")
     if minutes is not None:
@@ -863,6 +866,7 @@ def runs_tensorboard(
     /,
     *,
     once: bool = False,
+    samples_every: int = 1000,
     dry_run: bool = False,
 ) -> None:
     """Mirrors a run into event files for TensorBoard, while it trains or afterwards.
@@ -872,6 +876,8 @@ def runs_tensorboard(
     Args:
         run: folder of a run; the event files go into its folder tensorboard/
         once: write what there is and end, instead of going on until interrupted
+        samples_every: draw samples after so many steps of the coarse and the fine model, from what
+            a training has saved last; 0 for none until the pipeline is whole
         dry_run: say what would be written, and write nothing
     """
     from ctf import events, runs
@@ -882,7 +888,7 @@ def runs_tensorboard(
         console.print(f"would write {folder}: {names or 'nothing yet'}", soft_wrap=True)
         return
     console.print(f"tensorboard --logdir {folder} shows it", soft_wrap=True)
-    events.follow(run, once=once)
+    events.follow(run, once=once, samples_every=samples_every)
 
 
 @command("classifier train")

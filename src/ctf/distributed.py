@@ -119,7 +119,7 @@ class World:
             UserError: they cannot be shared equally.
         """
         if count % self.size:
-            raise UserError(
+            raise self.error(
                 f"{what}: got {count}, expected a multiple of the {self.size} processes"
             )
         each = count // self.size

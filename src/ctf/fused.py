@@ -20,8 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-LEVELS = 2**16  # that a random number has which decides what dropout drops
-
 
 def able(x: Tensor, *layers: nn.Module) -> bool:
     """Whether these layers, which get `x`, should compute by this file: their weights are trained,
@@ -70,14 +68,6 @@ def rms_norm(x_BTD: Tensor, norm: nn.RMSNorm) -> Tensor:
     return out
 
 
-def dropout(x_BTD: Tensor, module: nn.Dropout) -> Tensor:
-    """As the module, from torch's global generator, with p rounded to a multiple of 1 / LEVELS."""
-    if not (module.training and module.p):
-        return x_BTD
-    out: Tensor = _Dropout.apply(x_BTD, module.p)
-    return out
-
-
 # --- Products -------------------------------------------------------------------------------------
 
 
@@ -101,7 +91,7 @@ def _has_onednn() -> bool:
 
 def _back(grad: Tensor, weight_FD: Tensor) -> Tensor:
     """The gradient of x, grad @ weight."""
-    return _product(grad, weight_FD.t().contiguous())
+    return _product(grad, weight_FD.t())
 
 
 def _of_weight(grad: Tensor, x: Tensor) -> Tensor:
@@ -154,8 +144,9 @@ class _Heads(torch.autograd.Function):
 
 
 def _pairs(x: Tensor) -> Tensor:
-    """Neighbours along E as one complex number."""
-    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    """Neighbours along E as one complex number; a view, where they lie beside each other."""
+    beside = x if x.stride(-1) == 1 else x.contiguous()
+    return torch.view_as_complex(beside.unflatten(-1, (-1, 2)))
 
 
 def _angles(rotation_TP2: Tensor) -> Tensor:
@@ -204,23 +195,3 @@ class _RMSNorm(torch.autograd.Function):
         along = (products @ weight).view_as(r).mul_(r.pow(3)).div_(width)
         grad_x = torch.mul(grad, weight, out=products.view_as(grad)).mul_(r)
         return grad_x.addcmul_(x, along, value=-1), grad_weight, None
-
-
-class _Dropout(torch.autograd.Function):
-    """Drops by 16 random bits for each number, four of which come at once."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        count = x.numel()
-        bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
-        dropped = round(p * LEVELS)
-        kept = bits.view(torch.int16)[:count].view_as(x) >= dropped - LEVELS // 2
-        factor = kept * (LEVELS / (LEVELS - dropped))
-        ctx.save_for_backward(factor)
-        return x * factor
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (factor,) = ctx.saved_tensors
-        return grad * factor, None

@@ -95,14 +95,14 @@ def loss(model: CoarseModel, labels_BL: Tensor, classes_B: Tensor) -> Tensor:
     """Mean cross-entropy of the next label, of logits (B, L, K) in single precision."""
     trunk = model.trunk
     inputs = trunk.class_embedding(classes_B)[:, None], trunk.label_embedding(labels_BL[:, :-1])
-    x_BTD = trunk.dropout(torch.cat(inputs, dim=1))
+    x_BTD = _dropout(torch.cat(inputs, dim=1), model)
     turn_TP2 = trunk.rope.table[: labels_BL.shape[1]]
     for layer in trunk.layers:
         assert isinstance(layer, Block)
         normed = _norm(x_BTD, layer.attention_norm)
-        x_BTD = x_BTD + _causal_attention(normed, layer.attention, turn_TP2)
-        mixed = _feed_forward(_norm(x_BTD, layer.ffn_norm), layer.ffn)
-        x_BTD = x_BTD + layer.ffn.dropout(mixed)
+        x_BTD = x_BTD + _dropout(_causal_attention(normed, layer.attention, turn_TP2), model)
+        mixed_BTD = _feed_forward(_norm(x_BTD, layer.ffn_norm), layer.ffn)
+        x_BTD = x_BTD + _dropout(mixed_BTD, model)
     logits_BLK = model.head(_norm(x_BTD, trunk.norm)).float().contiguous()
     return F.cross_entropy(logits_BLK.view(-1, model.count), labels_BL.reshape(-1))
 
@@ -113,8 +113,12 @@ def _causal_attention(x_BTD: Tensor, attention: Attention, turn_TP2: Tensor) -> 
     k, v = (part.repeat_interleave(1, dim=1) for part in (k, v))
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     mixed = mixed.transpose(1, 2).contiguous().view(batch, length, width)
-    out: Tensor = attention.dropout(attention.out(mixed))
+    out: Tensor = attention.out(mixed)
     return out
+
+
+def _dropout(x_BTD: Tensor, model: CoarseModel) -> Tensor:
+    return F.dropout(x_BTD, model.config.dropout, model.training)
 
 
 def _heads(x_BTD: Tensor, attention: Attention, turn_TP2: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -370,7 +370,7 @@ def studio(
     )
     if not alone and token is None:
         console.print("anyone who reaches this address can draw; --token asks them for a word")
-    server.serve(app, listening)
+    server.server_of(app).run(sockets=[listening])
 
 
 @command("push")

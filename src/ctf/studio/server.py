@@ -393,8 +393,8 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"{host} port {port}: {reason}; choose another --port") from None
 
 
-def serve(app: Guard, server_socket: socket.socket) -> None:
-    """Until interrupted."""
+def server_of(app: Guard) -> uvicorn.Server:
+    """`run(sockets=[...])` serves until interrupted, or until `should_exit` is set."""
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -403,4 +403,4 @@ def serve(app: Guard, server_socket: socket.socket) -> None:
         lifespan="off",
         timeout_graceful_shutdown=3,
     )
-    uvicorn.Server(config).run(sockets=[server_socket])
+    return uvicorn.Server(config)

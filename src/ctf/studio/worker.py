@@ -12,6 +12,7 @@ import io
 import logging
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -416,8 +417,14 @@ def _rows(
 def _open(data: bytes, largest: int) -> Image.Image:
     """The picture in a file, RGB; raises `Unusable`, before it unpacks what is too large."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-            width, height = file.size
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", Image.DecompressionBombWarning
+            )  # the limit here is lower
+            with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+                width, height = file.size
+    except Image.DecompressionBombError:  # Pillow's own limit, which is higher
+        raise Unusable(f"too many pixels, expected {largest:,} or fewer in all") from None
     except Exception:  # decoders raise nearly everything when the data is damaged
         raise Unusable("corrupt, truncated or of an unknown format") from None
     if width * height > largest:

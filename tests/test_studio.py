@@ -26,7 +26,7 @@ from PIL import Image
 
 from ctf import samples
 from ctf.pipeline import Pipeline
-from ctf.studio import guard, server
+from ctf.studio import guard, load, server
 from ctf.studio.worker import Limits, Worker
 
 LENGTH = 16
@@ -391,6 +391,14 @@ def test_time_is_limited(worker: Worker) -> None:
         assert len(steps) == 1
 
 
+def test_many_at_once(run: Path) -> None:
+    """The short form of `python -m ctf.studio.load`."""
+    found = load.measure(str(run), clients=40, seconds=2, alone=0.5)
+    assert found.mistakes() == []
+    assert found.answers > 80
+    assert found.memory[0] > 0 or not Path("/proc/self/status").exists()
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 CODES, KEEP = [[0] * LENGTH], [[True] * LENGTH]
@@ -642,7 +650,7 @@ def described(client: httpx2.Client) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", ["/v1/generate", "/v1/refine", "/v1/members"])
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture,
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture,
     HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
 @given(data=st.data())
@@ -669,7 +677,7 @@ def test_any_request_is_answered_or_refused(
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     data=st.binary(max_size=200) | st.builds(
@@ -694,7 +702,7 @@ def test_any_upload_is_answered_or_refused(
 
 @given(path=st.text(max_size=20), method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD"]))
 @settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_any_address_is_answered_or_refused(client: httpx2.Client, path: str, method: str) -> None:
     try:

@@ -325,7 +325,7 @@ def studio(
     host: str = "127.0.0.1",
     token: str | None = None,
     embed_in: tuple[str, ...] = (),
-    engine: Engine = "auto",
+    engine: Literal["auto", "eager"] = "auto",
     device: Device = "auto",
 ) -> None:
     """Opens a page to watch pictures being made, with an HTTP API beside it.
@@ -339,7 +339,7 @@ def studio(
         host: address to listen at; by default this machine alone can ask
         token: what requests to the API must bear; by default $CTF_STUDIO_TOKEN, if that is set
         embed_in: origins of pages that may show it in a frame, e.g. https://huggingface.co
-        engine: what computes, see ctf sample
+        engine: auto or eager, see ctf sample
         device: where to compute; auto takes a GPU if there is one
     """
     try:

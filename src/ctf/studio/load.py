@@ -1,13 +1,14 @@
 """Many clients at once: `python -m ctf.studio.load`.
 
 Starts a studio of its own on this machine, and asks it as fast as it answers: first one client,
-then many. Every answer must be that of its own request, and show the very codes that the pipeline
-draws for its seed alone. Traffic goes to the loopback interface only.
+then many. Every answer must be that of its own request, and show the very picture that the pipeline
+draws for its seed, as the same file. Traffic goes to the loopback interface only.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import dataclasses
 import re
@@ -19,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import torch
 import tyro
 
+from ctf import samples
 from ctf.pipeline import Pipeline
 
 MOST_MEMORY = 200 * 2**20  # bytes more than at the start
@@ -35,7 +36,7 @@ class Found:
     """What was seen.
 
     statuses: how many answers had each HTTP status; 0 for none.
-    crossed: answers to another's request, or with other codes than the pipeline draws.
+    crossed: answers to another's request, or another picture than the pipeline draws.
     alone, together: images a second, of one client and of all.
     memory: bytes that the studio held before, and the most that it held meanwhile.
     slowest: seconds that an answer took.
@@ -177,16 +178,13 @@ def _crossed(pipe: Pipeline, answers: list[Asked]) -> int:
     """How many answers are not what the pipeline draws for their class and seed."""
     if not answers:
         return 0
-    drawn = pipe.sample([a.number for a in answers], [a.seed for a in answers])
+    drawn = pipe.sample([a.number for a in answers], [a.seed for a in answers], apart=True)
     wrong = 0
-    for asked, codes_L in zip(answers, drawn.codes, strict=True):
-        pictures = asked.answer["pictures"]
-        same = len(pictures) == 1 and (
-            pictures[0]["seed"] == asked.seed
-            and pictures[0]["class_number"] == asked.number
-            and torch.equal(torch.tensor(pictures[0]["codes"]), codes_L)
-        )
-        wrong += not same
+    for asked, codes_L, image in zip(answers, drawn.codes, drawn.images, strict=True):
+        (picture,) = asked.answer["pictures"]
+        got = (picture["seed"], picture["class_number"], picture["codes"], picture["image"])
+        encoded = base64.b64encode(samples.png(image)).decode()
+        wrong += got != (asked.seed, asked.number, codes_L.tolist(), encoded)
     return wrong
 
 

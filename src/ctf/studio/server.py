@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import json
 import socket
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -130,12 +131,13 @@ class Studio:
         messages = _follow(job, request, self.limits.seconds)
         if SSE in request.headers.get("accept", ""):
             return StreamingResponse(_events(messages, ahead), media_type=SSE)
-        async for message in messages:
-            match message:
-                case Done(answer):
-                    return Response(_json(answer), media_type="application/json")
-                case Failed(status, reason):
-                    return mistake(status, reason)
+        async with contextlib.aclosing(messages):
+            async for message in messages:
+                match message:
+                    case Done(answer):
+                        return Response(_json(answer), media_type="application/json")
+                    case Failed(status, reason):
+                        return mistake(status, reason)
         return mistake(408, "the client left")  # and will not read this
 
 
@@ -186,17 +188,16 @@ def _info(worker: Worker) -> dict[str, Any]:
 # --- From a worker to a client --------------------------------------------------------------------
 
 
-async def _follow(job: Job, request: Request, seconds: float) -> AsyncIterator[Message]:
+async def _follow(job: Job, request: Request, seconds: float) -> AsyncGenerator[Message, None]:
     """What is told of a job, until it is done, its time is over, or the client has left."""
     deadline = asyncio.get_running_loop().time() + seconds
     gone = asyncio.ensure_future(_disconnected(request))
+    told = asyncio.ensure_future(job.messages.get())
     try:
         while True:
-            told = asyncio.ensure_future(job.messages.get())
             left = deadline - asyncio.get_running_loop().time()
             await asyncio.wait({told, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if not told.done():
-                told.cancel()
                 if not gone.done():
                     yield Failed(
                         429, f"not done within {seconds:g} seconds; ask for less, or later"
@@ -206,9 +207,11 @@ async def _follow(job: Job, request: Request, seconds: float) -> AsyncIterator[M
             yield message
             if not isinstance(message, Row):
                 return
+            told = asyncio.ensure_future(job.messages.get())
     finally:
         job.leave()
         gone.cancel()
+        told.cancel()
 
 
 async def _disconnected(request: Request) -> None:
@@ -216,17 +219,20 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _events(messages: AsyncIterator[Message], ahead: int) -> AsyncIterator[bytes]:
+async def _events(
+    messages: AsyncGenerator[Message, None], ahead: int
+) -> AsyncGenerator[bytes, None]:
     """Server-sent events: queued, row, ..., then done or error."""
-    yield _event("queued", {"ahead": ahead})
-    async for message in messages:
-        match message:
-            case Row(rows, total, images):
-                yield _event("row", {"rows": rows, "total": total, "images": images})
-            case Done(answer):
-                yield _event("done", answer)
-            case Failed(status, reason):
-                yield _event("error", {"status": status, "reason": reason})
+    async with contextlib.aclosing(messages):
+        yield _event("queued", {"ahead": ahead})
+        async for message in messages:
+            match message:
+                case Row(rows, total, images):
+                    yield _event("row", {"rows": rows, "total": total, "images": images})
+                case Done(answer):
+                    yield _event("done", answer)
+                case Failed(status, reason):
+                    yield _event("error", {"status": status, "reason": reason})
 
 
 def _event(name: str, data: dict[str, Any]) -> bytes:
@@ -369,9 +375,14 @@ def load(
 ) -> list[Worker]:
     """A worker for each pipeline; folders are called by their last part.
 
+    engine: "auto" or "eager". Compiled steps want batches of one size, and in int8 an image depends
+        on those beside it, so neither will do here; on a GPU, where auto compiles, it is eager.
+
     Raises:
         UserError: there is no such pipeline, or two of one name.
     """
+    if device.type == "cuda":
+        engine = "eager"
     workers: list[Worker] = []
     for name in names:
         folder = pipeline.find(name)

@@ -30,7 +30,7 @@ function complain(error) {
 
 const hush = () => { $("notice").hidden = true; };
 
-/** Runs one thing that takes its time; another one, or Stop, ends it. */
+/** Runs one thing that takes its time, and says what it returns; another one, or Stop, ends it. */
 async function run(text, work) {
   running?.abort();
   const mine = (running = new AbortController());
@@ -40,8 +40,8 @@ async function run(text, work) {
   $("stop").hidden = false;
   $("empty").hidden = true;
   try {
-    await work(mine.signal);
-    if (running === mine) say("Done");
+    const said = await work(mine.signal);
+    if (running === mine) say(said ?? "Done");
   } catch (error) {
     if (error.name === "AbortError") { if (running === mine) say("Stopped"); }
     else if (error instanceof api.Refused || error instanceof TypeError) complain(error);
@@ -112,7 +112,7 @@ function generate() {
     slots = ofModel[0].flatMap((slot) => (slot.twin ? [slot, slot.twin] : [slot]));
     sheet.show(slots, select);
     select(slots[0]);
-    $("work").scrollIntoView({ block: "start", behavior: "smooth" });
+    if (matchMedia("(max-width: 820px)").matches) $("work").scrollIntoView({ behavior: "smooth" });
     await Promise.all(models.map(async (model, m) => {
       const takes = ofModel[m].map(current);
       const body = { model: model.name, ...asked };
@@ -173,6 +173,7 @@ function look(take, position) {
     const found = await api.post("/v1/members", body, signal);
     const preview = (member) => (member ? stage.display(png(member.image), `${take.name} with code ${member.code}`) : stage.displayCurrent());
     cluster.show(take, found, preview, (member) => swap(take, position, member));
+    return `Cluster ${found.cluster}: ${found.members.length} codes`;
   });
 }
 
@@ -308,7 +309,7 @@ function connect() {
     setTheme(names[(names.indexOf(document.documentElement.dataset.theme) + 1) % names.length]);
   });
   $("smooth").addEventListener("click", () => setSmooth(document.documentElement.dataset.smooth !== "true"));
-  stage.connect(onToken);
+  stage.connect(onToken, cluster.clear);
 }
 
 async function start() {

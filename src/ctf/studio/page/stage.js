@@ -10,11 +10,14 @@ let painted = new Set();
 let token = 0; // that the keyboard is at
 let act = () => {};
 
-/** `onToken(position, mode)` is called for a token that is clicked to look inside or to redraw from. */
-export function connect(onToken) {
+/**
+ * `onToken(position, mode)` is called for a token that is clicked to look inside or to redraw from,
+ * `onMode()` when another one is chosen.
+ */
+export function connect(onToken, onMode) {
   act = onToken;
   $("step").addEventListener("input", () => goTo($("step").valueAsNumber));
-  $("modes").addEventListener("change", () => { painted.clear(); showMode(); mark(); });
+  $("modes").addEventListener("change", () => { painted.clear(); look(-1); showMode(); mark(); onMode(); });
   $("clear").addEventListener("click", () => { painted.clear(); mark(); });
   showMode();
 }
@@ -156,8 +159,7 @@ export function look(position) {
 function mark() {
   cells().forEach((cell, i) => {
     cell.classList.toggle("painted", painted.has(i));
-    if (mode() === "paint") cell.setAttribute("aria-pressed", String(painted.has(i)));
-    else cell.removeAttribute("aria-pressed");
+    cell.setAttribute("aria-selected", String(painted.has(i)));
   });
   $("redraw").disabled = $("clear").disabled = !painted.size;
   goTo(step, false);
@@ -170,7 +172,7 @@ function showMode() {
     paint: "Drag over tokens, or press Space on them, then draw them again.",
   }[mode()];
   $("paint-tools").hidden = mode() !== "paint";
-  $("frames").dataset.mode = mode();
+  $("stage").dataset.mode = mode();
 }
 
 // --- steps ---------------------------------------------------------------------------------------

@@ -303,7 +303,7 @@ def test_mistakes_are_told(page: Any) -> None:
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_role("alert")).to_contain_text("Choose a class first")
     page.screenshot(path=folder() / "1280-light-mistake.png")
-    page.get_by_role("button", name="Try again").click()
+    page.get_by_role("button", name="Mend it").click()
     expect(page.get_by_role("alert")).to_be_hidden()
 
 

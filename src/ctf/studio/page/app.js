@@ -19,9 +19,9 @@ function say(text, busy = false) {
   $("status").classList.toggle("busy", busy);
 }
 
-function complain(error) {
+function complain(error, offer = "Try again") {
   const later = error.retryAfter ? ` Try again in ${error.retryAfter} s.` : "";
-  const retry = el("button", { type: "button", textContent: "Try again" });
+  const retry = el("button", { type: "button", textContent: offer });
   retry.addEventListener("click", () => again?.());
   $("notice").replaceChildren(el("p", { textContent: `${error.message}${later}` }), retry);
   $("notice").hidden = false;
@@ -100,7 +100,7 @@ function generate() {
     asked = controls.asked();
   } catch (error) {
     again = () => { hush(); $("classes").querySelector("input")?.focus(); };
-    complain(error);
+    complain(error, "Mend it");
     return;
   }
   history.replaceState(null, "", `#${controls.toLink()}`);
@@ -108,7 +108,7 @@ function generate() {
   const numbers = asked.classes.flatMap((number) => Array(asked.count).fill(number));
   run("Asking", async (signal) => {
     const ofModel = models.map((model) => numbers.map((number, i) => newSlot(begin(model, number, asked.seed + i, "first"))));
-    if (ofModel.length === 2) ofModel[0].forEach((slot, i) => { slot.twin = ofModel[1][i]; ofModel[1][i].twin = slot; });
+    if (ofModel.length === 2) ofModel[0].forEach((slot, i) => { Object.assign(slot, { twin: ofModel[1][i], leads: true }); ofModel[1][i].twin = slot; });
     slots = ofModel[0].flatMap((slot) => (slot.twin ? [slot, slot.twin] : [slot]));
     sheet.show(slots, select);
     select(slots[0]);

@@ -6,7 +6,7 @@ const MARGIN = 1; // tokens around the one that is shown
 const TILE = 72; // pixels
 
 export function clear() {
-  $("cluster").replaceChildren();
+  $("cluster").replaceChildren(el("p", { className: "small idle", textContent: "No token is chosen yet." }));
 }
 
 export function waiting() {

@@ -46,7 +46,8 @@ export function update() {
   $("subtitle").textContent = facts.join(" · ");
   $("frames").classList.toggle("two", Boolean(other));
   const figures = [figure(take, true)];
-  if (other) figures.unshift(figure(other, false));
+  if (other && !take.from && shown.leads) figures.push(figure(other, false));
+  else if (other) figures.unshift(figure(other, false));
   $("frames").replaceChildren(...figures);
   film(take);
   takes();
@@ -60,7 +61,6 @@ function figure(take, live) {
   const image = el("img", { className: "picture", alt: "", width: take.model.image_size, height: take.model.image_size });
   const box = el("div", { className: "frame" }, image);
   box.classList.toggle("empty-frame", !take.image);
-  const text = live ? (take.from || shown.twin ? take.note : "") : take.note;
   if (live) {
     image.id = "picture";
     if (take.codes) box.append(overlay(take));
@@ -70,7 +70,9 @@ function figure(take, live) {
     image.src = take.image;
     image.alt = `${take.name}: ${take.note}`;
   }
-  const caption = [take.model === current(shown).model ? null : take.model.name, text].filter(Boolean).join(" · ");
+  const compared = shown.twin && !current(shown).from;
+  const alone = !shown.twin && !current(shown).from;
+  const caption = compared ? take.model.name : alone ? "" : take.note;
   return el("figure", { className: live ? "live" : "" }, box, el("figcaption", { textContent: caption }));
 }
 
@@ -178,6 +180,7 @@ function showMode() {
 // --- steps ---------------------------------------------------------------------------------------
 
 function film(take) {
+  $("film").style.setProperty("--frames", Math.max(take.steps.length, take.total + 1));
   $("film").replaceChildren(...take.steps.map(({ text, image }, i) => {
     const frame = el("button", { type: "button", tabIndex: -1, title: text, attributes: { "aria-label": text } }, el("img", { src: image, alt: "" }));
     frame.addEventListener("click", () => goTo(i));

@@ -311,7 +311,7 @@ def test_stop(page: Any, worker: Worker) -> None:
     hook = worker.pipe.coarse.head.register_forward_hook(lambda *_: time.sleep(0.05))
     try:
         page.get_by_role("button", name="Generate").click()
-        expect(page.locator(".film button").first).to_be_visible()
+        expect(page.locator(".film button").nth(4)).to_be_visible()
         page.screenshot(path=folder() / "1280-light-growing.png")
         page.get_by_role("button", name="Stop").click()
         expect(page.locator("#status")).to_have_text("Stopped")
@@ -357,11 +357,11 @@ def test_screenshots(browser: Any, address: str, viewport: dict[str, int], theme
 
     shoot("empty")
     draw(page, "bag", "ankle-boot", count=4, seed=0)
-    page.locator(".tile").nth(1).click()
+    page.locator(".tile").nth(2).click()
     shoot("drawn")
     page.get_by_role("button", name="Same coarse, new details").click()
     done(page)
-    page.locator("[data-token='27']").click()
+    page.locator("[data-token='20']").click()
     expect(page.locator(".members")).to_be_visible()
     shoot("cluster")
     page.get_by_label("Paint").check(force=True)

@@ -25,6 +25,8 @@ BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
 SCREENSHOTS = Path(__file__).parents[1] / "build" / "screenshots"
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 GRID = 8
+TIMEOUT = 60_000  # milliseconds; on a busy machine everything takes its time
+expect.set_options(timeout=TIMEOUT)
 
 pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="no browser is installed: apt-get install chromium"
@@ -73,6 +75,7 @@ class Tab:
             viewport=viewport, color_scheme=theme, accept_downloads=True
         )
         self.page = self.context.new_page()
+        self.page.set_default_timeout(TIMEOUT)
         self.wrong: list[str] = []
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
         self.page.on(
@@ -110,7 +113,7 @@ def folder() -> Path:
 
 
 def done(page: Any) -> None:
-    expect(page.locator("#status")).to_have_text("Done", timeout=60_000)
+    expect(page.locator("#status")).to_have_text("Done")
 
 
 def draw(page: Any, *classes: str, count: int = 1, seed: int = 0) -> None:

@@ -189,7 +189,8 @@ def extract(
                     continue
                 codes = np.empty(shard.shape, manifest.dtype)
                 encoded = _load_begun(begun, codes, codebook_size)
-                advance(encoded * len(part.views))
+                if encoded:
+                    advance(encoded * len(part.views))
                 # Batches begin with the shard, so a resumed run encodes the same batches.
                 while encoded < len(numbers) and not asked.is_set():
                     batch = slice(encoded, encoded + config.batch_size)
@@ -205,9 +206,9 @@ def extract(
                     left = True
                     if encoded:
                         shards.save(begun, codes[:encoded])
-    if world.any(left):  # which waits for all, too
-        said = f"{folder}: stopped, and saved what was encoded; run it again to go on"
-        raise Stopped(said if world.main else "")
+        if world.any(left):  # which waits for all, too
+            said = f"{folder}: stopped, and saved what was encoded; run it again to go on"
+            raise Stopped(said if world.main else "")
     return manifest
 
 

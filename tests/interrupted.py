@@ -1,4 +1,5 @@
-"""`ctf` whose last process gets a SIGTERM in the middle of a step; for torchrun, or alone.
+"""`ctf` whose last process gets a SIGTERM in the middle of a training's step, or while it encodes
+that batch of pictures; for torchrun, or alone.
 
 python -m tests.interrupted STEP ARGUMENTS...
 """
@@ -6,12 +7,14 @@ python -m tests.interrupted STEP ARGUMENTS...
 import os
 import signal
 import sys
+from typing import Any
 
-from ctf import cli, loop
+from ctf import cli, loop, tokens
 
 last = int(os.environ.get("RANK", 0)) + 1 == int(os.environ.get("WORLD_SIZE", 1))
 at, *arguments = sys.argv[1:]
-make_step = loop._step
+make_step, encode = loop._step, tokens._encode
+encoded = 0
 
 
 def step(trainable: loop.Trainable, number: int, sums: dict[str, float]) -> None:
@@ -20,5 +23,13 @@ def step(trainable: loop.Trainable, number: int, sums: dict[str, float]) -> None
     make_step(trainable, number, sums)
 
 
-loop._step = step
+def counted(*given: Any) -> Any:
+    global encoded
+    encoded += 1
+    if encoded == int(at) and last:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return encode(*given)
+
+
+loop._step, tokens._encode = step, counted
 sys.exit(cli.main(arguments))

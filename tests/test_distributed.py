@@ -241,6 +241,24 @@ def test_tokens_by_two(run: Path, pictures: Path, tmp_path: Path, ctf: Command) 
     assert len([*(tmp_path / "together" / "tokens").glob("train-0*.npy")]) > 2
 
 
+def test_tokens_by_two_of_which_one_gets_sigterm(run: Path, pictures: Path, tmp_path: Path) -> None:
+    """The other one ends its share, both leave with 0, and one alone goes on."""
+    small = ("--preset", "tiny", "--set", "tokens.shard_images=4", "tokens.batch_size=2")
+    out = tmp_path / "run"
+    shutil.copytree(run / "tokenizer", out / "tokenizer")
+    extract = ("tokens", "extract", pictures, "--run", out, *small)
+    done = torchrun(2, 1, *extract, module="tests.interrupted")
+    assert done.returncode == 0, done.stderr
+    said = f"{out / 'tokens'}: stopped, and saved what was encoded; run it again to go on"
+    assert done.stdout.count(said) == 1 and "done" not in done.stdout
+    found = {path.name for path in (out / "tokens").glob("train-0*")}
+    assert found >= {"train-00000.npy", "train-00001.begun.npy", "train-00002.npy"}
+    assert "train-00001.npy" not in found
+    assert torchrun(1, *extract).returncode == 0
+    assert not list((out / "tokens").glob("*.begun.npy"))
+    assert cli.main(["tokens", "check", str(out)]) == 0
+
+
 def test_batches_that_cannot_be_shared(run: Path, tmp_path: Path) -> None:
     out = branch(run, tmp_path / "out")
     done = torchrun(3, "train", "coarse", out, *RECIPE)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,8 @@ import torch
 from conftest import CLASSES, STEPS, Command, comparable, files, fit_arguments, save_pictures, sets
 from PIL import Image
 
-from ctf import checkpoint, cli, config, fit, images, loop
+from ctf import checkpoint, cli, clusters, config, fit, images, loop, tokens
+from ctf.clusters import Clusters
 from ctf.pipeline import Pipeline
 from ctf.tokens import Tokens
 
@@ -186,6 +188,61 @@ def test_killed_at_any_write_it_ends_the_same(
         steps = [line["step"] for line in metrics(out, stage) if line["split"] == "train"]
         assert steps == [2, 4, 6, 8, 10]  # none missing, none doubled
         assert metrics(out, stage)[-1]["split"] == "val"
+
+
+def test_sigterm_in_every_stage(
+    pictures: Path, undisturbed: Path, tmp_path: Path, ctf: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time it leaves with 0 and a line, and in the end it is as if nothing had been."""
+    out = tmp_path / "run"
+    before = signal.getsignal(signal.SIGTERM)
+    for module, name, said in (
+        (fit, "check", "run: stopped; run it again to go on"),
+        (loop, "_step", "run/tokenizer: stopped after step 1 and saved; run it again to go on"),
+        (
+            tokens,
+            "_encode",
+            "run/tokens: stopped, and saved what was encoded; run it again to go on",
+        ),
+        (clusters, "fit", "run: stopped; run it again to go on"),
+        (loop, "_step", "run/coarse: stopped after step 1 and saved; run it again to go on"),
+        (loop, "finish", "run: stopped; run it again to go on"),
+        (loop, "_step", "run/fine: stopped after step 1 and saved; run it again to go on"),
+        (fit, "_describe", "run: stopped; run it again to go on"),
+    ):
+        function = getattr(module, name)
+
+        def stop(*given: Any, function: Any = function, **more: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return function(*given, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, stop)
+            result = ctf(*fit_arguments(pictures, out, steps=SHORT))
+        assert (result.code, result.out) == (0, f"{tmp_path}/{said}\n"), result.err
+        assert signal.getsignal(signal.SIGTERM) == before
+    assert ctf(*fit_arguments(pictures, out, steps=SHORT)).code == 0
+    assert comparable(out) == comparable(undisturbed)
+
+
+def test_sigterm_while_clusters_are_fitted(
+    run: Path, tmp_path: Path, ctf: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = clusters.fit
+
+    def stop(*given: Any) -> Clusters:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return fit(*given)
+
+    given: tuple[object, ...] = ("clusters", "fit", run, "--count", 8, "--out", tmp_path / "other")
+    with monkeypatch.context() as patch:
+        patch.setattr(clusters, "fit", stop)
+        result = ctf(*given)
+    assert result.code == 0
+    assert result.out == f"{tmp_path}/other/clusters: stopped; run it again to go on\n"
+    assert not list((tmp_path / "other").glob("clusters/*"))
+    result = ctf(*given)
+    assert result.code == 0 and (tmp_path / "other" / "clusters" / "report.json").is_file()
 
 
 # --- disks ----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ctf import engine, fused
+from ctf import engine, fused, loop
 from ctf.transformer import TransformerConfig, Trunk
 
 CONFIG = TransformerConfig(
@@ -32,9 +32,9 @@ def gradients(trunk: Trunk, *, causal: bool) -> dict[str, Tensor]:
 def test_a_trunk_in_training_has_the_gradients_of_autograd(
     causal: bool, onednn: bool, class_token: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if onednn and not fused._has_onednn():
+    if onednn and not fused._has_onednn(torch.float32):
         pytest.skip("this build of PyTorch has no oneDNN")
-    monkeypatch.setattr(fused, "_has_onednn", lambda: onednn)
+    monkeypatch.setattr(fused, "_has_onednn", lambda _: onednn)
     torch.manual_seed(0)
     trunk = Trunk(dataclasses.replace(CONFIG, class_token_rope=class_token), 7)
     for p in trunk.parameters():
@@ -49,13 +49,41 @@ def test_a_trunk_in_training_has_the_gradients_of_autograd(
         torch.testing.assert_close(found[name] / scale, expected[name] / scale, atol=1e-5, rtol=0)
 
 
-def test_only_what_is_trained_in_single_precision_computes_by_hand() -> None:
+@pytest.mark.skipif(
+    not loop.multiplies_bf16(torch.device("cpu")), reason="does not multiply bfloat16"
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_in_bfloat16_gradients_are_near_those_of_single_precision(
+    causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As near as with autocast through the operators of PyTorch; what is kept is fp32."""
+    torch.manual_seed(0)
+    trunk = Trunk(CONFIG, 7)
+    for p in trunk.parameters():
+        nn.init.normal_(p, 1.0 if p.ndim == 1 else 0.0, std=0.2)
+    expected = gradients(trunk, causal=causal)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(trunk, causal=causal)
+        monkeypatch.setattr(fused, "able", lambda *_: False)
+        plain = gradients(trunk, causal=causal)
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        assert found[name].dtype == torch.float32
+        off, plainly_off = (
+            float((x[name] - wanted).norm() / wanted.norm()) for x in (found, plain)
+        )
+        assert 0 < off < 0.03 and off < 1.5 * plainly_off
+
+
+def test_only_what_is_trained_computes_by_hand() -> None:
     layer, x = nn.Linear(4, 4, bias=False), torch.ones(1)
     assert fused.able(x, layer)
     assert not fused.able(x.double(), layer) and not fused.able(x.to("meta"), layer)
     with torch.no_grad():
         assert not fused.able(x, layer)
-    with torch.autocast("cpu"):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused.able(x, layer) and not fused.able(x.bfloat16(), layer)
+    with torch.autocast("cpu", torch.float16):
         assert not fused.able(x, layer)
     if engine.available("auto", torch.device("cpu")):
         assert not fused.able(x, layer, engine.Packed(layer.weight))
@@ -66,7 +94,7 @@ def test_only_what_is_trained_in_single_precision_computes_by_hand() -> None:
 def test_gradients_of_a_part_are_finite_differences(
     part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "_has_onednn", lambda: False)  # in double precision
+    monkeypatch.setattr(fused, "_has_onednn", lambda _: False)  # in double precision
     random = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 
 from ctf import shards, tokens
-from ctf.errors import UserError
+from ctf.errors import Stopped, UserError
 from ctf.images import PLAIN, VIEWS, ImageSet, Splits, View
 from ctf.tokenizer import TokenizerConfig, VQModel
 from ctf.tokens import Tokens, TokensConfig
@@ -240,6 +240,50 @@ def test_report_counts_views_and_ends_at_the_total(tmp_path: Path, tokenizer: VQ
         tokenizer, "abc", IMAGES, tmp_path, CONFIG, report=lambda *call: calls.append(call)
     )
     assert [call[0] for call in calls] == [12, 24, 36, 40, 45]
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_stopped_by_sigterm_nothing_is_lost(
+    tmp_path: Path, tokenizer: VQModel, folder: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    """It ends after the batch, again and again; no picture is encoded twice."""
+    encode, calls = tokens._encode, 0
+
+    def stop(tokenizer: VQModel, pictures: np.ndarray) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        if calls % every == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encode(tokenizer, pictures)
+
+    monkeypatch.setattr(tokens, "_encode", stop)
+    before = signal.getsignal(signal.SIGTERM)
+    for _ in range(20):
+        try:
+            tokens.extract(tokenizer, "abc", IMAGES, tmp_path, CONFIG)
+            break
+        except Stopped as stopped:
+            assert str(stopped).startswith(f"{tmp_path}: stopped, and saved what was encoded")
+            assert signal.getsignal(signal.SIGTERM) == before
+    assert calls == 2 * (2 + 2 + 2 + 1) + 2  # batches of two views of 6, 6, 6, 2; plainly of 5
+    assert contents(tmp_path) == contents(folder)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_a_begun_shard_that_is_damaged_is_encoded_again(
+    tmp_path: Path, tokenizer: VQModel, folder: Path, damage: str
+) -> None:
+    def stop(done: int, total: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        tokens.extract(tokenizer, "abc", IMAGES, tmp_path, CONFIG, report=stop)
+    begun = tmp_path / "train-00000.begun.npy"
+    content = begun.read_bytes()
+    changed = {"cut": content[:-1], "empty": b"", "flip": content[:-1] + b"?"}[damage]
+    begun.write_bytes(changed)
+    tokens.extract(tokenizer, "abc", IMAGES, tmp_path, CONFIG)
+    assert contents(tmp_path) == contents(folder)
 
 
 KILLED_WHILE_WRITING = """

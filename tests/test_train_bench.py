@@ -1,5 +1,6 @@
 """`ctf bench train` at toy shapes: both ways compute the same, and what it says adds up."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -77,12 +78,23 @@ def test_every_way_is_timed_in_every_round(small: train_bench.Asked, tmp_path: P
     assert flops["plain"] == flops["baseline"]
     assert flops["baseline"] - flops["coarse"] == 4 * 6 * 16 * 32 * (64 - 8)
     columns, lines = train_bench.rows(result, "B")
-    assert len(lines) == 5 and all(len(line) == len(columns) for line in lines)
+    low = loop.multiplies_bf16(CPU)
+    assert len(lines) == 5 + 2 * low and all(len(line) == len(columns) for line in lines)
+    assert ("in bfloat16 the baseline is" in train_bench.verdict(result, "B")) == low
     plainly, ours = (result.of("B", name) for name in ("plain", "baseline"))
     assert train_bench.ratios(result, "B", "plain", "baseline") == [
         a.seconds / b.seconds for a, b in zip(plainly, ours, strict=True)
     ]
     assert bench_report.as_markdown((columns, lines)) in (tmp_path / "train.md").read_text()
+
+
+def test_without_bfloat16_there_are_no_rows_of_it(
+    small: train_bench.Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "multiplies_bf16", lambda _: False)
+    result = train_bench.run(dataclasses.replace(small, rounds=1), tmp_path, CPU, silent)
+    assert len(train_bench.rows(result, "B")[1]) == 5
+    assert "bfloat16" not in train_bench.verdict(result, "B")
 
 
 def test_killed_it_goes_on_with_what_is_missing(

@@ -93,6 +93,11 @@ def make(
 KINDS: tuple[Kind, ...] = ("coarse", "fine")
 
 
+multiplying_bf16 = pytest.mark.skipif(
+    not loop.multiplies_bf16(ALONE.device), reason="does not multiply bfloat16"
+)
+
+
 # --- losses ---------------------------------------------------------------------------------------
 
 # What the losses of the first 20 steps have always been. A change in them is a change in what is
@@ -390,3 +395,48 @@ def test_compiled_is_the_same(folder: Path) -> None:
     got, wanted = (first_losses(folder, "coarse", x, 0.0) for x in (compiled, PLAINLY))
     assert got == pytest.approx(wanted, abs=1e-4)
     assert got != wanted  # it was compiled
+
+
+# --- precision ------------------------------------------------------------------------------------
+
+
+@multiplying_bf16
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_bfloat16_it_learns_the_same(folder: Path, kind: Kind) -> None:
+    """Held-out losses within 1 %, and another way of computing; weights and moments stay fp32."""
+    losses, lengths = {}, {"steps": 100, "warm_up": 10}
+    for precision in ("fp32", "bf16"):
+        trainer = make(folder, kind, execution=Execution(precision=precision), **lengths)
+        for step in range(100):
+            trainer.step(step)
+        losses[precision] = trainer.evaluate()["loss"]
+        assert {t.dtype for t in trainer.state().values()} == {torch.float32}
+    untrained = make(folder, kind).evaluate()["loss"]
+    assert losses["fp32"] < 0.9 * untrained
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01)
+
+
+@multiplying_bf16
+def test_a_state_goes_on_in_another_precision(folder: Path, tmp_path: Path) -> None:
+    whole = make(folder, "coarse")
+    loop.run(whole, tmp_path / "whole", 20, evaluate_every=20)
+    first, then = (
+        make(folder, "coarse", execution=Execution(precision=precision))
+        for precision in ("bf16", "fp32")
+    )
+    for step in range(10):
+        first.step(step)
+    checkpoint.save_state(tmp_path / "mixed" / "state", 10, first.state())
+    loop.run(then, tmp_path / "mixed", 20, evaluate_every=20)
+    expected, found = (loop.last_metrics(tmp_path / x, "val")["loss"] for x in ("whole", "mixed"))
+    assert found == pytest.approx(expected, rel=0.01) and found != expected
+
+
+def test_precision_that_the_processor_has_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "multiplies_bf16", lambda _: False)
+    with pytest.raises(UserError, match="precision bf16: cpu does not multiply bfloat16"):
+        make(folder, "coarse", execution=Execution(precision="bf16"))
+    assert not make(folder, "coarse", execution=Execution(precision="auto")).in_bf16

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 from rich.console import Console
 
+from ctf import stopping
 from ctf.errors import Stopped, UserError
 
 app = tyro.extras.SubcommandApp()
@@ -43,6 +44,7 @@ F = TypeVar("F", bound=Callable[..., None])
 Positional = Annotated[T, tyro.conf.Positional]
 Folder = Annotated[Path, tyro.conf.arg(metavar="RUN")]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "fp32", "bf16"]
 Engine = Literal["auto", "eager", "compile", "int8"]
 LlamaGenSize = Literal["B", "L", "XL", "XXL", "3B"]
 Size = Literal["S", "B", "L", "XL", "XXL", "3B"]
@@ -113,6 +115,7 @@ def fit(
     micro_batch: int | None = None,
     checkpoint_activations: bool = False,
     compile: bool = False,
+    precision: Precision = "auto",
     device: Device = "auto",
     dry_run: bool = False,
 ) -> None:
@@ -135,6 +138,8 @@ def fit(
         micro_batch: pictures that a transformer takes at a time; the batch stays the recipe's
         checkpoint_activations: keep less for the backward pass, and compute it again
         compile: let torch.compile fuse what can be fused
+        precision: of a transformer's products; auto: bf16 on GPUs that have it, fp32 on CPUs. bf16:
+            also on CPUs that multiply bfloat16, and much faster there
         device: where to compute; auto takes a GPU if there is one
         dry_run: say what would be done, and write nothing
     """
@@ -149,13 +154,16 @@ def fit(
     place = _device(device)
     pictures = _open(images, image_size, background, skip_bad, preset)
     recipe = fitting.resolve(preset, pictures, steps=steps, views=views, overrides=set)
-    how = _execution(place, micro_batch, checkpoint_activations, compile=compile)
+    how = _execution(
+        place, micro_batch, checkpoint_activations, compile=compile, precision=precision
+    )
     if dry_run:
         console.print(fitting.describe(pictures, recipe, minutes, execution=how), soft_wrap=True)
         return
-    fitting.fit(
-        pictures, out, recipe, minutes=minutes, device=place, progress=_progress, execution=how
-    )
+    with stopping.at_once(out):
+        fitting.fit(
+            pictures, out, recipe, minutes=minutes, device=place, progress=_progress, execution=how
+        )
     console.print(f"{out}: done; ctf sample {out} draws from it", soft_wrap=True)
 
 
@@ -593,7 +601,7 @@ def tokenizer_train(
         if dry_run:
             _say(world, fitting.describe(pictures, recipe, None, world.size))
             return
-        with _progress("tokenizer", world) as report:
+        with stopping.at_once(out), _progress("tokenizer", world) as report:
             fitting.train_tokenizer(out, pictures, recipe, world, report)
         _say(world, f"{out / 'tokenizer'}: done")
 
@@ -687,7 +695,7 @@ def tokens_extract(
         if dry_run:
             _say(world, fitting.describe(pictures, recipe, None, world.size))
             return
-        with _progress("tokens", world) as report:
+        with stopping.at_once(run / "tokens"), _progress("tokens", world) as report:
             fitting.extract_tokens(run, tokenizer, pictures, recipe, limit, report, world)
         _say(world, f"{run / 'tokens'}: done")
 
@@ -748,7 +756,8 @@ def clusters_fit(
     if out is not None:
         fitting.branch(run, out)
         run = out
-    fitting.fit_clusters(run, tokenizer, chosen)
+    with stopping.at_once(run / "clusters"):
+        fitting.fit_clusters(run, tokenizer, chosen)
     clusters_show(run)
 
 
@@ -775,7 +784,7 @@ def _train(
     size: Size | None,
     steps: int | None,
     set: tuple[str, ...],
-    how: tuple[int | None, bool, bool, bool],
+    how: tuple[int | None, bool, bool, bool, Precision],
     device: Device,
     dry_run: bool,
     start: Path | None = None,
@@ -808,7 +817,7 @@ def _train(
             of = baseline_of
             world.first(lambda: fitting.make_baseline(of, run))
         parts = clusters.load(run / "clusters" / clusters.FILE)
-        with _progress(kind, world) as report:
+        with stopping.at_once(run / kind), _progress(kind, world) as report:
             fitting.train_model(run, kind, parts, recipe, world, report, start, execution)
         _say(world, f"{run / kind}: done")
 
@@ -827,6 +836,7 @@ def train_coarse(
     checkpoint_activations: bool = False,
     shard: bool = False,
     compile: bool = False,
+    precision: Precision = "auto",
     device: Device = "auto",
     dry_run: bool = False,
 ) -> None:
@@ -846,10 +856,12 @@ def train_coarse(
         checkpoint_activations: keep less for the backward pass, and compute it again
         shard: cut weights, gradients, moments and averages into parts, one for each process
         compile: let torch.compile fuse what can be fused
+        precision: of a transformer's products; auto: bf16 on GPUs that have it, fp32 on CPUs. bf16:
+            also on CPUs that multiply bfloat16, and much faster there
         device: where to compute; auto takes a GPU if there is one
         dry_run: say what would be done, and write nothing
     """
-    how = (micro_batch, checkpoint_activations, shard, compile)
+    how = (micro_batch, checkpoint_activations, shard, compile, precision)
     _train("coarse", run, preset, size, steps, set, how, device, dry_run, warm_start)
 
 
@@ -866,6 +878,7 @@ def train_fine(
     checkpoint_activations: bool = False,
     shard: bool = False,
     compile: bool = False,
+    precision: Precision = "auto",
     device: Device = "auto",
     dry_run: bool = False,
 ) -> None:
@@ -883,10 +896,12 @@ def train_fine(
         checkpoint_activations: keep less for the backward pass, and compute it again
         shard: cut weights, gradients, moments and averages into parts, one for each process
         compile: let torch.compile fuse what can be fused
+        precision: of a transformer's products; auto: bf16 on GPUs that have it, fp32 on CPUs. bf16:
+            also on CPUs that multiply bfloat16, and much faster there
         device: where to compute; auto takes a GPU if there is one
         dry_run: say what would be done, and write nothing
     """
-    how = (micro_batch, checkpoint_activations, shard, compile)
+    how = (micro_batch, checkpoint_activations, shard, compile, precision)
     _train("fine", run, preset, size, steps, set, how, device, dry_run)
 
 
@@ -905,6 +920,7 @@ def train_baseline(
     checkpoint_activations: bool = False,
     shard: bool = False,
     compile: bool = False,
+    precision: Precision = "auto",
     device: Device = "auto",
     dry_run: bool = False,
 ) -> None:
@@ -926,10 +942,12 @@ def train_baseline(
         checkpoint_activations: keep less for the backward pass, and compute it again
         shard: cut weights, gradients, moments and averages into parts, one for each process
         compile: let torch.compile fuse what can be fused
+        precision: of a transformer's products; auto: bf16 on GPUs that have it, fp32 on CPUs. bf16:
+            also on CPUs that multiply bfloat16, and much faster there
         device: where to compute; auto takes a GPU if there is one
         dry_run: say what would be done, and write nothing
     """
-    how = (micro_batch, checkpoint_activations, shard, compile)
+    how = (micro_batch, checkpoint_activations, shard, compile, precision)
     _train("coarse", out, preset, size, steps, set, how, device, dry_run, warm_start, run)
 
 
@@ -1279,6 +1297,7 @@ def _execution(
     checkpoint_activations: bool,
     shard: bool = False,
     compile: bool = False,
+    precision: Precision = "auto",
     say: bool = True,
 ) -> Any:
     from ctf import engine
@@ -1288,7 +1307,9 @@ def _execution(
         compile = False
         if say:
             print("--compile: PyTorch finds no compiler here; going on without", file=sys.stderr)
-    return Execution(micro_batch, checkpoint_activations, shard, compile)
+    execution = Execution(micro_batch, checkpoint_activations, shard, compile, precision)
+    execution.in_bf16(device)  # a mistake is told before there is anything on the disk
+    return execution
 
 
 def _open(

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -384,7 +384,8 @@ def lines(cost: Cost, setting: Setting) -> Iterator[str]:
     yield f"  memory at {cost.micro_batch} images a device{said}: {memory}"
 
     def less(*names: str) -> str:
-        other = dataclasses.replace(chosen, **dict.fromkeys(names, True))
+        changes: dict[str, Any] = dict.fromkeys(names, True)
+        other = dataclasses.replace(chosen, **changes)
         return _gigabytes(sum(cost.memory_of(other).values()))
 
     left = {name: text for name, text in options.items() if not getattr(chosen, name)}

@@ -8,5 +8,8 @@ class UserError(Exception):
     """
 
 
-class Stopped(Exception):
-    """A training that was asked to end and has saved its state: what to say, or "" as above."""
+class Stopped(BaseException):
+    """Work that was asked to end and can go on later: what to say, or "" as above.
+
+    Not an Exception, since a signal may raise it within anything that expects those.
+    """

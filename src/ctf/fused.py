@@ -6,6 +6,10 @@ to be cleared by the system first. By hand, a part computes in place where it ca
 backward pass what is cheap. Products with weights are oneDNN's where PyTorch has it, which
 is faster here than MKL.
 
+Under autocast, products are taken in bfloat16 (the processor sums them in single precision), and
+what only leads from one product to the next stays in it, as on a GPU. Weights, their moments,
+norms, rotations and the sums between blocks are in single precision always.
+
 Shapes: B batch, T positions, D width, F hidden width of SwiGLU, N heads, E head width, P rotated
 pairs of a head (E / 2).
 """
@@ -23,13 +27,14 @@ from torch.autograd.function import once_differentiable
 
 def able(x: Tensor, *layers: nn.Module) -> bool:
     """Whether these layers, which get `x`, should compute by this file: their weights are trained,
-    in single precision, on a processor, and nothing else rewrites their operators.
+    on a processor, in single precision or in bfloat16 by autocast, and nothing else rewrites their
+    operators.
     """
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
         and torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
+        and _precision(x) in (torch.float32, torch.bfloat16)
         and not torch.compiler.is_compiling()
         and all(_is_trained(layer) for layer in layers)
     )
@@ -40,8 +45,13 @@ def _is_trained(layer: nn.Module) -> bool:
     return isinstance(weight, Tensor) and weight.requires_grad
 
 
+def _precision(x: Tensor) -> torch.dtype:
+    """Of products with `x`, at this place of the program."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
 def linear(x_BTD: Tensor, weight_FD: Tensor) -> Tensor:
-    out: Tensor = _Linear.apply(x_BTD, weight_FD)
+    out: Tensor = _Linear.apply(x_BTD, weight_FD, _precision(x_BTD))
     return out
 
 
@@ -53,12 +63,12 @@ def heads(
     Args:
         count: N.
     """
-    q, k, v = _Heads.apply(x_BTD, weight_3DD, rotation_TP2, count)
+    q, k, v = _Heads.apply(x_BTD, weight_3DD, rotation_TP2, count, _precision(x_BTD))
     return q, k, v
 
 
 def swiglu(x_BTD: Tensor, w1_FD: Tensor, w3_FD: Tensor, w2_DF: Tensor) -> Tensor:
-    out: Tensor = _SwiGLU.apply(x_BTD, w1_FD, w3_FD, w2_DF)
+    out: Tensor = _SwiGLU.apply(x_BTD, w1_FD, w3_FD, w2_DF, _precision(x_BTD))
     return out
 
 
@@ -72,21 +82,25 @@ def rms_norm(x_BTD: Tensor, norm: nn.RMSNorm) -> Tensor:
 
 
 def _product(x: Tensor, weight_FD: Tensor) -> Tensor:
-    """x @ weight.T for x of (..., D)."""
-    if not _has_onednn():
+    """x @ weight.T for x of (..., D), in the precision of x."""
+    weight_FD = weight_FD.to(x.dtype)
+    if not _has_onednn(x.dtype):
         return F.linear(x, weight_FD)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_FD, None, "none", [], "")
     return out
 
 
 @functools.cache
-def _has_onednn() -> bool:
-    x = torch.ones(2, 16)
+def _has_onednn(dtype: torch.dtype) -> bool:
+    x = torch.ones(2, 16, dtype=dtype)
     try:
         torch.ops.mkldnn._linear_pointwise(x, x, None, "none", [], "")
     except Exception:  # no such operator, no such library, no such instruction
         return False
     return True
+
+
+# Gradients may be in the precision of products: autograd turns them into that of what they are of.
 
 
 def _back(grad: Tensor, weight_FD: Tensor) -> Tensor:
@@ -101,15 +115,16 @@ def _of_weight(grad: Tensor, x: Tensor) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        x = x.to(dtype)
         ctx.save_for_backward(x, weight)
         return _product(x, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        return _back(grad, weight), _of_weight(grad, x)
+        return _back(grad, weight), _of_weight(grad, x), None
 
 
 # --- Parts of a block -----------------------------------------------------------------------------
@@ -120,27 +135,29 @@ class _Heads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, rotation_TP2: Tensor, count: int
+        ctx: Any, x: Tensor, weight: Tensor, rotation_TP2: Tensor, count: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
+        x = x.to(dtype)
         ctx.save_for_backward(x, weight, rotation_TP2)
         qkv_BT3NE = _product(x, weight).unflatten(-1, (3, count, -1))
-        turned = _pairs(qkv_BT3NE[:, :, :2])
-        turned.mul_(_angles(rotation_TP2))
-        q, k, v = qkv_BT3NE.permute(2, 0, 3, 1, 4)
-        return q, k, v
+        turned_BT2NE = qkv_BT3NE[:, :, :2].float()  # a view, where that is its precision
+        _pairs(turned_BT2NE).mul_(_angles(rotation_TP2))
+        q, k = turned_BT2NE.to(dtype).permute(2, 0, 3, 1, 4)
+        return q, k, qkv_BT3NE[:, :, 2].transpose(1, 2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads_BNTE: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads_BNTE: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, weight, rotation_TP2 = ctx.saved_tensors
         grad_q, grad_k, grad_v = (grad.transpose(1, 2) for grad in grads_BNTE)
         back_TP = _angles(rotation_TP2)[:, 0].conj().resolve_conj()
-        grad_BT3NE = grad_q.new_empty(*grad_q.shape[:2], 3, *grad_q.shape[2:])
+        shape = *grad_q.shape[:2], 3, *grad_q.shape[2:]
+        grad_BT3NE = grad_q.new_empty(shape, dtype=torch.float32)
         for place, grad in enumerate((grad_q, grad_k)):
-            torch.mul(_pairs(grad), back_TP, out=_pairs(grad_BT3NE[:, :, place]))
+            torch.mul(_pairs(grad.float()), back_TP, out=_pairs(grad_BT3NE[:, :, place]))
         grad_BT3NE[:, :, 2] = grad_v
-        grad = grad_BT3NE.flatten(2)
-        return _back(grad, weight), _of_weight(grad, x), None, None
+        grad = grad_BT3NE.flatten(2).to(x.dtype)
+        return _back(grad, weight), _of_weight(grad, x), None, None, None
 
 
 def _pairs(x: Tensor) -> Tensor:
@@ -156,14 +173,17 @@ def _angles(rotation_TP2: Tensor) -> Tensor:
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        x = x.to(dtype)
         gate, value = _product(x, w1), _product(x, w3)
         ctx.save_for_backward(x, w1, w3, w2, gate, value)
         return _product(F.silu(gate).mul_(value), w2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         x, w1, w3, w2, gate, value = ctx.saved_tensors
         grad_hidden = _back(grad, w2)
         hidden = F.silu(gate)
@@ -171,7 +191,7 @@ class _SwiGLU(torch.autograd.Function):
         grad_w2 = _of_weight(grad, hidden.mul_(value))
         grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(value), gate)
         grad_x = _back(grad_gate, w1).add_(_back(grad_value, w3))
-        return grad_x, _of_weight(grad_gate, x), _of_weight(grad_value, x), grad_w2
+        return grad_x, _of_weight(grad_gate, x), _of_weight(grad_value, x), grad_w2, None
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -7,16 +7,13 @@ else, and a run that was killed ends with the same bits as one that was not.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
 import math
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ctf import checkpoint, memory
+from ctf import checkpoint, memory, stopping
 from ctf.distributed import ALONE, World, laid_out, whole
 from ctf.errors import Stopped, UserError
 
@@ -36,6 +33,9 @@ SAVE_SECONDS = 20.0  # a kill loses at most about this much work
 NAMED = 8  # pictures of a batch that are named
 
 
+Precision = Literal["auto", "fp32", "bf16"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Execution:
     """How a step is computed. What it computes stays the same, up to rounding.
@@ -45,6 +45,9 @@ class Execution:
         checkpoint_activations: keep the input of each block only, and compute the rest again.
         shard: cut weights, gradients, moments and averages into parts, one for each process.
         compile: let torch.compile fuse what can be fused.
+        precision: of a transformer's products. "auto": bf16 on GPUs that have it, else fp32.
+            "bf16": also on a processor that multiplies bfloat16. Weights, moments, averages, norms
+            and the loss are in single precision always.
 
     Raises:
         UserError: a micro-batch of no pictures.
@@ -54,10 +57,36 @@ class Execution:
     checkpoint_activations: bool = False
     shard: bool = False
     compile: bool = False
+    precision: Precision = "auto"
 
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.micro_batch < 1:
             raise UserError(f"micro-batch: got {self.micro_batch}, expected 1 or more")
+
+    def in_bf16(self, device: torch.device) -> bool:
+        """Whether products on this device are taken in bfloat16.
+
+        Raises:
+            UserError: they should be, and the device has no such products.
+        """
+        able = multiplies_bf16(device)
+        if self.precision == "bf16" and not able:
+            raise UserError(
+                f"precision bf16: {device.type} does not multiply bfloat16 here; "
+                "use --precision fp32, or auto"
+            )
+        return able and (
+            self.precision == "bf16" or (self.precision, device.type) == ("auto", "cuda")
+        )
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device has products in bfloat16 of its own, which are faster than others."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 PLAINLY = Execution()
@@ -109,7 +138,7 @@ def run(
     began = last_saved = time.monotonic()
     if evaluate_first and start == 0:
         log.append(0, "val", trainable.evaluate(), 0.0)
-    with _sigterm() as asked, memory.kept():
+    with stopping.asked() as asked, memory.kept():
         for step in range(start, steps):
             _step(trainable, step, sums)
             done = step + 1
@@ -134,20 +163,6 @@ def run(
             if stop:
                 said = f"{folder}: stopped after step {done} and saved; run it again to go on"
                 raise Stopped(said if world.main else "")
-
-
-@contextlib.contextmanager
-def _sigterm() -> Iterator[threading.Event]:
-    """Whether SIGTERM came meanwhile, which then does not end the process."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # only the main thread may listen
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _step(trainable: Trainable, step: int, sums: dict[str, float]) -> None:

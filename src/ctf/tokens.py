@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctf import checkpoint, memory, shards
+from ctf import checkpoint, memory, shards, stopping
 from ctf.config import from_json, to_json
 from ctf.distributed import ALONE, World
-from ctf.errors import UserError
+from ctf.errors import Stopped, UserError
 from ctf.images import VIEWS, ImageSet, Splits, View, as_tensor
 from ctf.tokenizer import VQModel
 
@@ -109,13 +109,15 @@ def extract(
     """Encodes every view of every picture into `folder`; shards that are there and whole are kept.
 
     Killed at any moment and called again, it ends with the same files to the bit; called on a
-    complete folder, it encodes nothing. Of several processes each one encodes its share of the
-    shards. `limit` takes only that many training pictures, the first of `balanced_order`, and no
-    more held-out ones; these are seen in the plain view.
+    complete folder, it encodes nothing. Upon SIGTERM it ends after the batch, and keeps what it has
+    of the shard in a file beside it, train-00000.begun.npy. Of several processes each one encodes
+    its share of the shards. `limit` takes only that many training pictures, the first of
+    `balanced_order`, and no more held-out ones; these are seen in the plain view.
 
     Raises:
         UserError: the folder holds something else, the tokenizer is for another image size, or
             `limit` is below 1.
+        Stopped: by SIGTERM, which any of the processes got; what was encoded is saved.
     """
     size = tokenizer.config.image_size
     if images.train.image_size != size:
@@ -166,32 +168,59 @@ def extract(
         if report is not None:
             report(done, total)
 
-    for split, image_set in sets.items():
-        classes = manifest.classes(split)
-        if world.main and _damage(folder, classes, manifest):
-            classes_N = image_set.classes_N[chosen[split]].astype(np.int64)
-            shards.save(folder / classes.file, classes_N)
-        part = manifest.split(split)
-        start = 0
-        for number, shard in enumerate(part.shards):
-            numbers = chosen[split][start : start + shard.shape[0]]
-            start += len(numbers)
-            if number % world.size != world.rank:
-                continue
-            if not _damage(folder, shard, manifest):
-                advance(len(numbers) * len(part.views))
-                continue
-            codes = np.empty(shard.shape, manifest.dtype)
-            # Batches begin with the shard, so a resumed run encodes the same batches.
-            for at in range(0, len(numbers), config.batch_size):
-                batch = slice(at, at + config.batch_size)
-                views = image_set.read_views(numbers[batch], part.views)
-                for v, pictures in enumerate(views):
-                    codes[batch, v] = _encode(tokenizer, pictures)
-                    advance(len(numbers[batch]))
-            shards.save(folder / shard.file, codes)
-    world.barrier()
+    left = False
+    with stopping.asked() as asked:
+        for split, image_set in sets.items():
+            classes = manifest.classes(split)
+            if world.main and _damage(folder, classes, manifest):
+                classes_N = image_set.classes_N[chosen[split]].astype(np.int64)
+                shards.save(folder / classes.file, classes_N)
+            part = manifest.split(split)
+            start = 0
+            for number, shard in enumerate(part.shards):
+                numbers = chosen[split][start : start + shard.shape[0]]
+                start += len(numbers)
+                if number % world.size != world.rank:
+                    continue
+                begun = (folder / shard.file).with_suffix(".begun.npy")
+                if not _damage(folder, shard, manifest):
+                    begun.unlink(missing_ok=True)
+                    advance(len(numbers) * len(part.views))
+                    continue
+                codes = np.empty(shard.shape, manifest.dtype)
+                encoded = _load_begun(begun, codes, codebook_size)
+                if encoded:
+                    advance(encoded * len(part.views))
+                # Batches begin with the shard, so a resumed run encodes the same batches.
+                while encoded < len(numbers) and not asked.is_set():
+                    batch = slice(encoded, encoded + config.batch_size)
+                    views = image_set.read_views(numbers[batch], part.views)
+                    for v, pictures in enumerate(views):
+                        codes[batch, v] = _encode(tokenizer, pictures)
+                        advance(len(numbers[batch]))
+                    encoded += len(numbers[batch])
+                if encoded == len(numbers):
+                    shards.save(folder / shard.file, codes)
+                    begun.unlink(missing_ok=True)
+                else:
+                    left = True
+                    if encoded:
+                        shards.save(begun, codes[:encoded])
+        if world.any(left):  # which waits for all, too
+            said = f"{folder}: stopped, and saved what was encoded; run it again to go on"
+            raise Stopped(said if world.main else "")
     return manifest
+
+
+def _load_begun(path: Path, codes: np.ndarray, codebook_size: int) -> int:
+    """Puts what a stopped run had encoded of a shard into `codes`: how many pictures."""
+    try:
+        begun = np.load(path)
+        shards.verify(path, (len(begun), *codes.shape[1:]), str(codes.dtype), codebook_size)
+        codes[: len(begun)] = begun
+    except (OSError, ValueError, EOFError, shards.Damaged):  # none, or not of this shard
+        return 0
+    return len(begun)
 
 
 def balanced_order(classes_N: np.ndarray, seed: int) -> np.ndarray:

@@ -1,10 +1,12 @@
 """`ctf bench train`: how fast a training step is, beside LlamaGen's plain one.
 
 Models have random weights and the shapes of 256-pixel pictures: 256 tokens, 1000 classes, a
-codebook of 16384, for CTF 512 clusters of 32. Compared are whole steps in single precision, from
-the batch to the moving average of the weights: LlamaGen's step as `plain` writes it, and those that
-`ctf train` makes of the full-vocabulary baseline, of the coarse and of the fine model. All have the
-same dropout, clipping and AdamW; LlamaGen's has no moving average, as by its defaults.
+codebook of 16384, for CTF 512 clusters of 32. Compared are whole steps, from the batch to the
+moving average of the weights: LlamaGen's step as `plain` writes it, and those that `ctf train`
+makes of the full-vocabulary baseline, of the coarse and of the fine model. All have the same
+dropout, clipping and AdamW; LlamaGen's has no moving average, as by its defaults. They are in
+single precision; where a processor multiplies bfloat16, baseline and coarse model are also timed
+as with `--precision bf16`.
 
 In each round the ways take turns, one model in memory at a time. The first step of each is not
 timed: it makes the moments, and fills what the second finds in memory.
@@ -31,6 +33,7 @@ from ctf.coarse import CoarseModel
 from ctf.distributed import World
 from ctf.errors import UserError
 from ctf.fine import FineModel
+from ctf.loop import Execution
 from ctf.measuring import Report, measured
 from ctf.presets import SIZES
 from ctf.tokens import Tokens
@@ -39,7 +42,10 @@ from ctf.work import Machine
 
 FILE = "train.json"
 PICTURES = 256  # in the tokens that are read; any number will do
+BF16 = ", bf16"  # ends the names of ways whose products are in bfloat16
 GOAL = 1.3  # LlamaGen's plain step / the baseline's
+
+SINGLE = Execution(precision="fp32")
 
 Step = Callable[[int], Any]
 
@@ -147,6 +153,12 @@ def _round(
                 "baseline": lambda: _coarse(kind, identity(CODES), *given),
                 "coarse": lambda: _coarse(kind, _clusters(), *given),
             }
+            if device.type == "cpu" and loop.multiplies_bf16(device):
+                low = Execution(precision="bf16")
+                ways |= {
+                    f"baseline{BF16}": lambda: _coarse(kind, identity(CODES), *given, low),
+                    f"coarse{BF16}": lambda: _coarse(kind, _clusters(), *given, low),
+                }
             if kind == "fine":
                 ways = {
                     RECOMMENDED: lambda: _fine(RECOMMENDED, *given),
@@ -213,11 +225,16 @@ def _plain(size: str, tokens: Tokens, asked: Asked, device: torch.device) -> _Wa
 
 
 def _coarse(
-    size: str, clusters: Clusters, tokens: Tokens, asked: Asked, device: torch.device
+    size: str,
+    clusters: Clusters,
+    tokens: Tokens,
+    asked: Asked,
+    device: torch.device,
+    execution: Execution = SINGLE,
 ) -> _Way:
     config = SIZES[size].config(GRID, CLASSES)
     model = CoarseModel(config, clusters.count)
-    trainer = _trainer(model, coarse_objective(clusters), tokens, asked, device)
+    trainer = _trainer(model, coarse_objective(clusters), tokens, asked, device, execution)
     flops = asked.batch * cost.transformer_flops(config, LENGTH, clusters.count)
     return _Way(model, trainer.optimizer, trainer.step, flops)
 
@@ -236,9 +253,10 @@ def _trainer(
     tokens: Tokens,
     asked: Asked,
     device: torch.device,
+    execution: Execution = SINGLE,
 ) -> Trainer:
     training = TrainingConfig(batch_size=asked.batch)
-    return Trainer(model, objective, tokens, tokens, training, World(device=device))
+    return Trainer(model, objective, tokens, tokens, training, World(device=device), execution)
 
 
 def _clusters() -> Clusters:
@@ -253,14 +271,19 @@ def rows(result: Result, size: str) -> bench_report.Table:
     ways = [
         ("LlamaGen's step, plain", size, "plain"),
         ("baseline", size, "baseline"),
+        ("baseline, bf16", size, f"baseline{BF16}"),
         (f"CTF coarse, K = {COUNT}", size, "coarse"),
+        (f"CTF coarse, K = {COUNT}, bf16", size, f"coarse{BF16}"),
         (f"CTF fine {RECOMMENDED}", "fine", RECOMMENDED),
         (f"CTF fine {PAPER}", "fine", PAPER),
     ]
-    reached = statistics.median(group.machine.fp32 for group in result.groups.values())
+    machines = [group.machine for group in result.groups.values()]
     lines = []
     for label, kind, name in ways:
         timings = result.of(kind, name)
+        if not timings:
+            continue  # a processor without bfloat16
+        reached = statistics.median(m.bf16 if name.endswith(BF16) else m.fp32 for m in machines)
         seconds = statistics.median(timing.seconds for timing in timings)
         flops = timings[0].flops
         lines.append(
@@ -296,12 +319,14 @@ def ratios(result: Result, size: str, other: str, name: str) -> list[float]:
 
 def markdown(result: Result) -> str:
     asked = result.asked
-    peaks = [group.machine.fp32 / 1e9 for group in result.groups.values()]
+    machines = [group.machine for group in result.groups.values()]
+    fp32, bf16 = [m.fp32 / 1e9 for m in machines], [m.bf16 / 1e9 for m in machines]
     parts = [
-        f"Steps of {asked.batch} images, single precision. Medians, in brackets the least and the "
-        f"most of {asked.rounds} rounds in turn. {bench_report.listed(result.where)}. Products of "
-        f"{measuring.SIDE} x {measuring.SIDE} reached {min(peaks):,.0f} to {max(peaks):,.0f} "
-        f"GFLOP/s before the rounds; the median is the peak.",
+        f"Steps of {asked.batch} images, single precision where not said otherwise. Medians, in "
+        f"brackets the least and the most of {asked.rounds} rounds in turn. "
+        f"{bench_report.listed(result.where)}. Products of {measuring.SIDE} x {measuring.SIDE} "
+        f"reached {min(fp32):,.0f} to {max(fp32):,.0f} GFLOP/s before the rounds, in bfloat16 "
+        f"{min(bf16):,.0f} to {max(bf16):,.0f}; the medians are the peaks.",
     ]
     for size in asked.sizes:
         parts += [f"### Size {size}", bench_report.as_markdown(rows(result, size))]
@@ -312,10 +337,14 @@ def verdict(result: Result, size: str) -> str:
     """The goal, and whether it is reached."""
     ratio = statistics.median(ratios(result, size, "plain", "baseline"))
     coarse = statistics.median(ratios(result, size, "baseline", "coarse"))
-    return (
+    said = (
         f"size {size}: the baseline is {ratio:.2f} times as fast as the plain step (goal: >= "
         f"{GOAL:g}), the coarse model {coarse:.2f} times as fast as the baseline"
     )
+    if result.of(size, f"baseline{BF16}"):
+        low = statistics.median(ratios(result, size, "plain", f"baseline{BF16}"))
+        said += f"; in bfloat16 the baseline is {low:.2f} times as fast as the plain step"
+    return said
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -104,10 +104,11 @@ class Trainer:
     """A model, its moving average and its optimiser: a `loop.Trainable`.
 
     Every process of the world trains on its share of each batch and ends with the same weights.
-    GPUs compute in bfloat16 where they can, with weights and optimiser in single precision.
+    Products may be in bfloat16, as `Execution.precision` says; weights and optimiser are not.
 
     Raises:
-        UserError: the batch cannot be shared equally among the processes.
+        UserError: the batch cannot be shared equally among the processes, or the device has no
+            products of the precision asked for.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class Trainer:
     ) -> None:
         self.model, self.training, self.world = model, training, world
         self.train, self.val = train, val
+        self.in_bf16 = execution.in_bf16(world.device)
         self.share = world.share(training.batch_size, "batch_size")
         each = self.share.stop - self.share.start
         self.micro_batch = min(each, execution.micro_batch or each)
@@ -186,10 +188,9 @@ class Trainer:
             yield
 
     def _precision(self) -> torch.autocast:
-        kind = self.world.device.type
-        able = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         # No weight is used twice in a pass, so a copy of it need not wait for that.
-        return torch.autocast(kind, torch.bfloat16, enabled=able, cache_enabled=False)
+        kind = self.world.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.in_bf16, cache_enabled=False)
 
     def _batch(self, step: int) -> tuple[np.ndarray, Tensor, Tensor]:
         """The pictures of a batch, which are the same for any number of processes, and codes and

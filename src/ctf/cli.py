@@ -601,7 +601,7 @@ def clusters_fit(
     /,
     *,
     count: int = 512,
-    method: Literal["kmeans", "identity", "random"] = "kmeans",
+    method: Literal["kmeans", "identity", "random", "average", "balanced"] = "kmeans",
     seed: int = 0,
     out: Path | None = None,
     dry_run: bool = False,
@@ -613,7 +613,8 @@ def clusters_fit(
     Args:
         run: folder of the run
         count: number of clusters
-        method: kmeans; identity, the full-vocabulary baseline; random, the paper's control
+        method: kmeans; average, average linkage as MASC has it; balanced, clusters of equal sizes
+            as IAR has it; identity, the full-vocabulary baseline; random, the paper's control
         seed: of the restarts
         out: another run for them, with the tokenizer and the tokens of this one; needed where
             this one has clusters already, as a converted pipeline has

@@ -310,6 +310,7 @@ def make_trainer(
     train, val = (Tokens(run / "tokens", split, name) for split in ("train", "val"))
     grid = round(train.manifest.length**0.5)
     classes = len(train.manifest.class_names)
+    taught: training.Objective | None = None  # where it is not what the model is evaluated by
     if kind == "coarse":
         t = recipe.coarse_training
         torch.manual_seed(t.seed)
@@ -325,12 +326,23 @@ def make_trainer(
             )
         model: training.Model = CoarseModel(shape, parts.count)
         objective = training.coarse_objective(parts)
+        if (weight := recipe.group_loss.weight) > 0:
+            if parts.largest > 1:
+                raise UserError(
+                    "group_loss: is for the full-vocabulary baseline, where each code is a cluster "
+                    "of its own"
+                )
+            codebook_VC = tokenizer_training.load(run / "tokenizer").codebook()
+            groups = clusters.fit(codebook_VC, recipe.group_loss.clusters)
+            taught = training.grouped_objective(groups, weight)
     else:
         t = recipe.fine_training
         torch.manual_seed(t.seed)
         model = FineModel(recipe.fine.config(grid, classes), parts, recipe.fine_softmax)
         objective = training.fine_objective(parts)
-    return training.Trainer(model, objective, train, val, t, world)
+        if recipe.fine_corruption > 0:
+            taught = training.corrupted_objective(parts, recipe.fine_corruption)
+    return training.Trainer(model, objective, train, val, t, world, taught)
 
 
 def train_model(
@@ -359,6 +371,10 @@ def train_model(
     }
     if isinstance(trainer.model, FineModel):
         stored["softmax"] = trainer.model.softmax
+        if recipe.fine_corruption > 0:
+            stored["corruption"] = recipe.fine_corruption
+    elif recipe.group_loss.weight > 0:
+        stored["group_loss"] = config.to_json(recipe.group_loss)
     if source is not None:
         stored["warm_start"] = source.hash
     loop.claim(folder, stored, world)

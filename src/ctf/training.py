@@ -79,6 +79,53 @@ def fine_objective(clusters: Clusters) -> Objective:
     return losses
 
 
+def grouped_objective(groups: Clusters, weight: float) -> Objective:
+    """What a full-vocabulary model learns with the cluster loss of IAR (arXiv 2501.00880).
+
+    To the cross-entropy of each code comes `weight` times that of its group, whose probability is
+    the sum of its members'.
+    """
+    labels_V, members_KS = groups.labels_V, groups.members_KS
+
+    def losses(model: nn.Module, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
+        logs_TV = model(codes_BL, classes_B).flatten(0, 1).log_softmax(-1)
+        own_T = logs_TV.gather(1, codes_BL.view(-1, 1))[:, 0]
+        # Only the group of the right code is asked for: the sum over its members.
+        device = codes_BL.device
+        members_TS = members_KS.to(device)[labels_V.to(device)[codes_BL.flatten()]]
+        logs_TS = logs_TV.gather(1, members_TS.clamp(min=0))
+        group_T = logs_TS.masked_fill(members_TS < 0, -torch.inf).logsumexp(-1)
+        return -(own_T + weight * group_T).view_as(codes_BL)
+
+    return losses
+
+
+def corrupted_objective(clusters: Clusters, share: float) -> Objective:
+    """What a fine model learns that is to bear mistakes of the coarse one.
+
+    Each label is, with probability `share`, that of another token of the batch. Such a token has no
+    right answer among the members of its wrong cluster: nothing is asked of it there. With softmax
+    "full" it has, and it is asked.
+    """
+    labels_V = clusters.labels_V
+
+    def losses(model: nn.Module, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
+        labels_BL = labels_V.to(codes_BL.device)[codes_BL]
+        fine = model.module if isinstance(model, DistributedDataParallel) else model
+        assert isinstance(fine, FineModel)
+        # From torch's global generator, which is set for each step.
+        wrong_BL = torch.rand(labels_BL.shape, device=labels_BL.device) < share
+        order_T = torch.randperm(labels_BL.numel(), device=labels_BL.device)
+        others_BL = labels_BL.flatten()[order_T].view_as(labels_BL)
+        logits_BLS = model(torch.where(wrong_BL, others_BL, labels_BL), classes_B)
+        if fine.softmax == "full":
+            return _cross_entropy(logits_BLS, codes_BL)
+        choices_BL = fine.choices(codes_BL).masked_fill(wrong_BL, 0)  # any cluster has a first one
+        return _cross_entropy(logits_BLS, choices_BL).masked_fill(wrong_BL, 0)
+
+    return losses
+
+
 def _cross_entropy(logits_BLK: Tensor, targets_BL: Tensor) -> Tensor:
     losses_T = F.cross_entropy(logits_BLK.flatten(0, 1), targets_BL.flatten(), reduction="none")
     return losses_T.view_as(targets_BL)
@@ -87,6 +134,7 @@ def _cross_entropy(logits_BLK: Tensor, targets_BL: Tensor) -> Tensor:
 class Trainer:
     """A model, its moving average and its optimiser: a `loop.Trainable`.
 
+    `taught` is what it learns, where that is not the `objective` that it is evaluated by.
     Every process of the world trains on its share of each batch and ends with the same weights.
     GPUs compute in bfloat16 where they can, with weights and optimiser in single precision.
 
@@ -102,8 +150,10 @@ class Trainer:
         val: Tokens,
         training: TrainingConfig,
         world: World,
+        taught: Objective | None = None,
     ) -> None:
         self.model, self.objective, self.training, self.world = model, objective, training, world
+        self.taught = taught or objective
         self.train, self.val = train, val
         self.share = world.share(training.batch_size, "batch_size")
         model.to(world.device).train()
@@ -130,7 +180,7 @@ class Trainer:
         codes_BL, classes_B = self._batch(step)
         loop.seed_dropout(t.seed, 4, step, *([self.world.rank] if self.world.rank else []))
         with self._precision():
-            loss = self.objective(self.shared, codes_BL, classes_B).mean()
+            loss = self.taught(self.shared, codes_BL, classes_B).mean()
         norm = loop.update(self.optimizer, loss, rate, t.clip, step, "loss")
         loop.update_ema(self.ema, self.model, t.ema, step)
         mean = self.world.sum(loss.detach()) / self.world.size

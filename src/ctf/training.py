@@ -153,7 +153,7 @@ class Trainer:
         taught: Objective | None = None,
     ) -> None:
         self.model, self.objective, self.training, self.world = model, objective, training, world
-        self.taught = taught or objective
+        self.taught = taught
         self.train, self.val = train, val
         self.share = world.share(training.batch_size, "batch_size")
         model.to(world.device).train()
@@ -180,7 +180,8 @@ class Trainer:
         codes_BL, classes_B = self._batch(step)
         loop.seed_dropout(t.seed, 4, step, *([self.world.rank] if self.world.rank else []))
         with self._precision():
-            loss = self.taught(self.shared, codes_BL, classes_B).mean()
+            taught = self.taught or self.objective
+            loss = taught(self.shared, codes_BL, classes_B).mean()
         norm = loop.update(self.optimizer, loss, rate, t.clip, step, "loss")
         loop.update_ema(self.ema, self.model, t.ema, step)
         mean = self.world.sum(loss.detach()) / self.world.size

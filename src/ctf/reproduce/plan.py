@@ -28,8 +28,8 @@ class Plan:
 
     source: of the pictures; V is `codebooks`, of which the last has all of `seeds`, the others the
         first. counts: K for each V, and for the last V those of Table 3a.
-    backbone: of the baseline and of the coarse model; the fine model's shapes are those of Table
-        3b, from the smallest on, and `fine` is the usual one.
+    backbone: of the coarse model. baselines: of the full-vocabulary model for each V.
+    fine, other_fines: of the fine model, the usual one and the others of Table 3b.
     samples: of each score of Table 1. samples_of_lines: of each one of Table 3 and Fig. 2.
     search_samples, search_points, search_reference: see `SearchJob`.
     lengths: shares of the training that Fig. 2 looks at.
@@ -44,6 +44,7 @@ class Plan:
     tokenizer: TokenizerShape
     tokenizer_training: TokenizerTraining
     backbone: TransformerShape
+    baselines: tuple[TransformerShape, ...]
     fine: TransformerShape
     other_fines: tuple[TransformerShape, ...]
     training: TrainingConfig
@@ -75,9 +76,11 @@ FULL = Plan(
     seeds=(0, 1, 2),
     tokenizer=TokenizerShape(largest_grid=16),
     tokenizer_training=TokenizerTraining(steps=3200, batch_size=32, perceptual_weight=0.2),
-    # Together a coarse and a fine model have fewer parameters than the baseline, and take fewer
-    # FLOPs: 6.3 against 7.3 M at V = 16384, and 45 against 58 GFLOP a step.
+    # At V = 16384 the baseline has the coarse model's transformer, and more parameters than coarse
+    # and fine model together, 7.3 against 6.3 M, and takes more FLOPs. With smaller codebooks it
+    # needs more layers for that.
     backbone=TransformerShape(width=160, layers=6, heads=5),
+    baselines=tuple(TransformerShape(width=160, layers=n, heads=5) for n in (10, 9, 6)),
     fine=TransformerShape(width=160, layers=4, heads=5),
     other_fines=(
         TransformerShape(width=96, layers=2, heads=3),
@@ -104,6 +107,7 @@ BUDGETS = {
         FULL,
         codebooks=(1024, 16384),
         counts=(128, 512),
+        baselines=(FULL.baselines[0], FULL.baselines[2]),
         other_counts=(128,),
         seeds=(0,),
         tokenizer_training=dataclasses.replace(FULL.tokenizer_training, steps=800),
@@ -155,7 +159,8 @@ def baseline(
     training, more = _training(plan.training, seed, share)
     loss = GroupLoss(weight=group_loss)
     name = f"baseline-{codes}-s{seed}{more}" + ("-iar" if group_loss else "")
-    return [*before, Cell(name, CoarseJob(before[-1].name, plan.backbone, training, loss))]
+    shape = plan.baselines[plan.codebooks.index(codes)]
+    return [*before, Cell(name, CoarseJob(before[-1].name, shape, training, loss))]
 
 
 def coarse(

@@ -173,13 +173,12 @@ def test_hashes(tmp_path: Path) -> None:
 
 
 def test_the_newest_states_are_kept(tmp_path: Path) -> None:
-    assert checkpoint.load_latest_state(tmp_path) is None
+    assert checkpoint.latest_state(tmp_path) == 0
     for step in (9, 20, 100):
         checkpoint.save_state(tmp_path, step, {"x": torch.tensor(step)})
     assert names(tmp_path) == ["step-00000020.safetensors", "step-00000100.safetensors"]
-    latest = checkpoint.load_latest_state(tmp_path)
-    assert latest is not None
-    assert (latest[0], int(latest[1]["x"])) == (100, 100)
+    assert checkpoint.latest_state(tmp_path) == 100
+    assert int(checkpoint.load_state(tmp_path, 100)["x"]) == 100
 
 
 def test_a_damaged_state_is_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,11 +186,10 @@ def test_a_damaged_state_is_dropped(tmp_path: Path, capsys: pytest.CaptureFixtur
         checkpoint.save_state(tmp_path, step, {"x": torch.tensor(step)})
     newest = tmp_path / "step-00000040.safetensors"
     newest.write_bytes(newest.read_bytes()[:50])
-    latest = checkpoint.load_latest_state(tmp_path)
-    assert latest is not None and latest[0] == 20
+    assert checkpoint.latest_state(tmp_path) == 20
     assert "going on from the state before it" in capsys.readouterr().out
     (tmp_path / "step-00000020.safetensors").write_bytes(b"")
-    assert checkpoint.load_latest_state(tmp_path) is None
+    assert checkpoint.latest_state(tmp_path) == 0
 
 
 # --- what a kill leaves ---------------------------------------------------------------------------

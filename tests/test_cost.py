@@ -241,7 +241,7 @@ def test_fit_says_the_same(splits: images.Splits) -> None:
     from ctf import fit
 
     recipe = preset("tiny")
-    setting = cost.Setting(32, len(splits.train), 3)
+    setting = cost.Setting(32, len(splits.train), 3, devices=1)
     assert fit.describe(splits, recipe, None).endswith(cost.describe(recipe, setting))
     with pytest.raises(UserError, match="image_size: got 0"):
         cost.Setting(0)

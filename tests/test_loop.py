@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from ctf import checkpoint, loop
 from ctf.errors import UserError
 
+PICTURES = np.arange(20, 32)
+
 
 class Killed(Exception):
     """Stands for a SIGKILL: nothing is caught on its way out."""
@@ -42,7 +44,9 @@ class Line(nn.Module):
         x = torch.from_numpy(loop.generator(7, step).normal(size=(4, 3))).float()
         loop.seed_dropout(7, 1, step)
         loss = (nn.functional.dropout(self.line(x)) - x.sum(1, keepdim=True)).square().mean()
-        norm = loop.update(self.optimizer, loss, 0.1, 1.0, step, "loss")
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = loop.update(self.optimizer, loss.detach(), 0.1, 1.0, step, "loss", PICTURES)
         return {"loss": loss.detach(), "norm": norm, "number": float(step)}
 
     def evaluate(self) -> Mapping[str, float]:
@@ -172,7 +176,7 @@ def test_what_is_counted_is_logged_per_second(
 def test_states_are_saved_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "SAVE_SECONDS", 3600.0)
     saved = []
-    monkeypatch.setattr(checkpoint, "save_state", lambda folder, step, tensors: saved.append(step))
+    monkeypatch.setattr(checkpoint, "save_state", lambda folder, step, *_: saved.append(step))
     loop.run(Line(), tmp_path, 70, evaluate_every=20)
     assert saved == [70]
 
@@ -320,7 +324,9 @@ def test_frozen_weights_are_not_the_optimisers() -> None:
 def test_long_gradients_are_clipped(scale: float, expected: float) -> None:
     x = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([x], lr=123.0)
-    norm = loop.update(optimizer, scale * (3 * x[0] + 4 * x[1]), 0.5, 1.0, 0, "loss")
+    loss = scale * (3 * x[0] + 4 * x[1])
+    loss.backward()
+    norm = loop.update(optimizer, loss.detach(), 0.5, 1.0, 0, "loss", PICTURES)
     assert float(norm) == pytest.approx(5 * scale)  # before clipping
     # By the given rate, along (3, 4) / 5, of the length that is left.
     assert x.tolist() == pytest.approx([-0.5 * expected * 0.6, -0.5 * expected * 0.8])
@@ -336,11 +342,16 @@ def exploding(x: Tensor) -> Iterator[tuple[str, Tensor]]:
 def test_it_stops_before_what_is_not_finite(case: int) -> None:
     x = nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = torch.optim.AdamW([x], lr=0.1)
-    loop.update(optimizer, x.square().sum(), 0.1, 1.0, 0, "loss")
+    first = x.square().sum()
+    first.backward()
+    loop.update(optimizer, first.detach(), 0.1, 1.0, 0, "loss", PICTURES)
     before = x.detach().clone(), {k: v.clone() for k, v in optimizer.state[x].items()}
     message, loss = list(exploding(x))[case]
-    with pytest.raises(UserError, match=f"step 17: {message}.*\n.*learning rate"):
-        loop.update(optimizer, loss, 0.1, 1.0, 17, "loss")
+    optimizer.zero_grad()
+    loss.backward()
+    named = r"on a batch of 12, the pictures 20, 21, 22, 23, 24, 25, 26, 27, \.\.\.; stopped"
+    with pytest.raises(UserError, match=f"step 17: {message}.*{named}.*\n.*learning rate"):
+        loop.update(optimizer, loss.detach(), 0.1, 1.0, 17, "loss", PICTURES)
     assert torch.equal(x, before[0])
     for name, value in before[1].items():
         assert torch.equal(optimizer.state[x][name], value)
@@ -372,9 +383,10 @@ def test_optimiser_state_and_back(tmp_path: Path) -> None:
     def train(module: nn.Module, optimizer: torch.optim.AdamW, steps: range) -> None:
         for step in steps:
             torch.manual_seed(step)
-            loop.update(
-                optimizer, module(torch.randn(2, 3, 5, 5)).square().mean(), 0.1, 1.0, step, "loss"
-            )
+            optimizer.zero_grad()
+            loss = module(torch.randn(2, 3, 5, 5)).square().mean()
+            loss.backward()
+            loop.update(optimizer, loss.detach(), 0.1, 1.0, step, "loss", PICTURES)
 
     module, optimizer = make()
     train(module, optimizer, range(3))

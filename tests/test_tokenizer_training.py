@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ctf import loop, metrics, tokenizer_training
+from ctf.distributed import ALONE
 from ctf.errors import UserError
 from ctf.images import PLAIN, ImageSet, Splits, View, as_tensor
 from ctf.tokenizer import TokenizerConfig
@@ -26,7 +27,6 @@ from ctf.tokenizer_training import (
     train,
 )
 
-CPU = torch.device("cpu")
 SIZE = 32
 MODEL = TokenizerConfig(
     image_size=SIZE, codebook_size=48, channels=8, multipliers=(1, 1, 2), blocks=1,
@@ -70,7 +70,7 @@ IMAGES = Splits(Stripes(30, seed=0), Stripes(70, seed=1))
 
 
 def trainer(training: TokenizerTraining = TRAINING, **changes: Any) -> TokenizerTrainer:
-    return TokenizerTrainer(MODEL, dataclasses.replace(training, **changes), IMAGES, CPU)
+    return TokenizerTrainer(MODEL, dataclasses.replace(training, **changes), IMAGES, ALONE)
 
 
 def watch(obj: Any, name: str) -> list[tuple[Tensor, Tensor]]:
@@ -233,7 +233,7 @@ def test_dead_codes_become_vectors_of_the_batch() -> None:
 def test_more_dead_codes_than_vectors() -> None:
     t = trainer(revive_every=1, batch_size=1)
     small = dataclasses.replace(MODEL, codebook_size=300)
-    t = TokenizerTrainer(small, t.training, IMAGES, CPU)
+    t = TokenizerTrainer(small, t.training, IMAGES, ALONE)
     t.usage_V.zero_()
     assert float(t.step(0)["revived"]) <= 64  # as many vectors as one picture has
 
@@ -275,7 +275,7 @@ def test_resumed_equals_uninterrupted(
     monkeypatch.setattr(loop, "SAVE_SECONDS", -1.0)
     monkeypatch.setattr(loop, "LOG_EVERY", 2)
     training = dataclasses.replace(TRAINING, **{"steps": 14, **OPTIONS[option]})
-    train(MODEL, training, IMAGES, tmp_path / "whole", CPU)
+    train(MODEL, training, IMAGES, tmp_path / "whole")
 
     def kill(done: int, steps: int, _: object) -> None:
         if done in (4, 6):
@@ -283,8 +283,8 @@ def test_resumed_equals_uninterrupted(
 
     for _ in range(2):  # the second time just after it has gone on from its state
         with pytest.raises(Killed):
-            train(MODEL, training, IMAGES, tmp_path / "killed", CPU, kill)
-    train(MODEL, training, IMAGES, tmp_path / "killed", CPU)
+            train(MODEL, training, IMAGES, tmp_path / "killed", ALONE, kill)
+    train(MODEL, training, IMAGES, tmp_path / "killed")
     whole, killed = (tmp_path / name / "model.safetensors" for name in ("whole", "killed"))
     assert whole.read_bytes() == killed.read_bytes()
 
@@ -333,18 +333,18 @@ def test_the_discriminator_judges_patches_alike_in_any_batch() -> None:
 
 def test_done_and_refused(tmp_path: Path) -> None:
     training = dataclasses.replace(TRAINING, steps=2)
-    train(MODEL, training, IMAGES, tmp_path, CPU)
+    train(MODEL, training, IMAGES, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert before.keys() == {"config.json", "metrics.jsonl", "model.safetensors"}
-    train(MODEL, training, IMAGES, tmp_path, CPU, lambda *_: pytest.fail("it was trained again"))
+    train(MODEL, training, IMAGES, tmp_path, ALONE, lambda *_: pytest.fail("it was trained again"))
     for model, images in (
         (dataclasses.replace(MODEL, codebook_size=64), IMAGES),
         (MODEL, Splits(IMAGES.val, IMAGES.train)),
     ):
         with pytest.raises(UserError, match="made by another configuration"):
-            train(model, training, images, tmp_path, CPU)
+            train(model, training, images, tmp_path)
     with pytest.raises(UserError, match=r"training\.steps was 2, now 3"):
-        train(MODEL, dataclasses.replace(TRAINING, steps=3), IMAGES, tmp_path, CPU)
+        train(MODEL, dataclasses.replace(TRAINING, steps=3), IMAGES, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -373,7 +373,7 @@ def test_evaluation_by_hand() -> None:
 
 
 def test_loaded_is_what_was_trained(tmp_path: Path) -> None:
-    trained = train(MODEL, dataclasses.replace(TRAINING, steps=2), IMAGES, tmp_path, CPU)
+    trained = train(MODEL, dataclasses.replace(TRAINING, steps=2), IMAGES, tmp_path)
     loaded = tokenizer_training.load(tmp_path)
     assert loaded.config == MODEL
     assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.training
@@ -410,7 +410,7 @@ def test_codes_are_placed_where_the_vectors_are() -> None:
     assert torch.equal(t.model.embedding.weight, before)
     t.step(9)
     with torch.no_grad():
-        batches = [t.model.encode_vectors(t._batch(i)) for i in range(4)]
+        batches = [t.model.encode_vectors(t._batch(i)[1]) for i in range(4)]
         vectors_NC = torch.cat(batches).flatten(0, 1)
         nearest_V = (t.model.codebook() @ vectors_NC.T).max(1).values
     torch.testing.assert_close(nearest_V, torch.ones_like(nearest_V))

@@ -13,6 +13,8 @@ import json
 import os
 import pickle
 import re
+import shutil
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +24,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from ctf.distributed import ALONE, World, laid_out
 from ctf.errors import UserError
 
 METADATA = "ctf"  # the entry of a safetensors file's metadata that holds ours, as JSON
@@ -203,7 +207,8 @@ def load_pt(path: Path, classes: Sequence[type] = ()) -> Any:
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
     """Copies `tensors` into `module`; names and shapes must match exactly.
 
-    A module on the meta device, which has no memory yet, takes the tensors themselves.
+    A module on the meta device, which has no memory yet, takes the tensors themselves. One that is
+    cut into parts among processes takes its part of each.
 
     Raises:
         UserError: names the first tensor that is missing, unknown, or of another shape.
@@ -221,7 +226,8 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str | P
                 f"expected {tuple(own[name].shape)}"
             )
     empty = any(tensor.is_meta for tensor in own.values())
-    module.load_state_dict(dict(tensors), assign=empty)
+    parts = {name: laid_out(value, own[name]) for name, value in tensors.items()}
+    module.load_state_dict(parts, assign=empty)
 
 
 def hash_file(path: Path) -> str:
@@ -235,37 +241,136 @@ def hash_json(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+# --- The state of a training ----------------------------------------------------------------------
+
 STATES_KEPT = 2  # if the newest turns out to be damaged, there is one before it
 
 
-def save_state(folder: Path, step: int, tensors: Mapping[str, Tensor]) -> None:
-    """Stores everything a training needs to go on after `step` steps; drops all but the newest."""
-    save_tensors(_state_file(folder, step), tensors)
-    for old in sorted(folder.glob("step-*.safetensors"))[:-STATES_KEPT]:
-        old.unlink()
+def save_state(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], world: World = ALONE
+) -> None:
+    """Stores everything a training needs to go on after `step` steps; drops all but the newest.
+
+    A state is a file. Where tensors are cut into parts among processes, it is a folder, in which
+    each process writes a file with its parts. All processes must call this.
+
+    Raises:
+        UserError: it cannot be written; in all processes.
+    """
+    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        _save_parts(folder / f"step-{step:08d}", tensors, world)
+    else:
+        path = folder / f"step-{step:08d}.safetensors"
+        world.first(lambda: save_tensors(path, tensors))
+    if world.main:
+        for old in _states(folder)[STATES_KEPT:]:
+            _remove(old)
 
 
-def _state_file(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}.safetensors"
+def _save_parts(path: Path, tensors: Mapping[str, Tensor], world: World) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException  # takes a second to import
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    temporary = path.with_name(f".{path.name}.{world.told(os.getpid())}.tmp")
+
+    def begin() -> None:
+        with writing(path):
+            for left_over in path.parent.glob(".step-*.tmp"):
+                _remove(left_over)
+            temporary.mkdir(parents=True)
+
+    def end() -> None:
+        with writing(path):
+            _sync_folder(temporary)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+
+    world.first(begin)
+    try:
+        # As safetensors: torch's own format would need a pickle.
+        writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        save(dict(tensors), storage_writer=writer)
+    except CheckpointException as error:  # all processes know who failed, and how
+        if world.main:
+            _remove(temporary)
+        for cause, _ in error.failures.values():
+            if isinstance(cause, OSError | SafetensorError):
+                raise world.error(str(_write_error(path, cause))) from error
+        raise
+    world.first(end)
 
 
-def load_state(folder: Path, step: int) -> dict[str, Tensor]:
-    """The state after that many steps. Raises UserError where it cannot be read."""
-    return load_tensors(_state_file(folder, step))[0]
+def load_state(
+    folder: Path, step: int, like: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The state after that many steps, in whole tensors.
+
+    Args:
+        like: tensors of the same names that are cut into parts among processes; what is read of
+            these are the parts of this process, if the state was stored in parts.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not (path := folder / f"step-{step:08d}").is_dir():
+        return load_tensors(path.with_suffix(".safetensors"))[0]
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    parts = {k: v for k, v in (like or {}).items() if isinstance(v, DTensor)}
+    try:
+        reader = HuggingFaceStorageReader(str(path))
+        tensors: dict[str, Any] = {}
+        for name, stored in reader.read_metadata().state_dict_metadata.items():
+            assert isinstance(stored, TensorStorageMetadata)
+            empty = torch.empty(stored.size, dtype=stored.properties.dtype)
+            tensors[name] = torch.empty_like(parts[name]) if name in parts else empty
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is ")  # each process for itself
+            load(tensors, storage_reader=reader, no_dist=not parts)
+    except (CheckpointException, SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error})") from None
+    return tensors
 
 
-def has_state(folder: Path) -> bool:
-    return any(folder.glob("step-*.safetensors"))
-
-
-def load_latest_state(folder: Path) -> tuple[int, dict[str, Tensor]] | None:
-    """The newest state that can be read, as (step, tensors); None where there is none."""
-    for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
+def latest_state(folder: Path) -> int:
+    """The steps that the newest whole state is after, 0 where there is none; drops damaged ones."""
+    for path in _states(folder):
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         try:
-            tensors, _ = load_tensors(path)
+            if not files:
+                raise UserError(f"{path}: empty")
+            for file in files:
+                _check_whole(file)
         except UserError as error:
-            print(f"{error}\ngoing on from the state before it")
-            path.unlink()
+            print(f"{error}\ngoing on from the state before it", flush=True)
+            _remove(path)
             continue
-        return int(path.stem.removeprefix("step-")), tensors
-    return None
+        return int(path.stem.removeprefix("step-"))
+    return 0
+
+
+def _check_whole(path: Path) -> None:
+    """Raises UserError where a safetensors file is not as long as it says, or is something else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: truncated or not a safetensors file ({error})") from None
+
+
+def _states(folder: Path) -> list[Path]:
+    """The newest first."""
+    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+(\.safetensors)?", p.name)]
+    return sorted(found, key=lambda path: path.stem, reverse=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -174,7 +174,11 @@ class ClassifierTrainer:
         rate = loop.learning_rate(
             step, c.steps, c.learning_rate, c.warm_up, "cosine", c.final_learning_rate
         )
-        norm = loop.update(self.optimizer, loss, rate, c.clip, step, "classifier's loss")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = loop.update(
+            self.optimizer, loss.detach(), rate, c.clip, step, "classifier's loss", indices
+        )
         right_B = logits_BK.detach().argmax(1) == classes_B
         return {
             "loss": loss.detach(),

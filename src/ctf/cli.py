@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 from rich.console import Console
 
-from ctf.errors import UserError
+from ctf.errors import Stopped, UserError
 
 app = tyro.extras.SubcommandApp()
 groups = {
@@ -108,6 +108,9 @@ def fit(
     background: str = "white",
     skip_bad: bool = False,
     set: tuple[str, ...] = (),
+    micro_batch: int | None = None,
+    checkpoint_activations: bool = False,
+    compile: bool = False,
     device: Device = "auto",
     dry_run: bool = False,
 ) -> None:
@@ -127,6 +130,9 @@ def fit(
         background: colour behind transparent pictures, a name or #rrggbb
         skip_bad: leave pictures out that cannot be used
         set: values of the recipe to replace, e.g. coarse.width=256 clusters.count=128
+        micro_batch: pictures that a transformer takes at a time; the batch stays the recipe's
+        checkpoint_activations: keep less for the backward pass, and compute it again
+        compile: let torch.compile fuse what can be fused
         device: where to compute; auto takes a GPU if there is one
         dry_run: say what would be done, and write nothing
     """
@@ -139,10 +145,13 @@ def fit(
     place = _device(device)
     pictures = _open(images, image_size, background, skip_bad, preset)
     recipe = fitting.resolve(preset, pictures, steps=steps, views=views, overrides=set)
+    how = _execution(place, micro_batch, checkpoint_activations, compile=compile)
     if dry_run:
-        console.print(fitting.describe(pictures, recipe, minutes), soft_wrap=True)
+        console.print(fitting.describe(pictures, recipe, minutes, execution=how), soft_wrap=True)
         return
-    fitting.fit(pictures, out, recipe, minutes=minutes, device=place, progress=_progress)
+    fitting.fit(
+        pictures, out, recipe, minutes=minutes, device=place, progress=_progress, execution=how
+    )
     console.print(f"{out}: done; ctf sample {out} draws from it", soft_wrap=True)
 
 
@@ -158,6 +167,7 @@ def cost(
     devices: int = 8,
     utilisation: float | None = None,
     steps: int | None = None,
+    micro_batch: int | None = None,
     set: tuple[str, ...] = (),
 ) -> None:
     """Calculates what a recipe costs: FLOPs, hours on A100 and H100, memory; needs no pictures.
@@ -173,10 +183,12 @@ def cost(
         devices: how many compute
         utilisation: share of their peak that they reach; by default an assumed 0.3
         steps: steps of every trained stage, instead of the preset's
+        micro_batch: pictures that a device takes at a time; by default its whole share of a batch
         set: values of the recipe to replace, e.g. coarse_training.batch_size=1024
     """
     from ctf import cost as calculation
     from ctf import fit as fitting
+    from ctf.loop import Execution
     from ctf.presets import SIZES
     from ctf.presets import preset as preset_named
 
@@ -188,6 +200,7 @@ def cost(
     setting = calculation.Setting(
         recipe.image_size if image_size is None else image_size,
         devices=devices,
+        execution=Execution(micro_batch),
         **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
     console.print(calculation.describe(recipe, setting), soft_wrap=True)
@@ -464,17 +477,18 @@ def tokenizer_train(
         device: where to compute; auto takes a GPU if there is one
         dry_run: say what would be done, and write nothing
     """
+    from ctf import distributed
     from ctf import fit as fitting
 
-    place = _device(device)
-    pictures = _open(images, image_size, background, skip_bad, preset)
-    recipe = fitting.resolve(preset, pictures, steps=steps, overrides=set)
-    if dry_run:
-        console.print(fitting.describe(pictures, recipe, None), soft_wrap=True)
-        return
-    with _progress("tokenizer") as report:
-        fitting.train_tokenizer(out, pictures, recipe, place, report)
-    console.print(f"{out / 'tokenizer'}: done", soft_wrap=True)
+    with distributed.joined(_device(device)) as world:
+        pictures = _open(images, image_size, background, skip_bad, preset, world)
+        recipe = fitting.resolve(preset, pictures, steps=steps, overrides=set)
+        if dry_run:
+            _say(world, fitting.describe(pictures, recipe, None, world.size))
+            return
+        with _progress("tokenizer", world) as report:
+            fitting.train_tokenizer(out, pictures, recipe, world, report)
+        _say(world, f"{out / 'tokenizer'}: done")
 
 
 @command("tokenizer evaluate")
@@ -561,14 +575,10 @@ def tokens_extract(
 
     with distributed.joined(_device(device)) as world:
         tokenizer = tokenizer_training.load(run / "tokenizer", world.device)
-        if not world.main:
-            world.barrier()  # until the first process knows the files, and so all do
-        pictures = _open(images, tokenizer.config.image_size, background, skip_bad)
-        if world.main:
-            world.barrier()
+        pictures = _open(images, tokenizer.config.image_size, background, skip_bad, world=world)
         recipe = fitting.resolve(preset, pictures, views=views, overrides=set)
         if dry_run:
-            _say(world, fitting.describe(pictures, recipe, None))
+            _say(world, fitting.describe(pictures, recipe, None, world.size))
             return
         with _progress("tokens", world) as report:
             fitting.extract_tokens(run, tokenizer, pictures, recipe, limit, report, world)
@@ -659,12 +669,13 @@ def _train(
     size: Size | None,
     steps: int | None,
     set: tuple[str, ...],
+    how: tuple[int | None, bool, bool, bool],
     device: Device,
     dry_run: bool,
     start: Path | None = None,
     baseline_of: Path | None = None,
 ) -> None:
-    from ctf import clusters, distributed
+    from ctf import clusters, distributed, tokenizer_training
     from ctf import fit as fitting
     from ctf.presets import SIZES
     from ctf.presets import preset as preset_named
@@ -675,19 +686,24 @@ def _train(
         recipe = dataclasses.replace(recipe, **{kind: SIZES[size]})  # type: ignore[arg-type]
     recipe = fitting.adjust(recipe, steps, set)
     with distributed.joined(_device(device)) as world:
-        if baseline_of is not None:
-            if world.main:
-                fitting.make_baseline(baseline_of, run)
-            world.barrier()
-        parts = clusters.load(run / "clusters" / clusters.FILE)
+        execution = _execution(world.device, *how, say=world.main)
         if dry_run:
+            if baseline_of is not None:
+                _say(world, f"would make {run} with the tokenizer and tokens of {baseline_of}")
+                run = baseline_of
+                codes = tokenizer_training.load(run / "tokenizer").config.codebook_size
+                parts = clusters.identity(codes)
+            else:
+                parts = clusters.load(run / "clusters" / clusters.FILE)
             source = None if start is None else open_source(start, fitting.tokenizer_hash(run))
-            trainer = fitting.make_trainer(run, kind, parts, recipe, world, source)
-            millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
-            _say(world, f"would train {millions:.1f} M parameters: {trainer.training}")
+            _say(world, fitting.describe_model(run, kind, parts, recipe, world, source, execution))
             return
+        if baseline_of is not None:
+            of = baseline_of
+            world.first(lambda: fitting.make_baseline(of, run))
+        parts = clusters.load(run / "clusters" / clusters.FILE)
         with _progress(kind, world) as report:
-            fitting.train_model(run, kind, parts, recipe, world, report, start)
+            fitting.train_model(run, kind, parts, recipe, world, report, start, execution)
         _say(world, f"{run / kind}: done")
 
 
@@ -701,6 +717,10 @@ def train_coarse(
     steps: int | None = None,
     warm_start: Path | None = None,
     set: tuple[str, ...] = (),
+    micro_batch: int | None = None,
+    checkpoint_activations: bool = False,
+    shard: bool = False,
+    compile: bool = False,
     device: Device = "auto",
     dry_run: bool = False,
 ) -> None:
@@ -716,10 +736,15 @@ def train_coarse(
         warm_start: folder of a full-vocabulary pipeline of the same tokenizer, a baseline or a
             converted LlamaGen, whose transformer it starts from; it has the size of that one then
         set: values of the recipe to replace, e.g. coarse.layers=8
+        micro_batch: pictures that a process takes at a time; the batch stays the recipe's
+        checkpoint_activations: keep less for the backward pass, and compute it again
+        shard: cut weights, gradients, moments and averages into parts, one for each process
+        compile: let torch.compile fuse what can be fused
         device: where to compute; auto takes a GPU if there is one
         dry_run: say what would be done, and write nothing
     """
-    _train("coarse", run, preset, size, steps, set, device, dry_run, warm_start)
+    how = (micro_batch, checkpoint_activations, shard, compile)
+    _train("coarse", run, preset, size, steps, set, how, device, dry_run, warm_start)
 
 
 @command("train fine")
@@ -731,6 +756,10 @@ def train_fine(
     size: Size | None = None,
     steps: int | None = None,
     set: tuple[str, ...] = (),
+    micro_batch: int | None = None,
+    checkpoint_activations: bool = False,
+    shard: bool = False,
+    compile: bool = False,
     device: Device = "auto",
     dry_run: bool = False,
 ) -> None:
@@ -744,10 +773,15 @@ def train_fine(
         size: of the transformer, as LlamaGen's and the paper's, instead of the preset's
         steps: instead of the preset's
         set: values of the recipe to replace, e.g. fine_softmax=full
+        micro_batch: pictures that a process takes at a time; the batch stays the recipe's
+        checkpoint_activations: keep less for the backward pass, and compute it again
+        shard: cut weights, gradients, moments and averages into parts, one for each process
+        compile: let torch.compile fuse what can be fused
         device: where to compute; auto takes a GPU if there is one
         dry_run: say what would be done, and write nothing
     """
-    _train("fine", run, preset, size, steps, set, device, dry_run)
+    how = (micro_batch, checkpoint_activations, shard, compile)
+    _train("fine", run, preset, size, steps, set, how, device, dry_run)
 
 
 @command("train baseline")
@@ -761,6 +795,10 @@ def train_baseline(
     steps: int | None = None,
     warm_start: Path | None = None,
     set: tuple[str, ...] = (),
+    micro_batch: int | None = None,
+    checkpoint_activations: bool = False,
+    shard: bool = False,
+    compile: bool = False,
     device: Device = "auto",
     dry_run: bool = False,
 ) -> None:
@@ -778,13 +816,15 @@ def train_baseline(
         steps: instead of the preset's
         warm_start: folder of a full-vocabulary pipeline of the same tokenizer to start from
         set: values of the recipe to replace, e.g. coarse.layers=8
+        micro_batch: pictures that a process takes at a time; the batch stays the recipe's
+        checkpoint_activations: keep less for the backward pass, and compute it again
+        shard: cut weights, gradients, moments and averages into parts, one for each process
+        compile: let torch.compile fuse what can be fused
         device: where to compute; auto takes a GPU if there is one
         dry_run: say what would be done, and write nothing
     """
-    if dry_run:
-        console.print(f"would make {out} with the tokenizer and tokens of {run}, and train on it")
-        return
-    _train("coarse", out, preset, size, steps, set, device, False, warm_start, baseline_of=run)
+    how = (micro_batch, checkpoint_activations, shard, compile)
+    _train("coarse", out, preset, size, steps, set, how, device, dry_run, warm_start, run)
 
 
 @command("runs show")
@@ -1135,19 +1175,48 @@ def _engines(text: str) -> Any:
     return engines
 
 
+def _execution(
+    device: Any,
+    micro_batch: int | None,
+    checkpoint_activations: bool,
+    shard: bool = False,
+    compile: bool = False,
+    say: bool = True,
+) -> Any:
+    from ctf import engine
+    from ctf.loop import Execution
+
+    if compile and not engine.available("compile", device):
+        compile = False
+        if say:
+            print("--compile: PyTorch finds no compiler here; going on without", file=sys.stderr)
+    return Execution(micro_batch, checkpoint_activations, shard, compile)
+
+
 def _open(
-    images: str, image_size: int | None, background: str, skip_bad: bool, preset: str | None = None
+    images: str,
+    image_size: int | None,
+    background: str,
+    skip_bad: bool,
+    preset: str | None = None,
+    world: Any = None,
 ) -> Any:
     from ctf.images import INCLUDED, open_images
     from ctf.presets import preset as preset_named
 
     if image_size is None and preset is not None and images not in INCLUDED:
         image_size = preset_named(preset).image_size
-    with _progress("pictures") as report:
-        pictures = open_images(
-            images, image_size, background=background, skip_bad=skip_bad, report=report
-        )
-    if pictures.skipped:
+
+    def opened() -> Any:
+        with _progress("pictures", world) as report:
+            return open_images(
+                images, image_size, background=background, skip_bad=skip_bad, report=report
+            )
+
+    if world is not None:
+        world.first(opened)  # what it finds out is kept, so that the others know it, too
+    pictures = opened()
+    if pictures.skipped and (world is None or world.main):
         names = ", ".join(f"{bad.name} ({bad.reason})" for bad in pictures.skipped)
         console.print(f"{len(pictures.skipped)} pictures left out: {names}", soft_wrap=True)
     return pictures
@@ -1198,7 +1267,10 @@ def _complaint(text: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, or 2 for a user's mistake."""
+    """Runs a command; returns its exit code: 0, or 2 for a user's mistake.
+
+    Where several processes say the same, only the first one's message is not empty.
+    """
     given = sys.argv[1:] if arguments is None else arguments
     said = io.StringIO()
     try:
@@ -1212,8 +1284,13 @@ def main(arguments: list[str] | None = None) -> int:
         return int(leaving.code or 0)
     try:
         run()
+    except Stopped as stopped:
+        if str(stopped):
+            console.print(stopped, soft_wrap=True)
+        return 0
     except UserError as error:
-        print(f"ctf: {error}", file=sys.stderr)
+        if str(error):
+            print(f"ctf: {error}", file=sys.stderr)
         return 2
     except PermissionError as error:
         print(f"ctf: {error.filename}: {error.strerror}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 With identity clusters (K = V) it is the full-vocabulary baseline, LlamaGen's own model.
 
-Shapes: B batch, L labels of an image, K clusters.
+Shapes: B batch, L labels of an image, K clusters, D width.
 """
 
 from __future__ import annotations
@@ -38,8 +38,13 @@ class CoarseModel(nn.Module):
             labels_BL: int64 in [0, K).
             classes_B: int64 in [0, classes], the last being `no_class`.
         """
-        logits_BLK: Tensor = self.head(self.trunk(labels_BL[:, :-1], classes_B, causal=True))
+        logits_BLK: Tensor = self.head(self.hidden(labels_BL, classes_B))
         return logits_BLK
+
+    def hidden(self, labels_BL: Tensor, classes_B: Tensor) -> Tensor:
+        """What the logits of `forward` are products of, with the head's rows: (B, L, D)."""
+        hidden_BLD: Tensor = self.trunk(labels_BL[:, :-1], classes_B, causal=True)
+        return hidden_BLD
 
     def step(
         self, inputs_BT: Tensor, start: int, cache: KVCache, images: slice = slice(None)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ctf.errors import UserError
 from ctf.images import VIEWS
+from ctf.loop import PLAINLY, Execution
+from ctf.losses import SLICE
 from ctf.presets import IMAGENET, Recipe
 from ctf.tokenizer import TokenizerConfig, VQModel
 from ctf.tokenizer_training import PatchDiscriminator, TokenizerTraining
@@ -48,6 +51,7 @@ class Setting:
     classes: int = IMAGENET.classes
     devices: int = 8
     utilisation: float = UTILISATION
+    execution: Execution = PLAINLY  # of the transformers; it changes their memory
 
     def __post_init__(self) -> None:
         for name in ("image_size", "pictures", "classes", "devices"):
@@ -59,7 +63,13 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one stage. Bytes are those of one device while it trains `micro_batch` images at once."""
+    """Of one stage. Bytes are those of one device while it trains `micro_batch` images at once.
+
+    Args:
+        memory: neither sharded nor with activation checkpointing.
+        sharded: what of it is of another size with --shard.
+        checkpointed: activations with --checkpoint-activations.
+    """
 
     name: str
     parameters: int
@@ -70,7 +80,16 @@ class Cost:
     micro_batch: int = 0
     memory: dict[str, int] = dataclasses.field(default_factory=dict)
     sharded: dict[str, int] = dataclasses.field(default_factory=dict)
-    checkpointed: int | None = None  # activations with activation checkpointing
+    checkpointed: int | None = None
+
+    def memory_of(self, execution: Execution) -> dict[str, int]:
+        """Bytes of a device, by what they are for, where the stage is computed like that."""
+        memory = dict(self.memory)
+        if execution.shard:
+            memory |= self.sharded
+        if execution.checkpoint_activations and self.checkpointed is not None:
+            memory["activations"] = self.checkpointed
+        return memory
 
     @property
     def flops(self) -> int:
@@ -135,22 +154,23 @@ def _transformer_cost(
     labels: int,
     head: int,
     outputs: int,
-    logits: int,
+    logits: Callable[[int], int],
 ) -> Cost:
     """Cost of training a transformer.
 
     Args:
         head: rows of the output layer.
         outputs: of them that a token is multiplied with.
-        logits: bytes of a token's logits and what is made of them until the backward pass.
+        logits: bytes of so many tokens' logits and of what is made of them.
     """
     parameters = count(lambda: transformer(config, labels, head))
     micro_batch = -(-training.batch_size // setting.devices)
+    micro_batch = min(micro_batch, setting.execution.micro_batch or micro_batch)
     weights = config.layers * block_weights(config)
     memory = {
         **_states(parameters, averaged=True),
         "bf16 copies": HALF * weights,
-        "logits": micro_batch * config.length * logits,
+        "logits": logits(micro_batch * config.length),
         "activations": micro_batch * activation_bytes(config, positions, checkpointing=False),
     }
     sharded = {key: -(-size // setting.devices) for key, size in memory.items() if key in _STATES}
@@ -168,7 +188,7 @@ def _transformer_cost(
         work=_work(training, setting),
         micro_batch=micro_batch,
         memory=memory,
-        sharded={**memory, **sharded},
+        sharded=sharded,
         checkpointed=micro_batch * activation_bytes(config, positions, checkpointing=True),
     )
 
@@ -283,30 +303,66 @@ def costs(recipe: Recipe, setting: Setting) -> Iterator[Cost]:
     codes = shape.codebook_size
     clusters = codes if recipe.clusters.method == "identity" else recipe.clusters.count
     coarse = recipe.coarse.config(shape.grid, setting.classes)
-    yield _transformer_cost(
-        "coarse", coarse, recipe.coarse_training, setting,
-        positions=coarse.length, labels=clusters, head=clusters, outputs=clusters,
-        logits=clusters * HALF,  # one copy, which becomes its own gradient
-    )  # fmt: skip
+    yield coarse_cost(coarse, recipe.coarse_training, setting, clusters)
     if clusters == codes:
         return  # nothing is left to choose
     fine = recipe.fine.config(shape.grid, setting.classes)
-    mean = codes if recipe.fine_softmax == "full" else math.ceil(codes / clusters)
     # How large the largest cluster is shows only when there are clusters: 4 times the mean here.
-    largest = codes if recipe.fine_softmax == "full" else min(codes, 4 * mean)
-    yield _transformer_cost(
-        "fine", fine, recipe.fine_training, setting,
-        positions=fine.length + 1, labels=clusters, head=codes, outputs=mean,
-        logits=largest * 4 * FLOAT,  # sorted by cluster and not, log-probabilities, gradient
+    largest = min(codes, 4 * math.ceil(codes / clusters))
+    yield fine_cost(
+        fine, recipe.fine_training, setting, clusters, codes, largest, recipe.fine_softmax
+    )
+
+
+def coarse_cost(
+    config: TransformerConfig, training: TrainingConfig, setting: Setting, clusters: int
+) -> Cost:
+    """The cost of the coarse model; with as many clusters as codes, of the baseline."""
+    return _transformer_cost(
+        "coarse", config, training, setting,
+        positions=config.length, labels=clusters, head=clusters, outputs=clusters,
+        logits=lambda tokens: _sliced(tokens, clusters),
     )  # fmt: skip
+
+
+def fine_cost(
+    config: TransformerConfig,
+    training: TrainingConfig,
+    setting: Setting,
+    clusters: int,
+    codes: int,
+    largest: int,
+    softmax: Literal["members", "full"],
+) -> Cost:
+    """The cost of the fine model; `largest` is how many members the largest cluster has."""
+    full = softmax == "full"
+
+    def logits(tokens: int) -> int:
+        # Of members: sorted by cluster and not, log-probabilities, gradient.
+        return _sliced(tokens, codes) if full else tokens * largest * 4 * FLOAT
+
+    return _transformer_cost(
+        "fine", config, training, setting,
+        positions=config.length + 1, labels=clusters, head=codes,
+        outputs=codes if full else math.ceil(codes / clusters), logits=logits,
+    )  # fmt: skip
+
+
+def _sliced(tokens: int, outputs: int) -> int:
+    """Bytes of `losses.cross_entropy`: a slice in single precision, its products, its gradient."""
+    return min(SLICE, tokens * outputs) * (FLOAT + 2 * HALF)
 
 
 def describe(recipe: Recipe, setting: Setting) -> str:
     """The cost of every stage in lines, with the sums that they come from."""
-    return "\n".join(line for cost in costs(recipe, setting) for line in _lines(cost, setting))
+    return "\n".join(line for cost in costs(recipe, setting) for line in lines(cost, setting))
 
 
-def _lines(cost: Cost, setting: Setting) -> Iterator[str]:
+OPTIONS = {"checkpoint_activations": "--checkpoint-activations", "shard": "--shard"}
+
+
+def lines(cost: Cost, setting: Setting) -> Iterator[str]:
+    """What a stage costs, in lines."""
     size = f"{cost.parameters / 1e6:.1f} M parameters, " if cost.parameters else ""
     yield f"{cost.name}: {size}{cost.work}"
     each = f"{cost.formula} = {_si(cost.flops_each)}FLOP an image"
@@ -316,15 +372,25 @@ def _lines(cost: Cost, setting: Setting) -> Iterator[str]:
         time = _time(cost.hours(peak, devices, utilisation))
         sum_ = f"{cost.flops:.2e} / ({devices} x {peak:.3g} x {utilisation:g})"
         yield f"  {devices} x {name}: {sum_} = {time}"
-    if cost.memory:
-        yield f"  memory at {cost.micro_batch} images a device: {_sum(cost.memory)}"
-    if cost.checkpointed is not None:
-        saved = cost.memory["activations"] - cost.checkpointed
-        less, whole = (sum(memory.values()) for memory in (cost.sharded, cost.memory))
-        yield (
-            f"    with --checkpoint-activations {_gigabytes(whole - saved)}, "
-            f"with --shard {_gigabytes(less)}, with both {_gigabytes(less - saved)}"
-        )
+    if not cost.memory:
+        return
+    chosen = setting.execution
+    used = [text for name, text in OPTIONS.items() if getattr(chosen, name) and cost.sharded]
+    said = "".join(f", {text}" for text in used)
+    yield (f"  memory at {cost.micro_batch} images a device{said}: {_sum(cost.memory_of(chosen))}")
+    if not cost.sharded:
+        return
+    less = {
+        text: sum(cost.memory_of(dataclasses.replace(chosen, **{name: True})).values())
+        for name, text in OPTIONS.items()
+        if text not in used
+    }
+    more = [f"with {text} {_gigabytes(size)}" for text, size in less.items()]
+    if len(more) == 2:
+        both = dataclasses.replace(chosen, checkpoint_activations=True, shard=True)
+        more.append(f"with both {_gigabytes(sum(cost.memory_of(both).values()))}")
+    if more:
+        yield f"    {', '.join(more)}"
 
 
 def _work(training: TokenizerTraining | TrainingConfig, setting: Setting) -> str:

@@ -1,6 +1,6 @@
 """One process for each device, started by torchrun; without it, a world of one process.
 
-    torchrun --nproc-per-node 8 -m ctf train coarse run
+    torchrun --nproc-per-node 8 -m -- ctf train coarse run
 
 Files are written by the first process alone; all of them read the same folders, so several
 machines need a file system that they share.
@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ctf.errors import UserError
 
@@ -49,6 +51,55 @@ class World:
             dist.all_reduce(value)
         return value
 
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over all processes, known to all."""
+        return self.sum(value) / self.size if self.size > 1 else value
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The parts of all processes, of one shape each, one after another along the first axis."""
+        if self.size == 1:
+            return part
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        dist.all_gather(parts, part.contiguous())
+        return torch.cat(parts)
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so in any process, known to all."""
+        if self.size == 1:
+            return here
+        return bool(self.sum(torch.tensor(int(here), device=self.device)))
+
+    def first(self, work: Callable[[], object]) -> None:
+        """Lets the first process do something, and the others wait for it.
+
+        Raises:
+            UserError: where the first process could not; in all of them.
+        """
+        failed: UserError | None = None
+        if self.main:
+            try:
+                work()
+            except UserError as error:
+                failed = error
+        if self.told(failed is not None):
+            raise failed or self.error("")
+
+    def error(self, message: str) -> UserError:
+        """A mistake that all processes have found: the first one speaks for them."""
+        return UserError(message if self.main else "")
+
+    def wrap(self, module: nn.Module, *, unused: bool = False) -> nn.Module:
+        """The module, such that a backward pass through it averages gradients over processes.
+
+        Args:
+            unused: some of its parameters may not be used in a pass.
+        """
+        if self.size == 1:
+            return module
+        return DistributedDataParallel(
+            module, gradient_as_bucket_view=True, find_unused_parameters=unused
+        )
+
     def told(self, number: int) -> int:
         """The number that the first process has, known to all."""
         if self.size == 1:
@@ -78,6 +129,18 @@ class World:
 
 
 ALONE = World()
+
+
+def laid_out(whole: Tensor, like: Tensor) -> Tensor:
+    """`whole`, cut into parts among processes where `like` is."""
+    if not isinstance(like, DTensor) or isinstance(whole, DTensor):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be cut into parts among processes; all of these must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager

@@ -68,13 +68,18 @@ class FineModel(nn.Module):
             labels_BL: int64 in [0, K).
             classes_B: int64 in [0, classes], the last being `no_class`.
         """
-        hidden_BLD = self.trunk(labels_BL, classes_B, causal=False)[:, 1:]
+        hidden_BLD = self.hidden(labels_BL, classes_B)
         if self.softmax == "full":
             return F.linear(hidden_BLD, self.head.weight[self.rows_V])
         logits_TS = members_logits(
             hidden_BLD.flatten(0, 1), self.head.weight, labels_BL.flatten(), self.sizes
         )
         return logits_TS.view(*labels_BL.shape, -1)
+
+    def hidden(self, labels_BL: Tensor, classes_B: Tensor) -> Tensor:
+        """What the logits of `forward` are products of, with the head's rows: (B, L, D)."""
+        hidden_BLD: Tensor = self.trunk(labels_BL, classes_B, causal=False)[:, 1:]
+        return hidden_BLD
 
     def choices(self, codes_BL: Tensor) -> Tensor:
         """The choices that are the given codes: what `forward`'s logits are to predict."""

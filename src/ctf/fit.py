@@ -38,11 +38,13 @@ from ctf.distributed import ALONE, World
 from ctf.errors import UserError
 from ctf.fine import FineModel
 from ctf.images import VIEWS, Splits, as_tensor
+from ctf.loop import PLAINLY, Execution
 from ctf.pipeline import Pipeline, PipelineSettings
 from ctf.presets import Recipe, preset, with_steps
 from ctf.progress import Reporter
 from ctf.tokenizer import VQModel
 from ctf.tokens import Tokens
+from ctf.transformer import TransformerConfig
 from ctf.warm_start import Source, open_source, weights
 
 # Opens a reporter for a stage of that name, e.g. `ctf.progress.progress`.
@@ -65,6 +67,7 @@ def fit(
     minutes: float | None = None,
     device: torch.device,
     progress: Progress,
+    execution: Execution = PLAINLY,
 ) -> Pipeline:
     """Trains every stage that is not done yet and returns the pipeline.
 
@@ -85,11 +88,12 @@ def fit(
     }
     log = _Log.open(run, asked)
     budget = _Budget(recipe, minutes, log)
+    world = World(device=device)
     model_config = recipe.tokenizer.config(images.train.image_size)
 
     def tokenizer_steps() -> int:
         short = with_steps(recipe.tokenizer_training, 100)
-        trial = tokenizer_training.TokenizerTrainer(model_config, short, images, device)
+        trial = tokenizer_training.TokenizerTrainer(model_config, short, images, world)
         return budget.steps("tokenizer", loop.seconds_per_step(trial))
 
     steps = log.plan("tokenizer", tokenizer_steps if minutes else None)
@@ -98,7 +102,7 @@ def fit(
             recipe, tokenizer_training=with_steps(recipe.tokenizer_training, steps)
         )
     with log.timed("tokenizer"), progress("tokenizer") as report:
-        tokenizer = train_tokenizer(run, images, recipe, device, report)
+        tokenizer = train_tokenizer(run, images, recipe, world, report)
 
     def token_limit() -> int:
         views = len(VIEWS[recipe.tokens.views])
@@ -112,14 +116,13 @@ def fit(
     with log.timed("clusters"):
         parts = fit_clusters(run, tokenizer, recipe.clusters)
 
-    world = World(device=device)
     kinds: tuple[Kind, ...] = ("coarse", "fine")
     for kind in kinds:
         if kind == "fine" and parts.largest == 1:
             break  # nothing is left to choose
 
         def model_steps(kind: Kind, recipe: Recipe) -> int:
-            trial = make_trainer(run, kind, parts, recipe, world)
+            trial = make_trainer(run, kind, parts, recipe, world, execution=execution)
             return budget.steps(kind, loop.seconds_per_step(trial))
 
         steps = log.plan(kind, partial(model_steps, kind, recipe) if minutes else None)
@@ -127,7 +130,7 @@ def fit(
             stage_training = with_steps(getattr(recipe, f"{kind}_training"), steps)
             recipe = dataclasses.replace(recipe, **{f"{kind}_training": stage_training})
         with log.timed(kind), progress(kind) as report:
-            train_model(run, kind, parts, recipe, world, report)
+            train_model(run, kind, parts, recipe, world, report, execution=execution)
     _describe(run, images, recipe, log.seconds)
     return pipeline.load(run, device)
 
@@ -184,7 +187,13 @@ def check(images: Splits, recipe: Recipe) -> None:
         raise UserError(f"got {count} clusters, expected 1 to {codes}: the number of codes")
 
 
-def describe(images: Splits, recipe: Recipe, minutes: float | None) -> str:
+def describe(
+    images: Splits,
+    recipe: Recipe,
+    minutes: float | None,
+    devices: int = 1,
+    execution: Execution = PLAINLY,
+) -> str:
     """What `fit` would do with these pictures, and what each stage costs by calculation.
 
     Raises:
@@ -198,7 +207,9 @@ def describe(images: Splits, recipe: Recipe, minutes: float | None) -> str:
         f"{images.train.image_size} pixels -> {tokenizer_config.grid} x {tokenizer_config.grid} "
         f"of {tokenizer_config.codebook_size} codes in {recipe.clusters.count} clusters"
     ]
-    setting = cost.Setting(images.train.image_size, len(images.train), classes)
+    setting = cost.Setting(
+        images.train.image_size, len(images.train), classes, devices, execution=execution
+    )
     if minutes is None:
         return "\n".join([*lines, cost.describe(recipe, setting)])
     for stage in cost.costs(recipe, setting):
@@ -243,22 +254,26 @@ def tokenizer_hash(run: Path) -> str:
 
 
 def train_tokenizer(
-    run: Path, images: Splits, recipe: Recipe, device: torch.device, report: loop.Report | None
+    run: Path, images: Splits, recipe: Recipe, world: World, report: loop.Report | None
 ) -> VQModel:
     """Trains the tokenizer of a run, or goes on, or loads it if it is done.
 
     Raises:
         UserError: `run` holds something else, or see `loop.claim`.
     """
-    ours = (run / FIT).is_file() or (run / "tokenizer").is_dir()
-    if not (ours or checkpoint.is_vacant(run)):
-        raise UserError(f"{run} exists and holds no run of ctf; choose another --out")
+
+    def check_folder() -> None:
+        ours = (run / FIT).is_file() or (run / "tokenizer").is_dir()
+        if not (ours or checkpoint.is_vacant(run)):
+            raise UserError(f"{run} exists and holds no run of ctf; choose another --out")
+
+    world.first(check_folder)
     return tokenizer_training.train(
         recipe.tokenizer.config(images.train.image_size),
         recipe.tokenizer_training,
         images,
         run / "tokenizer",
-        device,
+        world,
         report,
     )
 
@@ -285,6 +300,70 @@ def fit_clusters(run: Path, tokenizer: VQModel, wanted: ClustersConfig) -> Clust
     return clusters.fit_clusters(run / "clusters", tokenizer, codes_BL, wanted, name)
 
 
+def open_tokens(run: Path) -> tuple[Tokens, Tokens]:
+    """Those to train on and those held out. Raises UserError where they are another tokenizer's."""
+    name = tokenizer_hash(run)
+    return Tokens(run / "tokens", "train", name), Tokens(run / "tokens", "val", name)
+
+
+def model_config(
+    run: Path, kind: Kind, parts: Clusters, recipe: Recipe, train: Tokens, source: Source | None
+) -> TransformerConfig:
+    """The shape of the coarse or fine model of a run.
+
+    Args:
+        source: what a coarse model is to start from; it gets that one's shape.
+
+    Raises:
+        UserError: a fine model has nothing to choose, or the source was made for another grid.
+    """
+    grid = round(train.manifest.length**0.5)
+    classes = len(train.manifest.class_names)
+    if kind == "fine":
+        if parts.largest == 1:
+            raise UserError(
+                f"{run}: each code is a cluster of its own, which leaves a fine model nothing to "
+                "choose"
+            )
+        return recipe.fine.config(grid, classes)
+    if source is None:
+        return recipe.coarse.config(grid, classes)
+    if source.model.config.grid != grid:
+        raise UserError(
+            f"the model to start from was made for a grid of {source.model.config.grid}, "
+            f"the tokens are of {grid} x {grid}"
+        )
+    return dataclasses.replace(source.model.config, classes=classes, dropout=recipe.coarse.dropout)
+
+
+def describe_model(
+    run: Path,
+    kind: Kind,
+    parts: Clusters,
+    recipe: Recipe,
+    world: World,
+    source: Source | None = None,
+    execution: Execution = PLAINLY,
+) -> str:
+    """What `train_model` would do, and what it costs by calculation. Raises UserError as that."""
+    train, _ = open_tokens(run)
+    shape = model_config(run, kind, parts, recipe, train, source)
+    manifest = train.manifest
+    setting = cost.Setting(
+        manifest.image_size, len(train), shape.classes, world.size, execution=execution
+    )
+    t = recipe.coarse_training if kind == "coarse" else recipe.fine_training
+    world.share(t.batch_size, "batch_size")
+    if kind == "coarse":
+        stage = cost.coarse_cost(shape, t, setting, parts.count)
+    else:
+        stage = cost.fine_cost(
+            shape, t, setting, parts.count, parts.codebook_size, parts.largest, recipe.fine_softmax
+        )
+    said = f"would train {stage.parameters / 1e6:.1f} M parameters: {t}"
+    return "\n".join([said, *cost.lines(stage, setting)])
+
+
 def make_trainer(
     run: Path,
     kind: Kind,
@@ -292,39 +371,30 @@ def make_trainer(
     recipe: Recipe,
     world: World,
     source: Source | None = None,
+    execution: Execution = PLAINLY,
+    *,
+    resumed: bool = False,
 ) -> training.Trainer:
     """A trainer for the coarse or fine model of a run whose tokens and clusters are done.
 
     Args:
-        source: what a coarse model is to start from; it gets that one's shape.
+        source: what a coarse model starts from.
+        resumed: a state will be loaded, so it needs no first weights.
 
     Raises:
-        UserError: the tokens are another tokenizer's, a fine model has nothing to choose, or the
-            source was made for another grid.
+        UserError: the tokens are another tokenizer's, or see `model_config`.
     """
-    if kind == "fine" and parts.largest == 1:
-        raise UserError(
-            f"{run}: each code is a cluster of its own, which leaves a fine model nothing to choose"
-        )
-    name = tokenizer_hash(run)
-    train, val = (Tokens(run / "tokens", split, name) for split in ("train", "val"))
-    grid = round(train.manifest.length**0.5)
-    classes = len(train.manifest.class_names)
-    taught: training.Objective | None = None  # where it is not what the model is evaluated by
+    train, val = open_tokens(run)
+    shape = model_config(run, kind, parts, recipe, train, source)
+    taught: training.Objective | None = None
     if kind == "coarse":
         t = recipe.coarse_training
         torch.manual_seed(t.seed)
-        shape = recipe.coarse.config(grid, classes)
-        if source is not None:
-            if source.model.config.grid != grid:
-                raise UserError(
-                    f"the model to start from was made for a grid of {source.model.config.grid}, "
-                    f"the tokens are of {grid} x {grid}"
-                )
-            shape = dataclasses.replace(
-                source.model.config, classes=classes, dropout=recipe.coarse.dropout
-            )
-        model: training.Model = CoarseModel(shape, parts.count)
+        model: training.Model = (coarse := CoarseModel(shape, parts.count))
+        if source is not None and not resumed:
+            first = weights(source, parts, train, coarse, world.device)
+            first = {name: tensor.cpu() for name, tensor in first.items()}
+            checkpoint.load_strict(coarse, first, "the first weights")
         objective = training.coarse_objective(parts)
         if (weight := recipe.group_loss.weight) > 0:
             if parts.largest > 1:
@@ -338,11 +408,11 @@ def make_trainer(
     else:
         t = recipe.fine_training
         torch.manual_seed(t.seed)
-        model = FineModel(recipe.fine.config(grid, classes), parts, recipe.fine_softmax)
+        model = FineModel(shape, parts, recipe.fine_softmax)
         objective = training.fine_objective(parts)
         if recipe.fine_corruption > 0:
             taught = training.corrupted_objective(parts, recipe.fine_corruption)
-    return training.Trainer(model, objective, train, val, t, world, taught)
+    return training.Trainer(model, objective, train, val, t, world, execution, taught)
 
 
 def train_model(
@@ -353,6 +423,7 @@ def train_model(
     world: World,
     report: loop.Report | None,
     warm_start: Path | None = None,
+    execution: Execution = PLAINLY,
 ) -> None:
     """Trains the coarse or the fine model of a run, or goes on, or finds that it is done.
 
@@ -361,16 +432,18 @@ def train_model(
             that it starts with is the first line of its metrics.jsonl.
     """
     source = None if warm_start is None else open_source(warm_start, tokenizer_hash(run))
-    trainer = make_trainer(run, kind, parts, recipe, world, source)
     folder = run / kind
+    train, _ = open_tokens(run)
+    t = recipe.coarse_training if kind == "coarse" else recipe.fine_training
+    world.share(t.batch_size, "batch_size")  # said before anything is written
     stored: dict[str, Any] = {
-        "model": config.to_json(trainer.model.config),
+        "model": config.to_json(model_config(run, kind, parts, recipe, train, source)),
         "clusters": clusters.fingerprint(parts),
-        "training": config.to_json(trainer.training),
+        "training": config.to_json(t),
         "tokens": checkpoint.hash_file(run / "tokens" / tokens.MANIFEST),
     }
-    if isinstance(trainer.model, FineModel):
-        stored["softmax"] = trainer.model.softmax
+    if kind == "fine":
+        stored["softmax"] = recipe.fine_softmax
         if recipe.fine_corruption > 0:
             stored["corruption"] = recipe.fine_corruption
     elif recipe.group_loss.weight > 0:
@@ -378,23 +451,21 @@ def train_model(
     if source is not None:
         stored["warm_start"] = source.hash
     loop.claim(folder, stored, world)
-    settings = PipelineSettings(
-        trainer.train.manifest.class_names,
-        recipe.sampling,
-        {"images": trainer.train.manifest.train.images, "recipe": config.to_json(recipe)},
-    )
     if loop.is_finished(folder):
         return
-    if world.main:
-        checkpoint.save_json(run / pipeline.SETTINGS, config.to_json(settings))
-    if source is not None and not checkpoint.has_state(folder / "state"):
-        assert isinstance(trainer.model, CoarseModel)
-        trainer.start_from(weights(source, parts, trainer.train, trainer.model, world.device))
+    settings = PipelineSettings(
+        train.manifest.class_names,
+        recipe.sampling,
+        {"images": train.manifest.train.images, "recipe": config.to_json(recipe)},
+    )
+    world.first(lambda: checkpoint.save_json(run / pipeline.SETTINGS, config.to_json(settings)))
+    begun = world.told(checkpoint.latest_state(folder / "state") if world.main else 0)
+    trainer = make_trainer(run, kind, parts, recipe, world, source, execution, resumed=bool(begun))
     loop.run(
         trainer,
         folder,
-        trainer.training.steps,
-        evaluate_every=trainer.training.evaluate_every,
+        t.steps,
+        evaluate_every=t.evaluate_every,
         evaluate_first=source is not None,
         report=report,
         world=world,

@@ -1,18 +1,22 @@
 """The training loop, for whatever is trained: resumable to the bit, logged, stopped if not finite.
 
-A `Trainable` knows how to make one step; the loop knows when to log, evaluate and save. Every
-step draws its randomness from (seed, step) alone, so a state on disk is tensors and nothing else,
-and a run that was killed ends with the same bits as one that was not.
+A `Trainable` knows how to make one step; the loop knows when to log, evaluate, save and stop.
+Every step draws its randomness from (seed, step) alone, so a state on disk is tensors and nothing
+else, and a run that was killed ends with the same bits as one that was not.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import json
 import math
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,14 +25,42 @@ import torch
 from torch import Tensor, nn
 
 from ctf import checkpoint
-from ctf.distributed import ALONE, World
-from ctf.errors import UserError
+from ctf.distributed import ALONE, World, laid_out, whole
+from ctf.errors import Stopped, UserError
 
 Report = Callable[[int, int, Mapping[str, float]], None]  # steps done, steps in all, latest metrics
 
 LOG_EVERY = 20  # steps averaged into one line of metrics.jsonl
 COUNTED = ("images", "tokens")  # of what a step returns: logged per second, not as a mean
 SAVE_SECONDS = 20.0  # a kill loses at most about this much work
+NAMED = 8  # pictures of a batch that are named
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a step is computed. What it computes stays the same, up to rounding.
+
+    Args:
+        micro_batch: pictures that a process takes at a time; None: its whole share of the batch.
+        checkpoint_activations: keep the input of each block only, and compute the rest again.
+        shard: cut weights, gradients, moments and averages into parts, one for each process.
+        compile: let torch.compile fuse what can be fused.
+
+    Raises:
+        UserError: a micro-batch of no pictures.
+    """
+
+    micro_batch: int | None = None
+    checkpoint_activations: bool = False
+    shard: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise UserError(f"micro-batch: got {self.micro_batch}, expected 1 or more")
+
+
+PLAINLY = Execution()
 
 
 class Trainable(Protocol):
@@ -44,7 +76,7 @@ class Trainable(Protocol):
         """Metrics on held-out data."""
 
     def state(self) -> Mapping[str, Tensor]:
-        """Everything that must survive a kill."""
+        """Everything that must survive a kill; no name begins with "loop."."""
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `state`."""
@@ -64,33 +96,58 @@ def run(
 
     Writes `folder`/metrics.jsonl: a line for each LOG_EVERY steps with the mean of what the steps
     returned ("split": "train"), and one for each evaluation ("split": "val"), the first of them
-    before the first step if `evaluate_first`. States are written only where a line ends, so that a
-    resumed run logs the same means. Of several processes, all train and the first one writes.
+    before the first step if `evaluate_first`. A state is saved where a line ends, now and then, and
+    upon SIGTERM with what the line has so far; so a resumed run logs the same means. Of several
+    processes, all train and the first one writes.
+
+    Raises:
+        Stopped: by SIGTERM, which any of the processes got; what was trained is saved.
     """
     log = _Metrics(folder / "metrics.jsonl", world)
-    start = _load_state(trainable, folder / "state", world)
-    seconds_before = log.forget_after(start)
+    start, sums = _load_state(trainable, folder / "state", world)
+    seconds_before = log.forget_after(start) + sums.get("seconds", 0.0)
     began = last_saved = time.monotonic()
     if evaluate_first and start == 0:
         log.append(0, "val", trainable.evaluate(), 0.0)
-    sums: dict[str, float] = {}
-    for step in range(start, steps):
-        _step(trainable, step, sums)
-        done = step + 1
-        if done % LOG_EVERY and done != steps:
-            continue
-        count = (done - 1) % LOG_EVERY + 1
-        means = _means(sums, count)
-        sums = {}
-        seconds = seconds_before + time.monotonic() - began
-        log.append(done, "train", means, seconds)
-        if report is not None:
-            report(done, steps, means)
-        if done % _whole_lines(evaluate_every) == 0 or done == steps:
-            log.append(done, "val", trainable.evaluate(), seconds)
-        if world.main and (time.monotonic() - last_saved > SAVE_SECONDS or done == steps):
-            checkpoint.save_state(folder / "state", done, trainable.state())
-            last_saved = time.monotonic()
+    with _sigterm() as asked:
+        for step in range(start, steps):
+            _step(trainable, step, sums)
+            done = step + 1
+            save = False
+            if done % LOG_EVERY == 0 or done == steps:
+                count = (done - 1) % LOG_EVERY + 1
+                means = _means(sums, count)
+                sums = {}
+                seconds = seconds_before + time.monotonic() - began
+                log.append(done, "train", means, seconds)
+                if report is not None:
+                    report(done, steps, means)
+                if done % _whole_lines(evaluate_every) == 0 or done == steps:
+                    log.append(done, "val", trainable.evaluate(), seconds)
+                save = world.any(time.monotonic() - last_saved > SAVE_SECONDS) or done == steps
+            stop = world.any(asked.is_set()) and done < steps
+            if save or stop:
+                line = {f"loop.{k}": torch.tensor(v, dtype=torch.double) for k, v in sums.items()}
+                tensors = {**trainable.state(), **line}
+                checkpoint.save_state(folder / "state", done, tensors, world)
+                last_saved = time.monotonic()
+            if stop:
+                said = f"{folder}: stopped after step {done} and saved; run it again to go on"
+                raise Stopped(said if world.main else "")
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """Whether SIGTERM came meanwhile, which then does not end the process."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # only the main thread may listen
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _step(trainable: Trainable, step: int, sums: dict[str, float]) -> None:
@@ -115,15 +172,15 @@ def _means(sums: Mapping[str, float], count: int) -> dict[str, float]:
     }
 
 
-def _load_state(trainable: Trainable, folder: Path, world: World) -> int:
-    """Loads the newest state, if there is one; returns the steps that it is after."""
+def _load_state(trainable: Trainable, folder: Path, world: World) -> tuple[int, dict[str, float]]:
+    """Loads the newest state, if there is one: the steps it is after, and the sums of its line."""
     # The first process decides, since it is the one that drops a damaged state.
-    latest = checkpoint.load_latest_state(folder) if world.main else None
-    start = world.told(latest[0] if latest is not None else 0)
-    if start:
-        tensors = latest[1] if latest is not None else checkpoint.load_state(folder, start)
-        trainable.load_state(tensors)
-    return start
+    start = world.told(checkpoint.latest_state(folder) if world.main else 0)
+    if not start:
+        return 0, {}
+    tensors = checkpoint.load_state(folder, start, trainable.state())
+    trainable.load_state(tensors)
+    return start, {name: float(sum_) for name, sum_ in with_prefix(tensors, "loop.").items()}
 
 
 def finish(
@@ -132,11 +189,17 @@ def finish(
     metadata: Mapping[str, str],
     world: World = ALONE,
 ) -> None:
-    """Writes the trained weights, the mark of a finished stage, and drops what resuming needed."""
-    if world.main:
-        checkpoint.save_tensors(folder / "model.safetensors", tensors, metadata)
+    """Writes the trained weights, the mark of a finished stage, and drops what resuming needed.
+
+    Weights that are cut into parts among processes are put together.
+    """
+    found = {name: whole(tensor) for name, tensor in tensors.items()}
+
+    def write() -> None:
+        checkpoint.save_tensors(folder / "model.safetensors", found, metadata)
         shutil.rmtree(folder / "state", ignore_errors=True)
-    world.barrier()
+
+    world.first(write)
 
 
 def is_finished(folder: Path) -> bool:
@@ -149,9 +212,7 @@ def claim(folder: Path, config: Mapping[str, Any], world: World = ALONE) -> None
     Raises:
         UserError: the folder holds a run made by another configuration, or something else.
     """
-    if world.main:
-        _claim(folder, config)
-    world.barrier()
+    world.first(lambda: _claim(folder, config))
 
 
 def _claim(folder: Path, config: Mapping[str, Any]) -> None:
@@ -318,35 +379,54 @@ def make_optimizer(
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=rate, betas=(betas[0], betas[1]), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(betas[0], betas[1]), fused=True)
+    for parameter in parameters:  # as its first step would: so a state has the same names always
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter.detach()),
+            "exp_avg_sq": torch.zeros_like(parameter.detach()),
+        }
+    return optimizer
 
 
 def update(
-    optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, clip: float, step: int, name: str
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    rate: float,
+    clip: float,
+    step: int,
+    name: str,
+    pictures: np.ndarray,
+    world: World = ALONE,
 ) -> Tensor:
-    """One optimiser step down `loss`; returns the norm of the gradient before clipping.
+    """One step of the optimiser along the gradients; returns their norm before clipping.
+
+    Args:
+        loss: whose gradients they are, the mean over all processes.
+        pictures: the numbers of those in the batch, to name where something went wrong.
 
     Raises:
-        UserError: the loss or the gradient is not finite; nothing has been changed then.
+        UserError: the loss or the gradient is not finite, in all processes alike; neither weights
+            nor optimiser have been changed then.
     """
-    optimizer.zero_grad(set_to_none=True)
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise _not_finite(step, name, value)
-    loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    value = float(loss)
+    if not math.isfinite(value):
+        raise world.error(_not_finite(step, name, value, pictures))
+    norm = whole(nn.utils.clip_grad_norm_(parameters, clip))
     if not math.isfinite(float(norm)):
-        raise _not_finite(step, f"gradient norm of the {name}", float(norm))
+        raise world.error(_not_finite(step, f"gradient norm of the {name}", float(norm), pictures))
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     return norm
 
 
-def _not_finite(step: int, name: str, value: float) -> UserError:
-    return UserError(
-        f"step {step}: {name} is {value}; stopped before the update, and the last state is good\n"
+def _not_finite(step: int, name: str, value: float, pictures: np.ndarray) -> str:
+    named = ", ".join(map(str, pictures[:NAMED])) + ", ..." * (len(pictures) > NAMED)
+    return (
+        f"step {step}: {name} is {value} on a batch of {len(pictures)}, the pictures {named}; "
+        "stopped before the update, and the last state is good\n"
         "a lower learning rate usually helps: --set ...learning_rate=..., in a new folder"
     )
 
@@ -375,7 +455,7 @@ def load_optimizer_state(
         parameter = parameters[int(index)]
         if value.shape == parameter.shape:
             # In the parameter's own memory format: the fused kernels walk through both alike.
-            value = torch.empty_like(parameter).copy_(value)
+            value = torch.empty_like(parameter).copy_(laid_out(value, parameter))
         state.setdefault(int(index), {})[key] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctf import checkpoint, config, loop, metrics
+from ctf.distributed import ALONE, World
 from ctf.errors import UserError
 from ctf.features import PerceptualLoss
 from ctf.images import ImageSet, Splits, View, as_tensor
@@ -64,25 +65,62 @@ class TokenizerTraining:
             raise UserError(f"revive_every: got {self.revive_every}, expected 1 or more")
 
 
+class Reconstruction(nn.Module):
+    """A tokenizer's pass through pictures as one module, as DDP expects it."""
+
+    def __init__(self, model: VQModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images_BCHW: Tensor, free: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The encoder's vectors (B, L, C), what was looked up for them, codes (N,), and images.
+
+        Args:
+            free: decode from the vectors themselves; no code is looked up.
+        """
+        model = self.model
+        vectors_BLC = model.encode_vectors(images_BCHW)
+        if free:
+            looked_up_BLC = vectors_BLC.detach()
+            codes_N = torch.empty(0, dtype=torch.int64, device=vectors_BLC.device)
+            return vectors_BLC, looked_up_BLC, codes_N, model.decode_vectors(vectors_BLC)
+        with torch.no_grad():
+            codes_N = model.nearest(vectors_BLC.flatten(0, 1))
+        looked_up_BLC = model.codebook()[codes_N].view_as(vectors_BLC)
+        # Straight through: the decoder's gradient passes the look-up unchanged.
+        straight_BLC = vectors_BLC + (looked_up_BLC - vectors_BLC).detach()
+        return vectors_BLC, looked_up_BLC, codes_N, model.decode_vectors(straight_BLC)
+
+
 class TokenizerTrainer:
-    """A tokenizer, what judges it, and their optimisers: a `loop.Trainable`."""
+    """A tokenizer, what judges it, and their optimisers: a `loop.Trainable`.
+
+    Every process of the world trains on its share of each batch and ends with the same weights.
+
+    Raises:
+        UserError: the batch cannot be shared equally among the processes.
+    """
 
     def __init__(
         self,
         model_config: TokenizerConfig,
         training: TokenizerTraining,
         images: Splits,
-        device: torch.device,
+        world: World,
     ) -> None:
-        self.training, self.images, self.device = training, images, device
+        self.training, self.images, self.world = training, images, world
+        self.share = world.share(training.batch_size, "batch_size")
+        device = world.device
         torch.manual_seed(training.seed)
         self.model = place(VQModel(model_config), device)
+        self.shared = world.wrap(Reconstruction(self.model), unused=True)
         self.optimizer = self._optimizer(self.model)
         self.usage_V = torch.ones(model_config.codebook_size, device=device)
         self.perceptual = place(PerceptualLoss(), device) if training.perceptual_weight else None
         self.discriminator: PatchDiscriminator | None = None
         if training.adversarial_weight:
             self.discriminator = place(PatchDiscriminator(), device)
+            self.hinge = world.wrap(Hinge(self.discriminator))
             self.discriminator_optimizer = self._optimizer(self.discriminator)
 
     def _optimizer(self, module: nn.Module) -> torch.optim.AdamW:
@@ -90,83 +128,77 @@ class TokenizerTrainer:
         return loop.make_optimizer(module, t.learning_rate, t.betas, t.weight_decay)
 
     def step(self, step: int) -> Mapping[str, Tensor | float]:
-        t, model = self.training, self.model
+        t = self.training
         rate = loop.learning_rate(
             step, t.steps, t.learning_rate, t.warm_up, t.schedule, t.final_learning_rate
         )
-        images_BCHW = self._batch(step)
-        vectors_BLC = model.encode_vectors(images_BCHW)
+        pictures_B, images_BCHW = self._batch(step)
         # Without codes at first: an encoder that knows nothing yet and codes that mean nothing
         # agree on a single point otherwise, and stay there.
         free = step < int(t.free_until * t.steps)
-        if free:
-            looked_up_BLC = vectors_BLC.detach()
-            decoded_BCHW = model.decode_vectors(vectors_BLC)
-        else:
-            with torch.no_grad():
-                codes_N = model.nearest(vectors_BLC.flatten(0, 1))
-            looked_up_BLC = model.codebook()[codes_N].view_as(vectors_BLC)
-            # Straight through: the decoder's gradient passes the look-up unchanged.
-            straight_BLC = vectors_BLC + (looked_up_BLC - vectors_BLC).detach()
-            decoded_BCHW = model.decode_vectors(straight_BLC)
+        vectors_BLC, looked_up_BLC, codes_N, decoded_BCHW = self.shared(images_BCHW, free)
 
         reconstruction = F.mse_loss(decoded_BCHW, images_BCHW)
         # Summed over the code's dimensions: on the unit sphere that is the squared distance.
         codebook = (looked_up_BLC - vectors_BLC.detach()).square().sum(-1).mean()
         commitment = (looked_up_BLC.detach() - vectors_BLC).square().sum(-1).mean()
         loss = reconstruction + t.codebook_weight * codebook + t.commitment_weight * commitment
-        logged: dict[str, Tensor | float] = {
-            "reconstruction": reconstruction.detach(),
-            "commitment": commitment.detach(),
-        }
+        logged = {"reconstruction": reconstruction.detach(), "commitment": commitment.detach()}
         if self.perceptual is not None:
             perceptual = self.perceptual(decoded_BCHW, images_BCHW).mean()
             loss = loss + t.perceptual_weight * perceptual
             logged["perceptual"] = perceptual.detach()
         judged = self.discriminator is not None and step >= t.adversarial_start * t.steps
         if judged and self.discriminator is not None:
+            # It judges only: its own gradients come from the hinge loss below.
+            self.discriminator.requires_grad_(False)
             fooled = -self.discriminator(decoded_BCHW).mean()
+            self.discriminator.requires_grad_(True)
             loss = loss + t.adversarial_weight * fooled
             logged["adversarial"] = fooled.detach()
 
         logged["loss"] = loss.detach()
-        logged["gradient_norm"] = loop.update(
-            self.optimizer, loss, rate, t.clip, step, "tokenizer's loss"
-        )
-        if judged and self.discriminator is not None:
-            hinge = self._hinge(self.discriminator, images_BCHW, decoded_BCHW.detach())
-            loop.update(
-                self.discriminator_optimizer, hinge, rate, t.clip, step, "discriminator's loss"
-            )
-            logged["discriminator"] = hinge.detach()
+        logged = {name: self.world.mean(value) for name, value in logged.items()}
 
-        logged |= {"learning_rate": rate, "images": t.batch_size}
+        def update(
+            optimizer: torch.optim.Optimizer, loss: Tensor, mean: Tensor, what: str
+        ) -> Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            return loop.update(optimizer, mean, rate, t.clip, step, what, pictures_B, self.world)
+
+        said: dict[str, Tensor | float] = {**logged}
+        said["gradient_norm"] = update(self.optimizer, loss, logged["loss"], "tokenizer's loss")
+        if judged:
+            hinge = self.hinge(images_BCHW, decoded_BCHW.detach())
+            said["discriminator"] = mean = self.world.mean(hinge.detach())
+            update(self.discriminator_optimizer, hinge, mean, "discriminator's loss")
+
+        said |= {"learning_rate": rate, "images": t.batch_size}
         if free:
             if step + 1 == int(t.free_until * t.steps):
                 self._place_codes(step)
-            return logged
-        counts_V = torch.bincount(codes_N, minlength=len(self.usage_V))
-        fair = len(codes_N) / len(self.usage_V)
+            return said
+        counts_V = self.world.sum(torch.bincount(codes_N, minlength=len(self.usage_V)))
+        fair = len(codes_N) * self.world.size / len(self.usage_V)
         self.usage_V.lerp_(counts_V / fair, min(1.0, 2.0 / t.revive_every))
         if (step + 1) % t.revive_every == 0 and step < t.revive_until * t.steps:
-            logged["revived"] = self._revive(vectors_BLC.detach().flatten(0, 1), step)
-        return logged
+            vectors_NC = self.world.gather(vectors_BLC.detach().flatten(0, 1))
+            said["revived"] = self._revive(vectors_NC, step)
+        return said
 
-    def _batch(self, step: int) -> Tensor:
+    def _batch(self, step: int) -> tuple[np.ndarray, Tensor]:
+        """The pictures of a batch, the same for any number of processes, and the pixels of this
+        process's share."""
         t, train = self.training, self.images.train
-        indices = loop.batch_indices(len(train), t.batch_size, t.seed, step)
-        if not t.flip:
-            return as_tensor(train.read(indices), self.device)
-        flip_B = loop.generator(t.seed, 1, step).random(len(indices)) < 0.5
-        pixels = np.empty((len(indices), train.image_size, train.image_size, 3), np.uint8)
+        indices_B = loop.batch_indices(len(train), t.batch_size, t.seed, step)
+        flip_B = loop.generator(t.seed, 1, step).random(t.batch_size) < (0.5 if t.flip else 0.0)
+        mine_B, flip_B = indices_B[self.share], flip_B[self.share]
+        pixels = np.empty((len(mine_B), train.image_size, train.image_size, 3), np.uint8)
         for view in (False, True):
             if (flip_B == view).any():
-                pixels[flip_B == view] = train.read(indices[flip_B == view], View(flip=view))
-        return as_tensor(pixels, self.device)
-
-    @staticmethod
-    def _hinge(discriminator: PatchDiscriminator, real: Tensor, fake: Tensor) -> Tensor:
-        return F.relu(1 - discriminator(real)).mean() + F.relu(1 + discriminator(fake)).mean()
+                pixels[flip_B == view] = train.read(mine_B[flip_B == view], View(flip=view))
+        return indices_B, as_tensor(pixels, self.world.device)
 
     @torch.no_grad()
     def _place_codes(self, step: int) -> None:
@@ -174,7 +206,9 @@ class TokenizerTrainer:
         size = len(self.usage_V)
         vectors: list[Tensor] = []
         while sum(map(len, vectors)) < size:
-            vectors.append(self.model.encode_vectors(self._batch(len(vectors))).flatten(0, 1))
+            _, images_BCHW = self._batch(len(vectors))
+            vectors_NC = self.model.encode_vectors(images_BCHW).flatten(0, 1)
+            vectors.append(self.world.gather(vectors_NC))
         vectors_NC = torch.cat(vectors)
         random = loop.generator(self.training.seed, 2, step)
         chosen_V = torch.from_numpy(random.permutation(len(vectors_NC))[:size])
@@ -196,7 +230,10 @@ class TokenizerTrainer:
         return float(len(dead_R))
 
     def evaluate(self) -> Mapping[str, float]:
-        return evaluate(self.model, self.images.val, self.device, self.training.evaluate_images)
+        if not self.world.main:
+            return {}  # of which nothing would be written
+        limit = self.training.evaluate_images
+        return evaluate(self.model, self.images.val, self.world.device, limit)
 
     def state(self) -> Mapping[str, Tensor]:
         tensors = {
@@ -243,12 +280,24 @@ class PatchDiscriminator(nn.Module):
         return self.layers(images_BCHW)
 
 
+class Hinge(nn.Module):
+    """The loss of a discriminator that is shown real pictures and made ones."""
+
+    def __init__(self, discriminator: PatchDiscriminator) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+
+    def forward(self, real_BCHW: Tensor, fake_BCHW: Tensor) -> Tensor:
+        real, fake = self.discriminator(real_BCHW), self.discriminator(fake_BCHW)
+        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
 def train(
     model_config: TokenizerConfig,
     training: TokenizerTraining,
     images: Splits,
     folder: Path,
-    device: torch.device,
+    world: World = ALONE,
     report: loop.Report | None = None,
 ) -> VQModel:
     """Trains a tokenizer into `folder`, or goes on where it was killed, or loads it if it is done.
@@ -262,14 +311,20 @@ def train(
             "training": config.to_json(training),
             "images": images.train.fingerprint,
         },
+        world,
     )
     if not loop.is_finished(folder):
-        trainer = TokenizerTrainer(model_config, training, images, device)
+        trainer = TokenizerTrainer(model_config, training, images, world)
         loop.run(
-            trainer, folder, training.steps, evaluate_every=training.evaluate_every, report=report
+            trainer,
+            folder,
+            training.steps,
+            evaluate_every=training.evaluate_every,
+            report=report,
+            world=world,
         )
-        loop.finish(folder, trainer.model.state_dict(), {})
-    return load(folder, device)
+        loop.finish(folder, trainer.model.state_dict(), {}, world)
+    return load(folder, world.device)
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> VQModel:

@@ -5,15 +5,21 @@ Shapes: B batch, L tokens of an image, K clusters, S members of the largest clus
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 from ctf import checkpoint, loop
 from ctf.clusters import Clusters
@@ -21,12 +27,15 @@ from ctf.coarse import CoarseModel
 from ctf.distributed import World
 from ctf.errors import UserError
 from ctf.fine import FineModel
+from ctf.loop import PLAINLY, Execution
+from ctf.losses import cross_entropy
 from ctf.tokens import Tokens
 
+IGNORED = -100  # a target that nothing is asked of
+
 Model = CoarseModel | FineModel
-# (model, codes_BL, classes_B) -> cross-entropy of each token in nats, (B, L). The model may be
-# wrapped, to share its gradients with other processes.
-Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
+# (model, codes_BL, classes_B) -> mean cross-entropy of a token in nats, a scalar.
+Objective = Callable[[Any, Tensor, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,24 +68,26 @@ def coarse_objective(clusters: Clusters) -> Objective:
     """Next label given the class and the labels before it (the paper's section 3.2)."""
     labels_V = clusters.labels_V
 
-    def losses(model: nn.Module, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
+    def loss(model: CoarseModel, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
         labels_BL = labels_V.to(codes_BL.device)[codes_BL]
-        return _cross_entropy(model(labels_BL, classes_B), labels_BL)
+        return cross_entropy(model.hidden(labels_BL, classes_B), model.head.weight, labels_BL)
 
-    return losses
+    return loss
 
 
 def fine_objective(clusters: Clusters) -> Objective:
     """Each exact code given the class and all true labels (the paper's section 3.2)."""
     labels_V = clusters.labels_V
 
-    def losses(model: nn.Module, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
+    def loss(model: FineModel, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
         labels_BL = labels_V.to(codes_BL.device)[codes_BL]
-        fine = model.module if isinstance(model, DistributedDataParallel) else model
-        assert isinstance(fine, FineModel)
-        return _cross_entropy(model(labels_BL, classes_B), fine.choices(codes_BL))
+        if model.softmax == "full":
+            hidden_BLD = model.hidden(labels_BL, classes_B)
+            return cross_entropy(hidden_BLD, model.head.weight[model.rows_V], codes_BL)
+        logits_BLS = model(labels_BL, classes_B)
+        return F.cross_entropy(logits_BLS.flatten(0, 1), model.choices(codes_BL).flatten())
 
-    return losses
+    return loss
 
 
 def grouped_objective(groups: Clusters, weight: float) -> Objective:
@@ -87,7 +98,7 @@ def grouped_objective(groups: Clusters, weight: float) -> Objective:
     """
     labels_V, members_KS = groups.labels_V, groups.members_KS
 
-    def losses(model: nn.Module, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
+    def loss(model: CoarseModel, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
         logs_TV = model(codes_BL, classes_B).flatten(0, 1).log_softmax(-1)
         own_T = logs_TV.gather(1, codes_BL.view(-1, 1))[:, 0]
         # Only the group of the right code is asked for: the sum over its members.
@@ -95,9 +106,9 @@ def grouped_objective(groups: Clusters, weight: float) -> Objective:
         members_TS = members_KS.to(device)[labels_V.to(device)[codes_BL.flatten()]]
         logs_TS = logs_TV.gather(1, members_TS.clamp(min=0))
         group_T = logs_TS.masked_fill(members_TS < 0, -torch.inf).logsumexp(-1)
-        return -(own_T + weight * group_T).view_as(codes_BL)
+        return -(own_T + weight * group_T).mean()
 
-    return losses
+    return loss
 
 
 def corrupted_objective(clusters: Clusters, share: float) -> Objective:
@@ -109,26 +120,36 @@ def corrupted_objective(clusters: Clusters, share: float) -> Objective:
     """
     labels_V = clusters.labels_V
 
-    def losses(model: nn.Module, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
+    def loss(model: FineModel, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
         labels_BL = labels_V.to(codes_BL.device)[codes_BL]
-        fine = model.module if isinstance(model, DistributedDataParallel) else model
-        assert isinstance(fine, FineModel)
         # From torch's global generator, which is set for each step.
         wrong_BL = torch.rand(labels_BL.shape, device=labels_BL.device) < share
         order_T = torch.randperm(labels_BL.numel(), device=labels_BL.device)
         others_BL = labels_BL.flatten()[order_T].view_as(labels_BL)
-        logits_BLS = model(torch.where(wrong_BL, others_BL, labels_BL), classes_B)
-        if fine.softmax == "full":
-            return _cross_entropy(logits_BLS, codes_BL)
-        choices_BL = fine.choices(codes_BL).masked_fill(wrong_BL, 0)  # any cluster has a first one
-        return _cross_entropy(logits_BLS, choices_BL).masked_fill(wrong_BL, 0)
+        given_BL = torch.where(wrong_BL, others_BL, labels_BL)
+        if model.softmax == "full":
+            hidden_BLD = model.hidden(given_BL, classes_B)
+            return cross_entropy(hidden_BLD, model.head.weight[model.rows_V], codes_BL)
+        logits_BLS = model(given_BL, classes_B)
+        choices_BL = model.choices(codes_BL).masked_fill(wrong_BL, IGNORED)
+        total = F.cross_entropy(
+            logits_BLS.flatten(0, 1), choices_BL.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        return total / (~wrong_BL).sum().clamp(min=1)
 
-    return losses
+    return loss
 
 
-def _cross_entropy(logits_BLK: Tensor, targets_BL: Tensor) -> Tensor:
-    losses_T = F.cross_entropy(logits_BLK.flatten(0, 1), targets_BL.flatten(), reduction="none")
-    return losses_T.view_as(targets_BL)
+class Loss(nn.Module):
+    """A model and its objective as one module: what uses the weights is within one forward pass,
+    as DDP and FSDP expect it."""
+
+    def __init__(self, model: Model, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
+        return self.objective(self.model, codes_BL, classes_B)
 
 
 class Trainer:
@@ -150,51 +171,83 @@ class Trainer:
         val: Tokens,
         training: TrainingConfig,
         world: World,
+        execution: Execution = PLAINLY,
         taught: Objective | None = None,
     ) -> None:
-        self.model, self.objective, self.training, self.world = model, objective, training, world
-        self.taught = taught
+        self.model, self.training, self.world = model, training, world
         self.train, self.val = train, val
         self.share = world.share(training.batch_size, "batch_size")
+        each = self.share.stop - self.share.start
+        self.micro_batch = min(each, execution.micro_batch or each)
         model.to(world.device).train()
+        world.give(model)
         self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
+        trained = Loss(model, taught or objective)
+        self.evaluated = Loss(self.averaged, objective)
+        for layer in model.trunk.layers:
+            # Within the hooks of FSDP, which gather the weights for both.
+            if execution.compile:
+                layer.forward = torch.compile(layer.forward)
+            if execution.checkpoint_activations:
+                layer.forward = functools.partial(checkpointed, layer.forward, use_reentrant=False)
+        if execution.shard and world.size > 1:
+            mesh = init_device_mesh(world.device.type, (world.size,))
+            for loss in (trained, self.evaluated):
+                for layer in loss.model.trunk.layers:
+                    fully_shard(layer, mesh=mesh)
+            fully_shard(trained, mesh=mesh)
+            # Nothing follows that would cut it up again.
+            fully_shard(self.evaluated, mesh=mesh, reshard_after_forward=True)
+            self.trained: nn.Module = trained
+        else:
+            self.trained = world.wrap(trained)
         self.ema = dict(self.averaged.named_parameters())
         self.optimizer = loop.make_optimizer(
             model, training.learning_rate, training.betas, training.weight_decay
         )
-        self.shared: nn.Module = model
-        if world.size > 1:
-            self.shared = DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-    def start_from(self, weights: Mapping[str, Tensor]) -> None:
-        """Begins with these weights of the model instead of random ones."""
-        checkpoint.load_strict(self.model, weights, "the first weights")
-        self.world.give(self.model)
-        self.averaged.load_state_dict(self.model.state_dict())
 
     def step(self, step: int) -> Mapping[str, Tensor | float]:
         t = self.training
         rate = loop.learning_rate(
             step, t.steps, t.learning_rate, t.warm_up, t.schedule, t.final_learning_rate
         )
-        codes_BL, classes_B = self._batch(step)
+        pictures_B, codes_BL, classes_B = self._batch(step)
         loop.seed_dropout(t.seed, 4, step, *([self.world.rank] if self.world.rank else []))
-        with self._precision():
-            taught = self.taught or self.objective
-            loss = taught(self.shared, codes_BL, classes_B).mean()
-        norm = loop.update(self.optimizer, loss, rate, t.clip, step, "loss")
+        self.optimizer.zero_grad(set_to_none=True)
+        count, total = len(codes_BL), torch.zeros((), device=self.world.device)
+        for start in range(0, count, self.micro_batch):
+            part = slice(start, start + self.micro_batch)
+            with self._messages(wanted=part.stop >= count):
+                with self._precision():
+                    loss = self.trained(codes_BL[part], classes_B[part])
+                loss = loss * (len(codes_BL[part]) / count)
+                loss.backward()
+            total += loss.detach()
+        mean = self.world.mean(total)
+        norm = loop.update(self.optimizer, mean, rate, t.clip, step, "loss", pictures_B, self.world)
         loop.update_ema(self.ema, self.model, t.ema, step)
-        mean = self.world.sum(loss.detach()) / self.world.size
         tokens = t.batch_size * self.model.config.length
         return {"loss": mean, "gradient_norm": norm, "learning_rate": rate, "tokens": tokens}
+
+    @contextlib.contextmanager
+    def _messages(self, *, wanted: bool) -> Iterator[None]:
+        """Gradients go to the other processes after the last part of a batch only."""
+        if isinstance(self.trained, FSDPModule):
+            self.trained.set_requires_gradient_sync(wanted)
+        if isinstance(self.trained, DistributedDataParallel) and not wanted:
+            with self.trained.no_sync():
+                yield
+        else:
+            yield
 
     def _precision(self) -> torch.autocast:
         kind = self.world.device.type
         able = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.autocast(kind, torch.bfloat16, enabled=able)
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """This process's share of a batch, which is the same for any number of processes."""
+    def _batch(self, step: int) -> tuple[np.ndarray, Tensor, Tensor]:
+        """The pictures of a batch, which are the same for any number of processes, and codes and
+        classes of this process's share."""
         t = self.training
         random = loop.generator(t.seed, 3, step)
         indices_B = loop.batch_indices(len(self.train), t.batch_size, t.seed, step)
@@ -202,7 +255,7 @@ class Trainer:
         hidden_B = random.random(t.batch_size) < t.class_dropout
         classes_B = np.where(hidden_B, self.model.no_class, self.train.classes_N[indices_B])
         codes_BL = self.train.codes(indices_B[self.share], views_B[self.share])
-        return self._placed(codes_BL, classes_B[self.share])
+        return indices_B, *self._placed(codes_BL, classes_B[self.share])
 
     def _placed(self, codes_BL: Tensor, classes_B: np.ndarray) -> tuple[Tensor, Tensor]:
         device = self.world.device
@@ -210,14 +263,19 @@ class Trainer:
 
     def evaluate(self) -> Mapping[str, float]:
         """Mean cross-entropy of held-out tokens under the averaged weights, nats a token."""
-        count, size = min(len(self.val), self.training.evaluate_images), self.training.batch_size
+        count = min(len(self.val), self.training.evaluate_images)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        with torch.inference_mode(), self._precision():
-            for start in range(self.world.rank * size, count, self.world.size * size):
-                indices_B = np.arange(start, min(start + size, count))
+        together = self.world.size * self.micro_batch
+        # Not inference_mode: what FSDP gathers in it could not be trained on.
+        with torch.no_grad(), self._precision():
+            for first in range(0, count, together):
+                start = first + self.world.rank * self.micro_batch
+                indices_B = np.arange(start, min(start + self.micro_batch, count))
+                weight = len(indices_B)
+                if not weight:  # others wait for this process's part of the weights
+                    indices_B = np.zeros(1, np.int64)
                 batch = self._placed(self.val.codes(indices_B), self.val.classes_N[indices_B])
-                losses_BL = self.objective(self.averaged, *batch)
-                total += losses_BL.mean(1).double().sum()
+                total += weight * self.evaluated(*batch).double()
         return {"loss": float(self.world.sum(total)) / count}
 
     def state(self) -> Mapping[str, Tensor]:

@@ -230,7 +230,8 @@ def recipe(**values: Any) -> Recipe:
 def _tokenizer(job: TokenizerJob, run: Path, place: Place, progress: Progress) -> Found:
     used = recipe(tokenizer=job.shape, tokenizer_training=job.training)
     with progress("tokenizer") as report:
-        tokenizer = fit.train_tokenizer(run, place.images, used, place.device, report)
+        world = World(device=place.device)
+        tokenizer = fit.train_tokenizer(run, place.images, used, world, report)
     with progress("tokens") as report:
         fit.extract_tokens(run, tokenizer, place.images, used, None, report)
     with progress("reconstruction") as report:

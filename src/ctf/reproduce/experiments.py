@@ -46,7 +46,8 @@ def open_desk(
     plan: Plan, work: Path, results: Path, device: torch.device, progress: Progress
 ) -> Desk:
     """Raises UserError: see `open_images`."""
-    place = Place(plan.source, open_images(plan.source, plan.image_size), device, machine(device))
+    images = open_images(plan.source, plan.image_size)
+    place = Place(plan.source, images, plan.features, device, machine(device))
     return Desk(cells(plan, "all"), work, results, place, progress)
 
 

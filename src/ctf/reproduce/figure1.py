@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from ctf.clusters import Method
 from ctf.reproduce import plan as planned
 from ctf.reproduce.cells import Cell
 from ctf.reproduce.jobs import DetailsJob
 from ctf.reproduce.plan import Plan
+
+METHODS: tuple[Method, ...] = ("average", "balanced")
 
 
 def cells(plan: Plan) -> list[Cell]:
@@ -14,6 +17,8 @@ def cells(plan: Plan) -> list[Cell]:
         found += planned.clusters(plan, codes, plan.count(codes))
     for count in plan.other_counts:
         found += planned.clusters(plan, plan.largest, count)
+    for method in METHODS:
+        found += planned.clusters(plan, plan.largest, plan.count(plan.largest), method)
     return [*found, *details(plan)]
 
 

@@ -39,8 +39,6 @@ from ctf.drawing import Drawing
 from ctf.extractors import Extractor, open_extractor
 from ctf.fit import Progress
 from ctf.images import (
-    FASHION_MNIST_CLASSES,
-    FASHION_MNIST_SIZE,
     PLAIN,
     ImageSet,
     Splits,
@@ -61,11 +59,13 @@ Found = dict[str, Any]
 class Place:
     """What all cells of a run have in common.
 
-    source: name or folder of the pictures. where: the machine, in words.
+    source: name or folder of the pictures. features: the networks that look at pictures, by name;
+        searches are by the first. where: the machine, in words.
     """
 
     source: str
     images: Splits
+    features: tuple[str, ...]
     device: torch.device
     where: dict[str, str]
 
@@ -149,7 +149,7 @@ class ScoreJob:
 
 @dataclasses.dataclass(frozen=True)
 class SearchJob:
-    """Looks for guidance and temperatures: the lowest FID-Lite0 to `reference` training pictures.
+    """Looks for guidance and temperatures: the lowest FID to `reference` training pictures.
 
     The held-out pictures, which all final scores are against, are not looked at.
     """
@@ -366,6 +366,7 @@ def _score(job: ScoreJob, run: Path, work: Path, place: Place, progress: Progres
         str(run / "pipeline"),
         place.source,
         samples=job.samples,
+        features=place.features,
         settings=settings,
         seed=job.seed,
         split="val",
@@ -387,9 +388,9 @@ def _score(job: ScoreJob, run: Path, work: Path, place: Place, progress: Progres
 
 def _search(job: SearchJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:
     pipe = _pipeline(job, run / "pipeline", work, place)
-    extractor = open_extractor("lite0", device=place.device)
+    extractor = _extractors(place)[0]
     pictures = collection.of_sets("training pictures", (_First(place.images.train, job.reference),))
-    with progress("lite0: training pictures") as report:
+    with progress(f"{extractor.name}: training pictures") as report:
         known = scores.look_at_reference(pictures, extractor, report)
     drawing = Drawing(job.samples).shared(len(pipe.class_names))
     best = search(
@@ -489,12 +490,7 @@ def _held_out(place: Place) -> Collection:
 
 
 def _extractors(place: Place) -> list[Extractor]:
-    """Lite0, and the shipped classifier where it knows the pictures."""
-    names = ["lite0"]
-    val = place.images.val
-    if (val.class_names, val.image_size) == (FASHION_MNIST_CLASSES, FASHION_MNIST_SIZE):
-        names.append("fashion")
-    return [open_extractor(name, device=place.device) for name in names]
+    return [open_extractor(name, device=place.device) for name in place.features]
 
 
 def _speed(job: SpeedJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:

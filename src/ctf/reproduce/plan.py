@@ -26,8 +26,9 @@ from ctf.training import TrainingConfig
 class Plan:
     """Everything that decides the cells.
 
-    source: of the pictures; V is `codebooks`, of which the last has all of `seeds`, the others the
-        first. counts: K for each V, and for the last V those of Table 3a.
+    source: of the pictures. features: the networks that look at them; searches are by the first.
+    codebooks: each V, the last with all of `seeds`, the others with the first one.
+    counts: K for each V. other_counts: for the last V, those of Table 3a besides.
     backbone: of the coarse model. baselines: of the full-vocabulary model for each V.
     fine, other_fines: of the fine model, the usual one and the others of Table 3b.
     samples: of each score of Table 1. samples_of_lines: of each one of Table 3 and Fig. 2.
@@ -37,6 +38,7 @@ class Plan:
 
     source: str
     image_size: int
+    features: tuple[str, ...]
     codebooks: tuple[int, ...]
     counts: tuple[int, ...]
     other_counts: tuple[int, ...]
@@ -70,6 +72,7 @@ class Plan:
 FULL = Plan(
     source="fashion-mnist",
     image_size=32,
+    features=("lite0", "fashion"),
     codebooks=(1024, 4096, 16384),
     counts=(128, 256, 512),  # 4 times the square root of V
     other_counts=(128, 1024),
@@ -94,7 +97,7 @@ FULL = Plan(
     ),
     samples=10_000,
     samples_of_lines=5000,
-    search_samples=1000,
+    search_samples=500,
     search_points=16,
     search_reference=10_000,
     lengths=(0.125, 0.25, 0.5),
@@ -116,7 +119,6 @@ BUDGETS = {
         fine_training=with_steps(FULL.fine_training, 300),
         samples=1000,
         samples_of_lines=1000,
-        search_samples=500,
         search_points=8,
         lengths=(0.5,),
         pictures_of_details=1000,

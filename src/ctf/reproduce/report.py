@@ -119,7 +119,17 @@ def write(desk: Desk, plan: Plan) -> None:
 
 # --- Parts ----------------------------------------------------------------------------------------
 
-COLUMNS = ("FID-Lite0", "IS-Lite0", "FID-fashion", "IS-fashion")
+SUFFIXES = {"lite0": "-Lite0", "fashion": "-fashion"}  # of the scores by each network
+
+
+def _names(plan: Plan, *scores: str) -> list[str]:
+    """These scores by each network of the plan, e.g. FID-Lite0; the first is what was tuned by."""
+    return [f"{score}{SUFFIXES[network]}" for network in plan.features for score in scores]
+
+
+def _fid(plan: Plan) -> str:
+    """What the settings were tuned by."""
+    return _names(plan, "FID")[0]
 
 
 def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
@@ -131,15 +141,13 @@ def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _scores(found: Row | None) -> list[str]:
+def _scores(plan: Plan, found: Row | None) -> list[str]:
+    names = _names(plan, "FID", "IS")
     if found is None:
-        return [MISSING, *[""] * (len(COLUMNS) + 3)]
+        return [MISSING, *[""] * (len(names) + 3)]
     cells = []
-    for name in COLUMNS:
-        score = found.found["scores"].get(name)
-        if score is None:
-            cells.append("")
-            continue
+    for name in names:
+        score = found.found["scores"][name]
         cells.append(f"{score['value']:.4g} ({score['low']:.4g} to {score['high']:.4g})")
     accuracy = found.found["accuracy"]
     cells.append("" if accuracy is None else f"{accuracy['value']:.1%}")
@@ -149,7 +157,9 @@ def _scores(found: Row | None) -> list[str]:
     return cells
 
 
-HEADER = (*COLUMNS, "class accuracy", "parameters", "GFLOP", "seconds")
+def _header(plan: Plan) -> list[str]:
+    """Of what `_scores` gives."""
+    return [*_names(plan, "FID", "IS"), "class accuracy", "parameters", "GFLOP", "seconds"]
 
 
 def _tokenizers(desk: Desk, plan: Plan) -> list[str]:
@@ -157,20 +167,17 @@ def _tokenizers(desk: Desk, plan: Plan) -> list[str]:
     for codes in plan.codebooks:
         result = desk.result(planned.tokenizer(plan, codes).name)
         if result is None:
-            body.append([str(codes), MISSING, "", "", "", "", ""])
+            body.append([str(codes), MISSING, *[""] * (len(plan.features) + 3)])
             continue
         found = result["found"]
-        distances = [
-            f"{found[name]['value']:.4g}" if name in found else ""
-            for name in ("rFID-Lite0", "rFID-fashion")
-        ]
+        distances = [f"{found[name]['value']:.4g}" for name in _names(plan, "rFID")]
         body.append(
             [
                 str(codes), f"{found['psnr']:.2f} dB", f"{found['ssim']:.3f}",
                 f"{found['usage']:.1%}", *distances, f"{found['seconds_of_training']:.0f}",
             ]
         )  # fmt: skip
-    header = ("V", "PSNR", "SSIM", "codes used", "rFID-Lite0", "rFID-fashion", "seconds")
+    header = ("V", "PSNR", "SSIM", "codes used", *_names(plan, "rFID"), "seconds")
     return [
         "## Tokenizers",
         "",
@@ -187,7 +194,7 @@ def _table1(desk: Desk, plan: Plan) -> list[str]:
             for ctf in (False, True):
                 found = row(desk, table1.row(plan, codes, seed, ctf=ctf))
                 name = f"CTF, K = {plan.count(codes)}" if ctf else "baseline"
-                body.append([str(codes), str(seed), name, *_scores(found)])
+                body.append([str(codes), str(seed), name, *_scores(plan, found)])
     lines = [
         "## Table 1: the baseline against CTF",
         "",
@@ -195,7 +202,7 @@ def _table1(desk: Desk, plan: Plan) -> list[str]:
         "and temperatures of both by the same search with the same number of points, on other "
         "seeds and against training pictures.",
         "",
-        *_table(("V", "seed", "model", *HEADER), body),
+        *_table(("V", "seed", "model", *_header(plan)), body),
     ]
     for codes in plan.codebooks:
         settings = [
@@ -217,20 +224,20 @@ def _margins(desk: Desk, plan: Plan, codes: int, name: str) -> list[float]:
     found = []
     for seed in table1.seeds(plan, codes):
         base, ctf = (row(desk, table1.row(plan, codes, seed, ctf=ctf)) for ctf in (False, True))
-        if base is not None and ctf is not None and name in base.found["scores"]:
+        if base is not None and ctf is not None:
             found.append(1 - ctf.value(name) / base.value(name))
     return found
 
 
 def _gap_plot(desk: Desk, plan: Plan) -> list[str]:
-    known = [codes for codes in plan.codebooks if _margins(desk, plan, codes, "FID-Lite0")]
+    known = [codes for codes in plan.codebooks if _margins(desk, plan, codes, _fid(plan))]
     if not known:
         return []
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5, 3.5), layout="constrained")
     axes = figure.subplots()
-    for name in ("FID-Lite0", "FID-fashion"):
+    for name in _names(plan, "FID"):
         margins = [_margins(desk, plan, codes, name) for codes in known]
         if all(margins):
             means = [100 * statistics.mean(values) for values in margins]
@@ -280,9 +287,9 @@ def _table3(desk: Desk, plan: Plan) -> list[str]:
     ]
     parts: dict[str, list[list[str]]] = {}
     for line in table3.lines(plan):
-        parts.setdefault(line.part, []).append([line.choice, *_scores(row(desk, line.cells))])
+        parts.setdefault(line.part, []).append([line.choice, *_scores(plan, row(desk, line.cells))])
     for part, body in parts.items():
-        lines += [f"### {part}", "", *_table(("choice", *HEADER), body)]
+        lines += [f"### {part}", "", *_table(("choice", *_header(plan)), body)]
         lines += [f"The paper (FID / IS): {PAPER_TABLE3[part]}.", ""]
     return lines
 
@@ -349,14 +356,13 @@ def _figure2(desk: Desk, plan: Plan) -> list[str]:
             found = row(desk, figure2.point(plan, share, ctf=ctf))
             if found is not None:
                 points[ctf].append((steps, found))
-            body.append([str(steps), "CTF" if ctf else "baseline", *_scores(found)])
-    lines += _table(("steps", "model", *HEADER), body)
+            body.append([str(steps), "CTF" if ctf else "baseline", *_scores(plan, found)])
+    lines += _table(("steps", "model", *_header(plan)), body)
     if not (points[False] and points[True]):
         return lines
     from matplotlib.figure import Figure
 
-    scores = points[True][0][1].found["scores"]
-    names = [name for name in ("FID-Lite0", "FID-fashion") if name in scores]
+    names = _names(plan, "FID")
     figure = Figure(figsize=(4.5 * len(names), 3.5), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
@@ -387,10 +393,8 @@ def _save(figure: Any, path: Path) -> None:
 def _claims(desk: Desk, plan: Plan) -> list[str]:
     """Each claim of the paper, what was found here, and whether it holds."""
     body = [
-        _better(desk, plan, "FID-Lite0", lower=True),
-        _better(desk, plan, "FID-fashion", lower=True),
-        _better(desk, plan, "IS-Lite0", lower=False),
-        _better(desk, plan, "IS-fashion", lower=False),
+        *(_better(desk, plan, name, lower=True) for name in _names(plan, "FID")),
+        *(_better(desk, plan, name, lower=False) for name in _names(plan, "IS")),
         _grows(desk, plan),
         _sooner(desk, plan),
         _as_fast(desk, plan),
@@ -411,7 +415,7 @@ def _better(desk: Desk, plan: Plan, name: str, *, lower: bool) -> tuple[str, str
     apart, changes = [], []
     for seed in table1.seeds(plan, codes):
         base, ctf = (row(desk, table1.row(plan, codes, seed, ctf=ctf)) for ctf in (False, True))
-        if base is None or ctf is None or name not in base.found["scores"]:
+        if base is None or ctf is None:
             continue
         changes.append(ctf.value(name) / base.value(name) - 1)
         (low, high), (base_low, base_high) = ctf.interval(name), base.interval(name)
@@ -429,14 +433,14 @@ def _better(desk: Desk, plan: Plan, name: str, *, lower: bool) -> tuple[str, str
 
 def _grows(desk: Desk, plan: Plan) -> tuple[str, str, str]:
     claim = "the gain grows with the codebook"
-    margins = [_margins(desk, plan, codes, "FID-Lite0") for codes in plan.codebooks]
+    margins = [_margins(desk, plan, codes, _fid(plan)) for codes in plan.codebooks]
     if not all(margins):
         return claim, MISSING, ""
     means = [statistics.mean(values) for values in margins]
     here = ", ".join(
         f"V = {codes}: {-mean:+.1%}" for codes, mean in zip(plan.codebooks, means, strict=True)
     )
-    return claim, f"FID-Lite0 {here}", "yes" if means == sorted(means) else "no"
+    return claim, f"{_fid(plan)} {here}", "yes" if means == sorted(means) else "no"
 
 
 def _sooner(desk: Desk, plan: Plan) -> tuple[str, str, str]:
@@ -446,8 +450,8 @@ def _sooner(desk: Desk, plan: Plan) -> tuple[str, str, str]:
         base, ctf = (row(desk, figure2.point(plan, share, ctf=ctf)) for ctf in (False, True))
         if base is None or ctf is None:
             return claim, MISSING, ""
-        ahead.append(ctf.value("FID-Lite0") < base.value("FID-Lite0"))
-    return claim, f"at {sum(ahead)} of {len(ahead)}, by FID-Lite0", "yes" if all(ahead) else "no"
+        ahead.append(ctf.value(_fid(plan)) < base.value(_fid(plan)))
+    return claim, f"at {sum(ahead)} of {len(ahead)}, by {_fid(plan)}", "yes" if all(ahead) else "no"
 
 
 def _as_fast(desk: Desk, plan: Plan) -> tuple[str, str, str]:
@@ -468,7 +472,7 @@ def _control(desk: Desk, plan: Plan) -> tuple[str, str, str]:
     control = row(desk, line.cells)
     if usual is None or control is None:
         return claim, MISSING, ""
-    values = [found.value("FID-Lite0") for found in (usual, control)]
-    here = f"FID-Lite0 {values[0]:.4g} with k-means, {values[1]:.4g} with random clusters"
-    worse = control.interval("FID-Lite0")[0] > usual.interval("FID-Lite0")[1]
+    values = [found.value(_fid(plan)) for found in (usual, control)]
+    here = f"{_fid(plan)} {values[0]:.4g} with k-means, {values[1]:.4g} with random clusters"
+    worse = control.interval(_fid(plan))[0] > usual.interval(_fid(plan))[1]
     return claim, here, "yes" if worse else "no"

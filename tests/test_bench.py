@@ -10,7 +10,7 @@ from conftest import Command
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ctf import bench, bench_report, engine, memory, plain, work
+from ctf import bench, bench_report, engine, memory, pipeline, plain, quality, work
 from ctf.clusters import Clusters
 from ctf.coarse import CoarseModel
 from ctf.errors import UserError
@@ -39,11 +39,11 @@ def flops(call) -> int:
 @pytest.mark.parametrize("labels", [5, 40])
 def test_operations_of_a_step_are_those_of_pytorchs_counter(labels: int) -> None:
     model = CoarseModel(CONFIG, labels).eval()
-    cache = model.trunk.cache(6, CPU, torch.float32)
+    cache = model.trunk.cache(6)
     for position in range(15):  # the cache has room for 16, all of which the last step looks at
         model.step(torch.zeros(6, 1, dtype=torch.int64), position, cache)
     counted = flops(lambda: model.step(torch.zeros(6, 1, dtype=torch.int64), 15, cache))
-    assert work.step(CONFIG, labels, 6, 15, int8=False).operations == counted
+    assert work.step(CONFIG, labels, 6, 15, int8=False, cached=torch.float32).operations == counted
 
 
 def test_operations_of_the_fine_pass_are_those_of_pytorchs_counter() -> None:
@@ -59,10 +59,11 @@ def test_bytes_of_a_step_are_the_weights_and_what_is_in_the_cache() -> None:
     model = CoarseModel(CONFIG, 40)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embedding" not in n]
     cache = 2 * 3 * 6 * 11 * 48 * 4  # keys and values, layers, images, positions, width, float32
-    wide, low = (work.step(CONFIG, 40, 6, 10, int8=int8) for int8 in (False, True))
+    wide = work.step(CONFIG, 40, 6, 10, int8=False, cached=torch.float32)
+    low = work.step(CONFIG, 40, 6, 10, int8=True, cached=torch.bfloat16)
     assert wide.bytes == sum(p.numel() for p in matrices) * 4 + cache
-    assert low.bytes == sum(p.numel() for p in matrices) + cache
-    assert low.operations == wide.operations and low.fp32 < wide.fp32
+    assert low.bytes == sum(p.numel() for p in matrices) + cache / 2
+    assert low.operations == wide.operations and low.fp32 == 0
 
 
 def test_operations_of_decoding() -> None:
@@ -224,6 +225,21 @@ def test_a_dry_run_says_what_would_be_measured(ctf: Command, tmp_path: Path) -> 
     result = ctf("bench", "sample", "--sizes", "B", "--dry-run", "--out", tmp_path / "out")
     assert result.code == 0 and "coarse B 32" in result.out
     assert not (tmp_path / "out").exists()
+
+
+def test_likelihoods_are_those_of_the_teacher_forced_models(run: Path) -> None:
+    pipe = pipeline.load(run, CPU)
+    codes_NL = torch.randint(pipe.clusters.codebook_size, (3, pipe.coarse.config.length))
+    classes_N = torch.tensor([0, 1, 0])
+    labels_NL = pipe.clusters.labels_V[codes_NL]
+    coarse, fine = quality.cross_entropy(pipe, codes_NL, classes_N)
+    assert pipe.fine is not None
+    for found, logits, targets in (
+        (coarse, pipe.coarse(labels_NL, classes_N), labels_NL),
+        (fine, pipe.fine(labels_NL, classes_N), pipe.fine.choices(codes_NL)),
+    ):
+        expected = -logits.log_softmax(-1).gather(-1, targets[..., None]).mean()
+        assert found == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_quality_of_engines(ctf: Command) -> None:

@@ -104,6 +104,32 @@ def test_int8_is_near() -> None:
     assert not torch.equal(exact, near)
 
 
+def test_a_cache_in_bfloat16_is_near_and_half_as_large() -> None:
+    model, low = make(128), make(128)
+    low.trunk.cache_dtype = torch.bfloat16
+    labels_BL = torch.randint(40, (6, 16), generator=torch.Generator().manual_seed(1))
+    exact, near = (
+        torch.stack([decoder.logits(labels_BL, i, 2.0) for i in range(16)])
+        for decoder in (sampling.Decoder(m, torch.arange(6) % 6, guided=True) for m in (model, low))
+    )
+    assert near.dtype == torch.float32 and not torch.equal(exact, near)
+    assert float((exact - near).abs().mean()) < 0.02 * float(exact.std())
+    sizes = [m.trunk.cache(2).k[0].element_size() for m in (model, low)]
+    assert sizes == [4, 2]
+
+
+@needs_int8
+def test_int8_keeps_its_cache_in_what_the_processor_multiplies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for able, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(engine, "multiplies_bfloat16", lambda able=able: able)
+        model = make()
+        engine.prepare(model, None, None, "int8")
+        assert model.trunk.cache(2).k[0].dtype == expected
+        assert draw(model).shape == (5, 16)
+
+
 @needs_int8
 def test_int8_cannot_be_saved(run: Path, tmp_path: Path) -> None:
     pipe = Pipeline.from_pretrained(run, engine="int8")

@@ -363,13 +363,14 @@ def _coarse(machine: Machine, asked: Asked, device: torch.device, size: str, bat
     timings = []
     for name, model in models.items():
         low = name.endswith("int8")
-        each = work.steps(shape, model.count, rows, low)
+        dtype = model.trunk.cached_as()[1]
+        each = work.steps(shape, model.count, rows, low, dtype)
         total = sum(each, Work())
         floor = sum(one.floor(machine) for one in each)
         length = LENGTH
         if name == "plain":
             length = -(-(1 + LENGTH) // 8) * 8
-        cache = 2 * 4 * shape.layers * rows * shape.width * length
+        cache = 2 * dtype.itemsize * shape.layers * rows * shape.width * length
         timings.append(
             Timing(name, tuple(seconds[name]), floor, total, _bytes(model), cache, working[name])
         )
@@ -452,7 +453,7 @@ def _decoding(machine: Machine, asked: Asked, device: torch.device) -> Group:
     operations = work.decoding(model)
     timings = []
     for name, own in models.items():
-        low = name == "int8" and engine.low_precision_convolutions()
+        low = name == "int8" and engine.multiplies_bfloat16()
         total = Work(bf16=operations) if low else Work(fp32=operations)
         floor = total.floor(machine)
         timings.append(Timing(name, seconds[name], floor, total, _bytes(own), 0, working[name]))

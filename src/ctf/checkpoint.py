@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 
 from ctf.distributed import ALONE, World, laid_out
 from ctf.errors import UserError
@@ -202,6 +204,27 @@ def load_pt(path: Path, classes: Sequence[type] = ()) -> Any:
         raise UserError(
             f"{path}: truncated, or not a checkpoint of PyTorch ({reason}); download it again"
         ) from None
+
+
+class _NothingDrawn(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.normalize or getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules that are made in here have no memory yet: their weights come by `load_strict`.
+
+    Nothing is drawn or normalised for them: even without memory, that makes PyTorch import its
+    compiler, which takes a second.
+    """
+    with torch.device("meta"), _NothingDrawn():
+        yield
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:

@@ -1231,12 +1231,17 @@ def _progress(name: str, world: Any = None) -> Any:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.measure import Measurement
     from rich.table import Table
 
     table = Table(*columns)
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    if console.is_terminal:
+        console.print(table)
+    else:  # a file has no width that the words must be cut to
+        width = Measurement.get(console, console.options.update(width=1000), table).maximum
+        console.print(table, width=width, crop=False)
 
 
 def _say(world: Any, text: str) -> None:

@@ -144,7 +144,8 @@ def prepare(
         engine: "eager" leaves all as it is. "auto" computes the same, up to rounding, as fast as
             is known here: packed on a processor, compiled on a GPU. "compile" compiles the steps
             of the coarse model. "int8" computes nearly the same: transformers in 8-bit integers,
-            and the decoder's convolutions in bfloat16 where the processor multiplies that.
+            and, where the processor multiplies bfloat16, the cached keys and values and the
+            decoder's convolutions in that.
     """
     models = [model for model in (coarse, fine, tokenizer) if model is not None]
     device = next(models[0].parameters()).device
@@ -161,18 +162,19 @@ def prepare(
     if engine == "eager":
         return
     kind = Int8 if engine == "int8" else Packed
+    low = torch.bfloat16 if engine == "int8" and multiplies_bfloat16() else None
     if coarse is not None:
         _pack(coarse, kind)
+        coarse.trunk.cache_dtype = low
     if fine is not None:
         _pack(fine.trunk, kind)  # its head is read in slices, by cluster
     if tokenizer is not None:
         tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        low = engine == "int8" and low_precision_convolutions()
-        _prepare_decoder(tokenizer.decoder, torch.bfloat16 if low else torch.float32)
+        _prepare_decoder(tokenizer.decoder, low or torch.float32)
 
 
-def low_precision_convolutions() -> bool:
-    """Whether the processor multiplies bfloat16 itself; where it does not, it would take longer."""
+def multiplies_bfloat16() -> bool:
+    """Whether the processor does so itself; where it does not, it would take longer."""
     return torch.cpu._is_avx512_bf16_supported()
 
 
@@ -279,7 +281,7 @@ class CompiledTrunk(Trunk):
 
     def __init__(self, trunk: Trunk) -> None:
         nn.Module.__init__(self)
-        self.config = trunk.config
+        self.config, self.cache_dtype = trunk.config, trunk.cache_dtype
         for name, child in trunk.named_children():
             setattr(self, name, child)
         graphs = next(trunk.parameters()).device.type == "cuda"
@@ -287,8 +289,8 @@ class CompiledTrunk(Trunk):
             self._through, mode="reduce-overhead" if graphs else None, fullgraph=True, dynamic=False
         )
 
-    def cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> KVCache:
-        return StaticCache(self.config, batch, device, dtype)
+    def cache(self, batch: int) -> KVCache:
+        return StaticCache(self.config, batch, *self.cached_as())
 
     def step(
         self, inputs_BT: Tensor, start: int, cache: KVCache, images: slice = slice(None)

@@ -346,7 +346,7 @@ def _transformer(stored: Stored, path: Path, size: str, grid: int) -> CoarseMode
             f"{path}: trained for {side} x {side} codes, expected {grid} x {grid}; "
             "choose another --image-size"
         )
-    with torch.device("meta"):
+    with checkpoint.without_weights():
         model = CoarseModel(shape, count)
     _fill(model, {ours: _gpt_name(ours) for ours in model.state_dict()}, stored, path, hint)
     model.trunk.rope.to_empty(device=torch.device("cpu"))
@@ -403,7 +403,7 @@ def _tokenizer(stored: Stored, path: Path, image_size: int) -> VQModel:
         latent_channels=latent,
         groups=GROUPS,
     )
-    with torch.device("meta"):
+    with checkpoint.without_weights():
         model = VQModel(shape)
     _fill(model, {ours: _vq_name(ours, shape) for ours in model.state_dict()}, stored, path, "")
     return model

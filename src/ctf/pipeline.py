@@ -520,8 +520,8 @@ class Pipeline:
 
     def _cached(self) -> int:
         """Bytes of keys and values of one image without guidance."""
-        shape, weight = self.coarse.config, self.coarse.trunk.label_embedding.weight
-        return 2 * shape.layers * shape.length * shape.width * weight.element_size()
+        shape, (_, dtype) = self.coarse.config, self.coarse.trunk.cached_as()
+        return 2 * shape.layers * shape.length * shape.width * dtype.itemsize
 
     def _batches(
         self, numbers: Sequence[int], seed: int, kept_NL: Tensor | None, at_a_time: int
@@ -716,7 +716,7 @@ def load_settings(folder: Path) -> PipelineSettings:
 def load_coarse(folder: Path, parts: Clusters, device: torch.device) -> CoarseModel:
     """The coarse model in `folder`, for these clusters, ready to draw."""
     shape, _ = _load_config(folder, parts)
-    with torch.device("meta"):  # the weights come from the file
+    with checkpoint.without_weights():  # the weights come from the file
         model = CoarseModel(shape, parts.count)
     return _ready(model, folder, device)
 
@@ -727,7 +727,7 @@ def load_fine(folder: Path, parts: Clusters, device: torch.device) -> FineModel:
     softmax = stored.get("softmax")
     if softmax not in ("members", "full"):
         raise UserError(f"{folder}: got softmax {softmax!r}, expected that of a fine model")
-    with torch.device("meta"):
+    with checkpoint.without_weights():
         model = FineModel(shape, parts, softmax)
     return _ready(model, folder, device)
 

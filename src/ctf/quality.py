@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctf import pipeline
+from ctf import pipeline, sampling
 from ctf.classifier import shipped_classifier
 from ctf.drawing import Drawing
 from ctf.engine import Engine
@@ -23,7 +23,7 @@ from ctf.images import FASHION_MNIST_CLASSES, INCLUDED, ImageSet, as_tensor, ope
 from ctf.metrics import Accuracy
 from ctf.pipeline import Pipeline, Progress
 
-BATCH = 64
+BATCH = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +103,16 @@ def cross_entropy(pipe: Pipeline, codes_NL: Tensor, classes_N: Tensor) -> tuple[
     totals = [0.0, 0.0]
     for codes_BL, classes_B in zip(codes_NL.split(BATCH), classes_N.split(BATCH), strict=True):
         labels_BL = pipe.clusters.labels_V[codes_BL]
-        totals[0] += _sum(pipe.coarse(labels_BL, classes_B), labels_BL)
+        # Step by step, since what the cache rounds is part of it.
+        decoder = sampling.Decoder(pipe.coarse, classes_B, guided=False)
+        for i in range(labels_BL.shape[1]):
+            totals[0] += _sum(decoder.logits(labels_BL, i, 1.0), labels_BL[:, i])
         if pipe.fine is not None:
             totals[1] += _sum(pipe.fine(labels_BL, classes_B), pipe.fine.choices(codes_BL))
     return totals[0] / codes_NL.numel(), totals[1] / codes_NL.numel()
 
 
-def _sum(logits_BLK: Tensor, targets_BL: Tensor) -> float:
-    return float(F.cross_entropy(logits_BLK.mT, targets_BL, reduction="none").double().sum())
+def _sum(logits: Tensor, targets: Tensor) -> float:
+    """Over (..., K) logits and targets of the same shape without K."""
+    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
+    return float(losses.double().sum())

@@ -198,8 +198,7 @@ class Decoder:
     def __init__(self, model: CoarseModel, classes_B: Tensor, *, guided: bool) -> None:
         self.model = model
         self.classes = _with_no_class(classes_B, model.no_class) if guided else classes_B
-        dtype = model.trunk.label_embedding.weight.dtype
-        self.cache = model.trunk.cache(len(self.classes), classes_B.device, dtype)
+        self.cache = model.trunk.cache(len(self.classes))
         self.cached = [0, 0]  # positions of each half
 
     @torch.inference_mode()

@@ -333,7 +333,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> VQModel:
     stored = checkpoint.load_object(path)
     model_config = config.from_json(TokenizerConfig, stored.get("model"), f"{path}: model")
     tensors, _ = checkpoint.load_tensors(folder / "model.safetensors")
-    with torch.device("meta"):  # the weights come from the file
+    with checkpoint.without_weights():  # the weights come from the file
         model = VQModel(model_config)
     checkpoint.load_strict(
         model, {k: v.float() for k, v in tensors.items()}, folder / "model.safetensors"

@@ -101,7 +101,10 @@ class Rope(nn.Module):
         self.register_buffer("table", self._compute(), persistent=False)
 
     def _compute(self, device: torch.device | None = None) -> Tensor:
+        device = device or torch.get_default_device()
         grid, half = self.config.grid, self.config.head_width // 2
+        if device.type == "meta":  # where there is no memory, there are no angles
+            return torch.empty(1 + grid**2, half, 2, device=device)
         exponents = torch.arange(0, half, 2, device=device).float() / half
         steps = torch.arange(grid, device=device).float()
         angles = torch.outer(steps, 1.0 / self.config.rope_base**exponents)
@@ -145,7 +148,7 @@ def rotate(x_BTZNE: Tensor, rotation_TP2: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the positions so far: for each layer (B, N, room, E).
+    """Keys and values of the positions so far: for each layer (B, N, room, E), in `dtype`.
 
     The room grows by `BLOCK` positions at a time. A processor reads what lies together at about
     twice the speed of slices out of tensors of the full length, copying included. L positions are
@@ -167,14 +170,18 @@ class KVCache:
         """Stores keys and values from position `start` on, of some of the images; attends to
         what is before each position and to itself.
         """
-        count, width = q_BNTE.shape[2:]
-        end = start + count
+        end = start + q_BNTE.shape[2]
         if end > self.k[layer].shape[2]:
             for stored in (self.k, self.v):
                 stored[layer] = self._grown(stored[layer], end)
         keys, values = self.k[layer][images], self.v[layer][images]
         keys[:, :, start:end] = k_BNTE
         values[:, :, start:end] = v_BNTE
+        mixed_BNTE = self._attend(q_BNTE.to(keys.dtype), keys, values, start, end)
+        return mixed_BNTE.to(q_BNTE.dtype)
+
+    def _attend(self, q_BNTE: Tensor, keys: Tensor, values: Tensor, start: int, end: int) -> Tensor:
+        count, width = q_BNTE.shape[2:]
         if count > 1 or q_BNTE.device.type != "cpu":
             seen = None
             if count > 1:
@@ -251,6 +258,7 @@ class Trunk(nn.Module):
     def __init__(self, config: TransformerConfig, count: int) -> None:
         super().__init__()
         self.config = config
+        self.cache_dtype: torch.dtype | None = None  # of keys and values; else that of the weights
         self.class_embedding = nn.Embedding(config.classes + 1, config.width)
         self.label_embedding = nn.Embedding(count, config.width)
         self.dropout = nn.Dropout(config.dropout)
@@ -269,9 +277,14 @@ class Trunk(nn.Module):
         out: Tensor = self.norm(x_BTD)
         return out
 
-    def cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+    def cache(self, batch: int) -> KVCache:
         """An empty one, for `step`."""
-        return KVCache(self.config, batch, device, dtype)
+        return KVCache(self.config, batch, *self.cached_as())
+
+    def cached_as(self) -> tuple[torch.device, torch.dtype]:
+        """Where keys and values are kept, and in which precision."""
+        weight = self.label_embedding.weight
+        return weight.device, self.cache_dtype or weight.dtype
 
     def step(
         self, inputs_BT: Tensor, start: int, cache: KVCache, images: slice = slice(None)

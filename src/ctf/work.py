@@ -65,27 +65,39 @@ def block_weights(config: TransformerConfig) -> int:
     return config.layers * (4 * d * d + 3 * d * config.ffn_width)
 
 
-def step(config: TransformerConfig, labels: int, rows: int, position: int, int8: bool) -> Work:
+def step(
+    config: TransformerConfig,
+    labels: int,
+    rows: int,
+    position: int,
+    int8: bool,
+    cached: torch.dtype,
+) -> Work:
     """One position of a coarse model, or of the full-vocabulary baseline, with a cache.
 
     Args:
         labels: K, rows of the output layer.
         rows: images, with both halves of guidance.
         position: how many positions are in the cache.
+        int8: whether the matrices are. cached: precision of keys and values.
     """
     weights = block_weights(config) + config.width * labels
     products = 2.0 * rows * weights
     seen = rows * config.layers * config.width * (position + 1)  # numbers in keys, and in values
+    low = cached == torch.bfloat16
     return Work(
-        fp32=4.0 * seen + (0.0 if int8 else products),
+        fp32=(0.0 if low else 4.0 * seen) + (0.0 if int8 else products),
+        bf16=4.0 * seen if low else 0.0,
         int8=products if int8 else 0.0,
-        bytes=weights * (1 if int8 else 4) + 2 * 4.0 * seen,
+        bytes=weights * (1 if int8 else 4) + 2.0 * cached.itemsize * seen,
     )
 
 
-def steps(config: TransformerConfig, labels: int, rows: int, int8: bool) -> list[Work]:
+def steps(
+    config: TransformerConfig, labels: int, rows: int, int8: bool, cached: torch.dtype
+) -> list[Work]:
     """Every position of an image; the floor of a run is the sum of theirs."""
-    return [step(config, labels, rows, i, int8) for i in range(config.length)]
+    return [step(config, labels, rows, i, int8, cached) for i in range(config.length)]
 
 
 def fine(config: TransformerConfig, rows: int, members: float, int8: bool) -> Work:

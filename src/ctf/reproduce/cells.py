@@ -32,10 +32,6 @@ class Cell:
     name: str
     job: Job
 
-    @property
-    def asked(self) -> dict[str, Any]:
-        return {"job": type(self.job).__name__, **config.to_json(self.job)}
-
 
 @dataclasses.dataclass(frozen=True)
 class Desk:
@@ -47,49 +43,59 @@ class Desk:
     place: Place
     progress: Progress
 
+    def asked(self, name: str) -> dict[str, Any]:
+        """All that decides the result of a cell; of the cells that it needs, a hash of theirs."""
+        job = self.cells[name].job
+        needs = {needed: checkpoint.hash_json(self.asked(needed))[:16] for needed in job.needs}
+        return {"job": type(job).__name__, **config.to_json(job), "needs": needs}
+
     def result(self, name: str) -> dict[str, Any] | None:
         """What came out of a cell, of the same question; None where that is not known."""
         path = self.results / "cells" / f"{name}.json"
         if not path.is_file():
             return None
         stored = checkpoint.load_object(path)
-        return stored if stored.get("asked") == self.cells[name].asked else None
+        return stored if stored.get("asked") == self.asked(name) else None
 
     def compute(self, names: Sequence[str]) -> None:
         """Makes the cells whose results are missing, and those that they need."""
         for name in names:
             if self.result(name) is None:
-                stored = self._made(name)
-                checkpoint.save_json(self.results / "cells" / f"{name}.json", stored)
+                self._make(name)
 
-    def _made(self, name: str) -> dict[str, Any]:
-        """The result of a cell in the working folder; whatever it needs is made first."""
-        cell, folder = self.cells[name], self.work / name
-        for needed in cell.job.needs:
-            self._made(needed)
+    def _make(self, name: str) -> None:
+        """Makes a cell that is not in the working folder, after those that it needs."""
+        job, folder, asked = self.cells[name].job, self.work / name, self.asked(name)
+        for needed in job.needs:
+            self._make(needed)
         if (folder / RESULT).is_file():
             stored = checkpoint.load_object(folder / RESULT)
-            _check_same(folder, stored["asked"], cell.asked)
-            return stored
+            _check_same(folder, stored["asked"], asked)
+            self._keep(name, stored)
+            return
         if (folder / ASKED).is_file():
-            _check_same(folder, checkpoint.load_json(folder / ASKED), cell.asked)
+            _check_same(folder, checkpoint.load_json(folder / ASKED), asked)
         elif not checkpoint.is_vacant(folder):
             raise UserError(
                 f"{folder} exists and is no cell of ctf reproduce; choose another --out"
             )
-        checkpoint.save_json(folder / ASKED, cell.asked)
+        checkpoint.save_json(folder / ASKED, asked)
         clock = _Clock(folder / CLOCK)
         with clock.running():
-            found = make(cell.job, folder / "run", self.work, self.place, clock.told(self.progress))
+            found = make(job, folder / "run", self.work, self.place, clock.told(self.progress))
         stored = {
             "cell": name,
-            "asked": cell.asked,
+            "asked": asked,
             "found": found,
             "seconds": round(clock.seconds, 1),
             "where": self.place.where,
         }
         checkpoint.save_json(folder / RESULT, stored)
-        return stored
+        self._keep(name, stored)
+
+    def _keep(self, name: str, stored: dict[str, Any]) -> None:
+        if self.result(name) is None:
+            checkpoint.save_json(self.results / "cells" / f"{name}.json", stored)
 
 
 def _check_same(folder: Path, stored: Any, asked: Any) -> None:

@@ -75,14 +75,16 @@ def run(desk: Desk, plan: Plan, names: list[str]) -> None:
 def status(desk: Desk) -> list[tuple[str, str, str]]:
     """Of each cell: its name, how it stands, and the seconds that it took."""
     rows = []
-    for name, cell in desk.cells.items():
+    for name in desk.cells:
         folder, result = desk.work / name, desk.result(name)
         if result is not None:
             how = "done" if (folder / RESULT).is_file() else "done, its files are elsewhere"
             rows.append((name, how, f"{result['seconds']:.0f}"))
         elif (folder / RESULT).is_file():
             stored = checkpoint.load_object(folder / RESULT)
-            rows.append((name, "made" if stored["asked"] == cell.asked else "of another plan", ""))
+            rows.append(
+                (name, "made" if stored["asked"] == desk.asked(name) else "of another plan", "")
+            )
         else:
             rows.append((name, "begun" if folder.is_dir() else "left", ""))
     return rows

@@ -10,7 +10,7 @@ from conftest import Command
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ctf import bench, bench_report, engine, memory, pipeline, plain, quality, work
+from ctf import bench, bench_report, engine, measuring, memory, pipeline, plain, quality, work
 from ctf.clusters import Clusters
 from ctf.coarse import CoarseModel
 from ctf.errors import UserError
@@ -89,7 +89,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> bench.Asked:
     for name, value in {"CODES": 64, "COUNT": 8, "CLASSES": 5, "GRID": 4, "LENGTH": 16}.items():
         monkeypatch.setattr(bench, name, value)
     for name, value in {"SIDE": 64, "READ": 2**12}.items():
-        monkeypatch.setattr(bench, name, value)
+        monkeypatch.setattr(measuring, name, value)
     monkeypatch.setattr(KVCache, "BLOCK", 8)
     monkeypatch.setattr(bench, "_STARTED", "print(0.1, 0.2, 0.3)")
     return bench.Asked(sizes=("B",), batches=(1, 3), rounds=2)
@@ -140,6 +140,9 @@ def test_killed_it_goes_on_with_what_is_missing(
     after = json.loads((tmp_path / bench.FILE).read_text())["groups"]
     assert {name: after[name] for name in before} == before
     assert len(result.groups) == len(after) == 7
+    assert bench_report.markdown(result) == bench_report.markdown(
+        bench.run(small, tmp_path, CPU, silent)  # all of it from the file
+    )
     with pytest.raises(UserError, match="another run"):
         bench.run(dataclasses.replace(small, rounds=3), tmp_path, CPU, silent)
 
@@ -177,8 +180,8 @@ def test_the_peak_is_that_of_what_was_called() -> None:
         torch.ones(2**24).sum()
 
     if memory.held(CPU):  # systems that tell nothing give 0
-        assert bench._working(hold, CPU) == pytest.approx(2**26, rel=0.2)
-        assert bench._working(lambda: None, CPU) < 2**22
+        assert measuring.working_memory(hold, CPU) == pytest.approx(2**26, rel=0.2)
+        assert measuring.working_memory(lambda: None, CPU) < 2**22
 
 
 def test_a_container_and_the_machine_limit_the_memory(

@@ -4,14 +4,16 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Command, files
+import torch
+from conftest import Command, files, fit_arguments
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ctf import events, loop
+from ctf import checkpoint, cli, events, loop
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -103,6 +105,54 @@ def test_pictures_are_drawn_once(copy: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert drawn == ["x"]
 
 
+def test_samples_of_a_training(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after 20 steps of a stage, with a state saved: drawn by its averaged weights."""
+
+    def stop_in(stage: str) -> None:
+        save = checkpoint.save_state
+
+        def save_and_stop(folder: Path, *given: Any) -> None:
+            save(folder, *given)
+            if folder.parent.name == stage:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "SAVE_SECONDS", -1.0)
+            patch.setattr(checkpoint, "save_state", save_and_stop)
+            assert cli.main(fit_arguments(pictures, tmp_path / "run")) == 130
+
+    run = tmp_path / "run"
+    samples = {stage: events._TrainingSamples(run, stage, 20) for stage in events.SAMPLED}
+
+    def drawn(stage: str) -> list[int]:
+        samples[stage].update()
+        folder = run / events.FOLDER / f"samples-{stage}"
+        if not folder.is_dir():
+            return []
+        return [event.step for event in read(folder).Images("samples")]
+
+    stop_in("tokenizer")
+    assert drawn("coarse") == []
+    stop_in("coarse")
+    assert drawn("coarse") == [20] and drawn("coarse") == [20] and drawn("fine") == []
+    pipe = events.in_training(run)
+    state = checkpoint.load_state(run / "coarse" / "state", 20)
+    assert torch.equal(pipe.coarse.head.weight, state["ema.head.weight"])
+    assert pipe.fine is not None and not pipe.fine.head.weight.any()
+    stop_in("fine")
+    assert drawn("coarse") == [20] and drawn("fine") == [20]
+    pipe = events.in_training(run)
+    state = checkpoint.load_state(run / "fine" / "state", 20)
+    assert pipe.fine is not None
+    assert torch.equal(pipe.fine.head.weight, state["ema.head.weight"])
+    # A mirror that is started again shows no step twice.
+    samples["fine"] = events._TrainingSamples(run, "fine", 20)
+    assert drawn("fine") == [20]
+    assert events._TrainingSamples(run, "fine", 21).update() is None and drawn("fine") == [20]
+
+
 def test_without_tensorboard(copy: Path, ctf: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     result = ctf("runs", "tensorboard", copy, "--once")
@@ -112,6 +162,8 @@ def test_without_tensorboard(copy: Path, ctf: Command, monkeypatch: pytest.Monke
 def test_it_can_be_started_first(tmp_path: Path, ctf: Command) -> None:
     result = ctf("runs", "tensorboard", tmp_path, "--dry-run")
     assert result.code == 0 and "nothing yet" in result.out and list(tmp_path.iterdir()) == []
+    result = ctf("runs", "tensorboard", tmp_path, "--once", "--samples-every", -1)
+    assert result.code == 2 and "samples_every: got -1, expected 0 or more" in result.err
     result = ctf("runs", "tensorboard", tmp_path / "none", "--once")
     assert result.code == 2 and "not found" in result.err
     assert ctf("runs", "tensorboard", tmp_path, "--once").code == 0

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ctf import checkpoint, loop
-from ctf.errors import UserError
+from ctf.errors import Stopped, UserError
 
 PICTURES = np.arange(20, 32)
 
@@ -145,6 +147,46 @@ def test_a_damaged_state_costs_no_more_than_its_line(tmp_path: Path) -> None:
     for name, value in whole.state().items():
         assert torch.equal(resumed.state()[name], value), name
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
+
+
+class Terminated(Line):
+    """Gets a SIGTERM in the middle of a step."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def step(self, step: int) -> Mapping[str, Tensor | float]:
+        if step == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().step(step)
+
+
+@pytest.mark.parametrize("stops", [[0], [19], [20], [44], [68], [3, 9, 40, 41]])
+def test_sigterm_saves_and_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: list[int]
+) -> None:
+    """After the step, in the middle of a line; what is logged in the end is the same."""
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 3600.0)
+    whole, resumed = Line(), Line()
+    loop.run(whole, tmp_path / "whole", 70, evaluate_every=20)
+    before = signal.getsignal(signal.SIGTERM)
+    for stop in stops:
+        said = rf"stopped: stopped after step {stop + 1} and saved; run it again to go on"
+        with pytest.raises(Stopped, match=said):
+            loop.run(Terminated(stop), tmp_path / "stopped", 70, evaluate_every=20)
+        assert signal.getsignal(signal.SIGTERM) == before
+    loop.run(resumed, tmp_path / "stopped", 70, evaluate_every=20)
+    assert resumed.steps_made[0] == stops[-1] + 1  # not a step is lost
+    for name, value in whole.state().items():
+        assert torch.equal(resumed.state()[name], value), name
+    assert without_times(tmp_path / "stopped") == without_times(tmp_path / "whole")
+
+
+def test_sigterm_in_the_last_step_is_the_end(tmp_path: Path) -> None:
+    line = Terminated(69)
+    loop.run(line, tmp_path, 70, evaluate_every=20)
+    assert len(line.steps_made) == 70
 
 
 class Counting(Line):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import without_times
 from torch import Tensor
 
-from ctf import checkpoint, config, loop, training
+from ctf import checkpoint, config, cost, engine, loop, training
 from ctf.clusters import Clusters
 from ctf.coarse import CoarseModel
 from ctf.distributed import ALONE
@@ -392,3 +392,58 @@ def test_what_is_taught_is_not_what_is_evaluated(folder: Path) -> None:
     assert other.evaluate()["loss"] == pytest.approx(plain.evaluate()["loss"])
     one, wrong = (float(trainer.step(0)["loss"]) for trainer in (plain, other))
     assert one != pytest.approx(wrong, rel=1e-6)
+
+
+# --- how a step is computed -----------------------------------------------------------------------
+
+
+def first_losses(folder: Path, kind: Kind, execution: Execution, dropout: float) -> list[float]:
+    trainer = make(folder, kind, dropout=dropout, execution=execution)
+    return [float(trainer.step(step)["loss"]) for step in range(6)] + [trainer.evaluate()["loss"]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("micro_batch", [1, 3, 8, 100])
+def test_a_batch_in_parts_is_the_batch(folder: Path, kind: Kind, micro_batch: int) -> None:
+    whole, parts = (
+        first_losses(folder, kind, execution, 0.0)
+        for execution in (PLAINLY, Execution(micro_batch))
+    )
+    assert parts == pytest.approx(whole, abs=1e-5)
+    assert (parts == whole) == (micro_batch >= 8)
+
+
+def test_parts_are_of_that_size(folder: Path) -> None:
+    calls: list[tuple[training.Model, Tensor, Tensor]] = []
+    make(folder, "coarse", watching(calls), execution=Execution(3)).step(0)
+    assert [len(codes_BL) for _, codes_BL, _ in calls] == [3, 3, 2]
+    assert [classes_B.shape for *_, classes_B in calls] == [(3,), (3,), (2,)]
+    calls.clear()
+    make(folder, "coarse", watching(calls), execution=Execution(3)).evaluate()
+    assert [len(codes_BL) for _, codes_BL, _ in calls] == [3] * 6 + [2]
+    with pytest.raises(UserError, match="micro-batch: got 0, expected 1 or more"):
+        Execution(0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_that_are_computed_again_are_the_same(folder: Path, kind: Kind) -> None:
+    """With the same dropout, and with less kept for the backward pass."""
+    again = Execution(checkpoint_activations=True)
+    assert first_losses(folder, kind, again, 0.1) == first_losses(folder, kind, PLAINLY, 0.1)
+    kept = {}
+    for execution in (PLAINLY, again):
+        trainer = make(folder, kind, execution=execution)
+        _, codes_BL, classes_B = trainer._batch(0)
+        kept[execution] = cost.saved_bytes(
+            trainer.model, lambda t=trainer, c=codes_BL, k=classes_B: t.trained(c, k)
+        )
+    assert kept[again] < 0.5 * kept[PLAINLY]
+
+
+def test_compiled_is_the_same(folder: Path) -> None:
+    if not engine.available("compile", torch.device("cpu")):
+        pytest.skip("no compiler")
+    compiled = Execution(compile=True, checkpoint_activations=True)
+    got, wanted = (first_losses(folder, "coarse", x, 0.0) for x in (compiled, PLAINLY))
+    assert got == pytest.approx(wanted, abs=1e-4)
+    assert got != wanted  # it was compiled

@@ -9,7 +9,7 @@ from torch import nn
 
 from ctf.config import from_json, to_json
 from ctf.errors import UserError
-from ctf.transformer import KVCache, Rope, TransformerConfig, Trunk, rotate, zero_head
+from ctf.transformer import Dropout, KVCache, Rope, TransformerConfig, Trunk, rotate, zero_head
 
 CONFIG = TransformerConfig(width=48, layers=2, heads=2, grid=4, classes=3, ffn_multiple=16)
 LABELS = 7
@@ -200,3 +200,35 @@ def test_half_precision_is_near_single():
         half = make_trunk().bfloat16()(labels_BL, classes_B, causal=True)
     assert half.dtype == torch.bfloat16
     assert float((half.float() - single).abs().mean()) < 0.02 * float(single.abs().mean()) + 0.02
+
+
+# --- dropout --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+def test_dropout_drops_that_share_and_keeps_the_mean(probability: float) -> None:
+    torch.manual_seed(0)
+    dropout = Dropout(probability)
+    x = torch.ones(401, 503, requires_grad=True)
+    y = dropout(x)
+    kept = y != 0
+    # Within 4 standard deviations, also of each row and column, and of neighbours together.
+    share, deviation = 1 - probability, (probability * (1 - probability)) ** 0.5
+    assert abs(float(kept.float().mean()) - share) < 4 * deviation / x.numel() ** 0.5
+    for axis in (0, 1):
+        spread = kept.float().mean(axis) - share
+        assert float(spread.abs().max()) < 5 * deviation / x.shape[axis] ** 0.5
+        both = (kept.roll(1, axis) & kept).float().mean() - share**2
+        assert abs(float(both)) < 0.01
+    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / share), rtol=2e-4, atol=0)
+    y.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, y)
+    assert not torch.equal(dropout(x), y)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), y)
+
+
+def test_no_dropout_where_there_is_none() -> None:
+    x = torch.randn(3, 5)
+    assert Dropout(0.5).eval()(x) is x and Dropout(0.0)(x) is x
+    assert Dropout(0.5)(torch.ones(0)).shape == (0,)

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,27 +24,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctf import checkpoint, clusters, config, engine, memory, plain, sampling, work
+from ctf import clusters, engine, plain, sampling, work
 from ctf.coarse import CoarseModel
 from ctf.engine import Engine
 from ctf.errors import UserError
 from ctf.fine import FineModel
+from ctf.measuring import Report, measured, timed, working_memory
 from ctf.presets import SIZES, TOKENIZERS
 from ctf.sampling import Sampling
 from ctf.tokenizer import VQModel
 from ctf.transformer import KVCache
-from ctf.version import __version__
 from ctf.work import Machine, Work
 
 FILE = "sample.json"
 CODES, COUNT, CLASSES, GRID = 16384, 512, 1000, 16
 LENGTH = GRID**2
 PAPER, RECOMMENDED = "L", "S"  # fine models, by size
-SIDE, READ = 2048, 2**27  # of the square matrices, and of the numbers that are read
 LAYERS_APART = 12  # layers with a cache of their own when timing: more than any processor's cache
 GREEDY_BATCH = 2
-
-Report = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,34 +131,15 @@ def run(asked: Asked, folder: Path, device: torch.device, report: Report) -> Res
     Raises:
         UserError: the file there is of another run.
     """
-    path = folder / FILE
-    result = Result(asked, _where(device), {})
-    if path.is_file():
-        there = config.from_json(Result, checkpoint.load_json(path), str(path))
-        if (there.asked, there.where) != (result.asked, result.where):
-            raise UserError(f"{path}: is of another run or machine; choose another folder")
-        result = there
-    elif not checkpoint.is_vacant(folder):
-        raise UserError(f"{folder}: holds something else; choose another folder")
-    jobs = _jobs(asked, device)
-    for done, (name, measure) in enumerate(jobs.items()):
-        report(done, len(jobs))
-        if name in result.groups:
-            continue
-        with torch.inference_mode():
-            group = measure(_machine(device))
-        result = dataclasses.replace(result, groups={**result.groups, name: group})
-        checkpoint.save_json(path, config.to_json(result))
-        gc.collect()
-    report(len(jobs), len(jobs))
-    return result
+    return measured(Result, asked, _jobs(asked, device), folder / FILE, device, report)
 
 
 def _jobs(asked: Asked, device: torch.device) -> dict[str, Callable[[Machine], Group]]:
     jobs: dict[str, Callable[[Machine], Group]] = {}
 
     def add(name: str, measure: Callable[..., Group], *given: Any) -> None:
-        jobs[name] = lambda machine: measure(machine, asked, device, *given)
+        without_gradients = torch.inference_mode()(measure)
+        jobs[name] = lambda machine: without_gradients(machine, asked, device, *given)
 
     add("start", _start)
     add("decode", _decoding)
@@ -181,77 +157,7 @@ def fine_batch(batch: int) -> int:
     return min(batch, sampling.FINE_TOKENS // LENGTH)
 
 
-def _where(device: torch.device) -> dict[str, str]:
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].partition(":")[2].strip() if lines else name
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return {
-        "device": f"{device.type}: {name}",
-        "threads": str(torch.get_num_threads()),
-        "vectors": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "ctf": __version__,
-    }
-
-
-# --- The machine's limits -------------------------------------------------------------------------
-
-
-def _machine(device: torch.device) -> Machine:
-    """The best that products of 2048 x 2048 and reading 512 MB reach, of several each."""
-    side, many = SIDE, READ
-    a, b = torch.randn(2, side, side, device=device)
-    products: dict[str, list[Callable[[], Any]]] = {"fp32": [lambda: a @ b], "bf16": [], "int8": []}
-    low_a, low_b = a.bfloat16(), b.bfloat16()
-    products["bf16"].append(lambda: low_a @ low_b)
-    if engine.available("auto", device):
-        packed = engine.Packed(b)
-        products["fp32"].append(lambda: packed(a))
-    if engine.available("int8", device):
-        small = engine.Int8(b)
-        products["int8"].append(lambda: small(a))
-    numbers = torch.ones(many, device=device)
-    rates = {
-        name: max((2.0 * side**3 / _best(way, device) for way in ways), default=0.0)
-        for name, ways in products.items()
-    }
-    # Without int8 there is nothing that is counted in it.
-    return Machine(
-        fp32=rates["fp32"],
-        bf16=rates["bf16"],
-        int8=rates["int8"] or rates["fp32"],
-        bandwidth=4.0 * many / _best(numbers.sum, device),
-    )
-
-
-def _best(way: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
-    return min(_timed(way, device)[0] for _ in range(repeats))
-
-
-def _timed(way: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    _wait(device)
-    began = time.perf_counter()
-    result = way()
-    _wait(device)
-    return time.perf_counter() - began, result
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _working(way: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that a call holds at the most beyond what is held before."""
-    gc.collect()
-    before = memory.held(device)
-    memory.forget_peak(device)
-    way()
-    return max(0, memory.peak(device) - before)
+# --- The stages -----------------------------------------------------------------------------------
 
 
 def _bytes(*models: nn.Module | None) -> int:
@@ -267,9 +173,6 @@ def _bytes(*models: nn.Module | None) -> int:
             elif isinstance(part, engine.PackedSwiGLU):
                 total += _bytes(part.first[0])
     return total
-
-
-# --- The stages -----------------------------------------------------------------------------------
 
 
 def _coarse_model(size: str, labels: int, device: torch.device) -> CoarseModel:
@@ -352,13 +255,13 @@ def _coarse(machine: Machine, asked: Asked, device: torch.device, size: str, bat
     working = {}
     for name, way in ways.items():
         way.at(LENGTH - 1)()
-        working[name] = _working(way.at(LENGTH - 1), device)
+        working[name] = working_memory(way.at(LENGTH - 1), device)
     seconds = {name: [0.0] * asked.rounds for name in ways}
     for turn in range(asked.rounds):
         for position, count in positions.items():
             for name, way in ways.items():
                 take = way.at(position)
-                seconds[name][turn] += count * _timed(take, device)[0]
+                seconds[name][turn] += count * timed(take, device)[0]
                 del take
     timings = []
     for name, model in models.items():
@@ -385,12 +288,12 @@ def _greedy(machine: Machine, asked: Asked, device: torch.device, size: str) -> 
     classes_B = torch.arange(GREEDY_BATCH)
     settings = Sampling(guidance=asked.guidance, top_k=1)
     numbers_BL = sampling.uniforms(range(GREEDY_BATCH), LENGTH)[:, 0]
-    seconds, expected_BL = _timed(
+    seconds, expected_BL = timed(
         lambda: plain.sample(model, classes_B, numbers_BL, settings), device
     )
     found = {"labels": float(expected_BL.numel()), "plain seconds": seconds}
     engine.prepare(model, None, None, "auto")
-    seconds, labels_BL = _timed(
+    seconds, labels_BL = timed(
         lambda: sampling.sample_coarse(model, classes_B, numbers_BL, settings), device
     )
     found["auto seconds"] = seconds
@@ -499,9 +402,9 @@ def _in_turn(
     ways: Mapping[str, Callable[[], Tensor]], rounds: int, device: torch.device
 ) -> tuple[dict[str, tuple[float, ...]], dict[str, int]]:
     """Seconds of each round, and bytes held for a while, after a first call that is not timed."""
-    working = {name: _working(way, device) for name, way in ways.items()}
+    working = {name: working_memory(way, device) for name, way in ways.items()}
     turns: list[dict[str, float]] = [
-        {name: _timed(way, device)[0] for name, way in ways.items()} for _ in range(rounds)
+        {name: timed(way, device)[0] for name, way in ways.items()} for _ in range(rounds)
     ]
     return {name: tuple(turn[name] for turn in turns) for name in ways}, working
 

@@ -84,21 +84,21 @@ def markdown(result: Result) -> str:
     asked = result.asked
     parts = [
         "Seconds are medians, in brackets the least and the most of "
-        f"{asked.rounds} rounds in turn. Guidance {asked.guidance:g}, {_list(result.where)}.",
-        _markdown(_limits(result)),
+        f"{asked.rounds} rounds in turn. Guidance {asked.guidance:g}, {listed(result.where)}.",
+        as_markdown(_limits(result)),
     ]
     for size in asked.sizes:
         for batch in asked.batches:
             images = f"{batch} image{'s' * (batch > 1)}"
-            parts += [f"### Size {size}, {images}", _markdown(speed(result, size, batch))]
-    parts += ["### CTF beside the baseline", _markdown(shares(result))]
-    parts += ["### The decoder, one image", _markdown(_decoder(result.groups["decode"]))]
-    parts += ["### Memory", _markdown(_memory(result))]
+            parts += [f"### Size {size}, {images}", as_markdown(speed(result, size, batch))]
+    parts += ["### CTF beside the baseline", as_markdown(shares(result))]
+    parts += ["### The decoder, one image", as_markdown(_decoder(result.groups["decode"]))]
+    parts += ["### Memory", as_markdown(_memory(result))]
     start = result.groups["start"].found
     seconds = (("", "s"), [(name, f"{value:.2f}") for name, value in start.items()])
-    parts += ["### The shipped pipeline in a new process", _markdown(seconds)]
+    parts += ["### The shipped pipeline in a new process", as_markdown(seconds)]
     if greedy := _greedy(result):
-        parts += ["### Greedy labels", _markdown(greedy)]
+        parts += ["### Greedy labels", as_markdown(greedy)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -236,11 +236,11 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.0f}"
 
 
-def _list(where: dict[str, str]) -> str:
+def listed(where: dict[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in where.items())
 
 
-def _markdown(table: Table) -> str:
+def as_markdown(table: Table) -> str:
     columns, rows = table
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

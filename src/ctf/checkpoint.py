@@ -25,10 +25,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
-from ctf.distributed import ALONE, World, laid_out
+from ctf.distributed import ALONE, World, is_cut, laid_out
 from ctf.errors import UserError
 
 METADATA = "ctf"  # the entry of a safetensors file's metadata that holds ours, as JSON
@@ -280,7 +279,7 @@ def save_state(
     Raises:
         UserError: it cannot be written; in all processes.
     """
-    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+    if any(is_cut(tensor) for tensor in tensors.values()):
         _save_parts(folder / f"step-{step:08d}", tensors, world)
     else:
         path = folder / f"step-{step:08d}.safetensors"
@@ -344,7 +343,7 @@ def load_state(
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    parts = {k: v for k, v in (like or {}).items() if isinstance(v, DTensor)}
+    parts = {k: v for k, v in (like or {}).items() if is_cut(v)}
     try:
         reader = HuggingFaceStorageReader(str(path))
         tensors: dict[str, Any] = {}

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -138,6 +139,8 @@ def fit(
     """
     from ctf import fit as fitting
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("ctf fit is one process; with torchrun, run its stages one by one")
     if minutes is not None and steps is not None:
         raise UserError("got both --minutes and --steps, expected one of them")
     if minutes is not None:
@@ -864,6 +867,7 @@ def runs_tensorboard(
     /,
     *,
     once: bool = False,
+    samples_every: int = 1000,
     dry_run: bool = False,
 ) -> None:
     """Mirrors a run into event files for TensorBoard, while it trains or afterwards.
@@ -873,6 +877,8 @@ def runs_tensorboard(
     Args:
         run: folder of a run; the event files go into its folder tensorboard/
         once: write what there is and end, instead of going on until interrupted
+        samples_every: draw samples after so many steps of the coarse and the fine model, from what
+            a training has saved last; 0 for none until the pipeline is whole
         dry_run: say what would be written, and write nothing
     """
     from ctf import events, runs
@@ -883,7 +889,7 @@ def runs_tensorboard(
         console.print(f"would write {folder}: {names or 'nothing yet'}", soft_wrap=True)
         return
     console.print(f"tensorboard --logdir {folder} shows it", soft_wrap=True)
-    events.follow(run, once=once)
+    events.follow(run, once=once, samples_every=samples_every)
 
 
 @command("classifier train")
@@ -1046,6 +1052,47 @@ def bench_sample(
             console.print(f"size {size}, {batch} images")
             _table(*bench_report.speed(result, size, batch))
     console.print(f"{out}: sample.md, sample.png, sample.json", soft_wrap=True)
+
+
+@command("bench train")
+def bench_train(
+    *,
+    sizes: str = "B,L",
+    batch: int = 8,
+    rounds: int = 3,
+    out: Path = Path("bench-train"),
+    device: Device = "auto",
+    dry_run: bool = False,
+) -> None:
+    """Measures how fast a training step is, beside LlamaGen's plain one and the machine's peak.
+
+    Example: ctf bench train --sizes B
+
+    Random weights, 256 tokens. Run it on a machine that does nothing else; killed, the same
+    command goes on.
+
+    Args:
+        sizes: of LlamaGen's transformers, with commas between: B, L, XL, XXL, 3B
+        batch: images of a step
+        rounds: how often each is measured, in turn
+        out: folder for train.json and train.md
+        device: where to compute; auto takes a GPU if there is one
+        dry_run: say what would be measured, and write nothing
+    """
+    from ctf import train_bench
+
+    asked = train_bench.Asked(tuple(sizes.split(",")), batch, rounds)
+    place = _device(device)
+    if dry_run:
+        said = ", ".join(train_bench.describe(asked, place))
+        console.print(f"would measure {said}", soft_wrap=True)
+        return
+    with _progress("bench") as report:
+        result = train_bench.run(asked, out, place, report)
+    for size in asked.sizes:
+        _table(*train_bench.rows(result, size))
+        console.print(train_bench.verdict(result, size), soft_wrap=True)
+    console.print(f"{out}: train.md, train.json", soft_wrap=True)
 
 
 @command("bench quality")

@@ -96,7 +96,9 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_parse(args[0], v, where) for v in value)
     if origin is dict and isinstance(value, dict):
-        return value
+        if args[1] is Any:
+            return value
+        return {key: _parse(args[1], v, f"{where}: {key}") for key, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     is_bool = isinstance(value, bool)  # which is an int to isinstance

@@ -68,7 +68,7 @@ class Cost:
     Args:
         memory: neither sharded nor with activation checkpointing.
         sharded: what of it is of another size with --shard.
-        checkpointed: activations with --checkpoint-activations.
+        checkpointed: the same with --checkpoint-activations.
     """
 
     name: str
@@ -80,15 +80,15 @@ class Cost:
     micro_batch: int = 0
     memory: dict[str, int] = dataclasses.field(default_factory=dict)
     sharded: dict[str, int] = dataclasses.field(default_factory=dict)
-    checkpointed: int | None = None
+    checkpointed: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def memory_of(self, execution: Execution) -> dict[str, int]:
         """Bytes of a device, by what they are for, where the stage is computed like that."""
         memory = dict(self.memory)
         if execution.shard:
             memory |= self.sharded
-        if execution.checkpoint_activations and self.checkpointed is not None:
-            memory["activations"] = self.checkpointed
+        if execution.checkpoint_activations:
+            memory |= self.checkpointed
         return memory
 
     @property
@@ -174,8 +174,13 @@ def _transformer_cost(
         "activations": micro_batch * activation_bytes(config, positions, checkpointing=False),
     }
     sharded = {key: -(-size // setting.devices) for key, size in memory.items() if key in _STATES}
-    # FSDP2 gathers a block while the one before it computes.
-    sharded["bf16 copies"] = 2 * HALF * block_weights(config)
+    # FSDP2 gathers a block while the one before it computes; what is outside of them stays.
+    block = block_weights(config)
+    sharded["gathered"] = FLOAT * (2 * block + parameters - weights)
+    checkpointed = {
+        "bf16 copies": HALF * block,
+        "activations": micro_batch * activation_bytes(config, positions, checkpointing=True),
+    }
     return Cost(
         name=name,
         parameters=parameters,
@@ -188,8 +193,8 @@ def _transformer_cost(
         work=_work(training, setting),
         micro_batch=micro_batch,
         memory=memory,
-        sharded=sharded,
-        checkpointed=micro_batch * activation_bytes(config, positions, checkpointing=True),
+        sharded=sharded if setting.devices > 1 else {},  # alone, there is nobody to share with
+        checkpointed=checkpointed,
     )
 
 
@@ -358,9 +363,6 @@ def describe(recipe: Recipe, setting: Setting) -> str:
     return "\n".join(line for cost in costs(recipe, setting) for line in lines(cost, setting))
 
 
-OPTIONS = {"checkpoint_activations": "--checkpoint-activations", "shard": "--shard"}
-
-
 def lines(cost: Cost, setting: Setting) -> Iterator[str]:
     """What a stage costs, in lines."""
     size = f"{cost.parameters / 1e6:.1f} M parameters, " if cost.parameters else ""
@@ -375,20 +377,20 @@ def lines(cost: Cost, setting: Setting) -> Iterator[str]:
     if not cost.memory:
         return
     chosen = setting.execution
-    used = [text for name, text in OPTIONS.items() if getattr(chosen, name) and cost.sharded]
-    said = "".join(f", {text}" for text in used)
-    yield (f"  memory at {cost.micro_batch} images a device{said}: {_sum(cost.memory_of(chosen))}")
-    if not cost.sharded:
-        return
-    less = {
-        text: sum(cost.memory_of(dataclasses.replace(chosen, **{name: True})).values())
-        for name, text in OPTIONS.items()
-        if text not in used
-    }
-    more = [f"with {text} {_gigabytes(size)}" for text, size in less.items()]
-    if len(more) == 2:
-        both = dataclasses.replace(chosen, checkpoint_activations=True, shard=True)
-        more.append(f"with both {_gigabytes(sum(cost.memory_of(both).values()))}")
+    options = {"checkpoint_activations": "--checkpoint-activations"} if cost.checkpointed else {}
+    options |= {"shard": "--shard"} if cost.sharded else {}
+    said = "".join(f", {text}" for name, text in options.items() if getattr(chosen, name))
+    memory = _sum(cost.memory_of(chosen))
+    yield f"  memory at {cost.micro_batch} images a device{said}: {memory}"
+
+    def less(*names: str) -> str:
+        other = dataclasses.replace(chosen, **dict.fromkeys(names, True))
+        return _gigabytes(sum(cost.memory_of(other).values()))
+
+    left = {name: text for name, text in options.items() if not getattr(chosen, name)}
+    more = [f"with {text} {less(name)}" for name, text in left.items()]
+    if len(left) > 1:
+        more.append(f"with both {less(*left)}")
     if more:
         yield f"    {', '.join(more)}"
 

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ctf.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # How long a process waits for the others, which may be evaluating or reading a large state.
 PATIENCE = datetime.timedelta(minutes=60)
@@ -115,7 +119,7 @@ class World:
             UserError: they cannot be shared equally.
         """
         if count % self.size:
-            raise UserError(
+            raise self.error(
                 f"{what}: got {count}, expected a multiple of the {self.size} processes"
             )
         each = count // self.size
@@ -131,16 +135,25 @@ class World:
 ALONE = World()
 
 
+def is_cut(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is cut into parts among processes."""
+    # Nothing is cut yet where its module was not loaded, which takes half a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def laid_out(whole: Tensor, like: Tensor) -> Tensor:
     """`whole`, cut into parts among processes where `like` is."""
-    if not isinstance(like, DTensor) or isinstance(whole, DTensor):
+    if not is_cut(like) or is_cut(whole):
         return whole
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may be cut into parts among processes; all of these must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_cut(tensor) else tensor
 
 
 @contextmanager

@@ -10,6 +10,7 @@ is shown twice.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,35 +18,48 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from ctf import card, loop, pipeline, runs
+from ctf import card, checkpoint, clusters, loop, pipeline, runs, tokenizer_training
 from ctf.errors import UserError
+from ctf.fine import FineModel
+from ctf.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 FOLDER = "tensorboard"
 SECONDS = 5.0  # between two looks at the run
+SAMPLES_EVERY = 1000  # steps
+SAMPLED = ("coarse", "fine")
 
 
-def follow(run: Path, *, once: bool) -> None:
+def follow(run: Path, *, once: bool, samples_every: int = SAMPLES_EVERY) -> None:
     """Mirrors a run into RUN/tensorboard, until interrupted.
 
     Each stage has its own folder there: training lines as train/loss and so on, held-out ones as
-    val/loss. The picture of the clusters, and samples once the pipeline is whole, are in pictures/.
+    val/loss. The picture of the clusters, and samples once the pipeline is whole, are in pictures/;
+    samples of the coarse and the fine model in training are in samples-coarse/ and samples-fine/.
 
     Args:
         once: write what there is, and return.
+        samples_every: steps of a training after which samples are drawn from its newest state; 0
+            for never.
 
     Raises:
         UserError: there is no such folder, or no TensorBoard.
     """
+    if samples_every < 0:
+        raise UserError(f"samples_every: got {samples_every}, expected 0 or more")
     stages: dict[Path, _Stage] = {}
     pictures = _Pictures(run)
+    samples = [_TrainingSamples(run, stage, samples_every) for stage in SAMPLED if samples_every]
     while True:
         for folder in runs.trained(run):
             stages.setdefault(folder, _Stage(folder, run)).update()
         pictures.update()
+        for stage in samples:
+            stage.update()
         if once:
             return
         time.sleep(SECONDS)
@@ -108,8 +122,68 @@ class _Pictures:
         self.writer.flush()
 
 
-def _begin(folder: Path) -> SummaryWriter:
-    """A new event file, with a mark that makes readers forget the steps of those before it.
+class _TrainingSamples:
+    """The event files of samples of a stage in training, one for each time that some are drawn."""
+
+    def __init__(self, run: Path, stage: str, every: int) -> None:
+        self.run, self.stage, self.every = run, stage, every
+        self.drawn = 0  # steps
+
+    def update(self) -> None:
+        step = _newest(self.run / self.stage)
+        if step // self.every == self.drawn // self.every or loop.is_finished(
+            self.run / self.stage
+        ):
+            return
+        try:
+            picture = card.picture(in_training(self.run))
+        except UserError:
+            return  # a part is missing, or the training has just replaced this state
+        self.drawn = step
+        writer = _begin(self.run / FOLDER / f"samples-{self.stage}", step)
+        writer.add_image("samples", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        writer.close()
+
+
+def in_training(run: Path) -> Pipeline:
+    """The pipeline as far as it is trained: averaged weights of the newest states where a stage is
+    not finished. While there is no fine model, each member of a cluster is as likely.
+
+    Raises:
+        UserError: not even a coarse model has been saved.
+    """
+    cpu = torch.device("cpu")
+    settings = pipeline.load_settings(run)
+    parts = clusters.load(run / "clusters" / clusters.FILE)
+    tokenizer = tokenizer_training.load(run / "tokenizer", cpu)
+    coarse = pipeline.load_coarse(run / "coarse", parts, cpu, _averaged(run / "coarse"))
+    fine = None
+    if parts.largest > 1:
+        folder = run / "fine"
+        if loop.is_finished(folder) or _newest(folder):
+            fine = pipeline.load_fine(folder, parts, cpu, _averaged(folder))
+        else:
+            smallest = dataclasses.replace(coarse.config, width=4, layers=1, heads=1)
+            fine = FineModel(smallest, parts).eval()  # its head is zero
+    return Pipeline(tokenizer, parts, coarse, fine, **vars(settings))
+
+
+def _averaged(stage: Path) -> dict[str, Tensor] | None:
+    """The averaged weights of the newest state; None where the stage is finished."""
+    if loop.is_finished(stage):
+        return None
+    return loop.with_prefix(checkpoint.load_state(stage / "state", _newest(stage)), "ema.")
+
+
+def _newest(stage: Path) -> int:
+    """The steps that the newest state is after, 0 where there is none."""
+    names = [path.stem.removeprefix("step-") for path in (stage / "state").glob("step-*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def _begin(folder: Path, step: int = 0) -> SummaryWriter:
+    """A new event file, with a mark that makes readers forget the steps from `step` on of those
+    before it.
 
     These stay: an open TensorBoard that finds the file gone that it was reading reads no other.
     """
@@ -117,4 +191,4 @@ def _begin(folder: Path) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("TensorBoard is not installed: pip install 'ctf[tensorboard]'") from None
-    return SummaryWriter(folder, purge_step=0)
+    return SummaryWriter(folder, purge_step=step)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ctf import checkpoint
+from ctf import checkpoint, memory
 from ctf.distributed import ALONE, World, laid_out, whole
 from ctf.errors import Stopped, UserError
 
@@ -109,7 +109,7 @@ def run(
     began = last_saved = time.monotonic()
     if evaluate_first and start == 0:
         log.append(0, "val", trainable.evaluate(), 0.0)
-    with _sigterm() as asked:
+    with _sigterm() as asked, memory.kept():
         for step in range(start, steps):
             _step(trainable, step, sums)
             done = step + 1
@@ -246,10 +246,11 @@ def first_difference(stored: Any, wanted: Any, path: str = "") -> str:
 def seconds_per_step(trainable: Trainable, *, warm_up: int = 2, timed: int = 6) -> float:
     """Median duration of a step in seconds. The trainable is changed: use one to throw away."""
     durations = []
-    for step in range(warm_up + timed):
-        began = time.perf_counter()
-        trainable.step(step)
-        durations.append(time.perf_counter() - began)
+    with memory.kept():
+        for step in range(warm_up + timed):
+            began = time.perf_counter()
+            trainable.step(step)
+            durations.append(time.perf_counter() - began)
     return float(np.median(durations[warm_up:]))
 
 
@@ -275,22 +276,29 @@ class _Metrics:
         self.path, self.world = path, world
 
     def append(self, step: int, split: str, metrics: Mapping[str, float], seconds: float) -> None:
-        if not self.world.main:
-            return
         line = {"step": step, "split": split, **metrics, "seconds": round(seconds, 3)}
-        with checkpoint.writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+
+        def write() -> None:
+            with checkpoint.writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+
+        self.world.first(write)
 
     def forget_after(self, step: int) -> float:
         """Drops lines of steps that will be made again; returns the seconds spent up to `step`."""
-        if not (self.world.main and self.path.is_file()):
-            return 0.0
-        kept = [line for line in _read_metrics(self.path) if 0 < step >= line["step"]]
-        with checkpoint.atomic(self.path) as temporary:
-            lines = (json.dumps(line) + "\n" for line in kept)
-            temporary.write_text("".join(lines), encoding="utf-8")
+        kept: list[dict[str, Any]] = []
+
+        def forget() -> None:
+            if not self.path.is_file():
+                return
+            kept.extend(line for line in _read_metrics(self.path) if 0 < step >= line["step"])
+            with checkpoint.atomic(self.path) as temporary:
+                lines = (json.dumps(line) + "\n" for line in kept)
+                temporary.write_text("".join(lines), encoding="utf-8")
+
+        self.world.first(forget)
         return float(kept[-1]["seconds"]) if kept else 0.0
 
 

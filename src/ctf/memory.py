@@ -102,4 +102,11 @@ def kept() -> Iterator[None]:
         library.mallopt(MMAP_MAX, 1 << 16)
         library.mallopt(MMAP_THRESHOLD, 32 << 20)
         library.mallopt(TRIM_THRESHOLD, 64 << 20)
+        give_back()
+
+
+def give_back() -> None:
+    """Gives the system what was freed and not used again; elsewhere than on glibc nothing."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)

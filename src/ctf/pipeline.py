@@ -713,23 +713,37 @@ def load_settings(folder: Path) -> PipelineSettings:
     return config.from_json(PipelineSettings, checkpoint.load_json(path), str(path))
 
 
-def load_coarse(folder: Path, parts: Clusters, device: torch.device) -> CoarseModel:
-    """The coarse model in `folder`, for these clusters, ready to draw."""
+def load_coarse(
+    folder: Path,
+    parts: Clusters,
+    device: torch.device,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> CoarseModel:
+    """The coarse model in `folder`, for these clusters, ready to draw.
+
+    Args:
+        tensors: the weights to take instead of the folder's.
+    """
     shape, _ = _load_config(folder, parts)
     with checkpoint.without_weights():  # the weights come from the file
         model = CoarseModel(shape, parts.count)
-    return _ready(model, folder, device)
+    return _ready(model, folder, device, tensors)
 
 
-def load_fine(folder: Path, parts: Clusters, device: torch.device) -> FineModel:
-    """The fine model in `folder`, for these clusters, ready to draw."""
+def load_fine(
+    folder: Path,
+    parts: Clusters,
+    device: torch.device,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> FineModel:
+    """The fine model in `folder`, for these clusters, ready to draw; `tensors` as above."""
     shape, stored = _load_config(folder, parts)
     softmax = stored.get("softmax")
     if softmax not in ("members", "full"):
         raise UserError(f"{folder}: got softmax {softmax!r}, expected that of a fine model")
     with checkpoint.without_weights():
         model = FineModel(shape, parts, softmax)
-    return _ready(model, folder, device)
+    return _ready(model, folder, device, tensors)
 
 
 def _load_config(folder: Path, parts: Clusters) -> tuple[TransformerConfig, dict[str, Any]]:
@@ -741,9 +755,12 @@ def _load_config(folder: Path, parts: Clusters) -> tuple[TransformerConfig, dict
     return shape, stored
 
 
-def _ready(model: Any, folder: Path, device: torch.device) -> Any:
+def _ready(
+    model: Any, folder: Path, device: torch.device, tensors: Mapping[str, Tensor] | None
+) -> Any:
     path = folder / "model.safetensors"
-    tensors, _ = checkpoint.load_tensors(path)
+    if tensors is None:
+        tensors, _ = checkpoint.load_tensors(path)
     checkpoint.load_strict(model, {k: v.float() for k, v in tensors.items()}, path)
     model.trunk.rope.to_empty(device="cpu")  # no weights of the file; it fills itself
     return model.to(device).eval().requires_grad_(False)

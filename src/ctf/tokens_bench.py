@@ -97,30 +97,37 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
 # --- The reader -----------------------------------------------------------------------------------
 
 
-def write_cache(folder: Path, count: int, shard_images: int = 4096) -> None:
+def write_cache(
+    folder: Path,
+    count: int,
+    codebook: int = CODEBOOK,
+    length: int = LENGTH,
+    classes: int = CLASSES,
+    shard_images: int = 4096,
+) -> None:
     """Writes a folder of random tokens, one view of each picture, as `tokens.extract` would.
 
-    The first two codes of a picture are its number: number % CODEBOOK and number // CODEBOOK.
+    The first two codes of a picture are its number: number % codebook and number // codebook.
     """
 
     def part(split: str, count: int) -> SplitManifest:
         starts = range(0, count, shard_images)
         files = tuple(
-            Shard(f"{split}-{i:05d}.npy", (min(shard_images, count - start), 1, LENGTH))
+            Shard(f"{split}-{i:05d}.npy", (min(shard_images, count - start), 1, length))
             for i, start in enumerate(starts)
         )
-        classes_N = np.arange(count) % CLASSES
+        classes_N = np.arange(count) % classes
         shards.save(folder / f"{split}-classes.npy", classes_N)
         for shard, start in zip(files, starts, strict=True):
-            codes = loop.generator(0, start).integers(0, CODEBOOK, shard.shape, np.uint16)
+            codes = loop.generator(0, start).integers(0, codebook, shard.shape, np.uint16)
             numbers_N = np.arange(start, start + len(codes))
-            codes[:, 0, 0], codes[:, 0, 1] = numbers_N % CODEBOOK, numbers_N // CODEBOOK
+            codes[:, 0, 0], codes[:, 0, 1] = numbers_N % codebook, numbers_N // codebook
             shards.save(folder / shard.file, codes)
         return SplitManifest("random", "", "", count, (PLAIN,), files)
 
-    names = tuple(str(c) for c in range(CLASSES))
+    names = tuple(str(c) for c in range(classes))
     manifest = Manifest(
-        "", CODEBOOK, 256, LENGTH, "uint16", names, None, None, part("train", count), part("val", 1)
+        "", codebook, 256, length, "uint16", names, None, None, part("train", count), part("val", 1)
     )
     checkpoint.save_json(folder / MANIFEST, to_json(manifest))
 

@@ -243,7 +243,8 @@ class Trainer:
     def _precision(self) -> torch.autocast:
         kind = self.world.device.type
         able = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.autocast(kind, torch.bfloat16, enabled=able)
+        # No weight is used twice in a pass, so a copy of it need not wait for that.
+        return torch.autocast(kind, torch.bfloat16, enabled=able, cache_enabled=False)
 
     def _batch(self, step: int) -> tuple[np.ndarray, Tensor, Tensor]:
         """The pictures of a batch, which are the same for any number of processes, and codes and

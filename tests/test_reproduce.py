@@ -12,9 +12,10 @@ import torch
 from conftest import CLASSES, SIDE, Command, save_pictures
 
 from ctf import checkpoint, cost
+from ctf.clusters import ClustersConfig
 from ctf.errors import UserError
 from ctf.extractors import open_extractor
-from ctf.presets import TokenizerShape, TransformerShape, with_steps
+from ctf.presets import GroupLoss, TokenizerShape, TransformerShape, with_steps
 from ctf.reproduce import experiments, report, table1, table3
 from ctf.reproduce.cells import Desk
 from ctf.reproduce.plan import BUDGETS, FULL, Plan
@@ -51,6 +52,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
         search_points=2,
         search_reference=12,
         lengths=(0.5,),
+        group_loss=GroupLoss(1.0, ClustersConfig(method="balanced", count=4)),
         pictures_of_details=12,
     )
 

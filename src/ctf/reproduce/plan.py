@@ -33,7 +33,7 @@ class Plan:
     fine, other_fines: of the fine model, the usual one and the others of Table 3b.
     samples: of each score of Table 1. samples_of_lines: of each one of Table 3 and Fig. 2.
     search_samples, search_points, search_reference: see `SearchJob`.
-    lengths: shares of the training that Fig. 2 looks at.
+    lengths: shares of the training that Fig. 2 looks at. group_loss: IAR's, for Table 3.
     """
 
     source: str
@@ -57,6 +57,7 @@ class Plan:
     search_points: int
     search_reference: int
     lengths: tuple[float, ...]
+    group_loss: GroupLoss
     pictures_of_details: int
 
     @property
@@ -101,6 +102,7 @@ FULL = Plan(
     search_points=16,
     search_reference=10_000,
     lengths=(0.125, 0.25, 0.5),
+    group_loss=GroupLoss(weight=1.0),
     pictures_of_details=10_000,
 )
 
@@ -150,17 +152,17 @@ def clusters(plan: Plan, codes: int, count: int, method: Method = "kmeans") -> l
 
 
 def baseline(
-    plan: Plan, codes: int, seed: int, *, share: float = 1.0, group_loss: float = 0.0
+    plan: Plan, codes: int, seed: int, *, share: float = 1.0, grouped: bool = False
 ) -> list[Cell]:
     """A full-vocabulary model, after what it needs.
 
     Args:
-        share: of the steps. group_loss: weight of IAR's loss.
+        share: of the steps. grouped: with IAR's loss beside its own.
     """
     before = clusters(plan, codes, codes, "identity")
     training, more = _training(plan.training, seed, share)
-    loss = GroupLoss(weight=group_loss)
-    name = f"baseline-{codes}-s{seed}{more}" + ("-iar" if group_loss else "")
+    loss = plan.group_loss if grouped else GroupLoss()
+    name = f"baseline-{codes}-s{seed}{more}{'-iar' * grouped}"
     shape = plan.baselines[plan.codebooks.index(codes)]
     return [*before, Cell(name, CoarseJob(before[-1].name, shape, training, loss))]
 

@@ -16,7 +16,6 @@ TEMPERATURES = (0.9, 1.0, 1.1)
 FINE_TEMPERATURES = (0.5, 0.9, 1.0, 1.1)
 UNIFORM = 1e6  # a temperature at which all members of a cluster are equally likely
 CORRUPTION = 0.1
-IAR_WEIGHT = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +107,7 @@ def lines(plan: Plan) -> list[Line]:
     )
     warm = planned.coarse(plan, codes, seed, warm=True)
     found.append(Line(part, "coarse model started from the baseline", scored("warm", (warm, fine))))
-    iar = planned.baseline(plan, codes, seed, group_loss=IAR_WEIGHT)
+    iar = planned.baseline(plan, codes, seed, grouped=True)
     tuned = planned.search(plan, codes, ctf=False)
     found.append(Line(part, "baseline with the cluster loss of IAR", scored("iar", (iar, None))))
     found.append(Line(part, "baseline", baseline))

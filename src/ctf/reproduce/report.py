@@ -199,9 +199,9 @@ def _table1(desk: Desk, plan: Plan) -> list[str]:
         "## Table 1: the baseline against CTF",
         "",
         "Same tokenizer, same optimiser, same pictures seen by each model; the baseline has at "
-        "least as many parameters as both models of CTF together. Guidance and temperatures of both are "
-        "by the same search with the same number of points, on other seeds and against training "
-        "pictures.",
+        "least as many parameters as both models of CTF together. Guidance and temperatures are "
+        "by the same search with the same number of points for both, on other seeds and against "
+        "training pictures.",
         "",
         *_table(("V", "seed", "model", *_header(plan)), body),
     ]

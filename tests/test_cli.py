@@ -37,9 +37,10 @@ COMMANDS = (
     "demo", "fit", "sample", "evaluate", "tokenizer train", "tokenizer evaluate", "tokens extract",
     "clusters fit", "clusters show", "train coarse", "train fine", "train baseline",
     "classifier train", "convert llamagen", "push", "cost", "runs show",
-    "runs tensorboard",
+    "runs tensorboard", "studio",
 )  # fmt: skip
-WRITERS = tuple(c for c in COMMANDS if c not in ("tokenizer evaluate", "clusters show", "cost"))
+READERS = ("tokenizer evaluate", "clusters show", "cost", "studio")
+WRITERS = tuple(c for c in COMMANDS if c not in READERS)
 
 
 def refused(result: Result, *messages: str, lines: int = 2) -> str:

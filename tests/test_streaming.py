@@ -207,6 +207,131 @@ def test_one_batch_at_most_is_streamed(pipe: Pipeline, monkeypatch: pytest.Monke
         pipe.stream(CLASSES, SEED)
 
 
+def test_a_seed_for_each_image(pipe: Pipeline, whole: Samples) -> None:
+    order = [2, 0, 3]
+    seeds = [SEED + i for i in order]
+    classes = [CLASSES[i] for i in order]
+    drawn = pipe.sample(classes, seeds)
+    assert torch.equal(drawn.codes, whole.codes[order])
+    again = pipe.refine(classes, drawn.coarse, seeds)
+    assert torch.equal(again.codes, drawn.codes)
+    *_, last = pipe.stream(classes, seeds, preview=False)
+    assert last.samples is not None and same(last.samples, drawn)
+    with pytest.raises(UserError, match="got 2 seeds, expected 3: one for each image"):
+        pipe.sample(classes, seeds[:2])
+    with pytest.raises(UserError, match="seed: got"):
+        pipe.sample([0], [2**64])
+
+
+def test_apart_pixels_follow_from_codes_alone(pipe: Pipeline, whole: Samples) -> None:
+    apart = pipe.sample(CLASSES, SEED, apart=True)
+    assert same_but_rounding(apart, whole)
+    for i, number in enumerate(CLASSES):
+        alone = pipe.sample([number], SEED + i, apart=True)
+        assert (np.asarray(alone.images[0]) == np.asarray(apart.images[i])).all()
+        given = pipe.sample([0], 0, codes=apart.codes[i], keep=ALL, apart=True)
+        assert (np.asarray(given.images[0]) == np.asarray(apart.images[i])).all()
+
+
+@pytest.mark.parametrize("given", [{}, {"codes": OTHER_BL, "keep": as_mask(0xF0F0_1234_0000_FFFF)}])
+@pytest.mark.parametrize("at", [0, 1, 6, LENGTH - 1])
+def test_images_that_are_not_wanted_leave_the_batch(
+    pipe: Pipeline, steps: list[int], given: dict[str, Any], at: int
+) -> None:
+    expected = pipe.sample(CLASSES, SEED, **given)
+    steps.clear()
+    asked: list[int] = []
+    rows: list[int] = []
+    hook = pipe.coarse.head.register_forward_hook(lambda _, x, __: rows.append(len(x[0])))
+
+    def wanted() -> list[int]:
+        asked.append(1)
+        return [0, 1, 2, 3] if len(asked) <= at else [1, 3]
+
+    *_, last = pipe.stream(CLASSES, SEED, wanted=wanted, preview=False, **given)
+    hook.remove()
+    assert len(asked) == LENGTH
+    assert last.numbers == (1, 3) and last.samples is not None
+    assert torch.equal(last.samples.codes, expected.codes[[1, 3]])
+    if not given:
+        assert len(steps) == LENGTH  # none is taken again
+        assert rows == [8] * at + [4] * (LENGTH - at)  # with guidance, two for each image
+
+
+def test_nobody_wants_any(pipe: Pipeline, steps: list[int]) -> None:
+    left = [3]
+
+    def wanted() -> list[int]:
+        left[0] -= 1
+        return CLASSES if left[0] >= 0 else []
+
+    before = caches()
+    assert list(pipe.stream([0, 1, 2], SEED, wanted=wanted)) == []
+    assert len(steps) == 3 and caches() == before
+
+
+def test_previews_of_given_labels(pipe: Pipeline, whole: Samples) -> None:
+    events = list(pipe.stream(CLASSES, SEED))
+    for event in events[:-1]:
+        shown = pipe.preview(event.coarse)
+        assert (pixels(shown) == pixels(event.images)).all()
+    kept = pipe.preview(whole.coarse[:, :3], codes=whole.codes, keep=ALL, resize=20)
+    assert (pixels(kept) == pixels(pipe.sample(CLASSES, SEED, resize=20).images)).all()
+    for labels, message in (
+        (whole.coarse[0], "coarse: got shape (16,), expected (B, T) with 1 to 16 labels"),
+        (whole.coarse[:, :0], "coarse: got shape (4, 0)"),
+        (whole.coarse.float(), "coarse: got torch.float32, expected integers"),
+        (whole.coarse + 8, "expected 0 to 7"),
+    ):
+        with pytest.raises(UserError) as caught:
+            pipe.preview(labels)
+        assert message in str(caught.value)
+
+
+# --- inside a cluster -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"fine_temperature": 0.5}, {"fine_guidance": 3.0}, {"fine_top_k": 2}, {"fine_top_p": 0.5}],
+)
+def test_members_are_as_likely_as_they_are_drawn(
+    pipe: Pipeline, whole: Samples, given: dict[str, Any]
+) -> None:
+    labels_L, count = whole.coarse[0], 600
+    drawn_NL = pipe.refine([CLASSES[0]] * count, labels_L, 0, **given).codes
+    for position in (0, 5, LENGTH - 1):
+        found = pipe.members(CLASSES[0], labels_L, position, **given)
+        assert found.cluster == int(labels_L[position])
+        members = pipe.clusters.members_KS[found.cluster]
+        assert sorted(found.codes.tolist()) == [code for code in members.tolist() if code >= 0]
+        chances = found.probabilities.tolist()
+        assert chances == sorted(chances, reverse=True) and sum(chances) == pytest.approx(1)
+        for code, chance in zip(found.codes.tolist(), chances, strict=True):
+            share = float((drawn_NL[:, position] == code).double().mean())
+            assert abs(share - chance) <= 5 * (chance * (1 - chance) / count) ** 0.5
+
+
+def test_members_of_other_models(pipe: Pipeline, baseline: Pipeline, whole: Samples) -> None:
+    labels_L = torch.arange(LENGTH)
+    alone = baseline.members("red", labels_L, 3)
+    assert (alone.cluster, alone.codes.tolist(), alone.probabilities.tolist()) == (3, [3], [1.0])
+    assert pipe.fine is not None
+    model = FineModel(pipe.fine.config, pipe.clusters, "full").eval().requires_grad_(False)
+    free = dataclasses.replace(pipe, fine=model)  # which knows nothing: all codes are as likely
+    found = free.members(0, whole.coarse[0], 3)
+    assert found.probabilities.tolist() == pytest.approx([1 / 64] * len(found.codes))
+    for asked, message in (
+        ((0, whole.coarse[0], 16), "position: got 16, expected 0 to 15"),
+        ((0, whole.coarse[0], -1), "position: got -1"),
+        ((0, whole.coarse[0, :5], 0), "coarse: got shape (5,)"),
+        (("violet", whole.coarse[0], 0), "unknown class 'violet'"),
+    ):
+        with pytest.raises(UserError) as caught:
+            pipe.members(*asked)  # type: ignore[arg-type]
+        assert message in str(caught.value)
+
+
 # --- what is kept ---------------------------------------------------------------------------------
 
 
@@ -416,3 +541,46 @@ def test_guidance_of_some_steps_on_the_command_line(
     assert stored["guidance_schedule"] == "linear"
     again = pipe.sample([0, 1, 2], **stored)  # as they are in JSON
     assert same(again, expected)
+
+
+def test_settings_draw_a_folder_again(ctf: Command, run: Path, tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    given = ["--classes", "red,0", "--count", "2", "--seed", "5", "--guidance", "3"]
+    assert ctf("sample", run, *given, "--out", one).code == 0
+    dry = ctf("sample", run, "--settings", one / "settings.json", "--out", other, "--dry-run")
+    assert dry.code == 0 and "would draw the pictures of" in dry.out and not other.exists()
+    again = ctf("sample", run, "--settings", one / "settings.json", "--out", other)
+    assert again.code == 0, again.err
+    assert (one / "settings.json").read_bytes() == (other / "settings.json").read_bytes()
+    with np.load(one / "codes.npz") as first, np.load(other / "codes.npz") as second:
+        assert all((first[name] == second[name]).all() for name in first.files)
+    sheet = tmp_path / "sheet.png"
+    assert ctf("sample", run, "--settings", one / "settings.json", "--out", sheet).code == 0
+    assert Image.open(sheet).width > 2 * 32
+
+
+def test_mistakes_in_settings(ctf: Command, run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    good = {"classes": [0], "count": 1, "seed": 0, "sampling": {}}
+
+    def refused(words: str, *arguments: str | Path, **changed: Any) -> None:
+        path.write_text(json.dumps({**good, **changed}))
+        result = ctf("sample", *arguments, "--settings", path, "--out", tmp_path / "out.png")
+        assert result.code == 2 and words in result.err, result
+        assert len(result.err.splitlines()) <= 2 and "Traceback" not in result.err
+        assert not (tmp_path / "out.png").exists()
+
+    refused("names no model, expected e.g.")
+    refused("drawn by another pipeline", run, weights="0" * 64)
+    refused("got --guidance, too", run, "--guidance", "2")
+    refused("got --seed, too", run, "--seed", "2")
+    refused("unknown key 'sed'", run, sed=1)
+    refused("no pipeline 'nowhere'", model="nowhere")
+    refused("class 5 of 3", run, classes=[5])
+    refused("count is 0", run, count=0)
+    refused("got coarse and codes", run, coarse=[0] * LENGTH, codes=[0] * LENGTH)
+    refused("expected both or neither", run, codes=[0] * LENGTH)
+    refused("coarse: got shape (3,)", run, coarse=[0] * 3)
+    refused("whole numbers of 64 bits", run, coarse=[2**64] * LENGTH)
+    result = ctf("sample")
+    assert result.code == 2 and "got no model" in result.err

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -211,9 +212,10 @@ def cost(
 
 @command("sample")
 def sample(
-    model: Positional[str],
+    model: Positional[str | None] = None,
     /,
     *,
+    settings: Path | None = None,
     classes: str = "all",
     count: int = 8,
     seed: int = 0,
@@ -239,6 +241,8 @@ def sample(
 
     Args:
         model: fashion-mnist, the folder of a run or pipeline, or org/name[@revision] on the Hub
+        settings: a settings.json, of the studio or beside samples: draws its pictures again, and
+            nothing else may be chosen; the model is the one that it names, if none is given
         classes: numbers or names with commas between, or all
         count: pictures of each class
         seed: picture i is drawn from seed + i
@@ -271,17 +275,117 @@ def sample(
         "top_k": top_k, "fine_top_k": fine_top_k, "top_p": top_p, "fine_top_p": fine_top_p,
         "guidance_window": guidance_window, "guidance_schedule": guidance_schedule,
     }  # fmt: skip
-    settings = {name: value for name, value in given.items() if value is not None}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if settings is not None:
+        # The defaults are those of the arguments above.
+        others = {"classes": (classes, "all"), "count": (count, 8), "seed": (seed, 0)}
+        others["resize"] = (resize, None)
+        more = [*chosen, *(name for name, (got, default) in others.items() if got != default)]
+        _sample_again(settings, model, more, out, _device(device), engine, dry_run)
+        return
+    if model is None:
+        raise UserError("got no model, expected e.g. ctf sample fashion-mnist")
     pipe = Pipeline.from_pretrained(model, _device(device), engine=engine)
     numbers = _classes(classes, pipe)
     if dry_run:
         samples.check(out, count, len(numbers), seed)
-        used = dataclasses.replace(pipe.sampling, **settings)
+        used = dataclasses.replace(pipe.sampling, **chosen)
         console.print(f"would draw {count} pictures of each of {len(numbers)} classes: {used}")
         return
     with _progress("sample") as report:
-        written = samples.write(pipe, out, numbers, count, seed, report, resize, **settings)
+        written = samples.write(pipe, out, numbers, count, seed, report, resize, **chosen)
     console.print(written, soft_wrap=True)
+
+
+def _sample_again(
+    path: Path,
+    model: str | None,
+    more: Sequence[str],
+    out: Path,
+    device: Any,
+    engine: Engine,
+    dry_run: bool,
+) -> None:
+    from ctf import pipeline, samples
+
+    if more:
+        raise UserError(
+            f"--settings {path} says all there is to choose; got --{more[0].replace('_', '-')}, too"
+        )
+    settings = samples.load(path)
+    name = settings.model if model is None else model
+    if name is None:
+        raise UserError(
+            f"{path}: names no model, expected e.g. ctf sample fashion-mnist --settings {path}"
+        )
+    folder = pipeline.find(name)
+    if settings.weights not in (None, pipeline.hash_of(folder)):
+        raise UserError(f"{path}: its pictures were drawn by another pipeline than {name}")
+    pipe = pipeline.load(folder, device, engine)
+    samples.check(out, settings.count, len(settings.classes), settings.seed)
+    if dry_run:
+        console.print(f"would draw the pictures of {path}: {settings.sampling}", soft_wrap=True)
+        return
+    with _progress("sample") as report:
+        written = samples.write_again(pipe, out, settings, report)
+    console.print(written, soft_wrap=True)
+
+
+@command("studio")
+def studio(
+    models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL...")],
+    /,
+    *,
+    port: int = 7860,
+    host: str = "127.0.0.1",
+    token: str | None = None,
+    embed_in: tuple[str, ...] = (),
+    engine: Literal["auto", "eager"] = "auto",
+    device: Device = "auto",
+) -> None:
+    """Opens a page to watch pictures being made, with an HTTP API beside it.
+
+    Example: ctf studio fashion-mnist --port 7860
+
+    Args:
+        models: one or several to compare: fashion-mnist, folders of runs or pipelines, or org/name
+            on the Hub
+        port: 0 is any that is free
+        host: address to listen at; by default this machine alone can ask
+        token: what requests to the API must bear; by default $CTF_STUDIO_TOKEN, if that is set
+        embed_in: origins of pages that may show it in a frame, e.g. https://huggingface.co
+        engine: auto or eager, see ctf sample
+        device: where to compute; auto takes a GPU if there is one
+    """
+    try:
+        from ctf.studio import guard, server, worker
+    except ImportError:
+        raise UserError("the studio is not installed: pip install 'ctf[studio]'") from None
+
+    token = token or os.environ.get("CTF_STUDIO_TOKEN") or None
+    place = _device(device)
+    limits = worker.Limits()
+    alone = host in guard.LOOPBACK
+    for origin in embed_in:
+        if not re.fullmatch(r"https?://[\w.:*-]+", origin):
+            raise UserError(f"--embed-in {origin}: expected an origin, e.g. https://huggingface.co")
+    if not models:
+        raise UserError("got no model, expected e.g. ctf studio fashion-mnist")
+    listening = server.listen(host, port)
+    app = server.build(
+        server.load(models, place, engine, limits),
+        limits,
+        hosts=guard.LOOPBACK if alone else None,
+        token=token,
+        embedders=embed_in,
+    )
+    shown = f"[{host}]" if ":" in host else host
+    console.print(
+        f"{', '.join(models)}: http://{shown}:{listening.getsockname()[1]}", soft_wrap=True
+    )
+    if not alone and token is None:
+        console.print("anyone who reaches this address can draw; --token asks them for a word")
+    server.server_of(app).run(sockets=[listening])
 
 
 @command("push")

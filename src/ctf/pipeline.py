@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,6 +81,7 @@ class Event:
     coarse: (B, rows * grid), int64 in [0, K): the labels so far, row by row.
     images: PIL images, RGB: previews, none where none are asked for; the last, those of `samples`.
     samples: None except in the last event.
+    numbers: which of the images that were asked for these B are.
     """
 
     rows: int
@@ -88,6 +89,21 @@ class Event:
     coarse: Tensor
     images: list[Image.Image]
     samples: Samples | None = None
+    numbers: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """What `Pipeline.members` returns: all codes that a token with its label could have.
+
+    cluster: the label, in [0, K).
+    codes: (S,), int64 in [0, V), the likeliest first.
+    probabilities: (S,), float64.
+    """
+
+    cluster: int
+    codes: Tensor
+    probabilities: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +115,21 @@ class _Batch:
     uniforms_B2L: Tensor
     kept_BL: Tensor | None  # codes, and -1 where one is to be drawn
     kept_labels_BL: Tensor | None  # of these codes, and -1
+
+    def some(self, rows: list[int], labels_BT: Tensor) -> _Batch:
+        """The rows that are still wanted; the labels that they have by now are kept."""
+        kept_labels_BL = torch.full_like(self.uniforms_B2L[:, 0], -1, dtype=torch.int64)
+        if self.kept_labels_BL is not None:
+            kept_labels_BL = self.kept_labels_BL.clone()
+        kept_labels_BL = kept_labels_BL.to(labels_BT.device)
+        kept_labels_BL[:, : labels_BT.shape[1]] = labels_BT
+        return dataclasses.replace(
+            self,
+            classes_B=self.classes_B[rows],
+            uniforms_B2L=self.uniforms_B2L[rows],
+            kept_BL=None if self.kept_BL is None else self.kept_BL[rows],
+            kept_labels_BL=kept_labels_BL[rows],
+        )
 
 
 @dataclasses.dataclass
@@ -281,11 +312,12 @@ class Pipeline:
     def sample(
         self,
         classes: Sequence[int | str],
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         *,
         codes: Tensor | None = None,
         keep: Tensor | None = None,
         resize: int | None = None,
+        apart: bool = False,
         report: Report | None = None,
         **settings: Any,
     ) -> Samples:
@@ -296,6 +328,7 @@ class Pipeline:
 
         Args:
             classes: numbers or names.
+            seed: of the first image, or a list with one for each.
             codes, keep: the parts of images that are given. Where `keep`, (B, L) of bool, is true,
                 the code of `codes`, (B, L) of integers in [0, V), is in the result, and its label;
                 elsewhere `codes` says nothing. The rest is drawn with the random numbers that it
@@ -303,6 +336,8 @@ class Pipeline:
                 given or drawn, and codes from the labels of the whole image. (L,) and (1, L) are
                 for all images.
             resize: pixels a side of the images, instead of the tokenizer's.
+            apart: decode each image by itself: its pixels then follow from its codes to the last
+                bit, whatever it was drawn beside. It takes longer.
             settings: any field of `Sampling`, by keyword; the rest as in `self.sampling`.
             report: called with the number of images done and to do.
 
@@ -311,7 +346,7 @@ class Pipeline:
                 seed of more than 64 bits; `codes` without `keep`, or of another shape, type or
                 range.
         """
-        numbers, chosen = self._asked(classes, seed, resize, settings)
+        numbers, seeds, chosen = self._asked(classes, seed, resize, settings)
         kept_NL = self._kept(codes, keep, len(numbers))
 
         def coarse(batch: _Batch) -> Tensor:
@@ -323,15 +358,16 @@ class Pipeline:
                 batch.kept_labels_BL,
             )
 
-        return self._samples(numbers, seed, kept_NL, chosen, resize, report, coarse)
+        return self._samples(numbers, seeds, kept_NL, chosen, resize, apart, report, coarse)
 
     def refine(
         self,
         classes: Sequence[int | str],
         coarse: Tensor,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         *,
         resize: int | None = None,
+        apart: bool = False,
         report: Report | None = None,
         **settings: Any,
     ) -> Samples:
@@ -343,27 +379,36 @@ class Pipeline:
 
         Args:
             coarse: (B, L) of integers in [0, K), or (L,) or (1, L) for all images.
-            classes, seed, resize, report, settings: see `sample`.
+            classes, seed, resize, apart, report, settings: see `sample`.
 
         Raises:
             UserError: see `sample`; labels of another shape, type or range.
         """
-        numbers, chosen = self._asked(classes, seed, resize, settings)
+        numbers, seeds, chosen = self._asked(classes, seed, resize, settings)
         labels_NL = self._integers("coarse", coarse, len(numbers))
         _check_range("coarse", labels_NL, self.clusters.count)
         return self._samples(
-            numbers, seed, None, chosen, resize, report, lambda batch: labels_NL[batch.images]
+            numbers,
+            seeds,
+            None,
+            chosen,
+            resize,
+            apart,
+            report,
+            lambda batch: labels_NL[batch.images],
         )
 
     def stream(
         self,
         classes: Sequence[int | str],
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         *,
         codes: Tensor | None = None,
         keep: Tensor | None = None,
         resize: int | None = None,
+        apart: bool = False,
         preview: bool = True,
+        wanted: Callable[[], Collection[int]] | None = None,
         **settings: Any,
     ) -> Generator[Event, None, None]:
         """Draws as `sample` does, and shows the images while they grow.
@@ -376,42 +421,99 @@ class Pipeline:
         decoder for each row.
 
         Args:
-            classes: one batch: at most `BATCH`, or fewer where memory is short.
+            classes: one batch: at most `largest_batch`.
             preview: without, events have the labels only.
-            seed, codes, keep, resize, settings: see `sample`.
+            wanted: asked before each step for the numbers of the images that are still wanted, as
+                they stand in `classes`. The others leave the batch; with none, the stream ends.
+            seed, codes, keep, resize, apart, settings: see `sample`.
 
         Raises:
             UserError: see `sample`; more images than one batch has. All at once, not at the first
                 event.
         """
-        numbers, chosen = self._asked(classes, seed, resize, settings)
+        numbers, seeds, chosen = self._asked(classes, seed, resize, settings)
         if len(numbers) > (most := self._at_a_time(chosen)):
             raise UserError(
                 f"got {len(numbers)} images to stream, expected {most} or fewer: one batch; "
                 "sample draws any number"
             )
-        (batch,) = self._batches(numbers, seed, self._kept(codes, keep, len(numbers)), most)
-        return self._events(batch, chosen, resize, preview)
+        (batch,) = self._batches(numbers, seeds, self._kept(codes, keep, len(numbers)), most)
+        return self._events(batch, chosen, resize, apart, preview, wanted)
 
     def _events(
-        self, batch: _Batch, settings: Sampling, resize: int | None, preview: bool
+        self,
+        batch: _Batch,
+        settings: Sampling,
+        resize: int | None,
+        apart: bool,
+        preview: bool,
+        wanted: Callable[[], Collection[int]] | None,
     ) -> Generator[Event, None, None]:
-        grid = self.coarse.config.grid
-        for labels_BT in sampling.stream_coarse(
+        grid, length = self.coarse.config.grid, self.coarse.config.length
+        numbers = tuple(range(len(batch.classes_B)))
+        steps = self._steps(batch, settings)
+        labels_BT = batch.classes_B.new_empty(len(numbers), 0)
+        done = 0
+        while done < length:
+            if wanted is not None:
+                asked = set(wanted())
+                rows = [i for i, number in enumerate(numbers) if number in asked]
+                if not rows:
+                    return
+                if len(rows) < len(numbers):
+                    # A new stream of those that are left: it takes what is there in one pass.
+                    numbers, batch = tuple(numbers[i] for i in rows), batch.some(rows, labels_BT)
+                    steps.close()
+                    steps = self._steps(batch, settings)
+            labels_BT = next(labels for labels in steps if labels.shape[1] > done)
+            done += 1
+            rows_done, more = divmod(done, grid)
+            if more == 0:
+                images = []
+                if preview:
+                    images = as_pictures(self._preview(labels_BT, batch.kept_BL, resize))
+                yield Event(rows_done, grid, labels_BT.clone().cpu(), images, None, numbers)
+        samples = self._finish(batch, labels_BT, settings, resize, apart)
+        yield Event(grid, grid, samples.coarse, samples.images, samples, numbers)
+
+    def _steps(self, batch: _Batch, settings: Sampling) -> Generator[Tensor, None, None]:
+        return sampling.stream_coarse(
             self.coarse,
             batch.classes_B,
             batch.uniforms_B2L[:, 0],
             settings,
             batch.kept_labels_BL,
-        ):
-            rows, more = divmod(labels_BT.shape[1], grid)
-            if more == 0:
-                images = []
-                if preview:
-                    images = as_pictures(self._preview(labels_BT, batch.kept_BL, resize))
-                yield Event(rows, grid, labels_BT.clone().cpu(), images)
-        samples = self._finish(batch, labels_BT, settings, resize)
-        yield Event(grid, grid, samples.coarse, samples.images, samples)
+        )
+
+    def preview(
+        self,
+        coarse: Tensor,
+        *,
+        codes: Tensor | None = None,
+        keep: Tensor | None = None,
+        resize: int | None = None,
+    ) -> list[Image.Image]:
+        """Images of coarse labels alone: each token has the mean code vector of its cluster.
+
+        Args:
+            coarse: (B, T) of integers in [0, K): the first T labels of each image, 1 <= T <= L. The
+                rest has the mean of all clusters.
+            codes, keep, resize: see `sample`; a code that is kept is shown instead of its label.
+
+        Raises:
+            UserError: labels of another shape, type or range; see `sample`.
+        """
+        check_resize(resize)
+        length = self.coarse.config.length
+        if coarse.ndim != 2 or not len(coarse) or not 1 <= coarse.shape[1] <= length:
+            raise UserError(
+                f"coarse: got shape {tuple(coarse.shape)}, expected (B, T) with 1 to {length} "
+                "labels of each image"
+            )
+        _check_integers("coarse", coarse)
+        _check_range("coarse", coarse, self.clusters.count)
+        kept_BL = self._kept(codes, keep, len(coarse))
+        return as_pictures(self._preview(coarse.to(self.device).long(), kept_BL, resize))
 
     @torch.inference_mode()
     def _preview(self, labels_BT: Tensor, kept_BL: Tensor | None, resize: int | None) -> Tensor:
@@ -429,6 +531,46 @@ class Pipeline:
             kept_BL1 = (kept_BL >= 0)[..., None]
             vectors_BLC = torch.where(kept_BL1, codebook_VC[kept_BL], vectors_BLC)
         return self._decode_vectors(vectors_BLC, resize)
+
+    @torch.inference_mode()
+    def members(self, chosen: int | str, coarse: Tensor, position: int, **settings: Any) -> Members:
+        """The codes among which the fine stage draws a token of an image, and how likely each is.
+
+        The probabilities are those that it draws with: with guidance, temperature, top-k and top-p
+        of the fine stage. A fine model that chooses among all codes may give the rest of the
+        probability to codes that are no members.
+
+        Args:
+            chosen: the class of the image, a number or name.
+            coarse: (L,) of integers in [0, K): the labels of the whole image.
+            position: of the token, in [0, L).
+            settings: see `sample`.
+
+        Raises:
+            UserError: see `sample`; labels or a position of another shape, type or range.
+        """
+        numbers, _, used = self._asked([chosen], 0, None, settings)
+        labels_1L = self._integers("coarse", coarse, 1)
+        _check_range("coarse", labels_1L, self.clusters.count)
+        if not 0 <= position < labels_1L.shape[1]:
+            raise UserError(f"position: got {position}, expected 0 to {labels_1L.shape[1] - 1}")
+        label = int(labels_1L[0, position])
+        members_S = self.clusters.members_KS[label, : int(self.clusters.sizes_K[label])]
+        if self.fine is None:
+            return Members(label, members_S.cpu(), torch.ones(1, dtype=torch.float64))
+        classes_1 = torch.tensor(numbers, device=self.device)
+        logits_K = self.fine(labels_1L, classes_1)[0, position]
+        if used.fine_guidance != 1:
+            no_class_1 = torch.full_like(classes_1, self.fine.no_class)
+            uncond_K = self.fine(labels_1L, no_class_1)[0, position]
+            logits_K = sampling.guide(logits_K, uncond_K, used.fine_guidance)
+        logits_1K = sampling.keep_top_k(
+            logits_K[None].double() / used.fine_temperature, used.fine_top_k
+        )
+        probabilities_K = sampling.keep_top_p(logits_1K, used.fine_top_p).softmax(-1)[0]
+        probabilities_S = probabilities_K[self.fine.choices(members_S)]
+        order_S = probabilities_S.argsort(descending=True, stable=True)
+        return Members(label, members_S[order_S].cpu(), probabilities_S[order_S].cpu())
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
@@ -465,26 +607,38 @@ class Pipeline:
             images_BCHW = F.interpolate(images_BCHW, size=(resize, resize), mode="bicubic")
         return images_BCHW.clamp(-1, 1)
 
-    def _asked(
-        self,
-        classes: Sequence[int | str],
-        seed: int,
-        resize: int | None,
-        settings: Mapping[str, Any],
-    ) -> tuple[list[int], Sampling]:
-        """The numbers of the classes and the settings; raises UserError, see `sample`."""
+    def largest_batch(self, **settings: Any) -> int:
+        """How many images can be drawn at a time: `BATCH`, or fewer where memory is short."""
+        return self._at_a_time(self._settings(settings))
+
+    def _settings(self, settings: Mapping[str, Any]) -> Sampling:
         known = [field.name for field in dataclasses.fields(Sampling)]
         for name in settings:
             if name not in known:
                 raise UserError(f"unknown setting {name!r}{did_you_mean(name, known)}")
-        chosen = dataclasses.replace(self.sampling, **settings)
+        return dataclasses.replace(self.sampling, **settings)
+
+    def _asked(
+        self,
+        classes: Sequence[int | str],
+        seed: int | Sequence[int],
+        resize: int | None,
+        settings: Mapping[str, Any],
+    ) -> tuple[list[int], Sequence[int], Sampling]:
+        """The numbers of the classes, a seed for each, and the settings; raises UserError."""
+        chosen = self._settings(settings)
         numbers = self.class_numbers(classes)
         if not numbers:
             raise UserError("got 0 images to sample, expected 1 or more")
-        if resize is not None and not 1 <= resize <= LARGEST_SIZE:
-            raise UserError(f"resize: got {resize}, expected 1 to {LARGEST_SIZE} pixels a side")
-        check_seed(seed, len(numbers))
-        return numbers, chosen
+        check_resize(resize)
+        if isinstance(seed, int):
+            check_seed(seed, len(numbers))
+            return numbers, range(seed, seed + len(numbers)), chosen
+        if len(seed) != len(numbers):
+            raise UserError(f"got {len(seed)} seeds, expected {len(numbers)}: one for each image")
+        for one in seed:
+            check_seed(one, 1)
+        return numbers, seed, chosen
 
     def _kept(self, codes: Tensor | None, keep: Tensor | None, count: int) -> Tensor | None:
         """The codes that are kept, and -1 elsewhere: int64 (count, L); None: none are given."""
@@ -500,8 +654,7 @@ class Pipeline:
         return kept_NL.masked_fill(~keep_NL, -1)
 
     def _integers(self, name: str, given: Tensor, count: int) -> Tensor:
-        if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
-            raise UserError(f"{name}: got {given.dtype}, expected integers, e.g. torch.int64")
+        _check_integers(name, given)
         return self._for_all(name, given, count).long()
 
     def _for_all(self, name: str, given: Tensor, count: int) -> Tensor:
@@ -524,12 +677,15 @@ class Pipeline:
         return 2 * shape.layers * shape.length * shape.width * dtype.itemsize
 
     def _batches(
-        self, numbers: Sequence[int], seed: int, kept_NL: Tensor | None, at_a_time: int
+        self,
+        numbers: Sequence[int],
+        seeds: Sequence[int],
+        kept_NL: Tensor | None,
+        at_a_time: int,
     ) -> Iterator[_Batch]:
         for start in range(0, len(numbers), at_a_time):
             classes_B = torch.tensor(numbers[start : start + at_a_time], device=self.device)
             images = slice(start, start + len(classes_B))
-            seeds = range(seed + images.start, seed + images.stop)
             kept_BL = kept_labels_BL = None
             if kept_NL is not None:
                 kept_BL = kept_NL[images]
@@ -537,7 +693,7 @@ class Pipeline:
             yield _Batch(
                 images,
                 classes_B,
-                sampling.uniforms(seeds, self.coarse.config.length),
+                sampling.uniforms(seeds[images], self.coarse.config.length),
                 kept_BL,
                 kept_labels_BL,
             )
@@ -545,17 +701,18 @@ class Pipeline:
     def _samples(
         self,
         numbers: Sequence[int],
-        seed: int,
+        seeds: Sequence[int],
         kept_NL: Tensor | None,
         settings: Sampling,
         resize: int | None,
+        apart: bool,
         report: Report | None,
         coarse: Callable[[_Batch], Tensor],
     ) -> Samples:
         """All batches, of the labels that `coarse` gives for each."""
         done: list[Samples] = []
-        for batch in self._batches(numbers, seed, kept_NL, self._at_a_time(settings)):
-            done.append(self._finish(batch, coarse(batch), settings, resize))
+        for batch in self._batches(numbers, seeds, kept_NL, self._at_a_time(settings)):
+            done.append(self._finish(batch, coarse(batch), settings, resize, apart))
             if report is not None:
                 report(batch.images.stop, len(numbers))
         return Samples(
@@ -565,7 +722,12 @@ class Pipeline:
         )
 
     def _finish(
-        self, batch: _Batch, labels_BL: Tensor, settings: Sampling, resize: int | None
+        self,
+        batch: _Batch,
+        labels_BL: Tensor,
+        settings: Sampling,
+        resize: int | None,
+        apart: bool,
     ) -> Samples:
         """The fine stage and the decoder."""
         codes_BL = sampling.sample_fine(
@@ -577,8 +739,20 @@ class Pipeline:
             settings,
             batch.kept_BL,
         )
-        images = as_pictures(self.decode(codes_BL, resize))
+        parts = codes_BL.split(1 if apart else len(codes_BL))
+        images = [image for part in parts for image in as_pictures(self.decode(part, resize))]
         return Samples(images, codes_BL.cpu(), labels_BL.cpu())
+
+
+def check_resize(resize: int | None) -> None:
+    """Raises UserError where no image can have so many pixels a side."""
+    if resize is not None and not 1 <= resize <= LARGEST_SIZE:
+        raise UserError(f"resize: got {resize}, expected 1 to {LARGEST_SIZE} pixels a side")
+
+
+def _check_integers(name: str, given: Tensor) -> None:
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise UserError(f"{name}: got {given.dtype}, expected integers, e.g. torch.int64")
 
 
 def _check_range(name: str, given: Tensor, stop: int) -> None:

@@ -8,6 +8,7 @@ Shapes: B batch, L tokens of an image, V codes, K clusters.
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -254,19 +255,19 @@ def _tokenizer(job: TokenizerJob, run: Path, place: Place, progress: Progress) -
 
 def _clusters(job: ClustersJob, run: Path, work: Path) -> Found:
     source = work / job.tokenizer / "run"
-    fit.branch(source, run)
+    _link(run, source / "tokenizer", source / "tokens")
     tokenizer = tokenizer_training.load(run / "tokenizer")
     fit.fit_clusters(run, tokenizer, job.clusters)
     return checkpoint.load_object(run / "clusters" / "report.json")
 
 
 def _link(run: Path, *stages: Path) -> None:
-    """Makes `run` a run with these folders of other runs."""
+    """Makes `run` a run with these folders of other runs; all cells can be moved together."""
     run.mkdir(parents=True, exist_ok=True)
     for stage in stages:
         link = run / stage.name
         if not link.is_symlink():
-            link.symlink_to(stage.resolve(), target_is_directory=stage.is_dir())
+            link.symlink_to(os.path.relpath(stage, run), target_is_directory=stage.is_dir())
 
 
 def _branch(run: Path, source: Path) -> Clusters:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.cluster.hierarchy
 import sklearn.cluster
 import torch
 from hypothesis import given, settings
@@ -378,3 +379,62 @@ def test_entropy_is_at_most_that_of_even_sizes(tokenizer: VQModel, codes_BL: Ten
     p = made.sizes_K.numpy() / 64
     assert study["sizes"]["entropy_bits"] == pytest.approx(-(p * np.log2(p)).sum())
     assert study["sizes"]["entropy_bits"] <= math.log2(8)
+
+
+# --- other clusterings -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 7, 50, 200])
+def test_average_linkage_is_that_of_scipy(count: int) -> None:
+    vectors_VC = codebook()
+    labels_V = clusters.fit_average(vectors_VC, count).labels_V.numpy()
+    tree = scipy.cluster.hierarchy.linkage(vectors_VC.double().numpy(), "average")
+    other_V = scipy.cluster.hierarchy.fcluster(tree, count, "maxclust")
+    assert len(np.unique(other_V)) == count
+    # The same partition: each pair of labels that occurs is the only one of either label.
+    assert len(np.unique(np.stack([labels_V, other_V]), axis=1)[0]) == count
+
+
+def test_average_linkage_keeps_equal_vectors_together() -> None:
+    vectors_VC = codebook(40).repeat(3, 1)
+    labels_V = clusters.fit_average(vectors_VC, 30).labels_V
+    assert torch.equal(labels_V, labels_V[:40].repeat(3))
+    with pytest.raises(UserError, match="only 40 of the 120"):
+        clusters.fit_average(vectors_VC, 41)
+
+
+@pytest.mark.parametrize("count", [1, 6, 8, 64, 200])
+def test_balanced_clusters_have_equal_sizes(count: int) -> None:
+    vectors_VC = codebook()
+    balanced = clusters.fit_balanced(vectors_VC, count, restarts=2)
+    assert balanced.count == count
+    assert int(balanced.sizes_K.max()) - int(balanced.sizes_K.min()) <= (200 % count > 0)
+    if 1 < count < 200:
+        control = clusters.random_like(balanced, 0)
+        least = clusters.inertia(vectors_VC, clusters.fit_kmeans(vectors_VC, count, restarts=2))
+        mine = clusters.inertia(vectors_VC, balanced)
+        assert least <= mine < 0.9 * clusters.inertia(vectors_VC, control)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6))
+def test_a_balanced_assignment_is_stable(seed: int, count: int) -> None:
+    random = np.random.default_rng(seed)
+    distance_VK = random.random((24, count))
+    room_K = random.multinomial(24, np.full(count, 1 / count))
+    labels_V = clusters.assign_balanced(distance_VK, room_K)
+    assert np.array_equal(np.bincount(labels_V, minlength=count), room_K)
+    own_V = distance_VK[np.arange(24), labels_V]
+    worst_K = [own_V[labels_V == k].max(initial=-1) for k in range(count)]
+    # No code and cluster would both rather have each other.
+    for v, k in np.argwhere(distance_VK < own_V[:, None]):
+        assert distance_VK[v, k] >= worst_K[k]
+
+
+def test_methods_by_name() -> None:
+    vectors_VC = codebook()
+    for method, direct in (
+        ("average", clusters.fit_average(vectors_VC, 8)),
+        ("balanced", clusters.fit_balanced(vectors_VC, 8, seed=3, restarts=2)),
+    ):
+        config = ClustersConfig(method=method, count=8, restarts=2, seed=3)  # type: ignore[arg-type]
+        assert torch.equal(clusters.fit(vectors_VC, config).labels_V, direct.labels_V)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -564,3 +565,35 @@ def test_fit_can_make_a_baseline_too(pictures: Path, tmp_path: Path, ctf: Comman
     assert result.code == 0, result.err
     assert Pipeline.from_pretrained(out).fine is None
     assert not (out / "fine").exists()
+
+
+# --- options for comparison -----------------------------------------------------------------------
+
+
+def test_wrong_labels_are_part_of_the_configuration(
+    run: Path, tmp_path: Path, ctf: Command
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "fine")
+    wrong = sets("fine_corruption=0.2", "fine_training.steps=2")
+    assert ctf("train", "fine", tmp_path / "run", "--preset", "tiny", *wrong).code == 0
+    stored = json.loads((tmp_path / "run" / "fine" / "config.json").read_text())
+    assert stored["corruption"] == 0.2
+    without = ctf("train", "fine", tmp_path / "run", "--preset", "tiny", *sets())
+    assert without.code == 2
+    bad = ctf("train", "fine", tmp_path / "run", "--preset", "tiny", *sets("fine_corruption=1"))
+    assert bad.code == 2
+    assert "expected 0 to below 1" in bad.err
+
+
+def test_a_loss_of_groups_is_for_the_baseline(run: Path, tmp_path: Path, ctf: Command) -> None:
+    grouped = sets("group_loss.weight=1", "group_loss.clusters.count=4", "coarse_training.steps=2")
+    out = tmp_path / "baseline"
+    assert ctf("train", "baseline", run, "--out", out, "--preset", "tiny", *grouped).code == 0
+    stored = json.loads((out / "coarse" / "config.json").read_text())
+    assert stored["group_loss"]["clusters"]["method"] == "balanced"
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "coarse")
+    refused = ctf("train", "coarse", tmp_path / "run", "--preset", "tiny", *grouped)
+    assert refused.code == 2
+    assert "is for the full-vocabulary baseline" in refused.err

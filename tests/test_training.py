@@ -342,6 +342,63 @@ def test_values_out_of_range(change: dict[str, Any], message: str) -> None:
         dataclasses.replace(TRAINING, **change)
 
 
+# --- what is taught beside or instead of the objective --------------------------------------------
+
+
+def test_loss_of_groups_is_that_of_summed_probabilities() -> None:
+    """IAR's: beside the code's own cross-entropy, that of its group."""
+    torch.manual_seed(0)
+    model = CoarseModel(dataclasses.replace(SHAPE, dropout=0.0), CODES)
+    torch.nn.init.normal_(model.head.weight)
+    codes_BL, classes_B = torch.randint(CODES, (3, LENGTH)), torch.arange(3)
+    p_BLV = model(codes_BL, classes_B).softmax(-1)
+    own_BL = p_BLV.gather(-1, codes_BL[..., None])[..., 0]
+    same_BLV = LABELS_V[codes_BL][..., None] == LABELS_V
+    group_BL = (p_BLV * same_BLV).sum(-1)
+    for weight in (0.0, 0.7):
+        loss = training.grouped_objective(CLUSTERS, weight)(model, codes_BL, classes_B)
+        torch.testing.assert_close(loss, -(own_BL.log() + weight * group_BL.log()).mean())
+
+
+@pytest.mark.parametrize("softmax", ["members", "full"])
+def test_wrong_labels(softmax: Literal["members", "full"]) -> None:
+    """None changes nothing; with some, a token is asked for what can be right, and only the
+    labels of other tokens come in its place.
+    """
+    torch.manual_seed(0)
+    model = FineModel(dataclasses.replace(SHAPE, dropout=0.0), CLUSTERS, softmax)
+    torch.nn.init.normal_(model.head.weight)
+    codes_BL, classes_B = torch.randint(CODES, (64, LENGTH)), torch.zeros(64, dtype=torch.int64)
+    labels_BL = LABELS_V[codes_BL]
+    seen: list[Tensor] = []
+    model.trunk.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    plain = training.fine_objective(CLUSTERS)(model, codes_BL, classes_B)
+    torch.testing.assert_close(
+        training.corrupted_objective(CLUSTERS, 0.0)(model, codes_BL, classes_B), plain
+    )
+    loss = training.corrupted_objective(CLUSTERS, 0.3)(model, codes_BL, classes_B)
+    wrong_BL = seen[-1] != labels_BL
+    # A label of another token is the same now and then: 1 of 8.
+    assert abs(float(wrong_BL.float().mean()) - 0.3 * 7 / 8) < 0.05
+    asked_BL = ~wrong_BL if softmax == "members" else torch.ones_like(wrong_BL)
+    logits_BLS = model(seen[-1], classes_B)[asked_BL]
+    # Where chance gave a token its own label back, it is asked nothing either.
+    expected = F.cross_entropy(logits_BLS, model.choices(codes_BL)[asked_BL])
+    torch.testing.assert_close(loss, expected, rtol=0.05, atol=0)
+
+
+def test_what_is_taught_is_not_what_is_evaluated(folder: Path) -> None:
+    plain = make(folder, "fine")
+    taught = training.corrupted_objective(CLUSTERS, 0.5)
+    objective = training.fine_objective(CLUSTERS)
+    other = Trainer(
+        plain.model, objective, plain.train, plain.val, TRAINING, ALONE, taught=taught
+    )  # fmt: skip
+    assert other.evaluate()["loss"] == pytest.approx(plain.evaluate()["loss"])
+    one, wrong = (float(trainer.step(0)["loss"]) for trainer in (plain, other))
+    assert one != pytest.approx(wrong, rel=1e-6)
+
+
 # --- how a step is computed -----------------------------------------------------------------------
 
 

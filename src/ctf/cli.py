@@ -726,7 +726,7 @@ def clusters_fit(
     /,
     *,
     count: int = 512,
-    method: Literal["kmeans", "identity", "random"] = "kmeans",
+    method: Literal["kmeans", "identity", "random", "average", "balanced"] = "kmeans",
     seed: int = 0,
     out: Path | None = None,
     dry_run: bool = False,
@@ -738,7 +738,8 @@ def clusters_fit(
     Args:
         run: folder of the run
         count: number of clusters
-        method: kmeans; identity, the full-vocabulary baseline; random, the paper's control
+        method: kmeans; average, average linkage as MASC has it; balanced, clusters of equal sizes
+            as IAR has it; identity, the full-vocabulary baseline; random, the paper's control
         seed: of the restarts
         out: another run for them, with the tokenizer and the tokens of this one; needed where
             this one has clusters already, as a converted pipeline has
@@ -1263,6 +1264,58 @@ def bench_quality(
         "class accuracy", "change",
     )  # fmt: skip
     _table(columns, rows)
+
+
+@command("reproduce")
+def reproduce(
+    what: Positional[
+        Literal["all", "table1", "table2", "table3", "figure1", "figure2", "report", "status"]
+    ],
+    /,
+    *,
+    budget: Literal["small", "full"] = "full",
+    out: Path = Path("runs/reproduce"),
+    results: Path = Path("docs/results"),
+    only: str | None = None,
+    device: Device = "auto",
+    dry_run: bool = False,
+) -> None:
+    """Runs the paper's experiments on the included pictures, and writes a report of them.
+
+    Example: ctf reproduce table1 --budget small --results results
+
+    Each experiment is made of cells. A cell whose result is in --results is not computed again;
+    what it made, e.g. weights, is in --out. Killed, the same command goes on.
+
+    Args:
+        what: a table or a figure of the paper, or all of them; report writes the report of what
+            there is; status lists the cells, and computes nothing
+        budget: small takes about an hour on two cores, full six
+        out: folder for what the cells make, in a folder of the budget
+        results: folder for the report and the cells' results, in a folder of the budget
+        only: one cell, by its name, with those that it needs
+        device: where to compute; auto takes a GPU if there is one
+        dry_run: list the cells that would be computed, and write nothing
+    """
+    from ctf.reproduce import experiments, report
+
+    plan = experiments.plan_of(budget)
+    place = _device(device)
+    desk = experiments.open_desk(plan, out / budget, results / budget, place, _progress)
+    if what == "status":
+        rows = experiments.status(desk)
+        _table(("cell", "state", "seconds"), rows)
+        done = sum(state.startswith("done") for _, state, _ in rows)
+        console.print(f"{done} of {len(rows)} cells are done")
+        return
+    names = experiments.chosen(plan, "all" if what == "report" else what, only)
+    missing = [] if what == "report" else [name for name in names if desk.result(name) is None]
+    if dry_run:
+        console.print(f"would compute {', '.join(missing) or 'nothing'}", soft_wrap=True)
+        return
+    experiments.run(desk, plan, missing)
+    report.write(desk, plan)
+    console.print(f"{desk.results / 'report.md'}: {len(missing)} cells computed", soft_wrap=True)
 
 
 # --- What the commands share ----------------------------------------------------------------------

@@ -32,16 +32,21 @@ from ctf.tokenizer import VQModel
 
 FILE = "clusters.safetensors"
 SHEET_COLUMNS = 10
+BALANCING_ROUNDS = 10
+
+Method = Literal["kmeans", "identity", "random", "average", "balanced"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ClustersConfig:
     """How the codebook is clustered. "random" has the sizes of "kmeans": the paper's control.
 
-    "identity" gives each code a cluster of its own, whatever `count`: the full-vocabulary baseline.
+    "average" is average linkage, as MASC has it; "balanced" is k-means with clusters of equal
+    sizes, as IAR has it. "identity" gives each code a cluster of its own, whatever `count`: the
+    full-vocabulary baseline.
     """
 
-    method: Literal["kmeans", "identity", "random"] = "kmeans"
+    method: Method = "kmeans"
     count: int = 512
     restarts: int = 10
     seed: int = 0
@@ -132,6 +137,10 @@ def fit(codebook_VC: Tensor, config: ClustersConfig) -> Clusters:
     """
     if config.method == "identity":
         return identity(len(codebook_VC))
+    if config.method == "average":
+        return fit_average(codebook_VC, config.count)
+    if config.method == "balanced":
+        return fit_balanced(codebook_VC, config.count, seed=config.seed, restarts=config.restarts)
     clusters = fit_kmeans(codebook_VC, config.count, seed=config.seed, restarts=config.restarts)
     return random_like(clusters, config.seed) if config.method == "random" else clusters
 
@@ -144,6 +153,25 @@ def fit_kmeans(codebook_VC: Tensor, count: int, *, seed: int = 0, restarts: int 
 
     Raises:
         UserError: `count` is below 1, or above the number of codes or of distinct code vectors.
+    """
+    points_UC, weight_U, point_V = _distinct(codebook_VC, count)
+    # Only needed here, and slow to import.
+    from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
+
+    # One thread: sums of several come in another order each time, and round differently.
+    with threadpool_limits(limits=1):
+        kmeans = KMeans(count, n_init=restarts, random_state=seed)
+        kmeans.fit(points_UC, sample_weight=weight_U)
+    labels_U = fill_empty(kmeans.labels_, points_UC, kmeans.cluster_centers_)
+    return Clusters.from_labels(torch.from_numpy(labels_U[point_V]))
+
+
+def _distinct(codebook_VC: Tensor, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The distinct code vectors (U, C), how many codes have each (U,), which one a code has (V,).
+
+    Raises:
+        UserError: see `fit_kmeans`.
     """
     # In double precision: scikit-learn's distances are differences of large sums.
     codebook = codebook_VC.detach().double().cpu().numpy()
@@ -159,18 +187,78 @@ def fit_kmeans(codebook_VC: Tensor, count: int, *, seed: int = 0, restarts: int 
         )
     # In the order of the codebook rather than sorted: what scikit-learn would be given otherwise.
     order_U = first_U.argsort()
-    points_UC, weight_U = codebook[first_U[order_U]], weight_U[order_U]
-    point_V = order_U.argsort()[point_V.reshape(-1)]
-    # Only needed here, and slow to import.
-    from sklearn.cluster import KMeans
-    from threadpoolctl import threadpool_limits
+    return codebook[first_U[order_U]], weight_U[order_U], order_U.argsort()[point_V.reshape(-1)]
 
-    # One thread: sums of several come in another order each time, and round differently.
-    with threadpool_limits(limits=1):
-        kmeans = KMeans(count, n_init=restarts, random_state=seed)
-        kmeans.fit(points_UC, sample_weight=weight_U)
-    labels_U = fill_empty(kmeans.labels_, points_UC, kmeans.cluster_centers_)
-    return Clusters.from_labels(torch.from_numpy(labels_U[point_V]))
+
+def fit_average(codebook_VC: Tensor, count: int) -> Clusters:
+    """Average linkage (MASC, arXiv 2510.04220): again and again those two clusters are joined whose
+    vectors are nearest on average, until `count` are left.
+
+    It takes the distances of all pairs: 8 V ** 2 bytes, 2 GB for 16384 codes.
+
+    Raises:
+        UserError: see `fit_kmeans`.
+    """
+    points_UC, _, point_V = _distinct(codebook_VC, count)
+    left = len(points_UC) - count  # joins to make
+    root_N = np.arange(len(points_UC) + left)
+    if left:
+        # Only needed here, and slow to import.
+        from scipy.cluster.hierarchy import linkage
+
+        # Join i makes cluster U + i of two earlier ones.
+        joins = linkage(points_UC, "average")[:left, :2].astype(np.int64)
+        root_N[joins] = len(points_UC) + np.arange(left)[:, None]
+    for node in reversed(range(len(root_N))):  # the latest first, whose roots are known then
+        root_N[node] = root_N[root_N[node]]
+    _, labels_U = np.unique(root_N[: len(points_UC)], return_inverse=True)
+    return Clusters.from_labels(torch.from_numpy(labels_U.reshape(-1)[point_V].astype(np.int64)))
+
+
+def fit_balanced(codebook_VC: Tensor, count: int, *, seed: int = 0, restarts: int = 10) -> Clusters:
+    """k-means with clusters of equal sizes, or sizes that differ by one (IAR, arXiv 2501.00880).
+
+    It starts with the clusters of `fit_kmeans`. Equal vectors may be parted where a cluster is
+    full. Of all rounds that of lowest inertia is kept.
+
+    Raises:
+        UserError: see `fit_kmeans`.
+    """
+    clusters = fit_kmeans(codebook_VC, count, seed=seed, restarts=restarts)
+    codebook_VC = codebook_VC.detach().double().cpu()
+    smallest, larger = divmod(len(codebook_VC), count)
+    room_K = np.array([smallest + 1] * larger + [smallest] * (count - larger))
+    found: list[tuple[float, Clusters]] = []
+    for _ in range(BALANCING_ROUNDS):
+        means_KC = codebook_VC.new_zeros(count, codebook_VC.shape[1])
+        means_KC.index_add_(0, clusters.labels_V, codebook_VC)
+        means_KC /= clusters.sizes_K[:, None]
+        labels_V = assign_balanced(torch.cdist(codebook_VC, means_KC).numpy(), room_K)
+        clusters = Clusters.from_labels(torch.from_numpy(labels_V))
+        found.append((inertia(codebook_VC, clusters), clusters))
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def assign_balanced(distance_VK: np.ndarray, room_K: np.ndarray) -> np.ndarray:
+    """A cluster for each code, as near as can be where each has room for so many: (V,), int64.
+
+    Each code asks its clusters from the nearest on, and a full one keeps the nearest codes (stable
+    assignment, Gale and Shapley, 1962). Afterwards no code and cluster are nearer to each other
+    than both to what they have got. The rooms have to be V together.
+    """
+    order_VK = distance_VK.argsort(1, kind="stable")
+    asked_V = np.zeros(len(order_VK), np.int64)
+    labels_V = order_VK[:, 0].copy()
+    while True:
+        own_V = np.take_along_axis(distance_VK, labels_V[:, None], 1)[:, 0]
+        sorted_V = np.lexsort((own_V, labels_V))
+        sizes_K = np.bincount(labels_V, minlength=len(room_K))
+        places_V = np.arange(len(labels_V)) - (sizes_K.cumsum() - sizes_K)[labels_V[sorted_V]]
+        refused = sorted_V[places_V >= room_K[labels_V[sorted_V]]]
+        if not len(refused):
+            return labels_V
+        asked_V[refused] += 1
+        labels_V[refused] = order_VK[refused, asked_V[refused]]
 
 
 def fill_empty(labels_U: np.ndarray, points_UC: np.ndarray, centers_KC: np.ndarray) -> np.ndarray:

@@ -386,6 +386,7 @@ def make_trainer(
     """
     train, val = open_tokens(run)
     shape = model_config(run, kind, parts, recipe, train, source)
+    taught: training.Objective | None = None
     if kind == "coarse":
         t = recipe.coarse_training
         torch.manual_seed(t.seed)
@@ -395,12 +396,23 @@ def make_trainer(
             first = {name: tensor.cpu() for name, tensor in first.items()}
             checkpoint.load_strict(coarse, first, "the first weights")
         objective = training.coarse_objective(parts)
+        if (weight := recipe.group_loss.weight) > 0:
+            if parts.largest > 1:
+                raise UserError(
+                    "group_loss: is for the full-vocabulary baseline, where each code is a cluster "
+                    "of its own"
+                )
+            codebook_VC = tokenizer_training.load(run / "tokenizer").codebook()
+            groups = clusters.fit(codebook_VC, recipe.group_loss.clusters)
+            taught = training.grouped_objective(groups, weight)
     else:
         t = recipe.fine_training
         torch.manual_seed(t.seed)
         model = FineModel(shape, parts, recipe.fine_softmax)
         objective = training.fine_objective(parts)
-    return training.Trainer(model, objective, train, val, t, world, execution)
+        if recipe.fine_corruption > 0:
+            taught = training.corrupted_objective(parts, recipe.fine_corruption)
+    return training.Trainer(model, objective, train, val, t, world, execution, taught)
 
 
 def train_model(
@@ -432,6 +444,10 @@ def train_model(
     }
     if kind == "fine":
         stored["softmax"] = recipe.fine_softmax
+        if recipe.fine_corruption > 0:
+            stored["corruption"] = recipe.fine_corruption
+    elif recipe.group_loss.weight > 0:
+        stored["group_loss"] = config.to_json(recipe.group_loss)
     if source is not None:
         stored["warm_start"] = source.hash
     loop.claim(folder, stored, world)

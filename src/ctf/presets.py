@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, TypeVar
 
 from ctf.clusters import ClustersConfig
@@ -108,8 +109,29 @@ class TimeShares:
 
 
 @dataclasses.dataclass(frozen=True)
+class GroupLoss:
+    """The cluster-level loss of IAR (arXiv 2501.00880) beside a full-vocabulary model's own.
+
+    weight: 0 is none. clusters: of the codes, for this loss alone.
+    """
+
+    weight: float = 0.0
+    clusters: ClustersConfig = dataclasses.field(
+        default_factory=lambda: ClustersConfig(method="balanced", count=128)
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise UserError(f"group_loss.weight: got {self.weight}, expected 0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Shapes and training of every stage."""
+    """Shapes and training of every stage.
+
+    fine_corruption: share of the labels that the fine model is taught with that are wrong ones.
+    group_loss: of the coarse model, where each code is a cluster of its own.
+    """
 
     tokenizer: TokenizerShape
     tokenizer_training: TokenizerTraining
@@ -123,6 +145,12 @@ class Recipe:
     sampling: Sampling
     image_size: int = 64  # of folders, where none is asked for
     time_shares: TimeShares = TimeShares()
+    fine_corruption: float = 0.0
+    group_loss: GroupLoss = GroupLoss()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fine_corruption < 1:
+            raise UserError(f"fine_corruption: got {self.fine_corruption}, expected 0 to below 1")
 
     def with_steps(self, steps: int) -> Recipe:
         """The same recipe with this many steps in every trained stage."""

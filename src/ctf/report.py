@@ -71,7 +71,7 @@ class Result:
     count: int
     size: tuple[int, ...]
     pictures: str
-    scores: dict[str, dict[str, float]]
+    scores: dict[str, dict[str, Any]]  # a count stays a whole number when it is read
     accuracy: Accuracy | None
     per_class: dict[str, dict[str, Any]]
     device: str

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from ctf.errors import UserError
 
+LOOK_UP_ROWS = 128  # vectors looked up at once on a CPU
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
@@ -106,8 +108,10 @@ class VQModel(nn.Module):
         """Index of the code vector nearest to each vector of length 1: (N,), int64."""
         codebook_CV = self.codebook().T
         # On the unit sphere the nearest is the one with the largest product. In slices: the
-        # (N, V) products of a large batch would be the largest tensor of all.
-        return torch.cat([(part @ codebook_CV).argmax(-1) for part in vectors_NC.split(4096)])
+        # (N, V) products of a large batch would be the largest tensor of all. On a CPU those that
+        # stay in its cache take half the time.
+        rows = LOOK_UP_ROWS if vectors_NC.device.type == "cpu" else 32 * LOOK_UP_ROWS
+        return torch.cat([(part @ codebook_CV).argmax(-1) for part in vectors_NC.split(rows)])
 
 
 class Encoder(nn.Module):

@@ -1,0 +1,146 @@
+"""Cells: what is computed once for the tables and figures. Each is a folder, and survives a kill.
+
+WORK/<cell>/cell.json    what was asked for; another question is refused
+WORK/<cell>/run/         what it made: a stage's folder beside links to those of the cells before it
+WORK/<cell>/result.json  what came out; a cell that has it is done
+RESULTS/cells/<cell>.json  a copy, which is all that the report needs
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ctf import checkpoint, config
+from ctf.errors import UserError
+from ctf.fit import Progress
+from ctf.loop import first_difference
+from ctf.reproduce.jobs import Job, Place, make
+
+RESULT, ASKED, CLOCK = "result.json", "cell.json", "seconds.json"
+CLOCK_SECONDS = 10.0  # a kill loses at most so much of a cell's time
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A job by its name, which names its folder too."""
+
+    name: str
+    job: Job
+
+
+@dataclasses.dataclass(frozen=True)
+class Desk:
+    """Where cells are computed, and where their results are kept."""
+
+    cells: Mapping[str, Cell]
+    work: Path
+    results: Path
+    place: Place
+    progress: Progress
+
+    def asked(self, name: str) -> dict[str, Any]:
+        """All that decides the result of a cell; of the cells that it needs, a hash of theirs."""
+        job = self.cells[name].job
+        needs = {needed: checkpoint.hash_json(self.asked(needed))[:16] for needed in job.needs}
+        return {"job": type(job).__name__, **config.to_json(job), "needs": needs}
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        """What came out of a cell, of the same question; None where that is not known."""
+        path = self.results / "cells" / f"{name}.json"
+        if not path.is_file():
+            return None
+        stored = checkpoint.load_object(path)
+        return stored if stored.get("asked") == self.asked(name) else None
+
+    def compute(self, names: Sequence[str]) -> None:
+        """Makes the cells whose results are missing, and those that they need."""
+        for name in names:
+            if self.result(name) is None:
+                self._make(name)
+
+    def _make(self, name: str) -> None:
+        """Makes a cell that is not in the working folder, after those that it needs."""
+        job, folder, asked = self.cells[name].job, self.work / name, self.asked(name)
+        for needed in job.needs:
+            self._make(needed)
+        if (folder / RESULT).is_file():
+            stored = checkpoint.load_object(folder / RESULT)
+            _check_same(folder, stored["asked"], asked)
+            self._keep(name, stored)
+            return
+        if (folder / ASKED).is_file():
+            _check_same(folder, checkpoint.load_json(folder / ASKED), asked)
+        elif not checkpoint.is_vacant(folder):
+            raise UserError(
+                f"{folder} exists and is no cell of ctf reproduce; choose another --out"
+            )
+        checkpoint.save_json(folder / ASKED, asked)
+        clock = _Clock(folder / CLOCK)
+        with clock.running():
+            found = make(job, folder / "run", self.work, self.place, clock.told(self.progress))
+        stored = {
+            "cell": name,
+            "asked": asked,
+            "found": found,
+            "seconds": round(clock.seconds, 1),
+            "where": self.place.where,
+        }
+        checkpoint.save_json(folder / RESULT, stored)
+        self._keep(name, stored)
+
+    def _keep(self, name: str, stored: dict[str, Any]) -> None:
+        if self.result(name) is None:
+            checkpoint.save_json(self.results / "cells" / f"{name}.json", stored)
+
+
+def _check_same(folder: Path, stored: Any, asked: Any) -> None:
+    if stored != asked:
+        raise UserError(
+            f"{folder} was made for another question: {first_difference(stored, asked)}\n"
+            "delete it to make it anew, or choose another --out"
+        )
+
+
+class _Clock:
+    """The seconds that a cell has taken, through all kills."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.before = float(checkpoint.load_json(path)) if path.is_file() else 0.0
+        self.began = self.saved = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.began
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._save()
+
+    def _save(self) -> None:
+        checkpoint.save_json(self.path, self.seconds)
+        self.saved = time.monotonic()
+
+    def told(self, progress: Progress) -> Progress:
+        """The same progress, which also keeps the clock."""
+
+        @contextlib.contextmanager
+        def opened(name: str) -> Iterator[Callable[..., None]]:
+            with progress(name) as report:
+
+                def kept(*args: Any) -> None:
+                    report(*args)
+                    if time.monotonic() - self.saved > CLOCK_SECONDS:
+                        self._save()
+
+                yield kept
+
+        return opened  # type: ignore[return-value]

@@ -1,0 +1,116 @@
+"""What `ctf reproduce` does: the cells of a table or figure in turn, and the report of all."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ctf import checkpoint
+from ctf.config import did_you_mean
+from ctf.errors import UserError
+from ctf.fit import Progress
+from ctf.images import open_images
+from ctf.reproduce import figure1, figure2, report, table1, table2, table3
+from ctf.reproduce.cells import RESULT, Cell, Desk
+from ctf.reproduce.jobs import Place
+from ctf.reproduce.plan import BUDGETS, Plan
+from ctf.version import __version__
+
+# In the order in which they are computed by "all": what matters most first.
+PARTS: dict[str, Callable[[Plan], list[Cell]]] = {
+    "table1": table1.cells,
+    "table3": table3.cells,
+    "figure1": figure1.cells,
+    "figure2": figure2.cells,
+    "table2": table2.cells,
+}
+
+
+def cells(plan: Plan, what: str) -> dict[str, Cell]:
+    """The cells of a table or figure, or of "all", by name, each after those that it needs."""
+    parts = PARTS if what == "all" else {what: PARTS[what]}
+    found: dict[str, Cell] = {}
+    for part in parts.values():
+        for cell in part(plan):
+            if found.setdefault(cell.name, cell) != cell:
+                raise AssertionError(f"two cells are called {cell.name}")
+    return found
+
+
+def open_desk(
+    plan: Plan, work: Path, results: Path, device: torch.device, progress: Progress
+) -> Desk:
+    """Raises UserError: see `open_images`."""
+    images = open_images(plan.source, plan.image_size)
+    place = Place(plan.source, images, plan.features, device, machine(device))
+    return Desk(cells(plan, "all"), work, results, place, progress)
+
+
+def chosen(plan: Plan, what: str, only: str | None) -> list[str]:
+    """Names of the cells to compute, in order.
+
+    Raises:
+        UserError: there is no cell `only`.
+    """
+    names = list(cells(plan, what))
+    if only is None:
+        return names
+    if only not in names:
+        raise UserError(f"unknown cell {only!r}{did_you_mean(only, names)}")
+    return [only]
+
+
+def run(desk: Desk, plan: Plan, names: list[str]) -> None:
+    """Computes cells and writes the report anew after each."""
+    for name in names:
+        desk.compute([name])
+        report.write(desk, plan)
+
+
+def status(desk: Desk) -> list[tuple[str, str, str]]:
+    """Of each cell: its name, how it stands, and the seconds that it took."""
+    rows = []
+    for name in desk.cells:
+        folder, result = desk.work / name, desk.result(name)
+        if result is not None:
+            how = "done" if (folder / RESULT).is_file() else "done, its files are elsewhere"
+            rows.append((name, how, f"{result['seconds']:.0f}"))
+        elif (folder / RESULT).is_file():
+            stored = checkpoint.load_object(folder / RESULT)
+            rows.append(
+                (name, "made" if stored["asked"] == desk.asked(name) else "of another plan", "")
+            )
+        else:
+            rows.append((name, "begun" if folder.is_dir() else "left", ""))
+    return rows
+
+
+def plan_of(budget: str) -> Plan:
+    """Raises UserError for an unknown budget."""
+    if budget not in BUDGETS:
+        raise UserError(f"unknown budget {budget!r}{did_you_mean(budget, BUDGETS)}")
+    return BUDGETS[budget]
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What computes, for people."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].partition(":")[2].strip() if lines else name
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    found: dict[str, Any] = {
+        "device": f"{device.type}: {name}",
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "ctf": __version__,
+    }
+    return found

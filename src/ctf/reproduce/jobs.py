@@ -1,0 +1,526 @@
+"""What cells do: train a stage, score what is drawn, time it.
+
+Every job is a dataclass that says all that decides its result, and names the cells before it.
+
+Shapes: B batch, L tokens of an image, V codes, K clusters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from ctf import (
+    checkpoint,
+    clusters,
+    collection,
+    config,
+    cost,
+    evaluation,
+    fit,
+    loop,
+    pipeline,
+    scores,
+    tokenizer_training,
+)  # fmt: skip
+from ctf.clusters import Clusters, ClustersConfig
+from ctf.collection import Collection
+from ctf.distributed import World
+from ctf.drawing import Drawing
+from ctf.extractors import Extractor, open_extractor
+from ctf.fit import Progress
+from ctf.images import (
+    PLAIN,
+    ImageSet,
+    Splits,
+    View,
+    as_pictures,
+)
+from ctf.presets import GroupLoss, Recipe, TokenizerShape, TransformerShape, preset
+from ctf.search import search
+from ctf.tokenizer_training import TokenizerTraining
+from ctf.tokens import Tokens, TokensConfig
+from ctf.training import TrainingConfig
+from ctf.transformer import TransformerConfig
+
+Found = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What all cells of a run have in common.
+
+    source: name or folder of the pictures. features: the networks that look at pictures, by name;
+        searches are by the first. where: the machine, in words.
+    """
+
+    source: str
+    images: Splits
+    features: tuple[str, ...]
+    device: torch.device
+    where: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerJob:
+    """Trains a tokenizer, and encodes all pictures with it."""
+
+    shape: TokenizerShape
+    training: TokenizerTraining
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ClustersJob:
+    """Clusters of a tokenizer's codebook, and the study of redundancy (Fig. 1b)."""
+
+    tokenizer: str
+    clusters: ClustersConfig
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.tokenizer,)
+
+
+@dataclasses.dataclass(frozen=True)
+class CoarseJob:
+    """Trains a coarse model; with identity clusters it is the full-vocabulary baseline.
+
+    warm_start: the cell of a baseline that it starts from.
+    """
+
+    clusters: str
+    shape: TransformerShape
+    training: TrainingConfig
+    group_loss: GroupLoss = dataclasses.field(default_factory=GroupLoss)
+    warm_start: str | None = None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.clusters, *([self.warm_start] if self.warm_start else []))
+
+
+@dataclasses.dataclass(frozen=True)
+class FineJob:
+    """Trains a fine model."""
+
+    clusters: str
+    shape: TransformerShape
+    training: TrainingConfig
+    softmax: Literal["members", "full"] = "members"
+    corruption: float = 0.0
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.clusters,)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreJob:
+    """Draws samples of a coarse and a fine model and scores them against the held-out pictures.
+
+    settings: of the sampling, where they are not the defaults.
+    tuned: the cell of a search whose settings are the start; those above replace some.
+    """
+
+    coarse: str
+    fine: str | None
+    samples: int
+    seed: int
+    settings: dict[str, float] = dataclasses.field(default_factory=dict)
+    tuned: str | None = None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.coarse, self.fine, self.tuned) if name is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchJob:
+    """Looks for guidance and temperatures: the lowest FID to `reference` training pictures.
+
+    The held-out pictures, which all final scores are against, are not looked at.
+    """
+
+    coarse: str
+    fine: str | None
+    samples: int
+    points: int
+    reference: int
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.coarse, self.fine) if name is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class DetailsJob:
+    """The fine stage alone: held-out pictures whose codes are drawn anew from their true labels."""
+
+    fine: str
+    pictures: int
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.fine,)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedJob:
+    """Times two samplers in turn, each with the settings of its search."""
+
+    baseline: str
+    coarse: str
+    fine: str
+    tuned: tuple[str, str]
+    batches: tuple[int, ...] = (1, 64)
+    rounds: int = 5
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.baseline, self.coarse, self.fine, *self.tuned)
+
+
+Job = (
+    TokenizerJob | ClustersJob | CoarseJob | FineJob | ScoreJob | SearchJob | DetailsJob | SpeedJob
+)  # fmt: skip
+
+
+def make(job: Job, run: Path, work: Path, place: Place, progress: Progress) -> Found:
+    """Does a job in the folder `run`, the cells that it needs being done in `work`."""
+    match job:
+        case TokenizerJob():
+            return _tokenizer(job, run, place, progress)
+        case ClustersJob():
+            return _clusters(job, run, work)
+        case CoarseJob():
+            return _coarse(job, run, work, place, progress)
+        case FineJob():
+            return _fine(job, run, work, place, progress)
+        case ScoreJob():
+            return _score(job, run, work, place, progress)
+        case SearchJob():
+            return _search(job, run, work, place, progress)
+        case DetailsJob():
+            return _details(job, run, work, place, progress)
+        case SpeedJob():
+            return _speed(job, run, work, place, progress)
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def recipe(**values: Any) -> Recipe:
+    """That of preset "small" with values replaced; pictures are taken as they are."""
+    return dataclasses.replace(preset("small"), tokens=TokensConfig(views="plain"), **values)
+
+
+def _tokenizer(job: TokenizerJob, run: Path, place: Place, progress: Progress) -> Found:
+    used = recipe(tokenizer=job.shape, tokenizer_training=job.training)
+    with progress("tokenizer") as report:
+        world = World(device=place.device)
+        tokenizer = fit.train_tokenizer(run, place.images, used, world, report)
+    with progress("tokens") as report:
+        fit.extract_tokens(run, tokenizer, place.images, used, None, report)
+    with progress("reconstruction") as report:
+        found: Found = dict(
+            tokenizer_training.evaluate(tokenizer, place.images.val, place.device, report=report)
+        )
+    held_out = _held_out(place)
+    for extractor in _extractors(place):
+        with progress(f"rFID{extractor.suffix}") as report:
+            distance = scores.reconstruction_distance(tokenizer, held_out, extractor, report)
+        found[f"rFID{extractor.suffix}"] = config.to_json(distance)
+    images = job.training.steps * job.training.batch_size
+    forward = sum(cost.tokenizer_flops(tokenizer.config))
+    found["parameters"] = sum(p.numel() for p in tokenizer.parameters())
+    found["flops"] = 3 * forward * images
+    found["images_seen"] = images
+    found["seconds_of_training"] = _training_seconds(run / "tokenizer")
+    return found
+
+
+def _clusters(job: ClustersJob, run: Path, work: Path) -> Found:
+    source = work / job.tokenizer / "run"
+    _link(run, source / "tokenizer", source / "tokens")
+    tokenizer = tokenizer_training.load(run / "tokenizer")
+    fit.fit_clusters(run, tokenizer, job.clusters)
+    return checkpoint.load_object(run / "clusters" / "report.json")
+
+
+def _link(run: Path, *stages: Path) -> None:
+    """Makes `run` a run with these folders of other runs; all cells can be moved together."""
+    run.mkdir(parents=True, exist_ok=True)
+    for stage in stages:
+        link = run / stage.name
+        if not link.is_symlink():
+            link.symlink_to(os.path.relpath(stage, run), target_is_directory=stage.is_dir())
+
+
+def _branch(run: Path, source: Path) -> Clusters:
+    """Makes `run` a run with the tokenizer, tokens and clusters of `source`."""
+    _link(run, *(source / stage for stage in ("tokenizer", "tokens", "clusters")))
+    return clusters.load(run / "clusters" / clusters.FILE)
+
+
+def _coarse(job: CoarseJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:
+    parts = _branch(run, work / job.clusters / "run")
+    used = recipe(coarse=job.shape, coarse_training=job.training, group_loss=job.group_loss)
+    source = None if job.warm_start is None else work / job.warm_start / "run"
+    with progress("coarse") as report:
+        fit.train_model(run, "coarse", parts, used, World(device=place.device), report, source)
+    shape = config.from_json(
+        TransformerConfig, checkpoint.load_object(run / "coarse" / "config.json")["model"], "model"
+    )
+    flops = cost.transformer_flops(shape, shape.length, parts.count)
+    return _trained(run / "coarse", job.training, shape.length, flops)
+
+
+def _fine(job: FineJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:
+    parts = _branch(run, work / job.clusters / "run")
+    used = recipe(
+        fine=job.shape,
+        fine_training=job.training,
+        fine_softmax=job.softmax,
+        fine_corruption=job.corruption,
+    )
+    with progress("fine") as report:
+        fit.train_model(run, "fine", parts, used, World(device=place.device), report)
+    shape = config.from_json(
+        TransformerConfig, checkpoint.load_object(run / "fine" / "config.json")["model"], "model"
+    )
+    outputs = parts.codebook_size if job.softmax == "full" else _mean_choices(run, parts)
+    flops = cost.transformer_flops(shape, shape.length + 1, outputs)
+    return _trained(run / "fine", job.training, shape.length, flops)
+
+
+def _mean_choices(run: Path, parts: Clusters) -> int:
+    """How many members a token's cluster has, on average over held-out pictures."""
+    val = Tokens(run / "tokens", "val", fit.tokenizer_hash(run))
+    codes_BL = val.codes(np.arange(min(len(val), fit.STUDY_PICTURES)))
+    return round(float(parts.sizes_K[parts.labels_V[codes_BL]].double().mean()))
+
+
+def _trained(folder: Path, training: TrainingConfig, length: int, flops_each: int) -> Found:
+    images = training.steps * training.batch_size
+    tensors, _ = checkpoint.load_tensors(folder / "model.safetensors")
+    curve = [line for line in loop.read_metrics(folder) if line["split"] == "val"]
+    return {
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "flops": flops_each * images,
+        "images_seen": images,
+        "tokens_seen": images * length,
+        "loss": curve[-1]["loss"],
+        "curve": [[line["step"], line["loss"]] for line in curve],
+        "seconds_of_training": _training_seconds(folder),
+    }
+
+
+def _training_seconds(folder: Path) -> float:
+    return float(loop.last_metrics(folder, "val")["seconds"])
+
+
+# --- Drawing and scoring --------------------------------------------------------------------------
+
+
+def _assemble(run: Path, coarse: Path, fine: Path | None) -> Path:
+    """Makes `run` a pipeline of the models of other runs."""
+    _link(run, *(coarse / name for name in ("tokenizer", "clusters", "coarse", pipeline.SETTINGS)))
+    if fine is not None:
+        _link(run, fine / "fine")
+    return run
+
+
+def _pipeline(
+    job: ScoreJob | SearchJob | SpeedJob, run: Path, work: Path, place: Place
+) -> pipeline.Pipeline:
+    fine = None if job.fine is None else work / job.fine / "run"
+    folder = _assemble(run, work / job.coarse / "run", fine)
+    return pipeline.load(folder, place.device, "auto")
+
+
+def _settings(work: Path, tuned: str | None) -> dict[str, float]:
+    """What a search found. By default no guidance: temperatures 1, everything as learned."""
+    if tuned is None:
+        return {}
+    found: dict[str, float] = checkpoint.load_object(work / tuned / "result.json")["found"]["best"]
+    return found
+
+
+def _score(job: ScoreJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:
+    pipe = _pipeline(job, run / "pipeline", work, place)
+    settings = {**_settings(work, job.tuned), **job.settings}
+    prepared = evaluation.prepare(
+        str(run / "pipeline"),
+        place.source,
+        samples=job.samples,
+        features=place.features,
+        settings=settings,
+        seed=job.seed,
+        split="val",
+        out=run / "report",
+        device=place.device,
+    )
+    began = time.monotonic()
+    # The same pipeline, made ready to draw faster.
+    result = dataclasses.replace(prepared, pipe=pipe).run(progress)
+    return {
+        "scores": result.scores,
+        "accuracy": None if result.accuracy is None else config.to_json(result.accuracy),
+        "settings": settings,
+        "samples": result.count,
+        "pictures": result.pictures,
+        "seconds_of_scoring": round(time.monotonic() - began, 1),
+    }
+
+
+def _search(job: SearchJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:
+    pipe = _pipeline(job, run / "pipeline", work, place)
+    extractor = _extractors(place)[0]
+    pictures = collection.of_sets("training pictures", (_First(place.images.train, job.reference),))
+    with progress(f"{extractor.name}: training pictures") as report:
+        known = scores.look_at_reference(pictures, extractor, report)
+    drawing = Drawing(job.samples).shared(len(pipe.class_names))
+    best = search(
+        pipe,
+        drawing,
+        extractor,
+        known.pooled,
+        run,
+        progress,
+        has_fine=pipe.fine is not None,
+        budget=job.points,
+    )
+    points = checkpoint.load_object(run / "search.json")["points"]
+    return {"best": best, "points": points}
+
+
+class _First(ImageSet):
+    """The first pictures of a set."""
+
+    def __init__(self, images: ImageSet, count: int) -> None:
+        count = min(count, len(images))
+        super().__init__(
+            images.name,
+            images.class_names,
+            images.classes_N[:count],
+            images.image_size,
+            checkpoint.hash_json([images.fingerprint, "first", count]),
+        )
+        self._images = images
+
+    def read(self, indices: ArrayLike, view: View = PLAIN) -> NDArray[np.uint8]:
+        return self._images.read(indices, view)
+
+
+@torch.inference_mode()
+def _details(job: DetailsJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:
+    source = work / job.fine / "run"
+    parts = _branch(run, source)
+    tokenizer = tokenizer_training.load(run / "tokenizer", place.device)
+    fine = pipeline.load_fine(source / "fine", parts, place.device)
+    val = Tokens(run / "tokens", "val", fit.tokenizer_hash(run))
+    count = min(job.pictures, len(val))
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
+        def codes(codes_BL: Tensor, classes_B: Tensor) -> Tensor:
+            labels_BL = parts.labels_V[codes_BL]
+            logits_BLS = fine(labels_BL, classes_B).float()
+            if temperature == 0:
+                choices_BL = logits_BLS.argmax(-1)
+            else:
+                probabilities_TS = (logits_BLS / temperature).softmax(-1).flatten(0, 1)
+                choices_BL = torch.multinomial(probabilities_TS, 1, generator=generator)
+            return fine.codes(labels_BL, choices_BL.view_as(labels_BL))
+
+        return codes
+
+    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "true codes": lambda codes_BL, _: codes_BL,
+        "random member": lambda codes_BL, _: clusters.swap(codes_BL, parts, generator),
+        "fine model, temperature 1": drawn(1.0),
+        "fine model, temperature 0.8": drawn(0.8),
+        "fine model, the likeliest": drawn(0.0),
+    }
+    held_out = _held_out(place)
+    found: Found = {}
+    for extractor in _extractors(place):
+        known = scores.look_at_reference(held_out, extractor, None)
+        for name, way in ways.items():
+
+            def pictures(way: Callable[[Tensor, Tensor], Tensor] = way) -> Iterator[np.ndarray]:
+                for start in range(0, count, tokenizer_training.EVALUATION_BATCH):
+                    rows_B = np.arange(
+                        start, min(start + tokenizer_training.EVALUATION_BATCH, count)
+                    )
+                    classes_B = torch.from_numpy(val.classes_N[rows_B])
+                    codes_BL = way(val.codes(rows_B), classes_B)
+                    images = as_pictures(tokenizer.decode(codes_BL.to(place.device)))
+                    yield np.stack([np.asarray(image) for image in images])
+
+            seen = dataclasses.replace(
+                held_out, batches=pictures, count=count, classes_N=None, class_names=None
+            )
+            with progress(f"{extractor.name}: {name}") as report:
+                gathered = scores.gather(extractor, seen, report)
+            scored = scores.scores(gathered, known, extractor.suffix)
+            found.setdefault(name, {})[f"FID{extractor.suffix}"] = config.to_json(
+                scored[f"FID{extractor.suffix}"]
+            )
+    return found
+
+
+def _held_out(place: Place) -> Collection:
+    return collection.open_reference(
+        place.source, place.images.val.image_size, "val", background="white", skip_bad=False
+    )  # type: ignore[return-value]
+
+
+def _extractors(place: Place) -> list[Extractor]:
+    return [open_extractor(name, device=place.device) for name in place.features]
+
+
+def _speed(job: SpeedJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:
+    baseline = pipeline.load(
+        _assemble(run / "baseline", work / job.baseline / "run", None), place.device, "auto"
+    )
+    ctf = _pipeline(job, run / "pipeline", work, place)
+    ways: Mapping[str, tuple[pipeline.Pipeline, dict[str, Any]]] = {
+        "baseline": (baseline, _settings(work, job.tuned[0])),
+        "CTF": (ctf, _settings(work, job.tuned[1])),
+    }
+    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in ways}
+    total = len(job.batches) * (job.rounds + 1)
+    with progress("speed") as report:
+        for number, batch in enumerate(job.batches):
+            classes = [i % len(ctf.class_names) for i in range(batch)]
+            for round_ in range(job.rounds + 1):  # the first one warms up
+                for name, (pipe, settings) in ways.items():
+                    began = time.perf_counter()
+                    pipe.sample(classes, seed=round_, **settings)
+                    if round_:
+                        taken = time.perf_counter() - began
+                        seconds[name].setdefault(str(batch), []).append(taken)
+                report(number * (job.rounds + 1) + round_ + 1, total)
+    return {
+        "seconds": seconds,
+        "median": {
+            name: {batch: statistics.median(times) for batch, times in of.items()}
+            for name, of in seconds.items()
+        },
+        "settings": {name: settings for name, (_, settings) in ways.items()},
+    }

@@ -1,0 +1,245 @@
+"""`ctf reproduce` at the size of seconds: cells, kills, the report."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CLASSES, SIDE, Command, save_pictures
+
+from ctf import checkpoint, cost
+from ctf.clusters import ClustersConfig
+from ctf.errors import UserError
+from ctf.extractors import open_extractor
+from ctf.presets import GroupLoss, TokenizerShape, TransformerShape, with_steps
+from ctf.reproduce import experiments, report, table1, table3
+from ctf.reproduce.cells import Desk
+from ctf.reproduce.plan import BUDGETS, FULL, Plan
+
+COARSE = TransformerShape(width=32, layers=2, heads=2)
+CODES, COUNT, LENGTH, STEPS, BATCH = 64, 8, 16, 20, 4
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    pictures = save_pictures(tmp_path_factory.mktemp("reproduce") / "discs", 40)
+    training = dataclasses.replace(with_steps(FULL.training, STEPS), batch_size=BATCH)
+    return Plan(
+        source=str(pictures),
+        image_size=SIDE,
+        features=("fashion",),  # the faster one
+        codebooks=(CODES,),
+        counts=(COUNT,),
+        other_counts=(4,),
+        seeds=(0,),
+        tokenizer=TokenizerShape(channels=8, latent_channels=16, largest_grid=4),
+        tokenizer_training=dataclasses.replace(
+            with_steps(FULL.tokenizer_training, STEPS), batch_size=8, perceptual_weight=0.0
+        ),
+        backbone=COARSE,
+        baselines=(COARSE,),
+        fine=TransformerShape(width=32, layers=1, heads=2),
+        other_fines=(TransformerShape(width=16, layers=1, heads=2),),
+        training=training,
+        fine_training=training,
+        samples=12,
+        samples_of_lines=12,
+        search_samples=12,
+        search_points=2,
+        search_reference=12,
+        lengths=(0.5,),
+        group_loss=GroupLoss(1.0, ClustersConfig(method="balanced", count=4)),
+        pictures_of_details=12,
+    )
+
+
+@contextlib.contextmanager
+def silent(name: str) -> Iterator[Callable[..., None]]:
+    yield lambda *_: None
+
+
+def desk(plan: Plan, folder: Path, progress: Any = silent) -> Desk:
+    place = torch.device("cpu")
+    return experiments.open_desk(plan, folder / "work", folder / "results", place, progress)
+
+
+@pytest.fixture(scope="module")
+def done(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Table 1, computed."""
+    folder = tmp_path_factory.mktemp("done")
+    experiments.run(desk(plan, folder), plan, experiments.chosen(plan, "table1", None))
+    return folder
+
+
+def test_a_table_from_pictures_to_report(plan: Plan, done: Path) -> None:
+    found = desk(plan, done)
+    rows = [report.row(found, table1.row(plan, CODES, 0, ctf=ctf)) for ctf in (False, True)]
+    for row in rows:
+        assert row is not None
+        low, high = row.interval("FID-fashion")
+        assert low < row.value("FID-fashion") < high
+        assert row.found["samples"] == plan.samples
+        assert row.tokens == STEPS * BATCH * LENGTH
+    text = (done / "results" / "report.md").read_text()
+    assert f"{rows[1].value('FID-fashion'):.4g}" in text  # type: ignore[union-attr]
+    assert report.MISSING in text  # the other tables
+    assert (done / "results" / "table1.png").is_file()
+    settings = found.result(f"search-ctf-{CODES}")["found"]["best"]  # type: ignore[index]
+    assert settings.keys() == {"guidance", "temperature", "fine_temperature"}
+
+
+def test_what_is_done_is_not_computed_again(plan: Plan, done: Path, tmp_path: Path) -> None:
+    def fail(name: str) -> Any:
+        raise AssertionError(f"{name} is computed")
+
+    names = experiments.chosen(plan, "table1", None)
+    before = {path: path.stat().st_mtime_ns for path in (done / "results" / "cells").iterdir()}
+    desk(plan, done, fail).compute(names)
+    assert {p: p.stat().st_mtime_ns for p in (done / "results" / "cells").iterdir()} == before
+    # Nor is it where only the results are at hand.
+    desk_elsewhere = dataclasses.replace(desk(plan, done, fail), work=tmp_path)
+    desk_elsewhere.compute(names)
+    states = dict(row[:2] for row in experiments.status(desk_elsewhere))
+    assert states[f"baseline-{CODES}-s0"] == "done, its files are elsewhere"
+
+
+def test_status(plan: Plan, done: Path) -> None:
+    (begun := done / "work" / f"table2-{CODES}").mkdir()
+    states = {name: how for name, how, _ in experiments.status(desk(plan, done))}
+    begun.rmdir()
+    assert list(states) == list(experiments.cells(plan, "all"))
+    assert {states[name] for name in experiments.chosen(plan, "table1", None)} == {"done"}
+    assert states[f"table2-{CODES}"] == "begun"
+    assert states["table3-random"] == "left"
+
+
+def test_killed_cells_end_the_same(plan: Plan, done: Path, tmp_path: Path) -> None:
+    """In the middle of every stage of CTF, and of its scores."""
+    name = f"table1-ctf-{CODES}-s0"
+    left = 0
+
+    @contextlib.contextmanager
+    def dying(stage: str) -> Iterator[Callable[..., None]]:
+        nonlocal left
+
+        def report(*_: Any) -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                raise KeyboardInterrupt
+
+        yield report
+
+    kills = 0
+    while True:
+        left = 1 + kills // 2  # further on in the end, so it comes to one
+        try:
+            desk(plan, tmp_path, dying).compute([name])
+            break
+        except KeyboardInterrupt:
+            kills += 1
+    assert kills > 3
+    one, other = (desk(plan, f).result(name) for f in (done, tmp_path))
+    assert one is not None
+    assert other is not None
+    for part in ("scores", "settings", "pictures"):
+        assert one["found"][part] == other["found"][part]
+    assert other["seconds"] > 0
+
+
+def test_flops_and_parameters(plan: Plan, done: Path) -> None:
+    width, layers, hidden = COARSE.width, COARSE.layers, 256  # SwiGLU is rounded up to 256
+    blocks = layers * (4 * width**2 + 3 * width * hidden)
+    each = LENGTH * (6 * blocks + 12 * layers * width * LENGTH) + 6 * LENGTH * width * CODES
+    baseline = desk(plan, done).result(f"baseline-{CODES}-s0")
+    assert baseline is not None
+    assert baseline["found"]["flops"] == STEPS * BATCH * each
+    norms = (2 * layers + 1) * width
+    tables = (2 * CODES + len(CLASSES) + 1) * width
+    assert baseline["found"]["parameters"] == blocks + norms + tables
+
+
+def test_another_question_is_refused(plan: Plan, done: Path) -> None:
+    other = dataclasses.replace(plan, samples=24)
+    with pytest.raises(UserError, match=r"samples was 12, now 24"):
+        desk(other, done).compute([f"table1-ctf-{CODES}-s0"])
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_every_cell_comes_after_what_it_needs(budget: str) -> None:
+    plan = BUDGETS[budget]
+    for what in (*experiments.PARTS, "all"):
+        seen: set[str] = set()
+        for name, cell in experiments.cells(plan, what).items():
+            assert {*cell.job.needs} <= seen
+            seen.add(name)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_the_baseline_is_not_smaller(budget: str) -> None:
+    """Nor cheaper: a fair comparison."""
+    plan = BUDGETS[budget]
+    for codes in plan.codebooks:
+        count = plan.count(codes)
+        base, backbone, fine = (
+            shape.config(8, 10)
+            for shape in (plan.baselines[plan.codebooks.index(codes)], plan.backbone, plan.fine)
+        )
+        parameters = [
+            cost.count(lambda c=config, i=inputs, o=outputs: cost.transformer(c, i, o))  # type: ignore[misc]
+            for config, inputs, outputs in (
+                (base, codes, codes),
+                (backbone, count, count),
+                (fine, count, codes),
+            )
+        ]
+        assert parameters[0] >= parameters[1] + parameters[2]
+        flops = [
+            cost.transformer_flops(base, 64, codes),
+            cost.transformer_flops(backbone, 64, count),
+            cost.transformer_flops(fine, 65, codes // count),
+        ]
+        assert flops[0] >= flops[1] + flops[2]
+
+
+def test_lines_of_table_3(plan: Plan) -> None:
+    lines = table3.lines(plan)
+    parts = list(dict.fromkeys(line.part for line in lines))
+    assert [part[0] for part in parts[:6]] == [*"abcdef"]
+    assert set(parts) == set(report.PAPER_TABLE3)
+    for line in lines:
+        assert line.cells[-1].name.startswith(("figure2-", "table3-"))
+
+
+def test_the_command(ctf: Command, tmp_path: Path) -> None:
+    common = ("--budget", "small", "--out", tmp_path / "out", "--results", tmp_path / "results")
+    listed = ctf("reproduce", "status", *common)
+    assert listed.code == 0
+    assert f"0 of {len(experiments.cells(BUDGETS['small'], 'all'))} cells are done" in listed.out
+    dry = ctf("reproduce", "table1", *common, "--dry-run")
+    assert dry.code == 0
+    assert "tokenizer-16384" in dry.out
+    wrong = ctf("reproduce", "table1", *common, "--only", "tokenizer-16348")
+    assert wrong.code == 2
+    assert "did you mean 'tokenizer-16384'" in wrong.err
+    assert not list(tmp_path.iterdir())
+    assert ctf("reproduce", "report", *common).code == 0
+    assert report.MISSING in (tmp_path / "results" / "small" / "report.md").read_text()
+
+
+def test_results_are_plain_json(done: Path) -> None:
+    for path in (done / "results" / "cells").iterdir():
+        stored = json.loads(path.read_text())
+        assert stored.keys() == {"cell", "asked", "found", "seconds", "where"}
+        assert stored["cell"] == path.stem
+        assert checkpoint.load_object(path) == stored
+
+
+def test_names_of_scores_are_those_of_the_networks() -> None:
+    for name, suffix in report.SUFFIXES.items():
+        assert open_extractor(name).suffix == suffix
+    assert {name for plan in BUDGETS.values() for name in plan.features} <= report.SUFFIXES.keys()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ctf import engine, llamagen, memory, pipeline, plain, sampling
+from ctf import engine, fast_tokenizer, images, llamagen, memory, pipeline, plain, sampling
 from ctf.coarse import CoarseModel
 from ctf.errors import UserError
 from ctf.pipeline import Pipeline
@@ -177,7 +177,7 @@ def test_doubling_by_a_transposed_convolution(
     torch.manual_seed(seed)
     up = Upsample(channels).requires_grad_(False)
     x = torch.randn(batch, channels, height, width)
-    prepared = engine.PreparedUpsample(up, torch.float32)
+    prepared = fast_tokenizer.PreparedUpsample(up, torch.float32)
     torch.testing.assert_close(prepared(x), up(x), rtol=0, atol=1e-5)
 
 
@@ -192,17 +192,35 @@ def test_a_prepared_decoder_draws_the_same() -> None:
     own, kept = plain_model.state_dict(), prepared.state_dict()
     assert own.keys() == kept.keys()
     assert all(torch.equal(own[name], kept[name]) for name in own)
-    assert any(isinstance(part, engine.PreparedUpsample) for part in prepared.modules())
+    assert any(isinstance(part, fast_tokenizer.PreparedUpsample) for part in prepared.modules())
 
 
 @needs_int8
 def test_low_precision_changes_pixels_by_less_than_a_grey_level() -> None:
     pipe = Pipeline.from_pretrained("fashion-mnist")
     low = copy.deepcopy(pipe.tokenizer)
-    engine._prepare_decoder(low.decoder, torch.bfloat16)
+    fast_tokenizer.prepare(low, "decoder", torch.bfloat16)
     codes_BL = pipe.sample(list(range(10)), seed=5).codes
     change = (low.decode(codes_BL) - pipe.tokenizer.decode(codes_BL)).abs() * 127.5
     assert 0 < float(change.mean()) < 1
+
+
+def test_a_prepared_encoder_is_the_same() -> None:
+    tokenizer = Pipeline.from_pretrained("fashion-mnist", engine="eager").tokenizer
+    images_BCHW = images.as_tensor(held_out(tokenizer), CPU)
+    vectors_BLC, codes_BL = tokenizer.encode_vectors(images_BCHW), tokenizer.encode(images_BCHW)
+    for dtype, atol, equal in ((torch.float32, 1e-5, 1.0), (torch.bfloat16, 0.02, 0.9)):
+        prepared = copy.deepcopy(tokenizer)
+        fast_tokenizer.prepare(prepared, "encoder", dtype)
+        near_BLC = prepared.encode_vectors(images_BCHW)
+        torch.testing.assert_close(near_BLC, vectors_BLC, rtol=0, atol=atol)
+        share = float((prepared.encode(images_BCHW) == codes_BL).float().mean())
+        assert share >= equal
+        assert dtype == torch.float32 or not torch.equal(near_BLC, vectors_BLC)
+
+
+def held_out(tokenizer: VQModel) -> Any:
+    return images.open_images("fashion-mnist", tokenizer.config.image_size).val.read(range(50))
 
 
 # --- compiled -------------------------------------------------------------------------------------

@@ -21,13 +21,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 
-from ctf import shards, tokens
+from ctf import loop, shards, tokens
 from ctf.errors import Stopped, UserError
 from ctf.images import PLAIN, VIEWS, ImageSet, Splits, View
 from ctf.tokenizer import TokenizerConfig, VQModel
 from ctf.tokens import Tokens, TokensConfig
 
 CONFIG = TokensConfig(views="flip", batch_size=4, shard_images=6)
+needs_bf16 = pytest.mark.skipif(
+    not loop.multiplies_bf16(torch.device("cpu")), reason="does not multiply bfloat16"
+)
 ALL = 2 * 20 + 5  # what `extract` has to encode of the pictures below
 
 
@@ -483,6 +486,48 @@ def test_another_run_is_refused(folder: Path, change: dict[str, typing.Any], rea
 
 def test_batch_size_may_change(folder: Path, tokenizer: VQModel) -> None:
     tokens.extract(tokenizer, "abc", IMAGES, folder, dataclasses.replace(CONFIG, batch_size=1))
+
+
+@needs_bf16
+def test_precision(folder: Path, tokenizer: VQModel, tmp_path: Path) -> None:
+    exact = tokens.extract(tokenizer, "abc", IMAGES, folder, CONFIG, precision="fp32")
+    assert exact.precision == "fp32"  # as by default: the folder is taken for its own
+    low = tokens.extract(tokenizer, "abc", IMAGES, tmp_path, CONFIG, precision="bf16")
+    assert low.precision == json.loads((tmp_path / "manifest.json").read_text())["precision"]
+    assert low == dataclasses.replace(exact, precision="bf16")
+    for there, other in ((folder, "bf16"), (tmp_path, "auto")):
+        before = contents(there)
+        with pytest.raises(UserError, match="holds tokens of another run: precision: got "):
+            tokens.extract(tokenizer, "abc", IMAGES, there, CONFIG, precision=other)
+        assert contents(there) == before
+    tokens.check(tmp_path)
+
+
+def test_a_manifest_of_before_there_was_a_precision(
+    folder: Path, tokenizer: VQModel, tmp_path: Path
+) -> None:
+    old = shutil.copytree(folder, tmp_path / "old")
+    manifest = json.loads((old / "manifest.json").read_text())
+    del manifest["precision"]
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    before = contents(old)
+    assert tokens.extract(tokenizer, "abc", IMAGES, old, CONFIG).precision == "fp32"
+    assert contents(old) == before and len(Tokens(old, "train", "abc")) == 20
+
+
+def test_bf16_where_it_is_not_multiplied(
+    tokenizer: VQModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "multiplies_bf16", lambda _: False)
+    with pytest.raises(UserError, match="cpu does not multiply bfloat16 here"):
+        tokens.extract(tokenizer, "abc", IMAGES, tmp_path / "t", CONFIG, precision="bf16")
+    assert not (tmp_path / "t").exists()
+
+
+def test_the_callers_tokenizer_stays(tokenizer: VQModel, folder: Path, tmp_path: Path) -> None:
+    layers = [type(part) for part in tokenizer.modules()]
+    tokens.extract(tokenizer, "abc", IMAGES, tmp_path, CONFIG)
+    assert [type(part) for part in tokenizer.modules()] == layers
 
 
 def test_folder_of_something_else(tmp_path: Path, tokenizer: VQModel) -> None:

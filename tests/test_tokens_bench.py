@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import Command
 
-from ctf import memory, tokens, tokens_bench
+from ctf import loop, memory, tokens, tokens_bench
 from ctf.images import VIEWS
 from ctf.presets import TOKENIZERS
 from ctf.tokenizer import VQModel
@@ -59,7 +59,10 @@ def test_command(ctf: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     result = ctf("bench", "tokens", *small)
     assert result.code == 0 and "opening 5,000 pictures" in result.out
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["reader"]["images"] == 5000 and found["extraction_ratio"] > 0
+    assert found["reader"]["images"] == 5000 and found["extraction_ratio"]["fp32"] > 0
+    low = loop.multiplies_bf16(torch.device("cpu"))
+    assert ("codes in bf16 that are fp32's" in result.out) == low
+    assert not low or 0.9 < found["extraction"]["bf16"]["equal_codes"] < 1
     result = ctf("bench", "tokens", "--images", 0)
     assert result.code == 2 and "images: got 0, expected 1 or more" in result.err
 

@@ -666,6 +666,7 @@ def tokens_extract(
     background: str = "white",
     skip_bad: bool = False,
     set: tuple[str, ...] = (),
+    precision: Precision = "auto",
     device: Device = "auto",
     dry_run: bool = False,
 ) -> None:
@@ -682,6 +683,8 @@ def tokens_extract(
         background: colour behind transparent pictures
         skip_bad: leave pictures out that cannot be used
         set: values of the recipe to replace
+        precision: of the encoder's convolutions; auto: fp32. bf16: faster on processors that
+            multiply bfloat16, and a few codes are others; the manifest says so
         device: where to compute; auto takes a GPU if there is one
         dry_run: say what would be done, and write nothing
     """
@@ -696,7 +699,9 @@ def tokens_extract(
             _say(world, fitting.describe(pictures, recipe, None, world.size))
             return
         with stopping.at_once(run / "tokens"), _progress("tokens", world) as report:
-            fitting.extract_tokens(run, tokenizer, pictures, recipe, limit, report, world)
+            fitting.extract_tokens(
+                run, tokenizer, pictures, recipe, limit, report, world, precision
+            )
         _say(world, f"{run / 'tokens'}: done")
 
 

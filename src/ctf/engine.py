@@ -2,11 +2,11 @@
 
 A transformer that draws multiplies a few rows with every matrix, again and again. oneDNN's packed
 layout reads the matrix once and in order; in int8 it is a quarter of the bytes. The tokenizer's
-decoder multiplies less where it doubles an image's sides, and in bfloat16 at twice the speed. On a
-GPU it is the single kernels' start that costs: there the steps are compiled. All this replaces
-layers in place and needs no other package. What a machine cannot do is left as it is.
+decoder has its own module (`fast_tokenizer`). On a GPU it is the single kernels' start that costs:
+there the steps are compiled. All this replaces layers in place and needs no other package. What a
+machine cannot do is left as it is.
 
-Shapes: V rows of a matrix, D its columns; B batch, T positions, C channels, H, W height and width.
+Shapes: V rows of a matrix, D its columns; B batch, T positions.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctf import fast_tokenizer
 from ctf.coarse import CoarseModel
 from ctf.fine import FineModel
-from ctf.tokenizer import ResidualBlock, Upsample, VQModel
+from ctf.tokenizer import VQModel
 from ctf.transformer import KVCache, SwiGLU, TransformerConfig, Trunk
 
 Engine = Literal["auto", "eager", "compile", "int8"]
@@ -169,8 +170,7 @@ def prepare(
     if fine is not None:
         _pack(fine.trunk, kind)  # its head is read in slices, by cluster
     if tokenizer is not None:
-        tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        _prepare_decoder(tokenizer.decoder, low or torch.float32)
+        fast_tokenizer.prepare(tokenizer, "decoder", low or torch.float32)
 
 
 def multiplies_bfloat16() -> bool:
@@ -191,71 +191,6 @@ def _pack(module: nn.Module, kind: type[Packed] | type[Int8]) -> None:
             setattr(module, name, kind(child.weight))
         else:
             _pack(child, kind)
-
-
-# --- The tokenizer's decoder ----------------------------------------------------------------------
-
-
-def _prepare_decoder(module: nn.Module, dtype: torch.dtype) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, ResidualBlock):
-            setattr(module, name, PreparedResidual(child, dtype))
-        elif isinstance(child, Upsample):
-            setattr(module, name, PreparedUpsample(child, dtype))
-        else:
-            _prepare_decoder(child, dtype)
-
-
-class PreparedResidual(nn.Module):
-    """`ResidualBlock` with less memory to fill, and its convolutions in `dtype`."""
-
-    def __init__(self, block: ResidualBlock, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.norm1, self.conv1 = block.norm1, block.conv1
-        self.norm2, self.conv2 = block.norm2, block.conv2
-        self.skip = block.skip
-        self.kernels = [_as(conv.weight, dtype) for conv in (block.conv1, block.conv2)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.silu(self.norm1(x), inplace=True)
-        h = _convolve(h, self.kernels[0], self.conv1.bias)
-        h = F.silu(self.norm2(h), inplace=True)
-        h = _convolve(h, self.kernels[1], self.conv2.bias)
-        return h.add_(self.skip(x))
-
-
-class PreparedUpsample(nn.Module):
-    """`Upsample` as one transposed convolution: 16 products for four pixels instead of 36.
-
-    Of the three rows of a kernel two meet the same row of the small image, so their weights add
-    up; columns alike.
-    """
-
-    def __init__(self, up: Upsample, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.conv = up.conv
-        kernel = up.conv.weight.detach().double()
-        for dim in (2, 3):
-            a, b, c = kernel.unbind(dim)
-            kernel = torch.stack([c, b + c, a + b, a], dim)
-        self.kernel = [_as(kernel.transpose(0, 1), dtype)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        kernel, bias = self.kernel[0], self.conv.bias
-        assert bias is not None
-        return F.conv_transpose2d(
-            x.to(kernel.dtype), kernel, bias.to(kernel.dtype), stride=2, padding=1
-        ).to(x.dtype)
-
-
-def _as(kernel: Tensor, dtype: torch.dtype) -> Tensor:
-    return kernel.detach().to(dtype).contiguous(memory_format=torch.channels_last)
-
-
-def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    assert bias is not None
-    out = F.conv2d(x.to(kernel.dtype), kernel, bias.to(kernel.dtype), padding=1)
-    return out.to(x.dtype)
 
 
 # --- Compiled steps -------------------------------------------------------------------------------

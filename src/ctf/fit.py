@@ -286,10 +286,11 @@ def extract_tokens(
     limit: int | None,
     report: tokens.Report | None,
     world: World = ALONE,
+    precision: loop.Precision = "auto",
 ) -> None:
     tokens.extract(
         tokenizer, tokenizer_hash(run), images, run / "tokens", recipe.tokens,
-        limit=limit, report=report, world=world,
+        limit=limit, precision=precision, report=report, world=world,
     )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def able(x: Tensor, *layers: nn.Module) -> bool:
 
 
 def _is_trained(layer: nn.Module) -> bool:
-    weight = layer.weight  # of a layer that was made ready to draw it is none
+    weight = getattr(layer, "weight", None)  # no tensor where it was made ready to draw
     return isinstance(weight, Tensor) and weight.requires_grad
 
 

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctf import checkpoint, memory, shards, stopping
+from ctf import checkpoint, fast_tokenizer, memory, shards, stopping
 from ctf.config import from_json, to_json
 from ctf.distributed import ALONE, World
 from ctf.errors import Stopped, UserError
 from ctf.images import VIEWS, ImageSet, Splits, View, as_tensor
+from ctf.loop import Execution, Precision
 from ctf.tokenizer import VQModel
 
 Split = Literal["train", "val"]
@@ -85,6 +86,7 @@ class Manifest:
     seed: int | None  # None where there is no limit, and so nothing to draw
     train: SplitManifest
     val: SplitManifest
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the encoder's large convolutions
 
     def split(self, split: Split) -> SplitManifest:
         return self.train if split == "train" else self.val
@@ -103,6 +105,7 @@ def extract(
     config: TokensConfig,
     *,
     limit: int | None = None,
+    precision: Precision = "auto",
     report: Report | None = None,
     world: World = ALONE,
 ) -> Manifest:
@@ -114,9 +117,13 @@ def extract(
     its share of the shards. `limit` takes only that many training pictures, the first of
     `balanced_order`, and no more held-out ones; these are seen in the plain view.
 
+    Args:
+        precision: of the encoder's large convolutions. "bf16" is faster where the device multiplies
+            bfloat16, and codes near a border change. "auto" is "fp32": codes are kept for long.
+
     Raises:
-        UserError: the folder holds something else, the tokenizer is for another image size, or
-            `limit` is below 1.
+        UserError: the folder holds something else, the tokenizer is for another image size,
+            `limit` is below 1, or the device does not multiply bfloat16 and should.
         Stopped: by SIGTERM, which any of the processes got; what was encoded is saved.
     """
     size = tokenizer.config.image_size
@@ -127,6 +134,8 @@ def extract(
         )
     if limit is not None and limit < 1:
         raise UserError(f"limit of training pictures is {limit}, expected 1 or more")
+    device = next(tokenizer.parameters()).device
+    low = precision == "bf16" and Execution(precision=precision).in_bf16(device)
     if limit is not None and limit >= len(images.train):
         limit = None
     sets: dict[Split, ImageSet] = {"train": images.train, "val": images.val}
@@ -148,13 +157,14 @@ def extract(
         seed=None if limit is None else config.seed,
         train=_split_manifest("train", images.train, chosen["train"], config, length),
         val=_split_manifest("val", images.val, chosen["val"], config, length),
+        precision="bf16" if low else "fp32",
     )
     if world.main:
         _claim(folder, manifest)
     world.barrier()
 
-    # A copy: the layout is for speed here, and the caller's model keeps its own.
-    tokenizer = copy.deepcopy(tokenizer).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    tokenizer = copy.deepcopy(tokenizer)  # the caller's model keeps its layers
+    fast_tokenizer.prepare(tokenizer, "encoder", torch.bfloat16 if low else torch.float32)
     total = sum(
         len(part.views) * shard.shape[0]
         for part in (manifest.train, manifest.val)

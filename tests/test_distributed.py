@@ -197,11 +197,11 @@ def test_a_full_disk_ends_all(run: Path, tmp_path: Path, option: str) -> None:
     assert [path.name for path in (out / "coarse" / "state").iterdir()] == []
 
 
-def test_a_tokenizer_by_two(pictures: Path, tmp_path: Path, ctf: Command) -> None:
+def test_a_tokenizer_by_two(pictures: Path, tmp_path: Path) -> None:
     """With codes that are placed and revived, and a discriminator.
 
-    Sums are rounded otherwise by two threads than by two processes of one, and where that moves a
-    vector across the border of two codes, more than the rounding changes.
+    Each process has one thread: more would round sums otherwise, and where that moves a vector
+    across the border of two codes, more than the rounding changes.
     """
     recipe = (
         "--preset", "tiny", "--steps", 20, "--image-size", 32, *sets(
@@ -210,15 +210,17 @@ def test_a_tokenizer_by_two(pictures: Path, tmp_path: Path, ctf: Command) -> Non
         ),
     )  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
-    assert ctf("tokenizer", "train", pictures, "--out", one, *recipe).code == 0
-    done = torchrun(2, "tokenizer", "train", pictures, "--out", two, *recipe)
-    assert done.returncode == 0, done.stderr
+    for count, out in ((1, one), (2, two)):
+        done = torchrun(count, "tokenizer", "train", pictures, "--out", out, *recipe)
+        assert done.returncode == 0, done.stderr
     lines = [without_times(x / "tokenizer") for x in (one, two)]
     assert lines[0][0]["revived"] > 0 and "discriminator" in lines[0][0]
     for mine, other in zip(*lines, strict=True):
         assert mine.keys() == other.keys()
-        for name in mine.keys() & {"step", "loss", "reconstruction", "discriminator", "mse"}:
-            assert mine[name] == pytest.approx(other[name], abs=1e-3), name
+        for name in mine.keys() & {"step", "loss", "reconstruction", "revived"}:
+            assert mine[name] == pytest.approx(other[name], abs=1e-5), name
+        for name in mine.keys() & {"discriminator", "mse"}:
+            assert mine[name] == pytest.approx(other[name], abs=1e-4), name
 
 
 def test_a_baseline_with_a_warm_start_by_two(run: Path, tmp_path: Path, ctf: Command) -> None:

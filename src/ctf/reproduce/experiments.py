@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ctf import checkpoint
+from ctf import checkpoint, measuring
 from ctf.config import did_you_mean
 from ctf.errors import UserError
 from ctf.fit import Progress
@@ -19,7 +17,6 @@ from ctf.reproduce import figure1, figure2, report, table1, table2, table3
 from ctf.reproduce.cells import RESULT, Cell, Desk
 from ctf.reproduce.jobs import Place
 from ctf.reproduce.plan import BUDGETS, Plan
-from ctf.version import __version__
 
 # In the order in which they are computed by "all": what matters most first.
 PARTS: dict[str, Callable[[Plan], list[Cell]]] = {
@@ -99,18 +96,4 @@ def plan_of(budget: str) -> Plan:
 
 def machine(device: torch.device) -> dict[str, str]:
     """What computes, for people."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].partition(":")[2].strip() if lines else name
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    found: dict[str, Any] = {
-        "device": f"{device.type}: {name}",
-        "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "ctf": __version__,
-    }
-    return found
+    return {**measuring.where(device), "cores": str(os.cpu_count())}

@@ -22,6 +22,7 @@ from PIL import Image
 
 from ctf import checkpoint, cli, clusters, config, fit, images, loop, tokens
 from ctf.clusters import Clusters
+from ctf.commands import common
 from ctf.pipeline import Pipeline
 from ctf.tokens import Tokens
 
@@ -425,7 +426,7 @@ def test_many_pictures_and_little_time(
     """Then only some pictures are encoded, of all classes alike."""
     monkeypatch.setattr(fit, "_seconds_per_picture", lambda *_: 0.05)
     recipe = config.override(fit.resolve("tiny", splits, steps=2), sets()[1:])
-    with_progress = cli._progress
+    with_progress = common.progress
     fit.fit(
         splits, tmp_path, recipe, minutes=0.02, device=torch.device("cpu"), progress=with_progress
     )

@@ -764,6 +764,6 @@ def test_mistakes_of_the_command(
 
 
 def test_listens_at_this_machine_alone_by_default() -> None:
-    from ctf import cli
+    from ctf.commands import pipelines
 
-    assert cli.studio.__kwdefaults__["host"] in guard.LOOPBACK
+    assert pipelines.studio.__kwdefaults__["host"] in guard.LOOPBACK

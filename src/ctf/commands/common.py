@@ -1,0 +1,171 @@
+"""What the commands share: how they are registered, the words they take, where they print."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+from rich.console import Console
+
+from ctf.errors import UserError
+
+app = tyro.extras.SubcommandApp()
+groups = {
+    name: tyro.extras.SubcommandApp()
+    for name in (
+        "tokenizer",
+        "tokens",
+        "clusters",
+        "train",
+        "runs",
+        "classifier",
+        "convert",
+        "bench",
+    )
+}
+# Standard output for what was asked for, standard error for progress and errors.
+console = Console(highlight=False)
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., None])
+Positional = Annotated[T, tyro.conf.Positional]
+Folder = Annotated[Path, tyro.conf.arg(metavar="RUN")]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "fp32", "bf16"]
+Engine = Literal["auto", "eager", "compile", "int8"]
+LlamaGenSize = Literal["B", "L", "XL", "XXL", "3B"]
+Size = Literal["S", "B", "L", "XL", "XXL", "3B"]
+
+
+def command(name: str) -> Callable[[F], F]:
+    """Registers a command, e.g. "sample" or "tokens extract"."""
+    group, _, inner = name.rpartition(" ")
+
+    def register(function: F) -> F:
+        # Parsing only returns what is to be run: the two fail in different ways.
+        @functools.wraps(function)
+        def later(*args: Any, **kwargs: Any) -> Callable[[], None]:
+            return functools.partial(function, *args, **kwargs)
+
+        parent = groups[group] if group else app
+        parent.command(name=inner)(later)
+        return function
+
+    return register
+
+
+def open_device(name: Device) -> Any:
+    import torch
+
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device("cuda" if has["cuda"] else "cpu")
+    if not has[name]:
+        raise UserError(f"device {name}: there is none here; expected auto or cpu")
+    return torch.device(name)
+
+
+def parse_engines(text: str) -> Any:
+    from typing import get_args
+
+    from ctf.config import did_you_mean
+
+    engines = tuple(part.strip() for part in text.split(","))
+    for name in engines:
+        if name not in get_args(Engine):
+            raise UserError(f"unknown engine {name!r}{did_you_mean(name, get_args(Engine))}")
+    return engines
+
+
+def execution_of(
+    device: Any,
+    micro_batch: int | None,
+    checkpoint_activations: bool,
+    shard: bool = False,
+    compile: bool = False,
+    precision: Precision = "auto",
+    say: bool = True,
+) -> Any:
+    from ctf import engine
+    from ctf.loop import Execution
+
+    if compile and not engine.available("compile", device):
+        compile = False
+        if say:
+            print("--compile: PyTorch finds no compiler here; going on without", file=sys.stderr)
+    execution = Execution(micro_batch, checkpoint_activations, shard, compile, precision)
+    execution.in_bf16(device)  # a mistake is told before there is anything on the disk
+    return execution
+
+
+def open_pictures(
+    images: str,
+    image_size: int | None,
+    background: str,
+    skip_bad: bool,
+    preset: str | None = None,
+    world: Any = None,
+) -> Any:
+    from ctf.images import INCLUDED, open_images
+    from ctf.presets import preset as preset_named
+
+    if image_size is None and preset is not None and images not in INCLUDED:
+        image_size = preset_named(preset).image_size
+
+    def opened() -> Any:
+        with progress("pictures", world) as report:
+            return open_images(
+                images, image_size, background=background, skip_bad=skip_bad, report=report
+            )
+
+    if world is not None:
+        world.first(opened)  # what it finds out is kept, so that the others know it, too
+    pictures = opened()
+    if pictures.skipped and (world is None or world.main):
+        names = ", ".join(f"{bad.name} ({bad.reason})" for bad in pictures.skipped)
+        console.print(f"{len(pictures.skipped)} pictures left out: {names}", soft_wrap=True)
+    return pictures
+
+
+def progress(name: str, world: Any = None) -> Any:
+    from ctf.progress import progress as shown
+
+    if world is not None and not world.main:
+        return contextlib.nullcontext()
+    return shown(name)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    if console.is_terminal:
+        console.print(table)
+    else:  # a file has no width that the words must be cut to
+        width = Measurement.get(console, console.options.update(width=1000), table).maximum
+        console.print(table, width=width, crop=False)
+
+
+def say(world: Any, text: str) -> None:
+    if world.main:
+        console.print(text, soft_wrap=True)
+
+
+def parse_classes(text: str, pipe: Any) -> list[int]:
+    if text == "all":
+        return list(range(len(pipe.class_names)))
+    numbers: list[int] = pipe.class_numbers([part.strip() for part in text.split(",")])
+    return numbers
+
+
+def check_minutes(minutes: float) -> None:
+    if not 0 < minutes < 1e6:
+        raise UserError(f"minutes: got {minutes:g}, expected more than 0")

@@ -11,8 +11,9 @@ READY := $(VENV)/ready
 demo: $(READY)
 	$(BIN)/ctf demo
 
+# Several files at a time, each on one thread: the models of the tests are too small for more.
 test: $(READY) lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

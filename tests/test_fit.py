@@ -409,7 +409,8 @@ def test_time_is_shared_by_speed(
     expected = 0.25 * 60 * shares.tokenizer / 0.05 * (1 - fit.OVERHEAD)
     assert expected - 20 - 10 <= planned["tokenizer"] <= expected
     left = 0.25 * 60 - log["seconds"]["tokenizer"]
-    expected = left * shares.coarse / (shares.coarse + shares.fine) / 0.05 * (1 - fit.OVERHEAD)
+    seconds = max(1.0, left * shares.coarse / (shares.coarse + shares.fine))
+    expected = seconds / 0.05 * (1 - fit.OVERHEAD)
     assert 0.5 * expected <= planned["coarse"] <= expected
     before = log["plan"]
     assert before["coarse"] == planned["coarse"]

@@ -395,7 +395,7 @@ def test_many_at_once(run: Path) -> None:
     """The short form of `python -m ctf.studio.load`."""
     found = load.measure(str(run), clients=40, seconds=2, alone=0.5)
     assert found.mistakes() == []
-    assert found.answers > 80
+    assert found.answers >= 40
     assert found.memory[0] > 0 or not Path("/proc/self/status").exists()
 
 

@@ -23,6 +23,7 @@ from conftest import CLASSES, Command, picture
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from serving import serving
 
 from ctf import samples
 from ctf.pipeline import Pipeline
@@ -33,20 +34,6 @@ LENGTH = 16
 LIMITS = Limits(
     images=8, waiting=4, seconds=20, body_bytes=100_000, upload_bytes=200_000, upload_pixels=10_000
 )
-
-
-@contextmanager
-def serving(workers: list[Worker], limits: Limits = LIMITS, **more: Any) -> Iterator[str]:
-    """A studio of these workers on a port of this machine: its address."""
-    listening = server.listen("127.0.0.1", 0)
-    running = server.server_of(server.build(workers, limits, **more))
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    finally:
-        running.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +52,7 @@ def pipe(worker: Worker) -> Pipeline:
 
 @pytest.fixture(scope="module")
 def address(worker: Worker) -> Iterator[str]:
-    with serving([worker]) as found:
+    with serving([worker], LIMITS) as found:
         yield found
 
 
@@ -264,7 +251,10 @@ def test_settings_draw_the_same_bytes(
 
 def test_the_command_draws_the_same_bytes(run: Path, tmp_path: Path, ctf: Command) -> None:
     (worker,) = server.load([str(run)], torch.device("cpu"), "auto", LIMITS)
-    with serving([worker]) as address, httpx2.Client(base_url=address, timeout=60) as client:
+    with (
+        serving([worker], LIMITS) as address,
+        httpx2.Client(base_url=address, timeout=60) as client,
+    ):
         drawn = every_kind(client)
     for i, one in enumerate(drawn):
         path, out = tmp_path / f"{i}.json", tmp_path / f"{i}.png"
@@ -579,7 +569,7 @@ def test_other_sites_cannot_ask(client: httpx2.Client) -> None:
 
 def test_token(worker: Worker) -> None:
     more = {"hosts": None, "token": "w\u00f6rd", "embedders": ["https://huggingface.co"]}
-    with serving([worker], **more) as address, httpx2.Client(base_url=address) as client:
+    with serving([worker], LIMITS, **more) as address, httpx2.Client(base_url=address) as client:
         assert client.get("/", headers={"Host": "any.example"}).status_code == 200
         policy = client.get("/health").headers["Content-Security-Policy"]
         assert "frame-ancestors https://huggingface.co" in policy

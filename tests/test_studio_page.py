@@ -3,16 +3,15 @@
 import json
 import re
 import shutil
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import Command, picture
+from serving import serving
 
 from ctf.studio import server
 from ctf.studio.worker import Limits, Worker
@@ -39,22 +38,9 @@ def worker() -> Worker:
     return loaded
 
 
-@contextmanager
-def served(workers: list[Worker], **more: Any) -> Iterator[str]:
-    listening = server.listen("127.0.0.1", 0)
-    running = server.server_of(server.build(workers, Limits(), **more))
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    finally:
-        running.should_exit = True
-        thread.join()
-
-
 @pytest.fixture(scope="module")
 def address(worker: Worker) -> Iterator[str]:
-    with served([worker]) as found:
+    with serving([worker], Limits()) as found:
         yield found
 
 
@@ -289,7 +275,7 @@ def test_a_link_carries_the_settings(tab: Tab, page: Any, address: str) -> None:
 
 def test_two_pipelines_on_the_same_seeds(tab: Tab, worker: Worker) -> None:
     twin = Worker("other", worker.pipe, worker.weights, Limits())
-    with served([worker, twin]) as address:
+    with serving([worker, twin], Limits()) as address:
         page = tab.open(address)
         page.get_by_label("Both").check(force=True)
         draw(page, "bag", count=2, seed=5)
@@ -328,7 +314,7 @@ def test_stop(page: Any, worker: Worker) -> None:
 
 
 def test_a_token_is_asked_for(browser: Any, worker: Worker) -> None:
-    with served([worker], token="open") as address:
+    with serving([worker], Limits(), token="open") as address:
         tab = Tab(browser, WIDE)
         tab.page.goto(address)
         tab.page.get_by_role("textbox", name="Token").fill("open")

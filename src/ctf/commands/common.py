@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ console = Console(highlight=False)
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., None])
 Positional = Annotated[T, tyro.conf.Positional]
+Flat = Annotated[T, tyro.conf.arg(name="")]  # a dataclass whose fields are options of the command
 Folder = Annotated[Path, tyro.conf.arg(metavar="RUN")]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -59,6 +61,95 @@ def command(name: str) -> Callable[[F], F]:
     return register
 
 
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How to draw; what is not given is as the pipeline was made with.
+
+    Args:
+        guidance: scale of classifier-free guidance in the coarse stage; 1 is none. This and all
+            below: by default what the pipeline was made with
+        fine_guidance: the same in the fine stage
+        temperature: of the coarse stage; below 1 for the likely, above 1 for variety
+        fine_temperature: of the fine stage
+        top_k: draw among the k likeliest labels; 1 is greedy, 0 is no limit
+        fine_top_k: the same among the members of each cluster
+        top_p: draw among the likeliest labels that have this probability together
+        fine_top_p: the same among the members of each cluster
+        guidance_window: guide between these fractions of the steps of the coarse stage only, e.g.
+            0.2 0.8; the others then cost less
+        guidance_schedule: how guidance grows from 1 over the steps of the coarse stage
+    """
+
+    guidance: float | None = None
+    fine_guidance: float | None = None
+    temperature: float | None = None
+    fine_temperature: float | None = None
+    top_k: int | None = None
+    fine_top_k: int | None = None
+    top_p: float | None = None
+    fine_top_p: float | None = None
+    guidance_window: tuple[float, float] | None = None
+    guidance_schedule: Literal["constant", "linear", "cosine"] | None = None
+
+    def given(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionOptions:
+    """How a training is computed, which changes nothing of what comes out but the rounding.
+
+    Args:
+        micro_batch: pictures that a process takes at a time; the batch stays the recipe's
+        checkpoint_activations: keep less for the backward pass, and compute it again
+        compile: let torch.compile fuse what can be fused
+        precision: of a transformer's products; auto: bf16 on GPUs that have it, fp32 on CPUs. bf16:
+            also on CPUs that multiply bfloat16, and much faster there
+    """
+
+    micro_batch: int | None = None
+    checkpoint_activations: bool = False
+    compile: bool = False
+    precision: Precision = "auto"
+
+    def on(self, device: Any, *, shard: bool = False, say: bool = True) -> Any:
+        """The `loop.Execution`. Raises UserError for what the device cannot do."""
+        from ctf import engine
+        from ctf.loop import Execution
+
+        compiled = self.compile and engine.available("compile", device)
+        if self.compile and not compiled and say:
+            print("--compile: PyTorch finds no compiler here; going on without", file=sys.stderr)
+        execution = Execution(
+            self.micro_batch, self.checkpoint_activations, shard, compiled, self.precision
+        )
+        execution.in_bf16(device)  # a mistake is told before there is anything on the disk
+        return execution
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions(ExecutionOptions):
+    """What all trainings of transformers have in common.
+
+    Args:
+        preset: tiny, small, base, or imagenet256-B, -L, -XL
+        size: of the transformer, as LlamaGen's and the paper's, instead of the preset's
+        steps: instead of the preset's
+        set: values of the recipe to replace, e.g. coarse.layers=8 or fine_softmax=full
+        shard: cut weights, gradients, moments and averages into parts, one for each process
+        device: where to compute; auto takes a GPU if there is one
+        dry_run: say what would be done, and write nothing
+    """
+
+    preset: str = "small"
+    size: Size | None = None
+    steps: int | None = None
+    set: tuple[str, ...] = ()
+    shard: bool = False
+    device: Device = "auto"
+    dry_run: bool = False
+
+
 def open_device(name: Device) -> Any:
     import torch
 
@@ -80,27 +171,6 @@ def parse_engines(text: str) -> Any:
         if name not in get_args(Engine):
             raise UserError(f"unknown engine {name!r}{did_you_mean(name, get_args(Engine))}")
     return engines
-
-
-def execution_of(
-    device: Any,
-    micro_batch: int | None,
-    checkpoint_activations: bool,
-    shard: bool = False,
-    compile: bool = False,
-    precision: Precision = "auto",
-    say: bool = True,
-) -> Any:
-    from ctf import engine
-    from ctf.loop import Execution
-
-    if compile and not engine.available("compile", device):
-        compile = False
-        if say:
-            print("--compile: PyTorch finds no compiler here; going on without", file=sys.stderr)
-    execution = Execution(micro_batch, checkpoint_activations, shard, compile, precision)
-    execution.in_bf16(device)  # a mistake is told before there is anything on the disk
-    return execution
 
 
 def open_pictures(

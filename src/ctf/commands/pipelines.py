@@ -15,14 +15,15 @@ from ctf import stopping
 from ctf.commands.common import (
     Device,
     Engine,
+    ExecutionOptions,
+    Flat,
     LlamaGenSize,
     Positional,
-    Precision,
+    SamplingOptions,
     Size,
     check_minutes,
     command,
     console,
-    execution_of,
     open_device,
     open_pictures,
     parse_classes,
@@ -77,10 +78,7 @@ def fit(
     background: str = "white",
     skip_bad: bool = False,
     set: tuple[str, ...] = (),
-    micro_batch: int | None = None,
-    checkpoint_activations: bool = False,
-    compile: bool = False,
-    precision: Precision = "auto",
+    execution: Flat[ExecutionOptions],
     device: Device = "auto",
     dry_run: bool = False,
 ) -> None:
@@ -100,11 +98,6 @@ def fit(
         background: colour behind transparent pictures, a name or #rrggbb
         skip_bad: leave pictures out that cannot be used
         set: values of the recipe to replace, e.g. coarse.width=256 clusters.count=128
-        micro_batch: pictures that a transformer takes at a time; the batch stays the recipe's
-        checkpoint_activations: keep less for the backward pass, and compute it again
-        compile: let torch.compile fuse what can be fused
-        precision: of a transformer's products; auto: bf16 on GPUs that have it, fp32 on CPUs. bf16:
-            also on CPUs that multiply bfloat16, and much faster there
         device: where to compute; auto takes a GPU if there is one
         dry_run: say what would be done, and write nothing
     """
@@ -119,9 +112,7 @@ def fit(
     place = open_device(device)
     pictures = open_pictures(images, image_size, background, skip_bad, preset)
     recipe = fitting.resolve(preset, pictures, steps=steps, views=views, overrides=set)
-    how = execution_of(
-        place, micro_batch, checkpoint_activations, compile=compile, precision=precision
-    )
+    how = execution.on(place)
     if dry_run:
         console.print(fitting.describe(pictures, recipe, minutes, execution=how), soft_wrap=True)
         return
@@ -193,16 +184,7 @@ def sample(
     count: int = 8,
     seed: int = 0,
     out: Path = Path("sheet.png"),
-    guidance: float | None = None,
-    fine_guidance: float | None = None,
-    temperature: float | None = None,
-    fine_temperature: float | None = None,
-    top_k: int | None = None,
-    fine_top_k: int | None = None,
-    top_p: float | None = None,
-    fine_top_p: float | None = None,
-    guidance_window: tuple[float, float] | None = None,
-    guidance_schedule: Literal["constant", "linear", "cosine"] | None = None,
+    sampling: Flat[SamplingOptions],
     resize: int | None = None,
     engine: Engine = "auto",
     device: Device = "auto",
@@ -221,18 +203,6 @@ def sample(
         seed: picture i is drawn from seed + i
         out: a file that ends in .png for a contact sheet, or a folder for the pictures,
             their codes and settings.json
-        guidance: scale of classifier-free guidance in the coarse stage; 1 is none. This and all
-            below: by default what the pipeline was made with
-        fine_guidance: the same in the fine stage
-        temperature: of the coarse stage; below 1 for the likely, above 1 for variety
-        fine_temperature: of the fine stage
-        top_k: draw among the k likeliest labels; 1 is greedy, 0 is no limit
-        fine_top_k: the same among the members of each cluster
-        top_p: draw among the likeliest labels that have this probability together
-        fine_top_p: the same among the members of each cluster
-        guidance_window: guide between these fractions of the steps of the coarse stage only, e.g.
-            0.2 0.8; the others then cost less
-        guidance_schedule: how guidance grows from 1 over the steps of the coarse stage
         resize: pixels a side of the pictures, instead of the tokenizer's
         engine: auto computes as fast as is known here, equal up to rounding; int8 is faster and
             nearly the same; compile compiles the steps; eager takes PyTorch's operators as they are
@@ -242,13 +212,7 @@ def sample(
     from ctf import samples
     from ctf.pipeline import Pipeline
 
-    given: dict[str, Any] = {
-        "guidance": guidance, "fine_guidance": fine_guidance,
-        "temperature": temperature, "fine_temperature": fine_temperature,
-        "top_k": top_k, "fine_top_k": fine_top_k, "top_p": top_p, "fine_top_p": fine_top_p,
-        "guidance_window": guidance_window, "guidance_schedule": guidance_schedule,
-    }  # fmt: skip
-    chosen = {name: value for name, value in given.items() if value is not None}
+    chosen = sampling.given()
     if settings is not None:
         # The defaults are those of the arguments above.
         others = {"classes": (classes, "all"), "count": (count, 8), "seed": (seed, 0)}
@@ -423,16 +387,7 @@ def evaluate(
     features: tuple[str, ...] = (),
     weights: Path | None = None,
     classifier: Path | None = None,
-    guidance: float | None = None,
-    fine_guidance: float | None = None,
-    temperature: float | None = None,
-    fine_temperature: float | None = None,
-    top_k: int | None = None,
-    fine_top_k: int | None = None,
-    top_p: float | None = None,
-    fine_top_p: float | None = None,
-    guidance_window: tuple[float, float] | None = None,
-    guidance_schedule: Literal["constant", "linear", "cosine"] | None = None,
+    sampling: Flat[SamplingOptions],
     seed: int = 0,
     balance: Literal["balanced", "uniform"] = "balanced",
     resize: int | None = None,
@@ -461,16 +416,6 @@ def evaluate(
         weights: file of the Inception network, where it is not in a cache
         classifier: folder of a classifier for the class accuracy; by default the shipped one for
             its classes
-        guidance: of the coarse stage. This and all below: by default the pipeline's
-        fine_guidance: of the fine stage
-        temperature: of the coarse stage
-        fine_temperature: of the fine stage
-        top_k: of the coarse stage
-        fine_top_k: of the fine stage
-        top_p: of the coarse stage
-        fine_top_p: of the fine stage
-        guidance_window: guide between these fractions of the steps of the coarse stage only
-        guidance_schedule: how guidance grows from 1 over the steps of the coarse stage
         seed: sample i is drawn from seed + i
         balance: exactly equally many samples of each class, or the class of each one at random
         resize: pixels a side that samples are resized to first, as LlamaGen does from 384 to 256
@@ -487,12 +432,6 @@ def evaluate(
     """
     from ctf import evaluation, report
 
-    given: dict[str, Any] = {
-        "guidance": guidance, "fine_guidance": fine_guidance,
-        "temperature": temperature, "fine_temperature": fine_temperature,
-        "top_k": top_k, "fine_top_k": fine_top_k, "top_p": top_p, "fine_top_p": fine_top_p,
-        "guidance_window": guidance_window, "guidance_schedule": guidance_schedule,
-    }  # fmt: skip
     with progress("pictures") as advance:
         job = evaluation.prepare(
             model,
@@ -501,7 +440,7 @@ def evaluate(
             features=features,
             weights=weights,
             classifier=classifier,
-            settings={name: value for name, value in given.items() if value is not None},
+            settings=sampling.given(),
             seed=seed,
             balance=balance,
             resize=resize,

@@ -11,13 +11,13 @@ import tyro
 from ctf import stopping
 from ctf.commands.common import (
     Device,
+    Flat,
     Folder,
     Positional,
     Precision,
-    Size,
+    TrainOptions,
     command,
     console,
-    execution_of,
     open_device,
     open_pictures,
     progress,
@@ -253,13 +253,7 @@ def clusters_show(run: Positional[Folder], /) -> None:
 def _train(
     kind: Literal["coarse", "fine"],
     run: Path,
-    preset: str,
-    size: Size | None,
-    steps: int | None,
-    set: tuple[str, ...],
-    how: tuple[int | None, bool, bool, bool, Precision],
-    device: Device,
-    dry_run: bool,
+    options: TrainOptions,
     start: Path | None = None,
     baseline_of: Path | None = None,
 ) -> None:
@@ -269,13 +263,13 @@ def _train(
     from ctf.presets import preset as preset_named
     from ctf.warm_start import open_source
 
-    recipe = preset_named(preset)
-    if size is not None:
-        recipe = dataclasses.replace(recipe, **{kind: SIZES[size]})  # type: ignore[arg-type]
-    recipe = fitting.adjust(recipe, steps, set)
-    with distributed.joined(open_device(device)) as world:
-        execution = execution_of(world.device, *how, say=world.main)
-        if dry_run:
+    recipe = preset_named(options.preset)
+    if options.size is not None:
+        recipe = dataclasses.replace(recipe, **{kind: SIZES[options.size]})  # type: ignore[arg-type]
+    recipe = fitting.adjust(recipe, options.steps, options.set)
+    with distributed.joined(open_device(options.device)) as world:
+        execution = options.on(world.device, shard=options.shard, say=world.main)
+        if options.dry_run:
             if baseline_of is not None:
                 say(world, f"would make {run} with the tokenizer and tokens of {baseline_of}")
                 run = baseline_of
@@ -300,18 +294,8 @@ def train_coarse(
     run: Positional[Folder],
     /,
     *,
-    preset: str = "small",
-    size: Size | None = None,
-    steps: int | None = None,
     warm_start: Path | None = None,
-    set: tuple[str, ...] = (),
-    micro_batch: int | None = None,
-    checkpoint_activations: bool = False,
-    shard: bool = False,
-    compile: bool = False,
-    precision: Precision = "auto",
-    device: Device = "auto",
-    dry_run: bool = False,
+    options: Flat[TrainOptions],
 ) -> None:
     """Trains the coarse model of a run whose tokens and clusters are done.
 
@@ -319,63 +303,22 @@ def train_coarse(
 
     Args:
         run: folder of the run
-        preset: tiny, small, base, or imagenet256-B, -L, -XL
-        size: of the transformer, as LlamaGen's and the paper's, instead of the preset's
-        steps: instead of the preset's
         warm_start: folder of a full-vocabulary pipeline of the same tokenizer, a baseline or a
             converted LlamaGen, whose transformer it starts from; it has the size of that one then
-        set: values of the recipe to replace, e.g. coarse.layers=8
-        micro_batch: pictures that a process takes at a time; the batch stays the recipe's
-        checkpoint_activations: keep less for the backward pass, and compute it again
-        shard: cut weights, gradients, moments and averages into parts, one for each process
-        compile: let torch.compile fuse what can be fused
-        precision: of a transformer's products; auto: bf16 on GPUs that have it, fp32 on CPUs. bf16:
-            also on CPUs that multiply bfloat16, and much faster there
-        device: where to compute; auto takes a GPU if there is one
-        dry_run: say what would be done, and write nothing
     """
-    how = (micro_batch, checkpoint_activations, shard, compile, precision)
-    _train("coarse", run, preset, size, steps, set, how, device, dry_run, warm_start)
+    _train("coarse", run, options, warm_start)
 
 
 @command("train fine")
-def train_fine(
-    run: Positional[Folder],
-    /,
-    *,
-    preset: str = "small",
-    size: Size | None = None,
-    steps: int | None = None,
-    set: tuple[str, ...] = (),
-    micro_batch: int | None = None,
-    checkpoint_activations: bool = False,
-    shard: bool = False,
-    compile: bool = False,
-    precision: Precision = "auto",
-    device: Device = "auto",
-    dry_run: bool = False,
-) -> None:
+def train_fine(run: Positional[Folder], /, *, options: Flat[TrainOptions]) -> None:
     """Trains the fine model of a run whose tokens and clusters are done.
 
     Example: ctf train fine run --preset small
 
     Args:
         run: folder of the run
-        preset: tiny, small, base, or imagenet256-B, -L, -XL
-        size: of the transformer, as LlamaGen's and the paper's, instead of the preset's
-        steps: instead of the preset's
-        set: values of the recipe to replace, e.g. fine_softmax=full
-        micro_batch: pictures that a process takes at a time; the batch stays the recipe's
-        checkpoint_activations: keep less for the backward pass, and compute it again
-        shard: cut weights, gradients, moments and averages into parts, one for each process
-        compile: let torch.compile fuse what can be fused
-        precision: of a transformer's products; auto: bf16 on GPUs that have it, fp32 on CPUs. bf16:
-            also on CPUs that multiply bfloat16, and much faster there
-        device: where to compute; auto takes a GPU if there is one
-        dry_run: say what would be done, and write nothing
     """
-    how = (micro_batch, checkpoint_activations, shard, compile, precision)
-    _train("fine", run, preset, size, steps, set, how, device, dry_run)
+    _train("fine", run, options)
 
 
 @command("train baseline")
@@ -384,18 +327,8 @@ def train_baseline(
     /,
     *,
     out: Path,
-    preset: str = "small",
-    size: Size | None = None,
-    steps: int | None = None,
     warm_start: Path | None = None,
-    set: tuple[str, ...] = (),
-    micro_batch: int | None = None,
-    checkpoint_activations: bool = False,
-    shard: bool = False,
-    compile: bool = False,
-    precision: Precision = "auto",
-    device: Device = "auto",
-    dry_run: bool = False,
+    options: Flat[TrainOptions],
 ) -> None:
     """Trains the full-vocabulary baseline on the tokens of a run, as a run of its own.
 
@@ -406,22 +339,9 @@ def train_baseline(
     Args:
         run: folder of the run whose tokenizer and tokens are used
         out: folder of the baseline
-        preset: tiny, small, base, or imagenet256-B, -L, -XL
-        size: of the transformer, as LlamaGen's and the paper's, instead of the preset's
-        steps: instead of the preset's
         warm_start: folder of a full-vocabulary pipeline of the same tokenizer to start from
-        set: values of the recipe to replace, e.g. coarse.layers=8
-        micro_batch: pictures that a process takes at a time; the batch stays the recipe's
-        checkpoint_activations: keep less for the backward pass, and compute it again
-        shard: cut weights, gradients, moments and averages into parts, one for each process
-        compile: let torch.compile fuse what can be fused
-        precision: of a transformer's products; auto: bf16 on GPUs that have it, fp32 on CPUs. bf16:
-            also on CPUs that multiply bfloat16, and much faster there
-        device: where to compute; auto takes a GPU if there is one
-        dry_run: say what would be done, and write nothing
     """
-    how = (micro_batch, checkpoint_activations, shard, compile, precision)
-    _train("coarse", out, preset, size, steps, set, how, device, dry_run, warm_start, run)
+    _train("coarse", out, options, warm_start, run)
 
 
 @command("runs show")

@@ -5,6 +5,7 @@ schedule, so that a short one is not a long one cut off.
 from __future__ import annotations
 
 from ctf.reproduce import plan as planned
+from ctf.reproduce import table1
 from ctf.reproduce.cells import Cell
 from ctf.reproduce.plan import Plan
 
@@ -18,8 +19,10 @@ def cells(plan: Plan) -> list[Cell]:
 
 
 def point(plan: Plan, share: float, *, ctf: bool) -> list[Cell]:
-    """The last cell is the score."""
+    """The last cell is the score; at the full length it is Table 1's."""
     codes, seed = plan.largest, plan.seeds[0]
+    if share == 1:
+        return table1.row(plan, codes, seed, ctf=ctf)
     models: planned.Models = (planned.baseline(plan, codes, seed, share=share), None)
     if ctf:
         models = (
@@ -28,4 +31,4 @@ def point(plan: Plan, share: float, *, ctf: bool) -> list[Cell]:
         )
     name = f"figure2-{'ctf' if ctf else 'baseline'}-{round(share * plan.training.steps)}"
     tuned = planned.search(plan, codes, ctf=ctf)
-    return planned.score(name, models, tuned, samples=plan.samples_of_lines)
+    return planned.score(plan, name, models, tuned)

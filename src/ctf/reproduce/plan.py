@@ -31,7 +31,7 @@ class Plan:
     counts: K for each V. other_counts: for the last V, those of Table 3a besides.
     backbone: of the coarse model. baselines: of the full-vocabulary model for each V.
     fine, other_fines: of the fine model, the usual one and the others of Table 3b.
-    samples: of each score of Table 1. samples_of_lines: of each one of Table 3 and Fig. 2.
+    samples: of each score.
     search_samples, search_points, search_reference: see `SearchJob`.
     lengths: shares of the training that Fig. 2 looks at. group_loss: IAR's, for Table 3.
     """
@@ -52,7 +52,6 @@ class Plan:
     training: TrainingConfig
     fine_training: TrainingConfig
     samples: int
-    samples_of_lines: int
     search_samples: int
     search_points: int
     search_reference: int
@@ -91,15 +90,14 @@ FULL = Plan(
         TransformerShape(width=192, layers=6, heads=6),
     ),
     training=TrainingConfig(
-        steps=1000, batch_size=32, learning_rate=2e-3, warm_up=50, ema=0.99, evaluate_every=500
+        steps=1000, batch_size=32, learning_rate=5e-3, warm_up=50, ema=0.99, evaluate_every=500
     ),
     fine_training=TrainingConfig(
         steps=1000, batch_size=32, learning_rate=2e-3, warm_up=50, ema=0.99, evaluate_every=500
     ),
     samples=10_000,
-    samples_of_lines=5000,
     search_samples=500,
-    search_points=16,
+    search_points=40,
     search_reference=10_000,
     lengths=(0.125, 0.25, 0.5),
     group_loss=GroupLoss(weight=1.0),
@@ -120,8 +118,7 @@ BUDGETS = {
         training=with_steps(FULL.training, 250),
         fine_training=with_steps(FULL.fine_training, 250),
         samples=1000,
-        samples_of_lines=1000,
-        search_points=8,
+        search_points=20,
         lengths=(0.5,),
         pictures_of_details=1000,
     ),
@@ -232,11 +229,11 @@ def search(plan: Plan, codes: int, *, ctf: bool) -> list[Cell]:
 
 
 def score(
+    plan: Plan,
     name: str,
     models: Models,
     tuned: list[Cell],
     *,
-    samples: int,
     seed: int = 0,
     settings: dict[str, float] | None = None,
 ) -> list[Cell]:
@@ -245,8 +242,8 @@ def score(
     job = ScoreJob(
         first[-1].name,
         None if second is None else second[-1].name,
-        samples,
-        seed * samples,
+        plan.samples,
+        seed * plan.samples,
         settings or {},
         tuned[-1].name,
     )

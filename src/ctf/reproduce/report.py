@@ -96,11 +96,11 @@ def write(desk: Desk, plan: Plan) -> None:
         f"{seconds / 3600:.1f} hours together. The raw numbers of each are in cells/.",
         "",
         f"Pictures: {plan.source} at {plan.image_size} pixels. Each score is of {plan.samples} "
-        f"samples (in Table 3 and Figure 2: {plan.samples_of_lines}) against the held-out "
-        "pictures. In brackets: 95 % intervals of the sampling, not of the training. FID-Lite0 "
-        "and IS-Lite0 are by EfficientNet-Lite0, FID-fashion and IS-fashion by the shipped "
-        "classifier; neither is the FID of the paper. The tokenizers were trained with a "
-        "perceptual loss by that same EfficientNet-Lite0, which flatters all FID-Lite0 here alike. "
+        "samples against the held-out pictures. In brackets: 95 % intervals of the sampling, not "
+        "of the training. FID-Lite0 and IS-Lite0 are by EfficientNet-Lite0, FID-fashion and "
+        "IS-fashion by the shipped classifier; neither is the FID of the paper. The tokenizers "
+        "were trained with a perceptual loss by that same EfficientNet-Lite0, which flatters all "
+        "FID-Lite0 here alike. "
         "GFLOP and seconds are those of training, without the tokenizer.",
         "",
         *[f"Machine: {where}." for where in sorted(wheres)],

@@ -28,4 +28,4 @@ def row(plan: Plan, codes: int, seed: int, *, ctf: bool) -> list[Cell]:
     if ctf:
         models = (planned.coarse(plan, codes, seed), planned.fine(plan, codes, seed))
     name = f"table1-{'ctf' if ctf else 'baseline'}-{codes}-s{seed}"
-    return planned.score(name, models, tuned, samples=plan.samples, seed=seed)
+    return planned.score(plan, name, models, tuned, seed=seed)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from ctf.presets import TransformerShape
-from ctf.reproduce import figure2
 from ctf.reproduce import plan as planned
+from ctf.reproduce import table1
 from ctf.reproduce.cells import Cell
 from ctf.reproduce.plan import Plan
 
@@ -34,15 +34,12 @@ def cells(plan: Plan) -> list[Cell]:
 def lines(plan: Plan) -> list[Line]:
     """Every line; the last of its cells is the score."""
     codes, seed = plan.largest, plan.seeds[0]
-    # With fewer samples than in Table 1, so these are scored again: FID depends on their number.
-    usual, baseline = (figure2.point(plan, 1.0, ctf=ctf) for ctf in (True, False))
+    usual, baseline = (table1.row(plan, codes, seed, ctf=ctf) for ctf in (True, False))
     tuned = planned.search(plan, codes, ctf=True)
     coarse, fine = planned.coarse(plan, codes, seed), planned.fine(plan, codes, seed)
 
     def scored(name: str, models: planned.Models, **settings: float) -> list[Cell]:
-        return planned.score(
-            f"table3-{name}", models, tuned, samples=plan.samples_of_lines, settings=settings
-        )
+        return planned.score(plan, f"table3-{name}", models, tuned, settings=settings)
 
     found = []
     part = "a: number of clusters K"

@@ -32,4 +32,5 @@ def counted(*given: Any) -> Any:
 
 
 loop._step, tokens._encode = step, counted
-sys.exit(cli.main(arguments))
+sys.argv = ["ctf", *arguments]
+cli.program()

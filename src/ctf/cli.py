@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from ctf.commands import pipelines, research, stages  # noqa: F401  they register commands
 from ctf.commands.common import app, console, groups
@@ -56,5 +58,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def program() -> NoReturn:
+    """`main`, then the end of the process."""
+    code = main()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # One of torchrun's processes, and all is written. Threads of gloo that are still there when
+        # Python takes itself apart can abort it ("terminate called without an active exception"),
+        # or wait forever.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -221,7 +221,7 @@ def reproduce(
     Args:
         what: a table or a figure of the paper, or all of them; report writes the report of what
             there is; status lists the cells, and computes nothing
-        budget: small takes about an hour on two cores, full six
+        budget: small is meant for an hour on two cores, full for six; neither was timed as a whole
         out: folder for what the cells make, in a folder of the budget
         results: folder for the report and the cells' results, in a folder of the budget
         only: one cell, by its name, with those that it needs

@@ -182,6 +182,9 @@ def test_the_peak_is_that_of_what_was_called() -> None:
     if memory.held(CPU):  # systems that tell nothing give 0
         assert measuring.working_memory(hold, CPU) == pytest.approx(2**26, rel=0.2)
         assert measuring.working_memory(lambda: None, CPU) < 2**22
+        with memory.kept():  # where what is freed stays for the next tensor
+            hold()
+            assert measuring.working_memory(hold, CPU) == pytest.approx(2**26, rel=0.2)
 
 
 def test_a_container_and_the_machine_limit_the_memory(

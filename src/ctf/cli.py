@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -60,12 +61,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def program() -> NoReturn:
     """`main`, then the end of the process."""
-    code = main()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        # One of torchrun's processes, and all is written. Threads of gloo that are still there when
-        # Python takes itself apart can abort it ("terminate called without an active exception"),
-        # or wait forever.
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        sys.exit(main())
+    # One of torchrun's processes, which ends at once when all is written. Threads of gloo that are
+    # still there when Python takes itself apart can abort it ("terminate called without an active
+    # exception"), or wait forever.
+    code = 1
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+    finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    sys.exit(code)

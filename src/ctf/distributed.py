@@ -169,8 +169,15 @@ def joined(device: torch.device) -> Iterator[World]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    nccl = device.type == "cuda"
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if nccl else "gloo", timeout=PATIENCE)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:
-        dist.destroy_process_group()
+        # A group of gloo stays until the process ends. Python holds its lock where it frees the
+        # last reference to one, which waits for the group's threads; where one of these is just
+        # about to free a tensor, it waits for the lock, and both wait forever (torch 2.13; seen
+        # with the reference of DistributedDataParallel's reducer).
+        if nccl:
+            dist.destroy_process_group()

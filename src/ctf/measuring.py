@@ -138,6 +138,7 @@ def wait(device: torch.device) -> None:
 def working_memory(way: Callable[[], Any], device: torch.device) -> int:
     """Bytes that a call holds at the most beyond what is held before."""
     gc.collect()
+    memory.give_back()  # what was freed and is still there would be used again, and not be seen
     before = memory.held(device)
     memory.forget_peak(device)
     way()

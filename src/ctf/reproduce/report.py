@@ -100,7 +100,9 @@ def write(desk: Desk, plan: Plan) -> None:
         "of the training. FID-Lite0 and IS-Lite0 are by EfficientNet-Lite0, FID-fashion and "
         "IS-fashion by the shipped classifier; neither is the FID of the paper. The tokenizers "
         "were trained with a perceptual loss by that same EfficientNet-Lite0, which flatters all "
-        "FID-Lite0 here alike. "
+        "FID-Lite0 here alike. Each model has seen "
+        f"{plan.training.steps * plan.training.batch_size:,} pictures at the most: its training "
+        "is far from where it would end, and which model learns faster counts for much. "
         "GFLOP and seconds are those of training, without the tokenizer.",
         "",
         *[f"Machine: {where}." for where in sorted(wheres)],

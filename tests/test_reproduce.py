@@ -3,20 +3,24 @@
 import contextlib
 import dataclasses
 import json
+import multiprocessing
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import CLASSES, SIDE, Command, save_pictures
+from filelock import FileLock
 
 from ctf import checkpoint, cost
 from ctf.clusters import ClustersConfig
 from ctf.errors import UserError
 from ctf.extractors import open_extractor
 from ctf.presets import GroupLoss, TokenizerShape, TransformerShape, with_steps
-from ctf.reproduce import experiments, report, table1, table3
+from ctf.reproduce import cells, experiments, report, table1, table3
 from ctf.reproduce.cells import Desk
 from ctf.reproduce.plan import BUDGETS, FULL, Plan
 
@@ -148,6 +152,63 @@ def test_killed_cells_end_the_same(plan: Plan, done: Path, tmp_path: Path) -> No
     for part in ("scores", "settings", "pictures"):
         assert one["found"][part] == other["found"][part]
     assert other["seconds"] > 0
+
+
+def _made(plan: Plan, folder: Path, names: list[str]) -> list[str]:
+    """Computes cells in a process of its own; returns those that it made itself."""
+    made = []
+    here = desk(plan, folder)
+    make_alone = Desk._make_alone
+
+    def counted(self: Desk, name: str) -> None:
+        made.extend([] if (self.work / name / cells.RESULT).is_file() else [name])
+        make_alone(self, name)
+
+    Desk._make_alone = counted  # type: ignore[method-assign]
+    experiments.run(here, plan, names)
+    return made
+
+
+def test_processes_share_the_cells(plan: Plan, done: Path, tmp_path: Path) -> None:
+    names = experiments.chosen(plan, "table1", None)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        both = [pool.submit(_made, plan, tmp_path, names) for _ in range(2)]
+        made = [name for each in both for name in each.result(timeout=120)]
+    assert sorted(made) == sorted(names)
+    for name in names:
+        one, other = (desk(plan, folder).result(name) for folder in (done, tmp_path))
+        assert one is not None and other is not None
+        assert one["found"].get("scores") == other["found"].get("scores")
+        assert one["found"].get("loss") == other["found"].get("loss")
+
+
+def test_what_another_makes_is_left_to_it(plan: Plan, done: Path, tmp_path: Path) -> None:
+    """And what is timed waits until nothing else is left."""
+    here = dataclasses.replace(desk(plan, done), results=tmp_path)
+    timed, clusters = f"table2-{CODES}", f"clusters-{CODES}-{COUNT}"
+    lock = FileLock(here.work / f".{clusters}.lock", blocking=False)
+    order = []
+
+    def then() -> None:
+        order.append({path.stem for path in (tmp_path / "cells").iterdir()})
+        lock.release(force=True)
+
+    with lock:
+        here.compute([timed, clusters, f"clusters-{CODES}-identity"], then)
+    assert len(order) == 3
+    assert clusters not in order[0] and timed not in order[1] and timed in order[2]
+
+
+def test_helpers(tmp_path: Path) -> None:
+    with experiments.helpers(2, ["cost", "--help"], tmp_path):
+        pass
+    logs = [(tmp_path / f"helper-{number}.log").read_text() for number in (1, 2)]
+    assert all(log.startswith("usage: ctf cost") for log in logs)
+    began = time.monotonic()
+    serve = ["studio", "fashion-mnist", "--port", "0"]
+    with pytest.raises(KeyboardInterrupt), experiments.helpers(1, serve, tmp_path):
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 60
 
 
 def test_flops_and_parameters(plan: Plan, done: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from ctf import stopping
 from ctf.commands.common import (
     Device,
     Positional,
@@ -208,6 +209,7 @@ def reproduce(
     out: Path = Path("runs/reproduce"),
     results: Path = Path("docs/results"),
     only: str | None = None,
+    jobs: int = 1,
     device: Device = "auto",
     dry_run: bool = False,
 ) -> None:
@@ -221,15 +223,18 @@ def reproduce(
     Args:
         what: a table or a figure of the paper, or all of them; report writes the report of what
             there is; status lists the cells, and computes nothing
-        budget: small is meant for an hour on two cores, full for six; neither was timed as a whole
+        budget: small is meant for an hour with two jobs, full for six; neither was timed as a whole
         out: folder for what the cells make, in a folder of the budget
         results: folder for the report and the cells' results, in a folder of the budget
         only: one cell, by its name, with those that it needs
+        jobs: processes that share the cells; each takes one core and 1 GB
         device: where to compute; auto takes a GPU if there is one
         dry_run: list the cells that would be computed, and write nothing
     """
     from ctf.reproduce import experiments, report
 
+    if jobs < 1:
+        raise UserError(f"jobs: got {jobs}, expected 1 or more")
     plan = experiments.plan_of(budget)
     place = open_device(device)
     desk = experiments.open_desk(plan, out / budget, results / budget, place, progress)
@@ -244,6 +249,10 @@ def reproduce(
     if dry_run:
         console.print(f"would compute {', '.join(missing) or 'nothing'}", soft_wrap=True)
         return
-    experiments.run(desk, plan, missing)
+    same = ("reproduce", what, "--budget", budget, "--out", out, "--results", results)
+    again = [*map(str, same), "--device", device, *(["--only", only] if only else [])]
+    helpers = jobs - 1 if missing else 0
+    with stopping.at_once(desk.work), experiments.helpers(helpers, again, desk.work):
+        experiments.run(desk, plan, missing)
     report.write(desk, plan)
     console.print(f"{desk.results / 'report.md'}: {len(missing)} cells computed", soft_wrap=True)

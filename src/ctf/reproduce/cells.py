@@ -1,8 +1,10 @@
 """Cells: what is computed once for the tables and figures. Each is a folder, and survives a kill.
+Several processes with the same folders share the cells: each takes one that no other is making.
 
 WORK/<cell>/cell.json    what was asked for; another question is refused
 WORK/<cell>/run/         what it made: a stage's folder beside links to those of the cells before it
 WORK/<cell>/result.json  what came out; a cell that has it is done
+WORK/.<cell>.lock        held by the process that makes it
 RESULTS/cells/<cell>.json  a copy, which is all that the report needs
 """
 
@@ -15,14 +17,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from filelock import FileLock, Timeout
+from threadpoolctl import threadpool_limits
+
 from ctf import checkpoint, config
 from ctf.errors import UserError
 from ctf.fit import Progress
 from ctf.loop import first_difference
-from ctf.reproduce.jobs import Job, Place, make
+from ctf.reproduce.jobs import Job, Place, SpeedJob, make
 
 RESULT, ASKED, CLOCK = "result.json", "cell.json", "seconds.json"
 CLOCK_SECONDS = 10.0  # a kill loses at most so much of a cell's time
+WAIT_SECONDS = 1.0  # until a process looks again whether what it needs has been made by another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +64,38 @@ class Desk:
         stored = checkpoint.load_object(path)
         return stored if stored.get("asked") == self.asked(name) else None
 
-    def compute(self, names: Sequence[str]) -> None:
-        """Makes the cells whose results are missing, and those that they need."""
-        for name in names:
-            if self.result(name) is None:
-                self._make(name)
+    def compute(self, names: Sequence[str], then: Callable[[], None] = lambda: None) -> None:
+        """Makes the cells whose results are missing, and those that they need, until none is left.
+
+        Args:
+            then: is called after each of `names`.
+        """
+        with _one_thread():
+            while left := [name for name in names if self.result(name) is None]:
+                for name in left:
+                    if isinstance(self.cells[name].job, SpeedJob) and len(left) > 1:
+                        continue  # what is timed comes last, with no other beside it
+                    with contextlib.suppress(Timeout):
+                        self._make(name)
+                        then()
+                        break
+                else:
+                    time.sleep(WAIT_SECONDS)
 
     def _make(self, name: str) -> None:
-        """Makes a cell that is not in the working folder, after those that it needs."""
-        job, folder, asked = self.cells[name].job, self.work / name, self.asked(name)
-        for needed in job.needs:
+        """Makes a cell that is not in the working folder, after those that it needs.
+
+        Raises:
+            Timeout: another process is just making it, or one that it needs.
+        """
+        for needed in self.cells[name].job.needs:
             self._make(needed)
+        self.work.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.work / f".{name}.lock", blocking=False):
+            self._make_alone(name)
+
+    def _make_alone(self, name: str) -> None:
+        job, folder, asked = self.cells[name].job, self.work / name, self.asked(name)
         if (folder / RESULT).is_file():
             stored = checkpoint.load_object(folder / RESULT)
             _check_same(folder, stored["asked"], asked)
@@ -104,6 +132,20 @@ def _check_same(folder: Path, stored: Any, asked: Any) -> None:
             f"{folder} was made for another question: {first_difference(stored, asked)}\n"
             "delete it to make it anew, or choose another --out"
         )
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """On a CPU several would add up in another order, by which trainings end as others of their
+    kind: no result could be had again by another number of cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Clock:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -64,9 +67,31 @@ def chosen(plan: Plan, what: str, only: str | None) -> list[str]:
 
 def run(desk: Desk, plan: Plan, names: list[str]) -> None:
     """Computes cells and writes the report anew after each."""
-    for name in names:
-        desk.compute([name])
-        report.write(desk, plan)
+    desk.compute(names, lambda: report.write(desk, plan))
+
+
+@contextlib.contextmanager
+def helpers(count: int, arguments: Sequence[str], work: Path) -> Iterator[None]:
+    """So many processes beside this one that run `ctf` with these arguments, e.g. to share cells.
+
+    What they say goes to WORK/helper-1.log and so on. They are told to stop where this one stops.
+    """
+    with contextlib.ExitStack() as stack:
+        started = []
+        for number in range(1, count + 1):
+            work.mkdir(parents=True, exist_ok=True)
+            log = stack.enter_context(open(work / f"helper-{number}.log", "w", encoding="utf-8"))
+            command = [sys.executable, "-m", "ctf", *arguments]
+            started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
+        try:
+            yield
+        except BaseException:
+            for process in started:
+                process.terminate()
+            raise
+        finally:
+            for process in started:
+                process.wait()
 
 
 def status(desk: Desk) -> list[tuple[str, str, str]]:

@@ -93,6 +93,8 @@ def test_a_table_from_pictures_to_report(plan: Plan, done: Path) -> None:
     assert (done / "results" / "table1.png").is_file()
     settings = found.result(f"search-ctf-{CODES}")["found"]["best"]  # type: ignore[index]
     assert settings.keys() == {"guidance", "temperature", "fine_temperature"}
+    for value in settings.values():
+        assert f"| {value:g}, found by the search |" in text  # a line of Table 3
 
 
 def test_what_is_done_is_not_computed_again(plan: Plan, done: Path, tmp_path: Path) -> None:
@@ -296,6 +298,7 @@ def test_results_are_plain_json(done: Path) -> None:
         stored = json.loads(path.read_text())
         assert stored.keys() == {"cell", "asked", "found", "seconds", "where"}
         assert stored["cell"] == path.stem
+        assert stored["where"]["threads"] == "1"
         assert checkpoint.load_object(path) == stored
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 from threadpoolctl import threadpool_limits
 
-from ctf import checkpoint, config
+from ctf import checkpoint, config, measuring
 from ctf.errors import UserError
 from ctf.fit import Progress
 from ctf.loop import first_difference
@@ -116,7 +117,7 @@ class Desk:
             "asked": asked,
             "found": found,
             "seconds": round(clock.seconds, 1),
-            "where": self.place.where,
+            "where": {**measuring.where(self.place.device), "cores": str(os.cpu_count())},
         }
         checkpoint.save_json(folder / RESULT, stored)
         self._keep(name, stored)

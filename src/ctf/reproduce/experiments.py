@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ctf import checkpoint, measuring
+from ctf import checkpoint
 from ctf.config import did_you_mean
 from ctf.errors import UserError
 from ctf.fit import Progress
@@ -47,7 +46,7 @@ def open_desk(
 ) -> Desk:
     """Raises UserError: see `open_images`."""
     images = open_images(plan.source, plan.image_size)
-    place = Place(plan.source, images, plan.features, device, machine(device))
+    place = Place(plan.source, images, plan.features, device)
     return Desk(cells(plan, "all"), work, results, place, progress)
 
 
@@ -117,8 +116,3 @@ def plan_of(budget: str) -> Plan:
     if budget not in BUDGETS:
         raise UserError(f"unknown budget {budget!r}{did_you_mean(budget, BUDGETS)}")
     return BUDGETS[budget]
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    """What computes, for people."""
-    return {**measuring.where(device), "cores": str(os.cpu_count())}

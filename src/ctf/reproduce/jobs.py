@@ -61,14 +61,13 @@ class Place:
     """What all cells of a run have in common.
 
     source: name or folder of the pictures. features: the networks that look at pictures, by name;
-        searches are by the first. where: the machine, in words.
+        searches are by the first.
     """
 
     source: str
     images: Splits
     features: tuple[str, ...]
     device: torch.device
-    where: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)

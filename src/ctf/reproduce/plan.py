@@ -99,7 +99,7 @@ FULL = Plan(
     search_samples=500,
     search_points=40,
     search_reference=10_000,
-    lengths=(0.125, 0.25, 0.5),
+    lengths=(0.25, 0.5),
     group_loss=GroupLoss(weight=1.0),
     pictures_of_details=10_000,
 )

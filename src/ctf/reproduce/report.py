@@ -92,8 +92,9 @@ def write(desk: Desk, plan: Plan) -> None:
     lines = [
         "# The paper in miniature",
         "",
-        f"Made by `ctf reproduce`; do not edit. {done} of {len(desk.cells)} cells are computed, in "
-        f"{seconds / 3600:.1f} hours together. The raw numbers of each are in cells/.",
+        f"Made by `ctf reproduce`; do not edit. {done} of {len(desk.cells)} cells are computed, "
+        f"together in {seconds / 3600:.1f} hours of one thread. The raw numbers of each are in "
+        "cells/.",
         "",
         f"Pictures: {plan.source} at {plan.image_size} pixels. Each score is of {plan.samples} "
         "samples against the held-out pictures. In brackets: 95 % intervals of the sampling, not "
@@ -290,7 +291,10 @@ def _table3(desk: Desk, plan: Plan) -> list[str]:
     ]
     parts: dict[str, list[list[str]]] = {}
     for line in table3.lines(plan):
-        parts.setdefault(line.part, []).append([line.choice, *_scores(plan, row(desk, line.cells))])
+        found, choice = row(desk, line.cells), line.choice
+        if found is not None and line.setting is not None:
+            choice = f"{found.found['settings'][line.setting]:g}, {choice}"
+        parts.setdefault(line.part, []).append([choice, *_scores(plan, found)])
     for part, body in parts.items():
         lines += [f"### {part}", "", *_table(("choice", *_header(plan)), body)]
         lines += [f"The paper (FID / IS): {PAPER_TABLE3[part]}.", ""]

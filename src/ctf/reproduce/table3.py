@@ -10,21 +10,26 @@ from ctf.reproduce import table1
 from ctf.reproduce.cells import Cell
 from ctf.reproduce.plan import Plan
 
-GUIDANCES = (1.0, 1.5, 2.0, 2.5)
+# Beside what the search has found.
+GUIDANCES = (1.0, 1.75, 3.25)
 FINE_TOP_KS = (1, 4)
-TEMPERATURES = (0.9, 1.0, 1.1)
-FINE_TEMPERATURES = (0.5, 0.9, 1.0, 1.1)
+TEMPERATURES = (1.0, 1.1)
+FINE_TEMPERATURES = (0.5, 1.1)
 UNIFORM = 1e6  # a temperature at which all members of a cluster are equally likely
 CORRUPTION = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A line of the table: the part that it belongs to, what is chosen, and its cells."""
+    """A line of the table: the part that it belongs to, what is chosen, and its cells.
+
+    setting: of the sampling, where the choice is what the search has found for it.
+    """
 
     part: str
     choice: str
     cells: list[Cell]
+    setting: str | None = None
 
 
 def cells(plan: Plan) -> list[Cell]:
@@ -65,10 +70,14 @@ def lines(plan: Plan) -> list[Line]:
             short = f"{name.replace('_', '-')}-{value:g}"
             row = scored(short, (coarse, fine), **{name: value})
             found.append(Line(part, f"{value:g}", row))
+        found.append(Line(part, "found by the search", usual, name))
 
     settings("c: guidance scale", "guidance", GUIDANCES)
-    settings("d: top-k of the fine model", "fine_top_k", FINE_TOP_KS)
-    found.append(Line("d: top-k of the fine model", "all", usual))
+    part = "d: top-k of the fine model"
+    for k in FINE_TOP_KS:
+        row = scored(f"fine-top-k-{k}", (coarse, fine), fine_top_k=k)
+        found.append(Line(part, str(k), row))
+    found.append(Line(part, "all", usual))
     settings("e: temperature, coarse", "temperature", TEMPERATURES)
     settings("f: temperature, fine", "fine_temperature", FINE_TEMPERATURES)
 

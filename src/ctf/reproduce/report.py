@@ -402,7 +402,7 @@ def _claims(desk: Desk, plan: Plan) -> list[str]:
     body = [
         *(_better(desk, plan, name, lower=True) for name in _names(plan, "FID")),
         *(_better(desk, plan, name, lower=False) for name in _names(plan, "IS")),
-        _grows(desk, plan),
+        *(_grows(desk, plan, name) for name in _names(plan, "FID")),
         _sooner(desk, plan),
         _as_fast(desk, plan),
         _control(desk, plan),
@@ -438,16 +438,16 @@ def _better(desk: Desk, plan: Plan, name: str, *, lower: bool) -> tuple[str, str
     return claim, here, "yes"
 
 
-def _grows(desk: Desk, plan: Plan) -> tuple[str, str, str]:
-    claim = "the gain grows with the codebook"
-    margins = [_margins(desk, plan, codes, _fid(plan)) for codes in plan.codebooks]
+def _grows(desk: Desk, plan: Plan, name: str) -> tuple[str, str, str]:
+    claim = f"the gain in {name} grows with the codebook"
+    margins = [_margins(desk, plan, codes, name) for codes in plan.codebooks]
     if len(margins) < 2 or not all(margins):
         return claim, MISSING, ""
     means = [statistics.mean(values) for values in margins]
     here = ", ".join(
         f"V = {codes}: {-mean:+.1%}" for codes, mean in zip(plan.codebooks, means, strict=True)
     )
-    return claim, f"{_fid(plan)} {here}", "yes" if means == sorted(means) else "no"
+    return claim, here, "yes" if means == sorted(means) else "no"
 
 
 def _sooner(desk: Desk, plan: Plan) -> tuple[str, str, str]:

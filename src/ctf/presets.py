@@ -277,8 +277,7 @@ PRESETS = {
         sampling=Sampling(),
         image_size=32,
     ),
-    # That of the shipped pipeline. What the experiments found best at this size (docs/results/full),
-    # trained for longer.
+    # What the experiments found best at this size (docs/results/full), trained for longer.
     "small": Recipe(
         tokenizer=TokenizerShape(largest_grid=16),
         tokenizer_training=TokenizerTraining(steps=6400, batch_size=32, perceptual_weight=0.2),

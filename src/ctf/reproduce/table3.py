@@ -17,6 +17,7 @@ TEMPERATURES = (1.0, 1.1)
 FINE_TEMPERATURES = (0.5, 1.1)
 UNIFORM = 1e6  # a temperature at which all members of a cluster are equally likely
 CORRUPTION = 0.1
+MEMBER = "a random member instead of the fine model (MASC)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ def lines(plan: Plan) -> list[Line]:
     )
     found.append(Line(part, "clusters of equal sizes (IAR)", scored("balanced", models)))
     masc = scored("member", (coarse, fine), fine_temperature=UNIFORM)
-    found.append(Line(part, "a random member instead of the fine model (MASC)", masc))
+    found.append(Line(part, MEMBER, masc))
     full = planned.fine(plan, codes, seed, full=True)
     found.append(Line(part, "fine softmax over all codes", scored("full", (coarse, full))))
     corrupted = planned.fine(plan, codes, seed, corruption=CORRUPTION)

@@ -97,6 +97,27 @@ def test_a_table_from_pictures_to_report(plan: Plan, done: Path) -> None:
         assert f"| {value:g}, found by the search |" in text  # a line of Table 3
 
 
+@pytest.mark.parametrize(
+    ("change", "holds"),
+    [(100.0, "yes"), (-100.0, "no: the contrary"), (0.0, report.OVERLAP)],
+)
+def test_lines_are_compared_by_their_intervals(
+    plan: Plan, done: Path, tmp_path: Path, change: float, holds: str
+) -> None:
+    here = dataclasses.replace(desk(plan, done), results=tmp_path)
+    for path in (done / "results" / "cells").iterdir():
+        checkpoint.save_json(tmp_path / "cells" / path.name, checkpoint.load_object(path))
+    likeliest = checkpoint.load_object(tmp_path / "cells" / f"table1-ctf-{CODES}-s0.json")
+    score = likeliest["found"]["scores"]["FID-fashion"]
+    score.update({key: score[key] + change for key in ("value", "low", "high")})
+    likeliest["asked"] = here.asked("table3-fine-top-k-1")
+    checkpoint.save_json(tmp_path / "cells" / "table3-fine-top-k-1.json", likeliest)
+    report.write(here, plan)
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    (line,) = (line for line in lines if "drawing details beats" in line)
+    assert line.endswith(f"| {holds} |")
+
+
 def test_what_is_done_is_not_computed_again(plan: Plan, done: Path, tmp_path: Path) -> None:
     def fail(name: str) -> Any:
         raise AssertionError(f"{name} is computed")

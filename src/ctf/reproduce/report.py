@@ -20,6 +20,7 @@ from ctf.reproduce.plan import Plan
 from ctf.sampling import in_words
 
 MISSING = "not computed yet"
+OVERLAP = "no: the intervals overlap"
 GOAL = 0.2  # how much lower FID is to be, as in the paper
 
 # The paper's tables (arXiv 2503.16194), ImageNet at 256 pixels; FID / IS.
@@ -439,7 +440,7 @@ def _better(desk: Desk, plan: Plan, name: str, *, lower: bool) -> tuple[str, str
 
 
 def _grows(desk: Desk, plan: Plan, name: str) -> tuple[str, str, str]:
-    claim = f"the gain in {name} grows with the codebook"
+    claim = f"{name} is the lower with CTF, the larger the codebook"
     margins = [_margins(desk, plan, codes, name) for codes in plan.codebooks]
     if len(margins) < 2 or not all(margins):
         return claim, MISSING, ""
@@ -473,7 +474,7 @@ def _as_fast(desk: Desk, plan: Plan) -> tuple[str, str, str]:
 
 
 def _between_lines(desk: Desk, plan: Plan) -> list[tuple[str, str, str]]:
-    """What the paper says of its Table 3, line against line: the better one first."""
+    """Line against line of Table 3, first the one that the claim has as the better."""
     of: dict[str, list[table3.Line]] = {}
     for line in table3.lines(plan):
         of.setdefault(line.part, []).append(line)
@@ -500,10 +501,10 @@ def _ahead(
     found, other = row(desk, better.cells), row(desk, worse.cells)
     if found is None or other is None:
         return claim, MISSING, ""
-    here = f"{name} {found.value(name):.4g} for {other.value(name):.4g}"
+    here = f"{name} {found.value(name):.4g}, {other.value(name):.4g} with {worse.choice}"
     (low, high), (other_low, other_high) = found.interval(name), other.interval(name)
     if name.startswith("IS"):
         ahead, behind = low > other_high, high < other_low
     else:
         ahead, behind = high < other_low, low > other_high
-    return claim, here, "yes" if ahead else "no, the contrary" if behind else "no difference"
+    return claim, here, "yes" if ahead else "no: the contrary" if behind else OVERLAP

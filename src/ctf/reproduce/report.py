@@ -41,7 +41,6 @@ PAPER_TABLE3 = {
     "e: temperature, coarse": "0.9: 7.30 / 292.7; 1.0: 5.33 / 285.2; 1.1: 4.16 / 259.5",
     "f: temperature, fine": "0.9: 5.55 / 288.0; 1.0: 4.16 / 259.5; 1.1: 4.15 / 255.0",
     "control": "a random clustering makes the method fail",
-    "beyond the paper": "-",
 }
 
 
@@ -298,7 +297,8 @@ def _table3(desk: Desk, plan: Plan) -> list[str]:
         parts.setdefault(line.part, []).append([choice, *_scores(plan, found)])
     for part, body in parts.items():
         lines += [f"### {part}", "", *_table(("choice", *_header(plan)), body)]
-        lines += [f"The paper (FID / IS): {PAPER_TABLE3[part]}.", ""]
+        if part in PAPER_TABLE3:
+            lines += [f"The paper (FID / IS): {PAPER_TABLE3[part]}.", ""]
     return lines
 
 

@@ -223,6 +223,10 @@ def test_sigterm_in_every_stage(
             result = ctf(*fit_arguments(pictures, out, steps=SHORT))
         assert (result.code, result.out) == (0, f"{tmp_path}/{said}\n"), result.err
         assert signal.getsignal(signal.SIGTERM) == before
+        if "/" in said:  # stopped in a stage, whose time so far is noted
+            stage = said.split("/")[1].split(":")[0]
+            log = json.loads((out / "fit.json").read_text())
+            assert log["seconds"][stage] > 0 and stage not in log["done"]
     assert ctf(*fit_arguments(pictures, out, steps=SHORT)).code == 0
     assert comparable(out) == comparable(undisturbed)
 

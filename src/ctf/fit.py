@@ -232,7 +232,7 @@ def _describe(run: Path, images: Splits, recipe: Recipe, spent: dict[str, float]
     for kind in kinds:
         metrics[kind] = {"loss": loop.last_metrics(run / kind, "val")["loss"]}
     for stage in ("tokenizer", *kinds):
-        # A training keeps its own time, through all kills; the log has that of the last attempt.
+        # A training keeps its own time, through all kills; the log lacks attempts that were killed.
         own = loop.last_metrics(run / stage, "val").get("seconds", 0.0)
         spent = {**spent, stage: max(spent.get(stage, 0.0), own)}
     origin = {
@@ -550,11 +550,12 @@ class _Log:
         spent: dict[str, float] = self.content["seconds"]
         spent[stage] = round(spent.get(stage, 0.0) + seconds, 2)
 
-    def finish(self, stage: str, seconds: float) -> None:
-        """Notes how long a stage took; finding later that it is done is not worth a note."""
+    def spend(self, stage: str, seconds: float, *, done: bool) -> None:
+        """Notes how long a stage took so far; finding later that it is done is not worth a note."""
         if stage not in self.content["done"]:
             self._add_seconds(stage, seconds)
-            self.content["done"].append(stage)
+            if done:
+                self.content["done"].append(stage)
             self.save()
 
     @property
@@ -569,9 +570,11 @@ class _Timer:
     def __enter__(self) -> None:
         self.began = time.monotonic()
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.log.finish(self.stage, time.monotonic() - self.began)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # A stage that was asked to stop has taken its time too. A failure, e.g. of a full disk, is
+        # told as it is, without another attempt to write.
+        if kind is None or not issubclass(kind, Exception):
+            self.log.spend(self.stage, time.monotonic() - self.began, done=kind is None)
 
 
 class _Budget:

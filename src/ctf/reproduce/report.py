@@ -66,8 +66,13 @@ def row(desk: Desk, cells: Sequence[Cell]) -> Row | None:
     """That of the last cell, a score; None where it or one before it is not computed yet."""
     job: Any = cells[-1].job
     found = desk.result(cells[-1].name)
-    models = [desk.result(name) for name in (job.coarse, job.fine) if name is not None]
-    if found is None or None in models:
+    if found is None:
+        return None
+    names = [job.coarse, job.fine]
+    if found["found"]["settings"].get("fine_temperature", 1.0) >= table3.UNIFORM:
+        names.remove(job.fine)  # members are equally likely: its model is for nothing
+    models = [desk.result(name) for name in names if name is not None]
+    if None in models:
         return None
     parts: list[dict[str, Any]] = [model["found"] for model in models if model is not None]
     return Row(

@@ -112,6 +112,27 @@ def test_a_random_member_has_no_cost(plan: Plan, done: Path, tmp_path: Path) -> 
     assert found.flops == coarse["found"]["flops"]
 
 
+def test_a_model_costs_what_it_was_started_from(plan: Plan, done: Path, tmp_path: Path) -> None:
+    here = dataclasses.replace(desk(plan, done), results=tmp_path)
+    (line,) = (line for line in table3.lines(plan) if line.cells[-1].name == "table3-warm")
+    for path in (done / "results" / "cells").iterdir():
+        checkpoint.save_json(tmp_path / "cells" / path.name, checkpoint.load_object(path))
+    usual = {"table3-warm": f"table1-ctf-{CODES}-s0"}
+    usual[f"coarse-{CODES}-{COUNT}-s0-warm"] = f"coarse-{CODES}-{COUNT}-s0"
+    for name, other in usual.items():
+        result = {**checkpoint.load_object(tmp_path / "cells" / f"{other}.json")}
+        checkpoint.save_json(
+            tmp_path / "cells" / f"{name}.json", {**result, "asked": here.asked(name)}
+        )
+    found = report.row(here, line.cells)
+    alone = report.row(here, table1.row(plan, CODES, 0, ctf=True))
+    start = report.row(here, table1.row(plan, CODES, 0, ctf=False))
+    assert found is not None and alone is not None and start is not None
+    assert found.flops == alone.flops + start.flops
+    assert found.tokens == alone.tokens + start.tokens
+    assert found.parameters == alone.parameters
+
+
 @pytest.mark.parametrize(
     ("change", "holds"),
     [(100.0, "yes"), (-100.0, "no: the contrary"), (0.0, report.OVERLAP)],

@@ -71,16 +71,23 @@ def row(desk: Desk, cells: Sequence[Cell]) -> Row | None:
     names = [job.coarse, job.fine]
     if found["found"]["settings"].get("fine_temperature", 1.0) >= table3.UNIFORM:
         names.remove(job.fine)  # members are equally likely: its model is for nothing
-    models = [desk.result(name) for name in names if name is not None]
-    if None in models:
+    of: Any = {cell.name: cell.job for cell in cells}
+    start = of[job.coarse].warm_start
+    results = {name: desk.result(name) for name in (*names, start) if name is not None}
+    parts: dict[str, dict[str, Any]] = {
+        name: result["found"] for name, result in results.items() if result is not None
+    }
+    if len(parts) < len(results):
         return None
-    parts: list[dict[str, Any]] = [model["found"] for model in models if model is not None]
     return Row(
         found["found"],
-        parameters=sum(part["parameters"] for part in parts),
-        flops=sum(part["flops"] for part in parts),
-        tokens=max(part["tokens_seen"] for part in parts),
-        seconds=sum(part["seconds_of_training"] for part in parts),
+        # What a model was started from has cost its training, and is not a part of it.
+        parameters=sum(part["parameters"] for name, part in parts.items() if name != start),
+        flops=sum(part["flops"] for part in parts.values()),
+        tokens=sum(
+            part["tokens_seen"] for name, part in parts.items() if name in (start, job.coarse)
+        ),
+        seconds=sum(part["seconds_of_training"] for part in parts.values()),
     )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -78,6 +79,12 @@ def done(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def copied(plan: Plan, done: Path, folder: Path) -> Desk:
+    """Of what is done, with results that a test may add to."""
+    shutil.copytree(done / "results" / "cells", folder / "cells")
+    return dataclasses.replace(desk(plan, done), results=folder)
+
+
 def test_a_table_from_pictures_to_report(plan: Plan, done: Path) -> None:
     found = desk(plan, done)
     rows = [report.row(found, table1.row(plan, CODES, 0, ctf=ctf)) for ctf in (False, True)]
@@ -86,7 +93,6 @@ def test_a_table_from_pictures_to_report(plan: Plan, done: Path) -> None:
         low, high = row.interval("FID-fashion")
         assert low < row.value("FID-fashion") < high
         assert row.found["samples"] == plan.samples
-        assert row.tokens == STEPS * BATCH * LENGTH
     text = (done / "results" / "report.md").read_text()
     assert f"{rows[1].value('FID-fashion'):.4g}" in text  # type: ignore[union-attr]
     assert report.MISSING in text  # the other tables
@@ -98,10 +104,8 @@ def test_a_table_from_pictures_to_report(plan: Plan, done: Path) -> None:
 
 
 def test_a_random_member_has_no_cost(plan: Plan, done: Path, tmp_path: Path) -> None:
-    here = dataclasses.replace(desk(plan, done), results=tmp_path)
+    here = copied(plan, done, tmp_path)
     (line,) = (line for line in table3.lines(plan) if line.choice == table3.MEMBER)
-    for path in (done / "results" / "cells").iterdir():
-        checkpoint.save_json(tmp_path / "cells" / path.name, checkpoint.load_object(path))
     drawn = checkpoint.load_object(tmp_path / "cells" / f"table1-ctf-{CODES}-s0.json")
     drawn["asked"] = here.asked(line.cells[-1].name)
     drawn["found"]["settings"]["fine_temperature"] = table3.UNIFORM
@@ -113,23 +117,22 @@ def test_a_random_member_has_no_cost(plan: Plan, done: Path, tmp_path: Path) -> 
 
 
 def test_a_model_costs_what_it_was_started_from(plan: Plan, done: Path, tmp_path: Path) -> None:
-    here = dataclasses.replace(desk(plan, done), results=tmp_path)
+    here = copied(plan, done, tmp_path)
     (line,) = (line for line in table3.lines(plan) if line.cells[-1].name == "table3-warm")
-    for path in (done / "results" / "cells").iterdir():
-        checkpoint.save_json(tmp_path / "cells" / path.name, checkpoint.load_object(path))
-    usual = {"table3-warm": f"table1-ctf-{CODES}-s0"}
-    usual[f"coarse-{CODES}-{COUNT}-s0-warm"] = f"coarse-{CODES}-{COUNT}-s0"
-    for name, other in usual.items():
-        result = {**checkpoint.load_object(tmp_path / "cells" / f"{other}.json")}
-        checkpoint.save_json(
-            tmp_path / "cells" / f"{name}.json", {**result, "asked": here.asked(name)}
-        )
+    of_usual = {
+        "table3-warm": f"table1-ctf-{CODES}-s0",
+        f"coarse-{CODES}-{COUNT}-s0-warm": f"coarse-{CODES}-{COUNT}-s0",
+    }
+    for name, usual in of_usual.items():
+        result = checkpoint.load_object(tmp_path / "cells" / f"{usual}.json")
+        result["asked"] = here.asked(name)
+        checkpoint.save_json(tmp_path / "cells" / f"{name}.json", result)
     found = report.row(here, line.cells)
     alone = report.row(here, table1.row(plan, CODES, 0, ctf=True))
     start = report.row(here, table1.row(plan, CODES, 0, ctf=False))
     assert found is not None and alone is not None and start is not None
     assert found.flops == alone.flops + start.flops
-    assert found.tokens == alone.tokens + start.tokens
+    assert found.seconds == alone.seconds + start.seconds
     assert found.parameters == alone.parameters
 
 
@@ -140,9 +143,7 @@ def test_a_model_costs_what_it_was_started_from(plan: Plan, done: Path, tmp_path
 def test_lines_are_compared_by_their_intervals(
     plan: Plan, done: Path, tmp_path: Path, change: float, holds: str
 ) -> None:
-    here = dataclasses.replace(desk(plan, done), results=tmp_path)
-    for path in (done / "results" / "cells").iterdir():
-        checkpoint.save_json(tmp_path / "cells" / path.name, checkpoint.load_object(path))
+    here = copied(plan, done, tmp_path)
     likeliest = checkpoint.load_object(tmp_path / "cells" / f"table1-ctf-{CODES}-s0.json")
     score = likeliest["found"]["scores"]["FID-fashion"]
     score.update({key: score[key] + change for key in ("value", "low", "high")})
@@ -243,7 +244,7 @@ def test_processes_share_the_cells(plan: Plan, done: Path, tmp_path: Path) -> No
 
 def test_what_another_makes_is_left_to_it(plan: Plan, done: Path, tmp_path: Path) -> None:
     """And what is timed waits until nothing else is left."""
-    here = dataclasses.replace(desk(plan, done), results=tmp_path)
+    here = copied(plan, done, tmp_path)
     timed, clusters = f"table2-{CODES}", f"clusters-{CODES}-{COUNT}"
     lock = FileLock(here.work / f".{clusters}.lock", blocking=False)
     order = []
@@ -277,6 +278,7 @@ def test_flops_and_parameters(plan: Plan, done: Path) -> None:
     baseline = desk(plan, done).result(f"baseline-{CODES}-s0")
     assert baseline is not None
     assert baseline["found"]["flops"] == STEPS * BATCH * each
+    assert baseline["found"]["tokens_seen"] == STEPS * BATCH * LENGTH
     norms = (2 * layers + 1) * width
     tables = (2 * CODES + len(CLASSES) + 1) * width
     assert baseline["found"]["parameters"] == blocks + norms + tables

@@ -51,7 +51,6 @@ class Row:
     found: dict[str, Any]
     parameters: int
     flops: int
-    tokens: int
     seconds: float
 
     def value(self, name: str) -> float:
@@ -84,9 +83,6 @@ def row(desk: Desk, cells: Sequence[Cell]) -> Row | None:
         # What a model was started from has cost its training, and is not a part of it.
         parameters=sum(part["parameters"] for name, part in parts.items() if name != start),
         flops=sum(part["flops"] for part in parts.values()),
-        tokens=sum(
-            part["tokens_seen"] for name, part in parts.items() if name in (start, job.coarse)
-        ),
         seconds=sum(part["seconds_of_training"] for part in parts.values()),
     )
 

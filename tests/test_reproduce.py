@@ -244,7 +244,7 @@ def test_processes_share_the_cells(plan: Plan, done: Path, tmp_path: Path) -> No
 
 def test_what_another_makes_is_left_to_it(plan: Plan, done: Path, tmp_path: Path) -> None:
     """And what is timed waits until nothing else is left."""
-    here = copied(plan, done, tmp_path)
+    here = dataclasses.replace(desk(plan, done), results=tmp_path)
     timed, clusters = f"table2-{CODES}", f"clusters-{CODES}-{COUNT}"
     lock = FileLock(here.work / f".{clusters}.lock", blocking=False)
     order = []

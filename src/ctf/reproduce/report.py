@@ -389,8 +389,8 @@ def _figure2(desk: Desk, plan: Plan) -> list[str]:
                 marker="o",
                 label=label,
             )
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
         axes.set_xlabel("TFLOP of training, by calculation")
         axes.set_ylabel(f"{name}, lower is better")
         axes.legend()

@@ -155,6 +155,26 @@ def test_lines_are_compared_by_their_intervals(
     assert line.endswith(f"| {holds} |")
 
 
+@pytest.mark.parametrize(("ours", "holds"), [([2.0, 1.0, 0.5], "no"), ([1.0, 1.0, 4.0], "yes")])
+def test_speeds_are_compared_round_by_round(
+    plan: Plan, done: Path, tmp_path: Path, ours: list[float], holds: str
+) -> None:
+    """The machine may slow down between rounds: the baseline's median is 1.0 both times."""
+    here = copied(plan, done, tmp_path)
+    name, theirs = f"table2-{CODES}", [1.0, 0.5, 4.0]
+    batches = ("1", "64")
+    times = {"baseline": dict.fromkeys(batches, theirs), "CTF": dict.fromkeys(batches, ours)}
+    stored = {"cell": name, "asked": here.asked(name), "found": {"seconds": times}}
+    checkpoint.save_json(tmp_path / "cells" / f"{name}.json", {**stored, "seconds": 1, "where": {}})
+    report.write(here, plan)
+    text = (tmp_path / "report.md").read_text()
+    ratios = sorted(a / b for a, b in zip(theirs, ours, strict=True))
+    assert f"| 64 | 64.00 (16.00 to 128.00) | {64 / sorted(ours)[1]:.2f}" in text
+    assert f"| {ratios[1]:.2f} ({ratios[0]:.2f} to {ratios[2]:.2f}) |" in text
+    (line,) = (line for line in text.splitlines() if "sampling is no slower" in line)
+    assert line.endswith(f"| {holds} |")
+
+
 def test_what_is_done_is_not_computed_again(plan: Plan, done: Path, tmp_path: Path) -> None:
     def fail(name: str) -> Any:
         raise AssertionError(f"{name} is computed")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -186,7 +185,7 @@ class SpeedJob:
     fine: str
     tuned: tuple[str, str]
     batches: tuple[int, ...] = (1, 64)
-    rounds: int = 5
+    rounds: int = 15
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -517,9 +516,5 @@ def _speed(job: SpeedJob, run: Path, work: Path, place: Place, progress: Progres
                 report(number * (job.rounds + 1) + round_ + 1, total)
     return {
         "seconds": seconds,
-        "median": {
-            name: {batch: statistics.median(times) for batch, times in of.items()}
-            for name, of in seconds.items()
-        },
         "settings": {name: settings for name, (_, settings) in ways.items()},
     }

@@ -105,7 +105,7 @@ FULL = Plan(
 )
 
 BUDGETS = {
-    # An hour on two cores: one seed, two codebooks, a quarter of the training, 1000 samples.
+    # An hour on two cores: one seed, two codebooks, a fifth of the training, 1000 samples.
     "small": dataclasses.replace(
         FULL,
         codebooks=(1024, 16384),
@@ -113,12 +113,12 @@ BUDGETS = {
         baselines=(FULL.baselines[0], FULL.baselines[2]),
         other_counts=(128,),
         seeds=(0,),
-        tokenizer_training=dataclasses.replace(FULL.tokenizer_training, steps=800),
+        tokenizer_training=dataclasses.replace(FULL.tokenizer_training, steps=640),
         other_fines=FULL.other_fines[:1],
-        training=with_steps(FULL.training, 250),
-        fine_training=with_steps(FULL.fine_training, 250),
+        training=with_steps(FULL.training, 200),
+        fine_training=with_steps(FULL.fine_training, 200),
         samples=1000,
-        search_points=20,
+        search_points=16,
         lengths=(0.5,),
         pictures_of_details=1000,
     ),

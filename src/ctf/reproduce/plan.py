@@ -118,7 +118,7 @@ BUDGETS = {
         training=with_steps(FULL.training, 200),
         fine_training=with_steps(FULL.fine_training, 200),
         samples=1000,
-        search_points=16,
+        search_points=12,
         lengths=(0.5,),
         pictures_of_details=1000,
     ),

@@ -267,7 +267,7 @@ PRESETS = {
         clusters=ClustersConfig(count=256),
         coarse=TransformerShape(width=128, layers=4, heads=4),
         coarse_training=TrainingConfig(
-            steps=600, batch_size=32, learning_rate=3e-3, warm_up=50, ema=0.99
+            steps=600, batch_size=32, learning_rate=5e-3, warm_up=50, ema=0.95
         ),
         fine=TransformerShape(width=128, layers=2, heads=4),
         fine_softmax="members",
@@ -276,6 +276,8 @@ PRESETS = {
         ),
         sampling=Sampling(),
         image_size=32,
+        # Within two minutes what pictures show is the coarse model's; details hardly matter yet.
+        time_shares=TimeShares(tokenizer=0.3, tokens=0.1, coarse=0.45, fine=0.15),
     ),
     # That of the shipped pipeline, which took 7060 seconds of one thread, the transformers in
     # bfloat16 (README). Not timed on a free machine.

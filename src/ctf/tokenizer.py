@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from ctf.errors import UserError
 
-# On a CPU, vectors looked up at once: their products with 16384 codes are 2 MB, which stay in the
-# cache of a core. And the most codes of which the largest product is found before its index.
+# Vectors looked up at once on a CPU: the cache holds their products with 16384 codes, 2 MB.
 LOOK_UP_ROWS = 32
-LOOK_UP_BLOCK = 256
+LOOK_UP_BLOCK = 256  # codes at the most whose largest product is found before its index
 
 
 @dataclasses.dataclass(frozen=True)

@@ -155,6 +155,28 @@ def test_lines_are_compared_by_their_intervals(
     assert line.endswith(f"| {holds} |")
 
 
+def test_the_fine_stage_alone(plan: Plan, done: Path, tmp_path: Path) -> None:
+    """Every network looks at the same draws, so its scores do not depend on those before it."""
+    name, here = f"details-{CODES}", copied(plan, done, tmp_path)
+    here.compute([name])
+    found = here.result(name)["found"]  # type: ignore[index]
+    assert len(found) == 5
+    assert {*found["true codes"]} == {"FID-fashion"}
+    assert len({ways["FID-fashion"]["value"] for ways in found.values()}) == 5
+    other = dataclasses.replace(
+        here,
+        work=tmp_path / "work",
+        results=tmp_path / "again",
+        place=dataclasses.replace(here.place, features=("lite0", "fashion")),
+    )
+    shutil.copytree(here.work, other.work, symlinks=True, ignore=shutil.ignore_patterns(name))
+    other.compute([name])
+    again = other.result(name)["found"]  # type: ignore[index]
+    for way, distances in found.items():
+        assert again[way]["FID-fashion"] == distances["FID-fashion"]
+        assert again[way]["FID-Lite0"]["value"] > 0
+
+
 @pytest.mark.parametrize(("ours", "holds"), [([2.0, 1.0, 0.5], "no"), ([1.0, 1.0, 4.0], "yes")])
 def test_speeds_are_compared_round_by_round(
     plan: Plan, done: Path, tmp_path: Path, ours: list[float], holds: str

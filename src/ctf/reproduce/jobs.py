@@ -454,31 +454,31 @@ def _details(job: DetailsJob, run: Path, work: Path, place: Place, progress: Pro
         "fine model, temperature 0.8": drawn(0.8),
         "fine model, the likeliest": drawn(0.0),
     }
+
+    def pictures(way: Callable[[Tensor, Tensor], Tensor]) -> Iterator[np.ndarray]:
+        for start in range(0, count, tokenizer_training.EVALUATION_BATCH):
+            rows_B = np.arange(start, min(start + tokenizer_training.EVALUATION_BATCH, count))
+            classes_B = torch.from_numpy(val.classes_N[rows_B])
+            codes_BL = way(val.codes(rows_B), classes_B)
+            images = as_pictures(tokenizer.decode(codes_BL.to(place.device)))
+            yield np.stack([np.asarray(image) for image in images])
+
     held_out = _held_out(place)
+    extractors = _extractors(place)
+    known = [scores.look_at_reference(held_out, extractor, None) for extractor in extractors]
     found: Found = {}
-    for extractor in _extractors(place):
-        known = scores.look_at_reference(held_out, extractor, None)
-        for name, way in ways.items():
-
-            def pictures(way: Callable[[Tensor, Tensor], Tensor] = way) -> Iterator[np.ndarray]:
-                for start in range(0, count, tokenizer_training.EVALUATION_BATCH):
-                    rows_B = np.arange(
-                        start, min(start + tokenizer_training.EVALUATION_BATCH, count)
-                    )
-                    classes_B = torch.from_numpy(val.classes_N[rows_B])
-                    codes_BL = way(val.codes(rows_B), classes_B)
-                    images = as_pictures(tokenizer.decode(codes_BL.to(place.device)))
-                    yield np.stack([np.asarray(image) for image in images])
-
-            seen = dataclasses.replace(
-                held_out, batches=pictures, count=count, classes_N=None, class_names=None
-            )
+    for name, way in ways.items():
+        batches = list(pictures(way))  # drawn once for all networks
+        seen = dataclasses.replace(
+            held_out, batches=batches.__iter__, count=count, classes_N=None, class_names=None
+        )
+        found[name] = {}
+        for extractor, reference in zip(extractors, known, strict=True):
             with progress(f"{extractor.name}: {name}") as report:
                 gathered = scores.gather(extractor, seen, report)
-            scored = scores.scores(gathered, known, extractor.suffix)
-            found.setdefault(name, {})[f"FID{extractor.suffix}"] = config.to_json(
-                scored[f"FID{extractor.suffix}"]
-            )
+            distance = f"FID{extractor.suffix}"
+            scored = scores.scores(gathered, reference, extractor.suffix)
+            found[name][distance] = config.to_json(scored[distance])
     return found
 
 

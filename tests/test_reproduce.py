@@ -20,8 +20,9 @@ from ctf import checkpoint, cost
 from ctf.clusters import ClustersConfig
 from ctf.errors import UserError
 from ctf.extractors import open_extractor
+from ctf.images import ImageSet, open_images
 from ctf.presets import GroupLoss, TokenizerShape, TransformerShape, with_steps
-from ctf.reproduce import cells, experiments, report, table1, table3
+from ctf.reproduce import cells, experiments, figure1, report, table1, table3
 from ctf.reproduce.cells import Desk
 from ctf.reproduce.plan import BUDGETS, FULL, Plan
 
@@ -52,9 +53,9 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
         training=training,
         fine_training=training,
         samples=12,
+        kept_back=12,
         search_samples=12,
         search_points=2,
-        search_reference=12,
         lengths=(0.5,),
         group_loss=GroupLoss(1.0, ClustersConfig(method="balanced", count=4)),
         pictures_of_details=12,
@@ -157,24 +158,47 @@ def test_lines_are_compared_by_their_intervals(
 
 def test_the_fine_stage_alone(plan: Plan, done: Path, tmp_path: Path) -> None:
     """Every network looks at the same draws, so its scores do not depend on those before it."""
-    name, here = f"details-{CODES}", copied(plan, done, tmp_path)
-    here.compute([name])
-    found = here.result(name)["found"]  # type: ignore[index]
-    assert len(found) == 5
-    assert {*found["true codes"]} == {"FID-fashion"}
-    assert len({ways["FID-fashion"]["value"] for ways in found.values()}) == 5
+    here = copied(plan, done, tmp_path)
+    ways = {way: cell.name for way, cell in figure1.details(plan).items()}
+    here.compute([*ways.values()])
+    found = {way: here.result(name)["found"] for way, name in ways.items()}  # type: ignore[index]
+    assert len({distances["FID-fashion"]["value"] for distances in found.values()}) == len(ways)
+    report.write(here, plan)
+    text = (tmp_path / "report.md").read_text()
+    for way, distances in found.items():
+        assert {*distances} == {"FID-fashion"}
+        assert f"| {way} | {distances['FID-fashion']['value']:.4g} |" in text
     other = dataclasses.replace(
         here,
         work=tmp_path / "work",
         results=tmp_path / "again",
         place=dataclasses.replace(here.place, features=("lite0", "fashion")),
     )
-    shutil.copytree(here.work, other.work, symlinks=True, ignore=shutil.ignore_patterns(name))
+    made = shutil.ignore_patterns(*ways.values())
+    shutil.copytree(here.work, other.work, symlinks=True, ignore=made)
+    name = ways["random members"]
     other.compute([name])
     again = other.result(name)["found"]  # type: ignore[index]
-    for way, distances in found.items():
-        assert again[way]["FID-fashion"] == distances["FID-fashion"]
-        assert again[way]["FID-Lite0"]["value"] > 0
+    assert again["FID-fashion"] == found["random members"]["FID-fashion"]
+    assert again["FID-Lite0"]["value"] > 0
+
+
+def test_searches_have_pictures_of_their_own(plan: Plan, done: Path) -> None:
+    """They are of all classes, and no training sees them."""
+    here = desk(plan, done)
+    everything = open_images(plan.source, plan.image_size).train
+    left, kept = here.place.images.train, here.place.kept_back
+    assert len(kept) == plan.kept_back and len(left) + len(kept) == len(everything)
+    assert {*kept.classes_N} == {*range(len(CLASSES))}
+
+    def pictures(images: ImageSet) -> list[bytes]:
+        return [picture.tobytes() for picture in images.read(range(len(images)))]
+
+    assert sorted(pictures(left) + pictures(kept)) == sorted(pictures(everything))
+    assert not {*pictures(left)} & {*pictures(kept)}
+    found = here.result(f"tokens-{CODES}")
+    assert found is not None
+    assert found["found"]["pictures"] == len(left) + len(here.place.images.val)
 
 
 @pytest.mark.parametrize(("ours", "holds"), [([2.0, 1.0, 0.5], "no"), ([1.0, 1.0, 4.0], "yes")])

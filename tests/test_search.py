@@ -120,6 +120,21 @@ def test_those_between_the_steps_are_found_nearly(
     assert abs(found["temperature"] - temperature) <= STEPS["temperature"]
 
 
+@pytest.mark.parametrize("has_fine", [True, False])
+def test_what_is_far_away_is_reached_by_strides(tmp_path: Path, has_fine: bool) -> None:
+    """As the baseline's, which can be far beyond the first guidance scales and below temperature 1:
+    steps of the usual length alone would take more than so many points.
+    """
+    best = {"guidance": 4.5, "temperature": 0.3}
+    points: list[Point] = []
+    for values in searching._candidates(searched(has_fine), points, 24):
+        distance = sum(((values[name] - best[name]) / STEPS[name]) ** 2 for name in best)
+        points.append(Point(values, distance, None))
+    found = searching._best(points).settings
+    assert found["guidance"] == pytest.approx(best["guidance"], abs=STEPS["guidance"])
+    assert found["temperature"] == pytest.approx(best["temperature"], abs=STEPS["temperature"])
+
+
 def test_a_point_is_what_a_pipeline_draws_with_its_settings(pipe: Pipeline, tmp_path: Path) -> None:
     extractor = colours()
     known = reference(extractor, guidance=2.0, temperature=1.0, fine_temperature=1.0)

@@ -1,9 +1,10 @@
 """Guidance and temperatures for a pipeline, by a small search with the same budget for any other.
 
 The first points are guidance scales at temperature 1. Then one setting after another is moved up
-and down from the best point so far, and steps are halved when a round finds nothing better. Every
-pipeline has the same number of points; a baseline, which has one setting less, has that setting's
-points for the others.
+and down from the best point so far. After such a round the best point is moved as far again as the
+round has brought it, as long as that pays; where a round finds nothing better, steps are halved
+(Hooke and Jeeves, "Direct search", 1961). Every pipeline has the same number of points; a baseline,
+which has one setting less, has that setting's points for the others.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ctf.pipeline import Progress
 BUDGET = 16  # points
 GUIDANCES = (1.0, 1.5, 2.0, 2.5, 3.0)
 STEPS = {"guidance": 0.25, "temperature": 0.1, "fine_temperature": 0.1}
-LEAST = {"guidance": 1.0, "temperature": 0.5, "fine_temperature": 0.5}
+LEAST = {"guidance": 1.0, "temperature": 0.1, "fine_temperature": 0.1}
 # From the seeds of the final figures to those of the search: a generator takes them modulo 2**32.
 FAR = 2**31
 
@@ -98,17 +99,30 @@ def _candidates(names: Sequence[str], points: Sequence[Point], budget: int) -> I
     had before it, until after some 25 halvings they are lost in rounding.
     """
     seen: list[Values] = []
+    for settings in _proposals(names, points):
+        if settings not in seen:
+            seen.append(settings)
+            yield settings
+        if len(seen) == budget:
+            return
+
+
+def _proposals(names: Sequence[str], points: Sequence[Point]) -> Iterator[Values]:
+    """Settings to try, some of them again, without end."""
+    yield from _round(names, points, 1.0)
     share = 1.0
     while True:
-        known = len(points)
-        for settings in _round(names, points, share):
-            if settings not in seen:
-                seen.append(settings)
-                yield settings
-            if len(seen) == budget:
-                return
-        if known and _best(points) in points[:known]:
+        before = _best(points).settings
+        yield from _round(names, points, share)
+        best = _best(points).settings
+        if best == before:
             share /= 2
+        while best != before:
+            ahead = {
+                name: max(round(2 * best[name] - before[name], 9), LEAST[name]) for name in names
+            }
+            yield ahead
+            before, best = best, _best(points).settings
 
 
 def _round(names: Sequence[str], points: Sequence[Point], share: float) -> Iterator[Values]:

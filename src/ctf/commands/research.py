@@ -223,8 +223,7 @@ def reproduce(
     Args:
         what: a table or a figure of the paper, or all of them; report writes the report of what
             there is; status lists the cells, and computes nothing
-        budget: full takes some 15 hours of one thread, half of that with two jobs; small about
-            an hour with two jobs
+        budget: with two jobs on two cores, full takes less than six hours, small less than one
         out: folder for what the cells make, in a folder of the budget
         results: folder for the report and the cells' results, in a folder of the budget
         only: one cell, by its name, with those that it needs

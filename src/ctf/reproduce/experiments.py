@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from ctf import checkpoint
 from ctf.config import did_you_mean
 from ctf.errors import UserError
 from ctf.fit import Progress
-from ctf.images import open_images
+from ctf.images import open_images, split_off
 from ctf.reproduce import figure1, figure2, report, table1, table2, table3
 from ctf.reproduce.cells import RESULT, Cell, Desk
 from ctf.reproduce.jobs import Place
@@ -46,7 +47,9 @@ def open_desk(
 ) -> Desk:
     """Raises UserError: see `open_images`."""
     images = open_images(plan.source, plan.image_size)
-    place = Place(plan.source, images, plan.features, device)
+    train, kept_back = split_off(images.train, plan.kept_back)
+    images = dataclasses.replace(images, train=train)
+    place = Place(plan.source, images, kept_back, plan.features, device)
     return Desk(cells(plan, "all"), work, results, place, progress)
 
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ctf import (
@@ -38,13 +37,7 @@ from ctf.distributed import World
 from ctf.drawing import Drawing
 from ctf.extractors import Extractor, open_extractor
 from ctf.fit import Progress
-from ctf.images import (
-    PLAIN,
-    ImageSet,
-    Splits,
-    View,
-    as_pictures,
-)
+from ctf.images import ImageSet, Splits, as_pictures
 from ctf.presets import GroupLoss, Recipe, TokenizerShape, TransformerShape, preset
 from ctf.search import search
 from ctf.tokenizer_training import TokenizerTraining
@@ -53,28 +46,35 @@ from ctf.training import TrainingConfig
 from ctf.transformer import TransformerConfig
 
 Found = dict[str, Any]
+Codes = Literal["true", "random", "model"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
     """What all cells of a run have in common.
 
-    source: name or folder of the pictures. features: the networks that look at pictures, by name;
-        searches are by the first.
+    source: name or folder of the pictures. images: those to learn from, and held-out ones.
+    kept_back: those that searches are against. features: the networks that look at pictures, by
+        name; searches are by the first.
     """
 
     source: str
     images: Splits
+    kept_back: ImageSet
     features: tuple[str, ...]
     device: torch.device
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerJob:
-    """Trains a tokenizer, and encodes all pictures with it."""
+    """Trains a tokenizer.
+
+    kept_back: how many pictures are kept from all trainings, for the searches.
+    """
 
     shape: TokenizerShape
     training: TokenizerTraining
+    kept_back: int
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -82,15 +82,26 @@ class TokenizerJob:
 
 
 @dataclasses.dataclass(frozen=True)
-class ClustersJob:
-    """Clusters of a tokenizer's codebook, and the study of redundancy (Fig. 1b)."""
+class TokensJob:
+    """Encodes the pictures to learn from and the held-out ones with a tokenizer."""
 
     tokenizer: str
-    clusters: ClustersConfig
 
     @property
     def needs(self) -> tuple[str, ...]:
         return (self.tokenizer,)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClustersJob:
+    """Clusters of a tokenizer's codebook, and the study of redundancy (Fig. 1b)."""
+
+    tokens: str
+    clusters: ClustersConfig
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.tokens,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +159,7 @@ class ScoreJob:
 
 @dataclasses.dataclass(frozen=True)
 class SearchJob:
-    """Looks for guidance and temperatures: the lowest FID to `reference` training pictures.
+    """Looks for guidance and temperatures: the lowest FID to the pictures that are kept back.
 
     The held-out pictures, which all final scores are against, are not looked at.
     """
@@ -157,7 +168,6 @@ class SearchJob:
     fine: str | None
     samples: int
     points: int
-    reference: int
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -166,9 +176,15 @@ class SearchJob:
 
 @dataclasses.dataclass(frozen=True)
 class DetailsJob:
-    """The fine stage alone: held-out pictures whose codes are drawn anew from their true labels."""
+    """The fine stage alone: held-out pictures whose codes are drawn anew from their true labels.
+
+    codes: the true ones; random members of their clusters; or as the fine model has it, at
+        `temperature`, the likeliest at 0.
+    """
 
     fine: str
+    codes: Codes
+    temperature: float
     pictures: int
 
     @property
@@ -193,7 +209,8 @@ class SpeedJob:
 
 
 Job = (
-    TokenizerJob | ClustersJob | CoarseJob | FineJob | ScoreJob | SearchJob | DetailsJob | SpeedJob
+    TokenizerJob | TokensJob | ClustersJob | CoarseJob | FineJob | ScoreJob | SearchJob
+    | DetailsJob | SpeedJob
 )  # fmt: skip
 
 
@@ -202,6 +219,8 @@ def make(job: Job, run: Path, work: Path, place: Place, progress: Progress) -> F
     match job:
         case TokenizerJob():
             return _tokenizer(job, run, place, progress)
+        case TokensJob():
+            return _tokens(job, run, work, place, progress)
         case ClustersJob():
             return _clusters(job, run, work)
         case CoarseJob():
@@ -231,8 +250,6 @@ def _tokenizer(job: TokenizerJob, run: Path, place: Place, progress: Progress) -
     with progress("tokenizer") as report:
         world = World(device=place.device)
         tokenizer = fit.train_tokenizer(run, place.images, used, world, report)
-    with progress("tokens") as report:
-        fit.extract_tokens(run, tokenizer, place.images, used, None, report)
     with progress("reconstruction") as report:
         found: Found = dict(
             tokenizer_training.evaluate(tokenizer, place.images.val, place.device, report=report)
@@ -251,8 +268,16 @@ def _tokenizer(job: TokenizerJob, run: Path, place: Place, progress: Progress) -
     return found
 
 
+def _tokens(job: TokensJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:
+    _link(run, work / job.tokenizer / "run" / "tokenizer")
+    tokenizer = tokenizer_training.load(run / "tokenizer", place.device)
+    with progress("tokens") as report:
+        fit.extract_tokens(run, tokenizer, place.images, recipe(), None, report)
+    return {"pictures": len(place.images.train) + len(place.images.val)}
+
+
 def _clusters(job: ClustersJob, run: Path, work: Path) -> Found:
-    source = work / job.tokenizer / "run"
+    source = work / job.tokens / "run"
     _link(run, source / "tokenizer", source / "tokens")
     tokenizer = tokenizer_training.load(run / "tokenizer")
     fit.fit_clusters(run, tokenizer, job.clusters)
@@ -388,8 +413,8 @@ def _score(job: ScoreJob, run: Path, work: Path, place: Place, progress: Progres
 def _search(job: SearchJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:
     pipe = _pipeline(job, run / "pipeline", work, place)
     extractor = _extractors(place)[0]
-    pictures = collection.of_sets("training pictures", (_First(place.images.train, job.reference),))
-    with progress(f"{extractor.name}: training pictures") as report:
+    pictures = collection.of_sets("pictures kept back", (place.kept_back,))
+    with progress(f"{extractor.name}: pictures kept back") as report:
         known = scores.look_at_reference(pictures, extractor, report)
     drawing = Drawing(job.samples).shared(len(pipe.class_names))
     best = search(
@@ -406,24 +431,6 @@ def _search(job: SearchJob, run: Path, work: Path, place: Place, progress: Progr
     return {"best": best, "points": points}
 
 
-class _First(ImageSet):
-    """The first pictures of a set."""
-
-    def __init__(self, images: ImageSet, count: int) -> None:
-        count = min(count, len(images))
-        super().__init__(
-            images.name,
-            images.class_names,
-            images.classes_N[:count],
-            images.image_size,
-            checkpoint.hash_json([images.fingerprint, "first", count]),
-        )
-        self._images = images
-
-    def read(self, indices: ArrayLike, view: View = PLAIN) -> NDArray[np.uint8]:
-        return self._images.read(indices, view)
-
-
 @torch.inference_mode()
 def _details(job: DetailsJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:
     source = work / job.fine / "run"
@@ -434,51 +441,42 @@ def _details(job: DetailsJob, run: Path, work: Path, place: Place, progress: Pro
     count = min(job.pictures, len(val))
     generator = torch.Generator().manual_seed(0)
 
-    def drawn(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
-        def codes(codes_BL: Tensor, classes_B: Tensor) -> Tensor:
-            labels_BL = parts.labels_V[codes_BL]
-            logits_BLS = fine(labels_BL, classes_B).float()
-            if temperature == 0:
-                choices_BL = logits_BLS.argmax(-1)
-            else:
-                probabilities_TS = (logits_BLS / temperature).softmax(-1).flatten(0, 1)
-                choices_BL = torch.multinomial(probabilities_TS, 1, generator=generator)
-            return fine.codes(labels_BL, choices_BL.view_as(labels_BL))
+    def drawn(codes_BL: Tensor, classes_B: Tensor) -> Tensor:
+        if job.codes == "true":
+            return codes_BL
+        if job.codes == "random":
+            return clusters.swap(codes_BL, parts, generator)
+        labels_BL = parts.labels_V[codes_BL]
+        logits_BLS = fine(labels_BL, classes_B).float()
+        if job.temperature == 0:
+            choices_BL = logits_BLS.argmax(-1)
+        else:
+            probabilities_TS = (logits_BLS / job.temperature).softmax(-1).flatten(0, 1)
+            choices_BL = torch.multinomial(probabilities_TS, 1, generator=generator)
+        return fine.codes(labels_BL, choices_BL.view_as(labels_BL))
 
-        return codes
-
-    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "true codes": lambda codes_BL, _: codes_BL,
-        "random member": lambda codes_BL, _: clusters.swap(codes_BL, parts, generator),
-        "fine model, temperature 1": drawn(1.0),
-        "fine model, temperature 0.8": drawn(0.8),
-        "fine model, the likeliest": drawn(0.0),
-    }
-
-    def pictures(way: Callable[[Tensor, Tensor], Tensor]) -> Iterator[np.ndarray]:
+    def pictures() -> Iterator[np.ndarray]:
         for start in range(0, count, tokenizer_training.EVALUATION_BATCH):
             rows_B = np.arange(start, min(start + tokenizer_training.EVALUATION_BATCH, count))
             classes_B = torch.from_numpy(val.classes_N[rows_B])
-            codes_BL = way(val.codes(rows_B), classes_B)
+            codes_BL = drawn(val.codes(rows_B), classes_B)
             images = as_pictures(tokenizer.decode(codes_BL.to(place.device)))
             yield np.stack([np.asarray(image) for image in images])
 
     held_out = _held_out(place)
     extractors = _extractors(place)
-    known = [scores.look_at_reference(held_out, extractor, None) for extractor in extractors]
+    batches = list(pictures())  # drawn once for all networks
+    seen = dataclasses.replace(
+        held_out, batches=batches.__iter__, count=count, classes_N=None, class_names=None
+    )
     found: Found = {}
-    for name, way in ways.items():
-        batches = list(pictures(way))  # drawn once for all networks
-        seen = dataclasses.replace(
-            held_out, batches=batches.__iter__, count=count, classes_N=None, class_names=None
-        )
-        found[name] = {}
-        for extractor, reference in zip(extractors, known, strict=True):
-            with progress(f"{extractor.name}: {name}") as report:
-                gathered = scores.gather(extractor, seen, report)
-            distance = f"FID{extractor.suffix}"
-            scored = scores.scores(gathered, reference, extractor.suffix)
-            found[name][distance] = config.to_json(scored[distance])
+    for extractor in extractors:
+        reference = scores.look_at_reference(held_out, extractor, None)
+        with progress(f"{extractor.name}: {job.codes} codes") as report:
+            gathered = scores.gather(extractor, seen, report)
+        distance = f"FID{extractor.suffix}"
+        scored = scores.scores(gathered, reference, extractor.suffix)
+        found[distance] = config.to_json(scored[distance])
     return found
 
 

@@ -17,6 +17,7 @@ from ctf.reproduce.jobs import (
     ScoreJob,
     SearchJob,
     TokenizerJob,
+    TokensJob,
 )
 from ctf.tokenizer_training import TokenizerTraining
 from ctf.training import TrainingConfig
@@ -32,7 +33,8 @@ class Plan:
     backbone: of the coarse model. baselines: of the full-vocabulary model for each V.
     fine, other_fines: of the fine model, the usual one and the others of Table 3b.
     samples: of each score.
-    search_samples, search_points, search_reference: see `SearchJob`.
+    kept_back: pictures of the training split that nothing is trained with; searches are against
+        these. search_samples, search_points: see `SearchJob`.
     lengths: shares of the training that Fig. 2 looks at. group_loss: IAR's, for Table 3.
     """
 
@@ -52,9 +54,9 @@ class Plan:
     training: TrainingConfig
     fine_training: TrainingConfig
     samples: int
+    kept_back: int
     search_samples: int
     search_points: int
-    search_reference: int
     lengths: tuple[float, ...]
     group_loss: GroupLoss
     pictures_of_details: int
@@ -78,7 +80,7 @@ FULL = Plan(
     other_counts=(128, 1024),
     seeds=(0, 1, 2),
     tokenizer=TokenizerShape(largest_grid=16),
-    tokenizer_training=TokenizerTraining(steps=3200, batch_size=32, perceptual_weight=0.2),
+    tokenizer_training=TokenizerTraining(steps=1600, batch_size=32, perceptual_weight=0.2),
     # At V = 16384 the baseline has the coarse model's transformer, and more parameters than coarse
     # and fine model together, 7.3 against 6.3 M, and takes more FLOPs. With smaller codebooks it
     # needs more layers for that.
@@ -90,22 +92,22 @@ FULL = Plan(
         TransformerShape(width=192, layers=6, heads=6),
     ),
     training=TrainingConfig(
-        steps=1000, batch_size=32, learning_rate=5e-3, warm_up=50, ema=0.99, evaluate_every=500
+        steps=640, batch_size=32, learning_rate=5e-3, warm_up=50, ema=0.99, evaluate_every=320
     ),
     fine_training=TrainingConfig(
-        steps=1000, batch_size=32, learning_rate=2e-3, warm_up=50, ema=0.99, evaluate_every=500
+        steps=640, batch_size=32, learning_rate=2e-3, warm_up=50, ema=0.99, evaluate_every=320
     ),
     samples=10_000,
+    kept_back=10_000,
     search_samples=500,
-    search_points=40,
-    search_reference=10_000,
+    search_points=24,
     lengths=(0.25, 0.5),
     group_loss=GroupLoss(weight=1.0),
     pictures_of_details=10_000,
 )
 
 BUDGETS = {
-    # An hour on two cores: one seed, two codebooks, a fifth of the training, 1000 samples.
+    # An hour on two cores: one seed, two codebooks, a quarter of the training, 1000 samples.
     "small": dataclasses.replace(
         FULL,
         codebooks=(1024, 16384),
@@ -113,10 +115,10 @@ BUDGETS = {
         baselines=(FULL.baselines[0], FULL.baselines[2]),
         other_counts=(128,),
         seeds=(0,),
-        tokenizer_training=dataclasses.replace(FULL.tokenizer_training, steps=640),
+        tokenizer_training=dataclasses.replace(FULL.tokenizer_training, steps=400),
         other_fines=FULL.other_fines[:1],
-        training=with_steps(FULL.training, 200),
-        fine_training=with_steps(FULL.fine_training, 200),
+        training=with_steps(FULL.training, 160),
+        fine_training=with_steps(FULL.fine_training, 160),
         samples=1000,
         search_points=12,
         lengths=(0.5,),
@@ -135,17 +137,24 @@ Models = tuple[list[Cell], list[Cell] | None]
 
 def tokenizer(plan: Plan, codes: int) -> Cell:
     shape = dataclasses.replace(plan.tokenizer, codebook_size=codes)
-    return Cell(f"tokenizer-{codes}", TokenizerJob(shape, plan.tokenizer_training))
+    job = TokenizerJob(shape, plan.tokenizer_training, plan.kept_back)
+    return Cell(f"tokenizer-{codes}", job)
+
+
+def tokens(plan: Plan, codes: int) -> list[Cell]:
+    """Codes of all pictures, after the tokenizer that they need."""
+    before = tokenizer(plan, codes)
+    return [before, Cell(f"tokens-{codes}", TokensJob(before.name))]
 
 
 def clusters(plan: Plan, codes: int, count: int, method: Method = "kmeans") -> list[Cell]:
-    """Clusters, after the tokenizer that they need."""
-    before = tokenizer(plan, codes)
+    """Clusters, after what they need."""
+    before = tokens(plan, codes)
     name = f"clusters-{codes}-" + ("identity" if method == "identity" else str(count))
     if method not in ("kmeans", "identity"):
         name += f"-{method}"
     config = ClustersConfig(method=method, count=codes if method == "identity" else count)
-    return [before, Cell(name, ClustersJob(before.name, config))]
+    return [*before, Cell(name, ClustersJob(before[-1].name, config))]
 
 
 def baseline(
@@ -224,7 +233,7 @@ def search(plan: Plan, codes: int, *, ctf: bool) -> list[Cell]:
     else:
         before = baseline(plan, codes, seed)
         first, second = before[-1].name, None
-    job = SearchJob(first, second, plan.search_samples, plan.search_points, plan.search_reference)
+    job = SearchJob(first, second, plan.search_samples, plan.search_points)
     return [*before, Cell(f"search-{'ctf' if ctf else 'baseline'}-{codes}", job)]
 
 

@@ -95,7 +95,7 @@ def write(desk: Desk, plan: Plan) -> None:
     """Writes RESULTS/report.md and its plots of all cells that are there."""
     desk.results.mkdir(parents=True, exist_ok=True)
     done = sum(desk.result(name) is not None for name in desk.cells)
-    seconds = sum((desk.result(name) or {}).get("seconds", 0.0) for name in desk.cells)
+    seconds = [(desk.result(name) or {}).get("seconds", 0.0) for name in desk.cells]
     wheres = {
         ", ".join(f"{key} {value}" for key, value in result["where"].items())
         for name in desk.cells
@@ -108,15 +108,17 @@ def write(desk: Desk, plan: Plan) -> None:
         "# The paper in miniature",
         "",
         f"Made by `ctf reproduce all{budget}`; do not edit. {done} of {len(desk.cells)} cells are "
-        f"computed, together in {seconds / 3600:.1f} hours of one thread. The raw numbers of each "
-        "are in cells/; `--only CELL`, with another --out and --results, makes one again.",
+        f"computed, together in {sum(seconds) / 3600:.1f} hours of one thread, the longest in "
+        f"{max(seconds) / 60:.0f} minutes. The raw numbers of each are in cells/; `--only CELL`, "
+        "with another --out and --results, makes one again.",
         "",
-        f"Pictures: {plan.source} at {plan.image_size} pixels. Each score is of {plan.samples} "
-        "samples against the held-out pictures. In brackets: 95 % intervals of the sampling, not "
-        "of the training. FID-Lite0 and IS-Lite0 are by EfficientNet-Lite0, FID-fashion and "
-        "IS-fashion by the shipped classifier; neither is the FID of the paper. The tokenizers "
-        "were trained with a perceptual loss by that same EfficientNet-Lite0, which flatters all "
-        "FID-Lite0 here alike. Each model has seen "
+        f"Pictures: {plan.source} at {plan.image_size} pixels; of the training split "
+        f"{plan.kept_back:,} are kept from all trainings, for the searches. Each score is of "
+        f"{plan.samples:,} samples against the held-out pictures. In brackets: 95 % intervals of "
+        "the sampling, not of the training. FID-Lite0 and IS-Lite0 are by EfficientNet-Lite0, "
+        "FID-fashion and IS-fashion by the shipped classifier; neither is the FID of the paper. "
+        "The tokenizers were trained with a perceptual loss by that same EfficientNet-Lite0, which "
+        "flatters all FID-Lite0 here alike. Each model has seen "
         f"{plan.training.steps * plan.training.batch_size:,} pictures at the most: its training "
         "is far from where it would end, and which model learns faster counts for much. "
         "GFLOP and seconds are those of training, without the tokenizer.",
@@ -219,7 +221,7 @@ def _table1(desk: Desk, plan: Plan) -> list[str]:
         "Same tokenizer, same optimiser, same pictures seen by each model; the baseline has at "
         "least as many parameters as both models of CTF together. Guidance and temperatures are "
         "by the same search with the same number of points for both, on other seeds and against "
-        "training pictures.",
+        "the pictures that were kept back.",
         "",
         *_table(("V", "seed", "model", *_header(plan)), body),
     ]
@@ -366,19 +368,20 @@ def _figure1(desk: Desk, plan: Plan) -> list[str]:
             shutil.copyfile(picture, temporary)
     if (desk.results / "figure1.png").is_file():
         lines += ["![Pictures whose codes were swapped](figure1.png)", ""]
-    result = desk.result(figure1.details(plan)[-1].name)
-    if result is not None:
-        body = [
-            [way, *(f"{score['value']:.4g}" for score in scored.values())]
-            for way, scored in result["found"].items()
-        ]
-        columns = list(next(iter(result["found"].values())))
-        lines += [
-            "The fine stage alone: held-out pictures, codes drawn anew from their true labels.",
-            "",
-            *_table(("codes", *columns), body),
-        ]
-    return lines
+    names = _names(plan, "FID")
+    body = []
+    for way, cell in figure1.details(plan).items():
+        result = desk.result(cell.name)
+        if result is None:
+            body.append([way, MISSING, *[""] * (len(names) - 1)])
+        else:
+            body.append([way, *(f"{result['found'][name]['value']:.4g}" for name in names)])
+    return [
+        *lines,
+        "The fine stage alone: held-out pictures, codes drawn anew from their true labels.",
+        "",
+        *_table(("codes", *names), body),
+    ]
 
 
 def _figure2(desk: Desk, plan: Plan) -> list[str]:

@@ -104,6 +104,9 @@ def lines(plan: Plan) -> list[Line]:
     found.append(Line(part, MEMBER, masc))
     full = planned.fine(plan, codes, seed, full=True)
     found.append(Line(part, "fine softmax over all codes", scored("full", (coarse, full))))
+    # The temperature that was found is for a choice among members alone.
+    row = scored("full-fine-temperature-1", (coarse, full), fine_temperature=1.0)
+    found.append(Line(part, "the same, at fine temperature 1", row))
     corrupted = planned.fine(plan, codes, seed, corruption=CORRUPTION)
     found.append(
         Line(

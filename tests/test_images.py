@@ -408,28 +408,6 @@ def test_fingerprints_of_fashion_mnist_differ_by_split_and_size(fashion: images.
     assert open_images("fashion-mnist").val.fingerprint == fashion.val.fingerprint
 
 
-def test_some_pictures_are_split_off(folder: Path) -> None:
-    whole = open_images(str(folder), 16).train
-    rest, some = images.split_off(whole, 3)
-    assert len(some) == 3 and len(rest) == len(whole) - 3
-    apart = [0, len(whole) // 3, 2 * len(whole) // 3]
-    left = [row for row in range(len(whole)) if row not in apart]
-    for part, numbers in ((some, apart), (rest, left)):
-        assert np.array_equal(part.classes_N, whole.classes_N[numbers])
-        assert part.class_names == whole.class_names and part.mirrors == whole.mirrors
-        assert np.array_equal(part.read([2, 0]), whole.read([numbers[2], numbers[0]]))
-        views = (View(), View(flip=True))
-        for one, other in zip(
-            part.read_views([1, 2], views), whole.read_views(numbers[1:3], views), strict=True
-        ):
-            assert np.array_equal(one, other)
-    assert len({whole.fingerprint, rest.fingerprint, some.fingerprint}) == 3
-    assert images.split_off(whole, 3)[1].fingerprint == some.fingerprint
-    for count in (0, len(whole)):
-        with pytest.raises(ValueError, match=f"{count} pictures of {len(whole)}"):
-            images.split_off(whole, count)
-
-
 # ---------------------------------------------------------------- folders
 
 

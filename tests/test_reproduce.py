@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, SIDE, Command, save_pictures
@@ -20,11 +21,12 @@ from ctf import checkpoint, cost
 from ctf.clusters import ClustersConfig
 from ctf.errors import UserError
 from ctf.extractors import open_extractor
-from ctf.images import ImageSet, open_images
+from ctf.images import ImageSet, View, open_images
 from ctf.presets import GroupLoss, TokenizerShape, TransformerShape, with_steps
 from ctf.reproduce import cells, experiments, figure1, report, table1, table3
 from ctf.reproduce.cells import Desk
 from ctf.reproduce.plan import BUDGETS, FULL, Plan
+from ctf.reproduce.subset import split_off
 
 COARSE = TransformerShape(width=32, layers=2, heads=2)
 CODES, COUNT, LENGTH, STEPS, BATCH = 64, 8, 16, 20, 4
@@ -199,6 +201,28 @@ def test_searches_have_pictures_of_their_own(plan: Plan, done: Path) -> None:
     found = here.result(f"tokens-{CODES}")
     assert found is not None
     assert found["found"]["pictures"] == len(left) + len(here.place.images.val)
+
+
+def test_some_pictures_are_split_off(pictures: Path) -> None:
+    whole = open_images(str(pictures), 16).train
+    rest, some = split_off(whole, 3)
+    assert len(some) == 3 and len(rest) == len(whole) - 3
+    apart = [0, len(whole) // 3, 2 * len(whole) // 3]
+    left = [row for row in range(len(whole)) if row not in apart]
+    for part, numbers in ((some, apart), (rest, left)):
+        assert np.array_equal(part.classes_N, whole.classes_N[numbers])
+        assert part.class_names == whole.class_names and part.mirrors == whole.mirrors
+        assert np.array_equal(part.read([2, 0]), whole.read([numbers[2], numbers[0]]))
+        views = (View(), View(flip=True))
+        for one, other in zip(
+            part.read_views([1, 2], views), whole.read_views(numbers[1:3], views), strict=True
+        ):
+            assert np.array_equal(one, other)
+    assert len({whole.fingerprint, rest.fingerprint, some.fingerprint}) == 3
+    assert split_off(whole, 3)[1].fingerprint == some.fingerprint
+    for count in (0, len(whole)):
+        with pytest.raises(ValueError, match=f"{count} pictures of {len(whole)}"):
+            split_off(whole, count)
 
 
 @pytest.mark.parametrize(("ours", "holds"), [([2.0, 1.0, 0.5], "no"), ([1.0, 1.0, 4.0], "yes")])

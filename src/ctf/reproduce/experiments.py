@@ -15,11 +15,12 @@ from ctf import checkpoint
 from ctf.config import did_you_mean
 from ctf.errors import UserError
 from ctf.fit import Progress
-from ctf.images import open_images, split_off
+from ctf.images import open_images
 from ctf.reproduce import figure1, figure2, report, table1, table2, table3
 from ctf.reproduce.cells import RESULT, Cell, Desk
 from ctf.reproduce.jobs import Place
 from ctf.reproduce.plan import BUDGETS, Plan
+from ctf.reproduce.subset import split_off
 
 # In the order in which they are computed by "all": what matters most first.
 PARTS: dict[str, Callable[[Plan], list[Cell]]] = {

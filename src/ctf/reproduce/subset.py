@@ -1,0 +1,45 @@
+"""Pictures of a set that no training sees: a search of settings is against these."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ctf.images import PLAIN, ImageSet, View
+
+
+class Subset(ImageSet):
+    """Those pictures of a set that are numbered `rows` (M,), in that order."""
+
+    def __init__(self, images: ImageSet, rows: NDArray[np.int64]) -> None:
+        super().__init__(
+            images.name,
+            images.class_names,
+            images.classes_N[rows],
+            images.image_size,
+            hashlib.sha256(images.fingerprint.encode() + rows.tobytes()).hexdigest(),
+        )
+        self.mirrors = images.mirrors
+        self._images, self._rows = images, rows
+
+    def read(self, indices: ArrayLike, view: View = PLAIN) -> NDArray[np.uint8]:
+        return self._images.read(self._rows[np.asarray(indices)], view)
+
+    def read_views(self, indices: ArrayLike, views: Sequence[View]) -> Iterator[NDArray[np.uint8]]:
+        return self._images.read_views(self._rows[np.asarray(indices)], views)
+
+
+def split_off(images: ImageSet, count: int) -> tuple[Subset, Subset]:
+    """All but `count` pictures, and these, evenly spread: a folder's are sorted by class.
+
+    Raises:
+        ValueError: there would be none left.
+    """
+    if not 0 < count < len(images):
+        raise ValueError(f"{count} pictures of {len(images)}")
+    rows = np.arange(count) * len(images) // count
+    rest = np.delete(np.arange(len(images)), rows)
+    return Subset(images, rest), Subset(images, rows)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -414,8 +415,7 @@ def test_a_batch_in_parts_is_the_batch(folder: Path, kind: Kind, micro_batch: in
         first_losses(folder, kind, execution, 0.0)
         for execution in (PLAINLY, Execution(micro_batch))
     )
-    assert parts == pytest.approx(whole, abs=1e-5)
-    assert (parts == whole) == (micro_batch >= 8)
+    assert parts == pytest.approx(whole, abs=0 if micro_batch >= 8 else 1e-4)
 
 
 def test_parts_are_of_that_size(folder: Path) -> None:
@@ -445,13 +445,24 @@ def test_activations_that_are_computed_again_are_the_same(folder: Path, kind: Ki
     assert kept[again] < 0.5 * kept[PLAINLY]
 
 
-def test_compiled_is_the_same(folder: Path) -> None:
+def test_compiled_is_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not engine.available("compile", torch.device("cpu")):
         pytest.skip("no compiler")
+    compile_, used = torch.compile, []
+
+    def watched(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        compiled = compile_(forward)
+
+        def run(*inputs: Any) -> Tensor:
+            used.append(forward)
+            return compiled(*inputs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", watched)
     compiled = Execution(compile=True, checkpoint_activations=True)
     got, wanted = (first_losses(folder, "coarse", x, 0.0) for x in (compiled, PLAINLY))
-    assert got == pytest.approx(wanted, abs=1e-4)
-    assert got != wanted  # it was compiled
+    assert used and got == pytest.approx(wanted, abs=1e-4)
 
 
 # --- precision ------------------------------------------------------------------------------------

@@ -220,7 +220,9 @@ def test_dead_codes_become_vectors_of_the_batch() -> None:
     logged = t.step(2)
     assert float(logged["revived"]) == 3
     embedding = t.model.embedding.weight
-    distances = torch.cdist(embedding[dead].detach(), encoded[0][1].detach().flatten(0, 1))
+    vectors_NC = encoded[0][1].detach().flatten(0, 1)
+    # In double: by products of matrices, as here, equal vectors are 3e-4 apart otherwise.
+    distances = torch.cdist(embedding[dead].detach().double(), vectors_NC.double())
     assert float(distances.min(1).values.max()) < 1e-6
     assert len(set(distances.argmin(1).tolist())) == 3  # three different ones
     moments = t.optimizer.state[embedding]

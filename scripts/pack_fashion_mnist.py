@@ -22,9 +22,9 @@ import tyro
 from numpy.typing import NDArray
 from PIL import Image
 
-from ctf.checkpoint import atomic
-from ctf.errors import UserError
-from ctf.images import FASHION_MNIST, FASHION_MNIST_SHA256, load_fashion_mnist
+from ctf.common.errors import UserError
+from ctf.common.storage import atomic
+from ctf.data.images import FASHION_MNIST, FASHION_MNIST_SHA256, load_fashion_mnist
 
 SHEET = 1000  # 28,000 pixels high: less than the 32,767 that many viewers can show
 ORIGINAL_NAMES = {"train": "train", "test": "t10k"}

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ctf import cli, images
-from ctf.pipeline import Pipeline
+from ctf.cli import main as cli
+from ctf.data import images
+from ctf.pipelines.pipeline import Pipeline
 
 CLASSES = ("blue", "green", "red")
 HUES = {"blue": 0.62, "green": 0.33, "red": 0.0}

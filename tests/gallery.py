@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ctf.collection import Collection
-from ctf.extractors import Extractor, Features
-from ctf.images import ImageSet
+from ctf.data.images import ImageSet
+from ctf.evaluation.extractors import Extractor, Features
+from ctf.evaluation.reference_sets import Collection
 
 Pixels = NDArray[np.uint8]
 

@@ -9,7 +9,9 @@ import signal
 import sys
 from typing import Any
 
-from ctf import cli, loop, tokens
+from ctf.cli import main as cli
+from ctf.data import tokens
+from ctf.training import loop
 
 last = int(os.environ.get("RANK", 0)) + 1 == int(os.environ.get("WORLD_SIZE", 1))
 at, *arguments = sys.argv[1:]

@@ -26,7 +26,7 @@ import ctf
 DISTINCT, CLASSES, SIDE = 300, 1000, 32
 OPEN = """
 import json, os, resource, sys, time
-from ctf.images import open_images
+from ctf.data.images import open_images
 began, before = time.monotonic(), time.process_time()
 splits = open_images(sys.argv[1], int(sys.argv[2]))
 print(json.dumps({

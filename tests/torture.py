@@ -27,8 +27,9 @@ from typing import Any
 import sklearn.cluster  # noqa: F401  all imports before the forks: a kill costs no new start
 import torch._dynamo  # noqa: F401
 
-import ctf.fit  # noqa: F401
-from ctf import cli, loop
+import ctf.training.fit  # noqa: F401
+from ctf.cli import main as cli
+from ctf.training import loop
 from tests.conftest import SIDE, comparable, save_pictures, sets
 
 STAGES = ("tokenizer", "tokens", "clusters", "coarse", "fine", "end")

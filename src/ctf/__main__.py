@@ -1,3 +1,3 @@
-from ctf.cli import program
+from ctf.cli.main import program
 
 program()

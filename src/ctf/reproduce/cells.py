@@ -22,11 +22,12 @@ import torch
 from filelock import FileLock, Timeout
 from threadpoolctl import threadpool_limits
 
-from ctf import checkpoint, config, measuring
-from ctf.errors import UserError
-from ctf.fit import Progress
-from ctf.loop import first_difference
+from ctf.bench import measuring
+from ctf.common import config, storage
+from ctf.common.errors import UserError
 from ctf.reproduce.jobs import Job, Place, SpeedJob, make
+from ctf.training.fit import Progress
+from ctf.training.loop import first_difference
 
 RESULT, ASKED, CLOCK = "result.json", "cell.json", "seconds.json"
 CLOCK_SECONDS = 10.0  # a kill loses at most so much of a cell's time
@@ -54,7 +55,7 @@ class Desk:
     def asked(self, name: str) -> dict[str, Any]:
         """All that decides the result of a cell; of the cells that it needs, a hash of theirs."""
         job = self.cells[name].job
-        needs = {needed: checkpoint.hash_json(self.asked(needed))[:16] for needed in job.needs}
+        needs = {needed: storage.hash_json(self.asked(needed))[:16] for needed in job.needs}
         return {"job": type(job).__name__, **config.to_json(job), "needs": needs}
 
     def result(self, name: str) -> dict[str, Any] | None:
@@ -62,7 +63,7 @@ class Desk:
         path = self.results / "cells" / f"{name}.json"
         if not path.is_file():
             return None
-        stored = checkpoint.load_object(path)
+        stored = storage.load_object(path)
         return stored if stored.get("asked") == self.asked(name) else None
 
     def compute(self, names: Sequence[str], then: Callable[[], None] = lambda: None) -> None:
@@ -98,17 +99,17 @@ class Desk:
     def _make_alone(self, name: str) -> None:
         job, folder, asked = self.cells[name].job, self.work / name, self.asked(name)
         if (folder / RESULT).is_file():
-            stored = checkpoint.load_object(folder / RESULT)
+            stored = storage.load_object(folder / RESULT)
             _check_same(folder, stored["asked"], asked)
             self._keep(name, stored)
             return
         if (folder / ASKED).is_file():
-            _check_same(folder, checkpoint.load_json(folder / ASKED), asked)
-        elif not checkpoint.is_vacant(folder):
+            _check_same(folder, storage.load_json(folder / ASKED), asked)
+        elif not storage.is_vacant(folder):
             raise UserError(
                 f"{folder} exists and is no cell of ctf reproduce; choose another --out"
             )
-        checkpoint.save_json(folder / ASKED, asked)
+        storage.save_json(folder / ASKED, asked)
         clock = _Clock(folder / CLOCK)
         with clock.running():
             found = make(job, folder / "run", self.work, self.place, clock.told(self.progress))
@@ -119,12 +120,12 @@ class Desk:
             "seconds": round(clock.seconds, 1),
             "where": {**measuring.where(self.place.device), "cores": str(os.cpu_count())},
         }
-        checkpoint.save_json(folder / RESULT, stored)
+        storage.save_json(folder / RESULT, stored)
         self._keep(name, stored)
 
     def _keep(self, name: str, stored: dict[str, Any]) -> None:
         if self.result(name) is None:
-            checkpoint.save_json(self.results / "cells" / f"{name}.json", stored)
+            storage.save_json(self.results / "cells" / f"{name}.json", stored)
 
 
 def _check_same(folder: Path, stored: Any, asked: Any) -> None:
@@ -154,7 +155,7 @@ class _Clock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.before = float(checkpoint.load_json(path)) if path.is_file() else 0.0
+        self.before = float(storage.load_json(path)) if path.is_file() else 0.0
         self.began = self.saved = time.monotonic()
 
     @property
@@ -169,7 +170,7 @@ class _Clock:
             self._save()
 
     def _save(self) -> None:
-        checkpoint.save_json(self.path, self.seconds)
+        storage.save_json(self.path, self.seconds)
         self.saved = time.monotonic()
 
     def told(self, progress: Progress) -> Progress:

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 
-from ctf import checkpoint
-from ctf.config import did_you_mean
-from ctf.errors import UserError
-from ctf.fit import Progress
-from ctf.images import open_images
+from ctf.common import storage
+from ctf.common.config import did_you_mean
+from ctf.common.errors import UserError
+from ctf.data.images import open_images
 from ctf.reproduce import figure1, figure2, report, table1, table2, table3
 from ctf.reproduce.cells import RESULT, Cell, Desk
 from ctf.reproduce.jobs import Place
 from ctf.reproduce.plan import BUDGETS, Plan
 from ctf.reproduce.subset import split_off
+from ctf.training.fit import Progress
 
 # In the order in which they are computed by "all": what matters most first.
 PARTS: dict[str, Callable[[Plan], list[Cell]]] = {
@@ -106,7 +106,7 @@ def status(desk: Desk) -> list[tuple[str, str, str]]:
             how = "done" if (folder / RESULT).is_file() else "done, its files are elsewhere"
             rows.append((name, how, f"{result['seconds']:.0f}"))
         elif (folder / RESULT).is_file():
-            stored = checkpoint.load_object(folder / RESULT)
+            stored = storage.load_object(folder / RESULT)
             rows.append(
                 (name, "made" if stored["asked"] == desk.asked(name) else "of another plan", "")
             )

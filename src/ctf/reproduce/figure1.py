@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctf.clusters import Method
+from ctf.models.clusters import Method
 from ctf.reproduce import plan as planned
 from ctf.reproduce.cells import Cell
 from ctf.reproduce.jobs import Codes, DetailsJob

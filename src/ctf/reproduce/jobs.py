@@ -18,32 +18,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctf import (
-    checkpoint,
-    clusters,
-    collection,
-    config,
-    cost,
-    evaluation,
-    fit,
-    loop,
-    pipeline,
-    scores,
-    tokenizer_training,
-)  # fmt: skip
-from ctf.clusters import Clusters, ClustersConfig
-from ctf.collection import Collection
-from ctf.distributed import World
-from ctf.drawing import Drawing
-from ctf.extractors import Extractor, open_extractor
-from ctf.fit import Progress
-from ctf.images import ImageSet, Splits, as_pictures
-from ctf.presets import GroupLoss, Recipe, TokenizerShape, TransformerShape, preset
-from ctf.search import search
-from ctf.tokenizer_training import TokenizerTraining
-from ctf.tokens import Tokens, TokensConfig
-from ctf.training import TrainingConfig
-from ctf.transformer import TransformerConfig
+from ctf.common import config, storage
+from ctf.common.distributed import World
+from ctf.data.images import ImageSet, Splits, as_pictures
+from ctf.data.tokens import Tokens, TokensConfig
+from ctf.evaluation import evaluate, reference_sets, scores
+from ctf.evaluation.extractors import Extractor, open_extractor
+from ctf.evaluation.reference_sets import Collection
+from ctf.evaluation.sample_cache import Drawing
+from ctf.evaluation.search import search
+from ctf.models import clusters
+from ctf.models.clusters import Clusters, ClustersConfig
+from ctf.models.transformer import TransformerConfig
+from ctf.pipelines import pipeline  # fmt: skip
+from ctf.training import cost, fit, loop
+from ctf.training import tokenizer as tokenizer_training
+from ctf.training.fit import Progress
+from ctf.training.recipes import GroupLoss, Recipe, TokenizerShape, TransformerShape, preset
+from ctf.training.tokenizer import TokenizerTraining
+from ctf.training.transformers import TrainingConfig
 
 Found = dict[str, Any]
 Codes = Literal["true", "random", "model"]
@@ -281,7 +274,7 @@ def _clusters(job: ClustersJob, run: Path, work: Path) -> Found:
     _link(run, source / "tokenizer", source / "tokens")
     tokenizer = tokenizer_training.load(run / "tokenizer")
     fit.fit_clusters(run, tokenizer, job.clusters)
-    return checkpoint.load_object(run / "clusters" / "report.json")
+    return storage.load_object(run / "clusters" / "report.json")
 
 
 def _link(run: Path, *stages: Path) -> None:
@@ -306,7 +299,7 @@ def _coarse(job: CoarseJob, run: Path, work: Path, place: Place, progress: Progr
     with progress("coarse") as report:
         fit.train_model(run, "coarse", parts, used, World(device=place.device), report, source)
     shape = config.from_json(
-        TransformerConfig, checkpoint.load_object(run / "coarse" / "config.json")["model"], "model"
+        TransformerConfig, storage.load_object(run / "coarse" / "config.json")["model"], "model"
     )
     flops = cost.transformer_flops(shape, shape.length, parts.count)
     return _trained(run / "coarse", job.training, shape.length, flops)
@@ -323,7 +316,7 @@ def _fine(job: FineJob, run: Path, work: Path, place: Place, progress: Progress)
     with progress("fine") as report:
         fit.train_model(run, "fine", parts, used, World(device=place.device), report)
     shape = config.from_json(
-        TransformerConfig, checkpoint.load_object(run / "fine" / "config.json")["model"], "model"
+        TransformerConfig, storage.load_object(run / "fine" / "config.json")["model"], "model"
     )
     outputs = parts.codebook_size if job.softmax == "full" else _mean_choices(run, parts)
     flops = cost.transformer_flops(shape, shape.length + 1, outputs)
@@ -339,7 +332,7 @@ def _mean_choices(run: Path, parts: Clusters) -> int:
 
 def _trained(folder: Path, training: TrainingConfig, length: int, flops_each: int) -> Found:
     images = training.steps * training.batch_size
-    tensors, _ = checkpoint.load_tensors(folder / "model.safetensors")
+    tensors, _ = storage.load_tensors(folder / "model.safetensors")
     curve = [line for line in loop.read_metrics(folder) if line["split"] == "val"]
     return {
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
@@ -379,14 +372,14 @@ def _settings(work: Path, tuned: str | None) -> dict[str, float]:
     """What a search found. By default no guidance: temperatures 1, everything as learned."""
     if tuned is None:
         return {}
-    found: dict[str, float] = checkpoint.load_object(work / tuned / "result.json")["found"]["best"]
+    found: dict[str, float] = storage.load_object(work / tuned / "result.json")["found"]["best"]
     return found
 
 
 def _score(job: ScoreJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:
     pipe = _pipeline(job, run / "pipeline", work, place)
     settings = {**_settings(work, job.tuned), **job.settings}
-    prepared = evaluation.prepare(
+    prepared = evaluate.prepare(
         str(run / "pipeline"),
         place.source,
         samples=job.samples,
@@ -413,7 +406,7 @@ def _score(job: ScoreJob, run: Path, work: Path, place: Place, progress: Progres
 def _search(job: SearchJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:
     pipe = _pipeline(job, run / "pipeline", work, place)
     extractor = _extractors(place)[0]
-    pictures = collection.of_sets("pictures kept back", (place.kept_back,))
+    pictures = reference_sets.of_sets("pictures kept back", (place.kept_back,))
     with progress(f"{extractor.name}: pictures kept back") as report:
         known = scores.look_at_reference(pictures, extractor, report)
     drawing = Drawing(job.samples).shared(len(pipe.class_names))
@@ -427,7 +420,7 @@ def _search(job: SearchJob, run: Path, work: Path, place: Place, progress: Progr
         has_fine=pipe.fine is not None,
         budget=job.points,
     )
-    points = checkpoint.load_object(run / "search.json")["points"]
+    points = storage.load_object(run / "search.json")["points"]
     return {"best": best, "points": points}
 
 
@@ -481,7 +474,7 @@ def _details(job: DetailsJob, run: Path, work: Path, place: Place, progress: Pro
 
 
 def _held_out(place: Place) -> Collection:
-    return collection.open_reference(
+    return reference_sets.open_reference(
         place.source, place.images.val.image_size, "val", background="white", skip_bad=False
     )  # type: ignore[return-value]
 

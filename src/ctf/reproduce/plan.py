@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ctf.clusters import ClustersConfig, Method
-from ctf.presets import GroupLoss, TokenizerShape, TransformerShape, with_steps
+from ctf.models.clusters import ClustersConfig, Method
 from ctf.reproduce.cells import Cell
 from ctf.reproduce.jobs import (
     ClustersJob,
@@ -19,8 +18,9 @@ from ctf.reproduce.jobs import (
     TokenizerJob,
     TokensJob,
 )
-from ctf.tokenizer_training import TokenizerTraining
-from ctf.training import TrainingConfig
+from ctf.training.recipes import GroupLoss, TokenizerShape, TransformerShape, with_steps
+from ctf.training.tokenizer import TokenizerTraining
+from ctf.training.transformers import TrainingConfig
 
 
 @dataclasses.dataclass(frozen=True)

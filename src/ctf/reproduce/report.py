@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ctf import checkpoint
+from ctf.common import storage
+from ctf.models.sampling import in_words
 from ctf.reproduce import figure1, figure2, table1, table2, table3
 from ctf.reproduce import plan as planned
 from ctf.reproduce.cells import Cell, Desk
 from ctf.reproduce.plan import Plan
-from ctf.sampling import in_words
 
 MISSING = "not computed yet"
 OVERLAP = "no: the intervals overlap"
@@ -133,7 +133,7 @@ def write(desk: Desk, plan: Plan) -> None:
         *_figure1(desk, plan),
         *_figure2(desk, plan),
     ]
-    with checkpoint.atomic(desk.results / "report.md") as temporary:
+    with storage.atomic(desk.results / "report.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -364,7 +364,7 @@ def _figure1(desk: Desk, plan: Plan) -> list[str]:
     name = planned.clusters(plan, plan.largest, plan.count(plan.largest))[-1].name
     picture = desk.work / name / "run" / "clusters" / "swaps.png"
     if picture.is_file():
-        with checkpoint.atomic(desk.results / "figure1.png") as temporary:
+        with storage.atomic(desk.results / "figure1.png") as temporary:
             shutil.copyfile(picture, temporary)
     if (desk.results / "figure1.png").is_file():
         lines += ["![Pictures whose codes were swapped](figure1.png)", ""]
@@ -431,7 +431,7 @@ def _figure2(desk: Desk, plan: Plan) -> list[str]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    with checkpoint.atomic(path) as temporary:
+    with storage.atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 

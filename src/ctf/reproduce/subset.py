@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ctf.images import PLAIN, ImageSet, View
+from ctf.data.images import PLAIN, ImageSet, View
 
 
 class Subset(ImageSet):

@@ -22,8 +22,8 @@ from typing import Any
 import httpx2
 import tyro
 
-from ctf import samples
-from ctf.pipeline import Pipeline
+from ctf.pipelines import export
+from ctf.pipelines.pipeline import Pipeline
 
 MOST_MEMORY = 200 * 2**20  # bytes more than at the start
 LEAST_SPEED_UP = 3.0
@@ -183,7 +183,7 @@ def _crossed(pipe: Pipeline, answers: list[Asked]) -> int:
     for asked, codes_L, image in zip(answers, drawn.codes, drawn.images, strict=True):
         (picture,) = asked.answer["pictures"]
         got = (picture["seed"], picture["class_number"], picture["codes"], picture["image"])
-        encoded = base64.b64encode(samples.png(image)).decode()
+        encoded = base64.b64encode(export.png(image)).decode()
         wrong += got != (asked.seed, asked.number, codes_L.tolist(), encoded)
     return wrong
 

@@ -20,11 +20,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 from torch import Tensor
 
-from ctf import pipeline
-from ctf.engine import Engine
-from ctf.errors import UserError
-from ctf.pipeline import Pipeline
-from ctf.sampling import Sampling
+from ctf.common.errors import UserError
+from ctf.common.version import __version__
+from ctf.kernels.sampling_cpu import Engine
+from ctf.models.sampling import Sampling
+from ctf.pipelines import pipeline
+from ctf.pipelines.pipeline import Pipeline
 from ctf.studio import schema
 from ctf.studio.guard import LOOPBACK, Guard, mistake
 from ctf.studio.worker import (
@@ -42,7 +43,6 @@ from ctf.studio.worker import (
     Task,
     Worker,
 )
-from ctf.version import __version__
 
 PAGE = Path(__file__).parent / "page"
 KINDS = {

@@ -21,13 +21,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ctf import pipeline, samples
-from ctf.decoding import FORMATS, Unusable, decode
-from ctf.engine import is_exact
-from ctf.errors import UserError
-from ctf.images import as_pictures, crop
-from ctf.pipeline import Pipeline
-from ctf.sampling import Sampling
+from ctf.common.errors import UserError
+from ctf.data.decode import FORMATS, Unusable, decode
+from ctf.data.images import as_pictures, crop
+from ctf.kernels.sampling_cpu import is_exact
+from ctf.models.sampling import Sampling
+from ctf.pipelines import export, pipeline
+from ctf.pipelines.pipeline import Pipeline
 
 log = logging.getLogger("ctf.studio")
 
@@ -305,7 +305,7 @@ class Worker:
                     codes=None if codes_NL is None else codes_NL[numbers],
                     keep=None if keep_NL is None else keep_NL[numbers],
                 )
-                shown = dict(zip(watched, map(samples.png, previews), strict=True))
+                shown = dict(zip(watched, map(export.png, previews), strict=True))
             for job, _, rows in _rows(jobs, tasks, event.numbers):
                 images = [shown[row] for row in rows if row in shown]
                 job.tell(Row(event.rows, event.total, images))
@@ -348,14 +348,14 @@ class Worker:
             "class_number": number,
             "class_name": self.pipe.class_names[number],
             "seed": settings["seed"],
-            "image": samples.png(image),
+            "image": export.png(image),
             "codes": codes,
             "coarse": coarse,
             "settings": settings,
         }
 
     def _settings(self, number: int, seed: int, sampling: Sampling) -> dict[str, Any]:
-        one = samples.Settings((number,), 1, seed, sampling, model=self.name, weights=self.weights)
+        one = export.Settings((number,), 1, seed, sampling, model=self.name, weights=self.weights)
         return one.to_json()
 
     def _encode(self, task: Encode) -> dict[str, Any]:
@@ -368,8 +368,8 @@ class Worker:
         (image,) = as_pictures(self.pipe.decode(codes_1L.to(self.pipe.device)))
         (coarse,) = self.pipe.preview(labels_1L)
         return {
-            "original": samples.png(crop(picture, self.pipe.tokenizer.config.image_size)),
-            "coarse": samples.png(coarse),
+            "original": export.png(crop(picture, self.pipe.tokenizer.config.image_size)),
+            "coarse": export.png(coarse),
             "picture": self._picture(image, codes_1L[0].tolist(), labels_1L[0].tolist(), settings),
         }
 
@@ -388,7 +388,7 @@ class Worker:
             swapped_L = codes_L.clone()
             swapped_L[task.position] = code
             (image,) = as_pictures(self.pipe.decode(swapped_L[None]))
-            members.append({"code": code, "probability": probability, "image": samples.png(image)})
+            members.append({"code": code, "probability": probability, "image": export.png(image)})
         job.tell(Done({"cluster": found.cluster, "position": task.position, "members": members}))
 
 

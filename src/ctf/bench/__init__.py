@@ -1,0 +1,1 @@
+"""Benchmarks of sampling, training and reading, each measured beside what it replaces."""

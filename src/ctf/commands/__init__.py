@@ -1,1 +1,0 @@
-"""The commands: each reads its arguments, calls what does the work, and prints what came out."""

@@ -1,0 +1,1 @@
+"""Images on disk, and the codes that a tokenizer makes of them."""

@@ -1,0 +1,290 @@
+"""A small convolutional classifier: which class does a (sampled) picture look like?
+
+It scores samples of small pictures, for which ImageNet networks are a poor judge. The shipped one
+(`shipped_classifier`) was trained on Fashion-MNIST.
+
+Shapes: B batch, N pictures, S image size, K classes, D features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ctf.common import storage
+from ctf.common.config import from_json, to_json
+from ctf.common.errors import UserError
+from ctf.data.images import ImageSet, Splits, as_tensor
+from ctf.training import loop
+
+SHIPPED = Path(__file__).parents[1] / "shipped" / "fashion-mnist-classifier"
+CHANNELS_PER_GROUP = 16  # of the normalisation
+BATCH = 256  # pictures at once when nothing is trained
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig:
+    """How a classifier is built and trained. The defaults are those of the shipped one."""
+
+    width: int = 32  # channels of the first stage; a multiple of 16
+    steps: int = 7000
+    batch_size: int = 128
+    learning_rate: float = 3e-3
+    final_learning_rate: float = 0.001  # of the peak
+    warm_up: int = 200  # steps
+    betas: tuple[float, ...] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    label_smoothing: float = 0.1
+    flip: bool = True  # a mirrored picture shows the same class
+    shift: int = 2  # pixels at most, up, down and sideways
+    evaluate_every: int = 1000  # steps
+    seed: int = 0
+
+
+class _Conv(nn.Conv2d):
+    """A square convolution whose filters are standardised before use (arXiv 1903.10520).
+
+    With group normalisation it learns as fast as with batch normalisation.
+    """
+
+    def __init__(self, fan_in: int, fan_out: int, kernel: int, stride: int = 1) -> None:
+        super().__init__(fan_in, fan_out, kernel, stride, (kernel - 1) // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
+        # The outputs get about the variance of the inputs, whatever the number of the weights.
+        scale = torch.rsqrt(variance * self.weight[0].numel() + 1e-5)
+        return F.conv2d(x, (self.weight - mean) * scale, None, self.stride, self.padding)
+
+
+class _Block(nn.Module):
+    """Residual block of two 3x3 convolutions that halves the size."""
+
+    def __init__(self, fan_in: int, fan_out: int) -> None:
+        super().__init__()
+        self.conv1 = _Conv(fan_in, fan_out, 3, stride=2)
+        self.norm1 = nn.GroupNorm(fan_out // CHANNELS_PER_GROUP, fan_out)
+        self.conv2 = _Conv(fan_out, fan_out, 3)
+        self.norm2 = nn.GroupNorm(fan_out // CHANNELS_PER_GROUP, fan_out)
+        self.shortcut = _Conv(fan_in, fan_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.relu(self.norm1(self.conv1(x)))
+        shortcut = self.shortcut(F.avg_pool2d(x, 2, ceil_mode=True))
+        return F.relu(shortcut + self.norm2(self.conv2(inner)))
+
+
+class Classifier(nn.Module):
+    """Pictures of `image_size` pixels -> one of `class_names`.
+
+    Group instead of batch normalisation: a picture is judged alike in any batch.
+    """
+
+    def __init__(self, width: int, image_size: int, class_names: Sequence[str]) -> None:
+        super().__init__()
+        self.image_size, self.class_names = image_size, tuple(class_names)
+        self.stem = _Conv(3, width, 4, stride=2)
+        self.norm = nn.GroupNorm(width // CHANNELS_PER_GROUP, width)
+        self.blocks = nn.Sequential(_Block(width, 2 * width), _Block(2 * width, 4 * width))
+        self.head = nn.Linear(4 * width, len(self.class_names))
+
+    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, K) and pooled features (B, D = 4 * width), those not negative.
+
+        Args: images (B, 3, S, S) in [-1, 1].
+        """
+        features_BD = self.blocks(F.relu(self.norm(self.stem(images_BCHW)))).mean(dim=(2, 3))
+        return self.head(features_BD), features_BD
+
+
+@dataclasses.dataclass(frozen=True)
+class Classified:
+    """What a classifier says of N pictures."""
+
+    classes_N: np.ndarray  # int64, the most likely class
+    probabilities_NK: np.ndarray  # float32
+    features_ND: np.ndarray  # float32, pooled, before the last layer
+
+
+@torch.inference_mode()
+def classify(model: Classifier, images: np.ndarray | Sequence[Image.Image]) -> Classified:
+    """Args: images uint8 (N, S, S, 3) or N pictures of S x S pixels, S the classifier's size.
+
+    Raises:
+        UserError: there are none, or they are of another size.
+    """
+    device = model.head.weight.device
+    probabilities, features = [], []
+    for start in range(0, len(images), BATCH):
+        logits_BK, features_BD = model(
+            as_tensor(_pixels(model, images[start : start + BATCH]), device)
+        )
+        probabilities.append(logits_BK.softmax(dim=1).cpu())
+        features.append(features_BD.cpu())
+    if not probabilities:
+        raise UserError("got no pictures to classify")
+    probabilities_NK = torch.cat(probabilities).numpy()
+    return Classified(probabilities_NK.argmax(1), probabilities_NK, torch.cat(features).numpy())
+
+
+def _pixels(model: Classifier, images: np.ndarray | Sequence[Image.Image]) -> np.ndarray:
+    size = model.image_size
+    arrays = [np.asarray(x.convert("RGB")) if isinstance(x, Image.Image) else x for x in images]
+    for pixels in arrays:
+        if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8:
+            raise UserError(
+                f"got a picture of shape {pixels.shape}, {pixels.dtype}; the classifier takes "
+                f"{size}x{size} RGB of 8 bits\nuse one that was trained at that size"
+            )
+    return np.stack(arrays)
+
+
+def _place(model: Classifier, device: torch.device) -> Classifier:
+    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+class ClassifierTrainer:
+    """A classifier and its optimiser: a `loop.Trainable`."""
+
+    def __init__(self, images: Splits, config: ClassifierConfig, device: torch.device) -> None:
+        self.images, self.config, self.device = images, config, device
+        torch.manual_seed(config.seed)
+        model = Classifier(config.width, images.train.image_size, images.train.class_names)
+        self.model = _place(model, device)
+        self.optimizer = loop.make_optimizer(
+            self.model, config.learning_rate, config.betas, config.weight_decay
+        )
+
+    def step(self, step: int) -> Mapping[str, Tensor | float]:
+        c, train = self.config, self.images.train
+        indices = loop.batch_indices(len(train), c.batch_size, c.seed, step)
+        random = loop.generator(c.seed, 1, step)
+        pixels = augment(train.read(indices), random, flip=c.flip, shift=c.shift)
+        classes_B = torch.from_numpy(train.classes_N[indices]).to(self.device)
+        logits_BK, _ = self.model(as_tensor(pixels, self.device))
+        loss = F.cross_entropy(logits_BK, classes_B, label_smoothing=c.label_smoothing)
+        rate = loop.learning_rate(
+            step, c.steps, c.learning_rate, c.warm_up, "cosine", c.final_learning_rate
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = loop.update(
+            self.optimizer, loss.detach(), rate, c.clip, step, "classifier's loss", indices
+        )
+        right_B = logits_BK.detach().argmax(1) == classes_B
+        return {
+            "loss": loss.detach(),
+            "accuracy": right_B.float().mean(),
+            "gradient_norm": norm,
+            "learning_rate": rate,
+            "images": c.batch_size,
+        }
+
+    def evaluate(self) -> Mapping[str, float]:
+        return {"accuracy": held_out_accuracy(self.model, self.images.val)}
+
+    def state(self) -> Mapping[str, Tensor]:
+        return {
+            **loop.prefixed(self.model.state_dict(), "model."),
+            **loop.optimizer_state(self.optimizer, "optimizer."),
+        }
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        storage.load_strict(self.model, loop.with_prefix(tensors, "model."), "state")
+        loop.load_optimizer_state(self.optimizer, tensors, "optimizer.")
+
+
+def augment(
+    pixels_BSSC: np.ndarray, random: np.random.Generator, *, flip: bool, shift: int
+) -> np.ndarray:
+    """Moves each picture by up to `shift` pixels each way, its border mirrored, and flips half of
+    them where `flip` is set. uint8 (B, S, S, 3) -> the same shape."""
+    batch, size = pixels_BSSC.shape[:2]
+    offsets_2B1 = random.integers(-shift, shift + 1, (2, batch, 1))
+    positions_2BS = np.abs(np.arange(size) + offsets_2B1)
+    rows_BS, columns_BS = np.minimum(positions_2BS, 2 * (size - 1) - positions_2BS)
+    flipped_B1 = random.random((batch, 1)) < 0.5 * flip
+    columns_BS = np.where(flipped_B1, columns_BS[:, ::-1], columns_BS)
+    picture_B11 = np.arange(batch)[:, None, None]
+    moved: np.ndarray = pixels_BSSC[picture_B11, rows_BS[:, :, None], columns_BS[:, None, :]]
+    return moved
+
+
+def held_out_accuracy(model: Classifier, images: ImageSet) -> float:
+    """Fraction of a set's pictures whose class is recognised."""
+    right = 0
+    for start in range(0, len(images), BATCH):
+        indices = np.arange(start, min(start + BATCH, len(images)))
+        classified = classify(model, images.read(indices))
+        right += int((classified.classes_N == images.classes_N[indices]).sum())
+    return right / len(images)
+
+
+def train_classifier(
+    images: Splits,
+    folder: Path,
+    config: ClassifierConfig | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    report: loop.Report | None = None,
+) -> Classifier:
+    """Trains a classifier into `folder`, or goes on where it was killed, or loads it if it is done.
+
+    Writes config.json, metrics.jsonl, and model.safetensors in half precision.
+
+    Raises:
+        UserError: the pictures have one class only, or the folder belongs to something else.
+    """
+    config = config or ClassifierConfig()
+    names = images.train.class_names
+    if len(names) < 2:
+        raise UserError(
+            f"{images.train.name}: a classifier needs pictures of 2 classes or more, got "
+            f"{len(names)}\nput the pictures of each class into a folder of its own"
+        )
+    if config.width < 1 or config.width % CHANNELS_PER_GROUP:
+        raise UserError(f"width {config.width}: expected a multiple of {CHANNELS_PER_GROUP}")
+    description = {
+        "image_size": images.train.image_size,
+        "class_names": list(names),
+        "images": images.train.fingerprint,
+        "config": to_json(config),
+    }
+    loop.claim(folder, description)
+    if not loop.is_finished(folder):
+        trainer = ClassifierTrainer(images, config, torch.device(device))
+        loop.run(trainer, folder, config.steps, evaluate_every=config.evaluate_every, report=report)
+        # Half precision: half the size; 11 bits are plenty for weights that are not trained on.
+        weights = {k: v.half() for k, v in trainer.model.state_dict().items()}
+        loop.finish(folder, weights, {})
+    return load_classifier(folder, device)
+
+
+def load_classifier(folder: Path, device: torch.device | str = "cpu") -> Classifier:
+    """The classifier in `folder` (config.json, model.safetensors), frozen, in single precision."""
+    path = folder / "config.json"
+    stored = storage.load_json(path)
+    try:
+        size, names = stored["image_size"], stored["class_names"]
+        config = from_json(ClassifierConfig, stored["config"], f"{path}: config")
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: not the configuration of a classifier") from None
+    model = Classifier(config.width, size, names)
+    tensors, _ = storage.load_tensors(folder / "model.safetensors")
+    weights = {k: v.float() for k, v in tensors.items()}
+    storage.load_strict(model, weights, folder / "model.safetensors")
+    return _place(model, torch.device(device)).eval().requires_grad_(False)
+
+
+def shipped_classifier(device: torch.device | str = "cpu") -> Classifier:
+    """The classifier of Fashion-MNIST that comes with the package; 32x32 pixels, 10 classes."""
+    return load_classifier(SHIPPED, device)

@@ -1,0 +1,256 @@
+"""The VQ tokenizer: images <-> codes of a large codebook.
+
+The convolutional architecture of LlamaGen's VQ-16 and VQ-8 (arXiv 2406.06525, section 2.1, after
+VQGAN, arXiv 2012.09841), configurable down to a tiny one. Codes are looked up by cosine: both the
+encoder's vectors and the codebook's are L2-normalised (ViT-VQGAN, arXiv 2110.04627).
+
+Shapes: B batch, C code dimension, H, W height and width, L codes of an image, V codebook size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ctf.common.errors import UserError
+
+# Vectors looked up at once on a CPU: the cache holds their products with 16384 codes, 2 MB.
+LOOK_UP_ROWS = 32
+LOOK_UP_BLOCK = 256  # codes at the most whose largest product is found before its index
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Shape of a tokenizer. The defaults are LlamaGen's VQ-16."""
+
+    image_size: int = 256
+    codebook_size: int = 16384
+    code_dim: int = 8
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # of channels, one a level; each next one halves
+    blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
+    latent_channels: int = 256
+    groups: int = 32  # of the group normalisation
+
+    def __post_init__(self) -> None:
+        sizes = ("codebook_size", "code_dim", "channels", "blocks", "latent_channels", "groups")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: got {getattr(self, name)}, expected 1 or more")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise UserError(f"multipliers: got {list(self.multipliers)}, expected 1 or more each")
+        if self.channels % self.groups:
+            raise UserError(f"{self.channels} channels cannot be put into {self.groups} groups")
+        if self.image_size % self.factor:
+            below = self.image_size // self.factor * self.factor
+            near = f"{below} or {below + self.factor}" if below else str(self.factor)
+            raise UserError(
+                f"image size {self.image_size} is not divisible by the tokenizer's factor "
+                f"{self.factor}; take {near}"
+            )
+
+    @property
+    def factor(self) -> int:
+        """How many pixels a code stands for, along each side."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Codes along each side of an image: L = grid ** 2."""
+        return self.image_size // self.factor
+
+
+class VQModel(nn.Module):
+    """Encoder, quantiser and decoder."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.to_code = nn.Conv2d(config.latent_channels, config.code_dim, 1)
+        self.embedding = nn.Embedding(config.codebook_size, config.code_dim)
+        self.from_code = nn.Conv2d(config.code_dim, config.latent_channels, 1)
+        self.decoder = Decoder(config)
+        nn.init.normal_(self.embedding.weight)
+        with torch.no_grad():
+            self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=-1))
+
+    @property
+    def grid(self) -> int:
+        return self.config.grid
+
+    def codebook(self) -> Tensor:
+        """The code vectors as the quantiser compares them: (V, C), of length 1."""
+        return F.normalize(self.embedding.weight, dim=-1)
+
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        """Images in [-1, 1], (B, 3, H, W) -> codes (B, L), int64, row by row."""
+        vectors_BLC = self.encode_vectors(images_BCHW)
+        return self.nearest(vectors_BLC.flatten(0, 1)).view(vectors_BLC.shape[:2])
+
+    def decode(self, codes_BL: Tensor) -> Tensor:
+        """Codes (B, L) -> images in [-1, 1], (B, 3, H, W)."""
+        return self.decode_vectors(self.codebook()[codes_BL]).clamp(-1, 1)
+
+    def encode_vectors(self, images_BCHW: Tensor) -> Tensor:
+        """Images in [-1, 1] -> the vectors that are looked up: (B, L, C), of length 1."""
+        vectors_BCHW = self.to_code(self.encoder(images_BCHW))
+        return F.normalize(vectors_BCHW.flatten(2).transpose(1, 2), dim=-1)
+
+    def decode_vectors(self, vectors_BLC: Tensor) -> Tensor:
+        """Code vectors (B, L, C) -> images (B, 3, H, W), about [-1, 1] but not clipped."""
+        side = self.grid
+        vectors_BCHW = vectors_BLC.transpose(1, 2).unflatten(2, (side, side))
+        return self.decoder(self.from_code(vectors_BCHW))
+
+    def nearest(self, vectors_NC: Tensor) -> Tensor:
+        """Index of the code vector nearest to each vector of length 1: (N,), int64."""
+        codebook_CV = self.codebook().T
+        # On the unit sphere the nearest is the one with the largest product. In slices: the
+        # (N, V) products of a large batch would be the largest tensor of all.
+        rows = LOOK_UP_ROWS if vectors_NC.device.type == "cpu" else 128 * LOOK_UP_ROWS
+        return torch.cat([_argmax(part @ codebook_CV) for part in vectors_NC.split(rows)])
+
+
+def _argmax(products_NV: Tensor) -> Tensor:
+    """Index of the first of the largest products, as argmax has it, which takes an order of
+    magnitude longer than amax on a CPU; so only one block of codes is searched by it.
+    """
+    size = math.gcd(products_NV.shape[1], LOOK_UP_BLOCK)
+    blocks_NBS = products_NV.unflatten(1, (-1, size))
+    block_N = blocks_NBS.amax(-1).argmax(-1)
+    rows_N = torch.arange(len(block_N), device=block_N.device)
+    return block_N * size + blocks_NBS[rows_N, block_N].argmax(-1)
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) -> latents (B, latent_channels, H / factor, W / factor)."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.channels * m for m in config.multipliers]
+        self.input = nn.Conv2d(3, config.channels, 3, padding=1)
+        layers: list[nn.Module] = []
+        width = config.channels
+        for level, level_width in enumerate(widths):
+            last = level == len(widths) - 1
+            for _ in range(config.blocks):
+                layers.append(ResidualBlock(width, level_width, config.groups))
+                width = level_width
+                if last:
+                    layers.append(AttentionBlock(width, config.groups))
+            if not last:
+                layers.append(Downsample(width))
+        self.levels = nn.Sequential(*layers)
+        self.middle = _middle(width, config.groups)
+        self.norm = _norm(width, config.groups)
+        self.output = nn.Conv2d(width, config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(self.levels(self.input(x)))
+        return self.output(F.silu(self.norm(x)))
+
+
+class Decoder(nn.Module):
+    """Latents (B, latent_channels, H / factor, W / factor) -> images (B, 3, H, W)."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.channels * m for m in config.multipliers]
+        width = widths[-1]
+        self.input = nn.Conv2d(config.latent_channels, width, 3, padding=1)
+        self.middle = _middle(width, config.groups)
+        layers: list[nn.Module] = []
+        for level in reversed(range(len(widths))):
+            for _ in range(config.blocks + 1):
+                layers.append(ResidualBlock(width, widths[level], config.groups))
+                width = widths[level]
+                if level == len(widths) - 1:
+                    layers.append(AttentionBlock(width, config.groups))
+            if level:
+                layers.append(Upsample(width))
+        self.levels = nn.Sequential(*layers)
+        self.norm = _norm(width, config.groups)
+        self.output = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.levels(self.middle(self.input(x)))
+        return self.output(F.silu(self.norm(x)))
+
+
+def _norm(width: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, width, eps=1e-6)
+
+
+def _middle(width: int, groups: int) -> nn.Sequential:
+    return nn.Sequential(
+        ResidualBlock(width, width, groups),
+        AttentionBlock(width, groups),
+        ResidualBlock(width, width, groups),
+    )
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, each after normalisation and SiLU, around a skip."""
+
+    def __init__(self, width_in: int, width_out: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(width_in, groups)
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.norm2 = _norm(width_out, groups)
+        self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
+        same = width_in == width_out
+        self.skip: nn.Module = nn.Identity() if same else nn.Conv2d(width_in, width_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention of one head over all positions."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.norm = _norm(width, groups)
+        self.query = nn.Conv2d(width, width, 1)
+        self.key = nn.Conv2d(width, width, 1)
+        self.value = nn.Conv2d(width, width, 1)
+        self.output = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        # (B, D, H, W) -> (B, 1, H * W, D): one head
+        q, k, v = (
+            layer(h).flatten(2).transpose(1, 2).unsqueeze(1)
+            for layer in (self.query, self.key, self.value)
+        )
+        h = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
+        return x + self.output(h.reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halves the sides; padded at the right and the bottom only, as VQGAN does."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the sides: nearest neighbour, then a convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -1,0 +1,1 @@
+"""A trained pipeline: loaded, sampled from, edited with, saved and shared."""

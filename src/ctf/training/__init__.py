@@ -1,0 +1,1 @@
+"""Training of every stage, one by one or all by `fit`."""

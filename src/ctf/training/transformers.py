@@ -1,0 +1,294 @@
+"""Training of the coarse and the fine model on tokens: one trainer, the objective is an argument.
+
+Shapes: B batch, L tokens of an image, K clusters, S members of the largest cluster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as checkpointed
+
+from ctf.common import storage
+from ctf.common.distributed import World
+from ctf.common.errors import UserError
+from ctf.data.tokens import Tokens
+from ctf.kernels.losses import cross_entropy
+from ctf.models.clusters import Clusters
+from ctf.models.coarse import CoarseModel
+from ctf.models.fine import FineModel
+from ctf.training import loop
+from ctf.training.loop import PLAINLY, Execution
+
+IGNORED = -100  # a target that nothing is asked of
+
+Model = CoarseModel | FineModel
+# (model, codes_BL, classes_B) -> mean cross-entropy of a token in nats, a scalar.
+Objective = Callable[[Any, Tensor, Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is trained: LlamaGen's AdamW, with warm-up, cosine and EMA."""
+
+    steps: int = 100_000
+    batch_size: int = 256  # images
+    learning_rate: float = 1e-4
+    final_learning_rate: float = 0.02  # of the peak
+    warm_up: int = 100  # steps
+    schedule: loop.Schedule = "cosine"
+    betas: tuple[float, ...] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    class_dropout: float = 0.1  # how often the class is hidden, for classifier-free guidance
+    ema: float = 0.999
+    evaluate_every: int = 500  # steps
+    evaluate_images: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        loop.check(self)
+        for name in ("class_dropout", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}: got {getattr(self, name)}, expected 0 to 1")
+
+
+def coarse_objective(clusters: Clusters) -> Objective:
+    """Next label given the class and the labels before it (the paper's section 3.2)."""
+    labels_V = clusters.labels_V
+
+    def loss(model: CoarseModel, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
+        labels_BL = labels_V.to(codes_BL.device)[codes_BL]
+        return cross_entropy(model.hidden(labels_BL, classes_B), model.head.weight, labels_BL)
+
+    return loss
+
+
+def fine_objective(clusters: Clusters) -> Objective:
+    """Each exact code given the class and all true labels (the paper's section 3.2)."""
+    labels_V = clusters.labels_V
+
+    def loss(model: FineModel, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
+        labels_BL = labels_V.to(codes_BL.device)[codes_BL]
+        if model.softmax == "full":
+            hidden_BLD = model.hidden(labels_BL, classes_B)
+            return cross_entropy(hidden_BLD, model.head.weight[model.rows_V], codes_BL)
+        logits_BLS = model(labels_BL, classes_B)
+        return F.cross_entropy(logits_BLS.flatten(0, 1), model.choices(codes_BL).flatten())
+
+    return loss
+
+
+def grouped_objective(groups: Clusters, weight: float) -> Objective:
+    """What a full-vocabulary model learns with the cluster loss of IAR (arXiv 2501.00880).
+
+    To the cross-entropy of each code comes `weight` times that of its group, whose probability is
+    the sum of its members'.
+    """
+    labels_V, members_KS = groups.labels_V, groups.members_KS
+
+    def loss(model: CoarseModel, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
+        logs_TV = model(codes_BL, classes_B).flatten(0, 1).log_softmax(-1)
+        own_T = logs_TV.gather(1, codes_BL.view(-1, 1))[:, 0]
+        # Only the group of the right code is asked for: the sum over its members.
+        device = codes_BL.device
+        members_TS = members_KS.to(device)[labels_V.to(device)[codes_BL.flatten()]]
+        logs_TS = logs_TV.gather(1, members_TS.clamp(min=0))
+        group_T = logs_TS.masked_fill(members_TS < 0, -torch.inf).logsumexp(-1)
+        return -(own_T + weight * group_T).mean()
+
+    return loss
+
+
+def corrupted_objective(clusters: Clusters, share: float) -> Objective:
+    """What a fine model learns that is to bear mistakes of the coarse one.
+
+    Each label is, with probability `share`, that of another token of the batch. Such a token has no
+    right answer among the members of its wrong cluster: nothing is asked of it there. With softmax
+    "full" it has, and it is asked.
+    """
+    labels_V = clusters.labels_V
+
+    def loss(model: FineModel, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
+        labels_BL = labels_V.to(codes_BL.device)[codes_BL]
+        # From torch's global generator, which is set for each step.
+        wrong_BL = torch.rand(labels_BL.shape, device=labels_BL.device) < share
+        order_T = torch.randperm(labels_BL.numel(), device=labels_BL.device)
+        others_BL = labels_BL.flatten()[order_T].view_as(labels_BL)
+        given_BL = torch.where(wrong_BL, others_BL, labels_BL)
+        if model.softmax == "full":
+            hidden_BLD = model.hidden(given_BL, classes_B)
+            return cross_entropy(hidden_BLD, model.head.weight[model.rows_V], codes_BL)
+        logits_BLS = model(given_BL, classes_B)
+        choices_BL = model.choices(codes_BL).masked_fill(wrong_BL, IGNORED)
+        total = F.cross_entropy(
+            logits_BLS.flatten(0, 1), choices_BL.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        return total / (~wrong_BL).sum().clamp(min=1)
+
+    return loss
+
+
+class Loss(nn.Module):
+    """A model and its objective as one module: what uses the weights is within one forward pass,
+    as DDP and FSDP expect it."""
+
+    def __init__(self, model: Model, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
+        return self.objective(self.model, codes_BL, classes_B)
+
+
+class Trainer:
+    """A model, its moving average and its optimiser: a `loop.Trainable`.
+
+    `taught` is what it learns, where that is not the `objective` that it is evaluated by.
+    Every process of the world trains on its share of each batch and ends with the same weights.
+    Products may be in bfloat16, as `Execution.precision` says; weights and optimiser are not.
+
+    Raises:
+        UserError: the batch cannot be shared equally among the processes, or the device has no
+            products of the precision asked for.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        objective: Objective,
+        train: Tokens,
+        val: Tokens,
+        training: TrainingConfig,
+        world: World,
+        execution: Execution = PLAINLY,
+        taught: Objective | None = None,
+    ) -> None:
+        self.model, self.training, self.world = model, training, world
+        self.train, self.val = train, val
+        self.in_bf16 = execution.in_bf16(world.device)
+        self.share = world.share(training.batch_size, "batch_size")
+        each = self.share.stop - self.share.start
+        self.micro_batch = min(each, execution.micro_batch or each)
+        model.to(world.device).train()
+        world.give(model)
+        self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
+        trained = Loss(model, taught or objective)
+        self.evaluated = Loss(self.averaged, objective)
+        for layer in model.trunk.layers:
+            # Within the hooks of FSDP, which gather the weights for both.
+            if execution.compile:
+                layer.forward = torch.compile(layer.forward)
+            if execution.checkpoint_activations:
+                layer.forward = functools.partial(checkpointed, layer.forward, use_reentrant=False)
+        if execution.shard and world.size > 1:
+            mesh = init_device_mesh(world.device.type, (world.size,))
+            for loss in (trained, self.evaluated):
+                for layer in loss.model.trunk.layers:
+                    fully_shard(layer, mesh=mesh)
+            fully_shard(trained, mesh=mesh)
+            # Nothing follows that would cut it up again.
+            fully_shard(self.evaluated, mesh=mesh, reshard_after_forward=True)
+            self.trained: nn.Module = trained
+        else:
+            self.trained = world.wrap(trained)
+        self.ema = dict(self.averaged.named_parameters())
+        self.optimizer = loop.make_optimizer(
+            model, training.learning_rate, training.betas, training.weight_decay
+        )
+
+    def step(self, step: int) -> Mapping[str, Tensor | float]:
+        t = self.training
+        rate = loop.learning_rate(
+            step, t.steps, t.learning_rate, t.warm_up, t.schedule, t.final_learning_rate
+        )
+        pictures_B, codes_BL, classes_B = self._batch(step)
+        loop.seed_dropout(t.seed, 4, step, *([self.world.rank] if self.world.rank else []))
+        self.optimizer.zero_grad(set_to_none=True)
+        count, total = len(codes_BL), torch.zeros((), device=self.world.device)
+        for start in range(0, count, self.micro_batch):
+            part = slice(start, start + self.micro_batch)
+            with self._messages(wanted=part.stop >= count):
+                with self._precision():
+                    loss = self.trained(codes_BL[part], classes_B[part])
+                loss = loss * (len(codes_BL[part]) / count)
+                loss.backward()
+            total += loss.detach()
+        mean = self.world.mean(total)
+        norm = loop.update(self.optimizer, mean, rate, t.clip, step, "loss", pictures_B, self.world)
+        loop.update_ema(self.ema, self.model, t.ema, step)
+        tokens = t.batch_size * self.model.config.length
+        return {"loss": mean, "gradient_norm": norm, "learning_rate": rate, "tokens": tokens}
+
+    @contextlib.contextmanager
+    def _messages(self, *, wanted: bool) -> Iterator[None]:
+        """Gradients go to the other processes after the last part of a batch only."""
+        if isinstance(self.trained, FSDPModule):
+            self.trained.set_requires_gradient_sync(wanted)
+        if isinstance(self.trained, DistributedDataParallel) and not wanted:
+            with self.trained.no_sync():
+                yield
+        else:
+            yield
+
+    def _precision(self) -> torch.autocast:
+        # No weight is used twice in a pass, so a copy of it need not wait for that.
+        kind = self.world.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.in_bf16, cache_enabled=False)
+
+    def _batch(self, step: int) -> tuple[np.ndarray, Tensor, Tensor]:
+        """The pictures of a batch, which are the same for any number of processes, and codes and
+        classes of this process's share."""
+        t = self.training
+        random = loop.generator(t.seed, 3, step)
+        indices_B = loop.batch_indices(len(self.train), t.batch_size, t.seed, step)
+        views_B = random.integers(self.train.views, size=t.batch_size)
+        hidden_B = random.random(t.batch_size) < t.class_dropout
+        classes_B = np.where(hidden_B, self.model.no_class, self.train.classes_N[indices_B])
+        codes_BL = self.train.codes(indices_B[self.share], views_B[self.share])
+        return indices_B, *self._placed(codes_BL, classes_B[self.share])
+
+    def _placed(self, codes_BL: Tensor, classes_B: np.ndarray) -> tuple[Tensor, Tensor]:
+        device = self.world.device
+        return codes_BL.to(device), torch.from_numpy(classes_B).to(device)
+
+    def evaluate(self) -> Mapping[str, float]:
+        """Mean cross-entropy of held-out tokens under the averaged weights, nats a token."""
+        count = min(len(self.val), self.training.evaluate_images)
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        together = self.world.size * self.micro_batch
+        # Not inference_mode: what FSDP gathers in it could not be trained on.
+        with torch.no_grad(), self._precision():
+            for first in range(0, count, together):
+                start = first + self.world.rank * self.micro_batch
+                indices_B = np.arange(start, min(start + self.micro_batch, count))
+                weight = len(indices_B)
+                if not weight:  # others wait for this process's part of the weights
+                    indices_B = np.zeros(1, np.int64)
+                batch = self._placed(self.val.codes(indices_B), self.val.classes_N[indices_B])
+                total += weight * self.evaluated(*batch).double()
+        return {"loss": float(self.world.sum(total)) / count}
+
+    def state(self) -> Mapping[str, Tensor]:
+        return {
+            **loop.prefixed(self.model.state_dict(), "model."),
+            **loop.prefixed(self.averaged.state_dict(), "ema."),
+            **loop.optimizer_state(self.optimizer, "optimizer."),
+        }
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        storage.load_strict(self.model, loop.with_prefix(tensors, "model."), "state")
+        storage.load_strict(self.averaged, loop.with_prefix(tensors, "ema."), "state")
+        loop.load_optimizer_state(self.optimizer, tensors, "optimizer.")

@@ -1,0 +1,225 @@
+"""Files are whole or not there, whatever happens; loads are strict; damaged states are left out."""
+
+import errno
+import os
+import resource
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ctf.common import storage
+from ctf.common.errors import UserError
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- atomic ---------------------------------------------------------------------------------------
+
+
+def test_the_new_file_replaces_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "a.json"
+    storage.save_json(path, {"a": 1})
+    storage.save_json(path, {"a": 2})
+    assert storage.load_json(path) == {"a": 2}
+    assert names(path.parent) == ["a.json"]
+
+
+def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    storage.save_json(path, {"a": 1})
+    with pytest.raises(ZeroDivisionError), storage.atomic(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    with pytest.raises(TypeError):
+        storage.save_json(path, object())
+    assert storage.load_json(path) == {"a": 1}
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    storage.save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
+    plain, ours = (
+        stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "a.safetensors")
+    )
+    assert ours == plain
+
+
+@pytest.mark.parametrize("kind", ["json", "tensors"])
+def test_full_disk(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a"
+    path.write_text("before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(UserError, match=r"a: the disk is full; .* untouched\nmake room"):
+            if kind == "json":
+                storage.save_json(path, ["x" * 6000])
+            else:
+                storage.save_tensors(path, {"x": torch.zeros(6000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == "before"
+    assert names(tmp_path) == ["a"]
+
+
+def test_disk_that_is_full_when_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        storage.save_json(tmp_path / "a.json", 1)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("save", [storage.save_json, storage.save_tensors])
+def test_place_that_cannot_be(tmp_path: Path, save: object) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot be written"):
+        save(tmp_path / "file" / "a", {})  # type: ignore[operator]
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        save(tmp_path / "folder", {})  # type: ignore[operator]
+    assert names(tmp_path) == ["file", "folder"]
+
+
+# --- loads ----------------------------------------------------------------------------------------
+
+
+def test_tensors_and_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    saved = {
+        "x": torch.arange(6.0).reshape(2, 3).T,  # not contiguous
+        "y": torch.tensor([1, 2]),
+        "z": torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    }
+    said = {"made": "by a test", **{str(i): "x" for i in range(20)}}
+    storage.save_tensors(path, saved, said)
+    loaded, metadata = storage.load_tensors(path)
+    assert metadata == said
+    content = path.read_bytes()
+    storage.save_tensors(path, saved, said)
+    assert path.read_bytes() == content  # equal content, equal bytes
+    assert loaded.keys() == saved.keys()
+    for name, value in saved.items():
+        assert torch.equal(loaded[name], value) and loaded[name].dtype == value.dtype
+    path.unlink()  # in memory of their own
+    assert float(loaded["x"].sum()) == 15
+
+
+def test_metadata_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    for metadata in ({}, {"format": "pt"}):
+        save_file({"x": torch.zeros(1)}, path, metadata=metadata)
+        assert storage.load_tensors(path)[1] == metadata
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "other"])
+def test_damaged_tensors(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "a.safetensors"
+    storage.save_tensors(path, {"x": torch.zeros(100)})
+    whole = path.read_bytes()
+    content = {"empty": b"", "truncated": whole[:-1], "other": b"a letter to my aunt" * 9}
+    path.unlink()
+    if damage in content:
+        path.write_bytes(content[damage])
+    expected = "not found" if damage == "missing" else "truncated or not a safetensors file"
+    with pytest.raises(UserError, match=f"a.safetensors: {expected}"):
+        storage.load_tensors(path)
+
+
+def test_damaged_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with pytest.raises(UserError, match=r"not found; is .* a folder made by ctf"):
+        storage.load_json(path)
+    for content in (b'{"a": 1', b"\xff\xfe"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="not valid JSON"):
+            storage.load_json(path)
+
+
+def test_strict() -> None:
+    module = nn.Linear(2, 3)
+    own = {"weight": torch.ones(3, 2), "bias": torch.ones(3)}
+    storage.load_strict(module, own, "here")
+    assert bool((module.weight == 1).all())
+    for wrong, message in (
+        ({"weight": own["weight"]}, "here: tensor 'bias' is missing"),
+        ({**own, "more": own["bias"]}, "here: unknown tensor 'more'"),
+        ({**own, "bias": torch.ones(4)}, r"here: tensor 'bias' has shape \(4,\), expected \(3,\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            storage.load_strict(module, {k: 2 * v for k, v in wrong.items()}, "here")
+        assert bool((module.weight == 1).all() and (module.bias == 1).all())
+
+
+def test_hashes(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_bytes(b"abc")
+    # The first example of FIPS 180-2, appendix B.1.
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert storage.hash_file(tmp_path / "abc") == expected
+    assert storage.hash_json({"a": 1, "b": 2}) == storage.hash_json({"b": 2, "a": 1})
+    assert storage.hash_json({"a": 1}) != storage.hash_json({"a": 2})
+
+
+# --- states ---------------------------------------------------------------------------------------
+
+
+def test_the_newest_states_are_kept(tmp_path: Path) -> None:
+    assert storage.latest_state(tmp_path) == 0
+    for step in (9, 20, 100):
+        storage.save_state(tmp_path, step, {"x": torch.tensor(step)})
+    assert names(tmp_path) == ["step-00000020.safetensors", "step-00000100.safetensors"]
+    assert storage.latest_state(tmp_path) == 100
+    assert int(storage.load_state(tmp_path, 100)["x"]) == 100
+
+
+def test_a_damaged_state_is_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (20, 40):
+        storage.save_state(tmp_path, step, {"x": torch.tensor(step)})
+    newest = tmp_path / "step-00000040.safetensors"
+    newest.write_bytes(newest.read_bytes()[:50])
+    assert storage.latest_state(tmp_path) == 20
+    assert "going on from the state before it" in capsys.readouterr().out
+    (tmp_path / "step-00000020.safetensors").write_bytes(b"")
+    assert storage.latest_state(tmp_path) == 0
+
+
+# --- what a kill leaves ---------------------------------------------------------------------------
+
+
+def test_vacant(tmp_path: Path) -> None:
+    assert storage.is_vacant(tmp_path / "nowhere")
+    folder = tmp_path / "run"
+    (folder / "coarse").mkdir(parents=True)
+    (folder / ".fit.json.12.tmp").write_text("half")
+    (folder / "coarse" / ".config.json.13.tmp").write_text("half")
+    assert storage.is_vacant(folder)
+    (folder / "coarse" / ".mine.tmp").write_text("not of `atomic`")
+    assert not storage.is_vacant(folder)
+    assert not storage.is_vacant(folder / "coarse" / ".mine.tmp")
+    (tmp_path / "link").symlink_to("nowhere")
+    assert not storage.is_vacant(tmp_path / "link")
+
+
+def test_temporaries_are_told_from_what_is_the_users(tmp_path: Path) -> None:
+    for name in (".a.json.12.tmp", ".b.tmp", "c.tmp", ".d.x.tmp", "e.12.tmp"):
+        (tmp_path / name).touch()
+    storage.remove_temporaries(tmp_path)
+    assert names(tmp_path) == [".b.tmp", ".d.x.tmp", "c.tmp", "e.12.tmp"]
+
+
+def test_the_name_of_a_temporary(tmp_path: Path) -> None:
+    with storage.atomic(tmp_path / "a.json") as temporary:
+        temporary.write_text("1")
+        storage.remove_temporaries(tmp_path)  # so it takes it for one
+        assert not temporary.exists()
+        temporary.write_text("2")
+    assert (tmp_path / "a.json").read_text() == "2"

@@ -1,0 +1,66 @@
+"""Contact sheets: every picture whole, enlarged by a whole factor, in its place."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ctf.data.sheet import GAP, SMALLEST_TILE, sheet
+from ctf.pipelines.export import WIDEST, contact_sheet
+
+
+def picture(number: int, width: int, height: int) -> Image.Image:
+    """Noise of its own, never white."""
+    random = np.random.default_rng(number)
+    return Image.fromarray(random.integers(0, 200, (height, width, 3), dtype=np.uint8))
+
+
+@given(
+    rows=st.lists(st.tuples(st.sampled_from(["", "a"]), st.integers(1, 4)), min_size=1, max_size=4),
+    width=st.sampled_from([3, 32, 64, 70]),
+    height=st.sampled_from([5, 40]),
+)  # fmt: skip
+@settings(deadline=None, max_examples=25)
+def test_every_picture_is_in_its_place(
+    rows: list[tuple[str, int]], width: int, height: int
+) -> None:
+    pictures = [
+        (name, [picture(10 * row + i, width, height) for i in range(count)])
+        for row, (name, count) in enumerate(rows)
+    ]
+    pixels = np.asarray(sheet(pictures))
+    scale = -(-SMALLEST_TILE // width)
+    columns = max(count for _, count in rows)
+    assert pixels.shape[1] >= GAP + columns * (width * scale + GAP)
+    bottom = GAP
+    for name, of_row in pictures:
+        bottom += (20 if name else 0) + height * scale + GAP
+        for i, image in enumerate(of_row):
+            left = GAP + i * (width * scale + GAP)
+            tile = pixels[bottom - GAP - height * scale : bottom - GAP, left : left + width * scale]
+            expected = np.asarray(image).repeat(scale, 0).repeat(scale, 1)
+            assert (tile == expected).all()
+    assert pixels.shape[0] == bottom
+    assert (pixels[-GAP:] == 255).all() and (pixels[:, :GAP] == 255).all()
+
+
+def test_a_long_name_is_not_cut() -> None:
+    image = [picture(0, 64, 64)]
+    short, long = (np.asarray(sheet([(name, image)])) for name in ("a", "a" * 60))
+    assert long.shape[1] > short.shape[1]
+    assert (long[:, -GAP:] == 255).all()
+    assert (long[: GAP + 20, short.shape[1] :] < 255).any()
+
+
+@pytest.mark.parametrize("count", [1, WIDEST, WIDEST + 1, 2 * WIDEST + 3])
+def test_rows_of_a_contact_sheet(count: int) -> None:
+    """However many pictures a class has, they are all there, in rows that fit on a screen."""
+    images = [picture(i, 64, 64) for i in range(2 * count)]
+    pixels = np.asarray(contact_sheet(images, ["a", "b"], count))
+    columns, rows = min(count, WIDEST), -(-count // WIDEST)
+    assert pixels.shape[1] == GAP + columns * (64 + GAP)
+    assert pixels.shape[0] == GAP + 2 * (20 + rows * (64 + GAP))
+    last = pixels[-GAP - 64 : -GAP]
+    left = GAP + (count - 1) % WIDEST * (64 + GAP)
+    assert (last[:, left : left + 64] == np.asarray(images[-1])).all()

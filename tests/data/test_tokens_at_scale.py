@@ -1,0 +1,85 @@
+"""A cache of tokens of ImageNet's size: opened, read, and shuffled among processes that change."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ctf.bench import tokens
+from ctf.bench.tokens import CODEBOOK, IMAGENET
+from ctf.common.distributed import World
+from ctf.data.tokens import Tokens
+from ctf.training import loop
+
+BATCH = 256
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("imagenet")
+    tokens.write_cache(folder, IMAGENET)  # 660 MB
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_opens_at_once_and_takes_little_memory(cache: Path) -> None:
+    script = (
+        "import json, pathlib, sys; from ctf.bench import tokens as tokens_bench; "
+        "print(json.dumps(tokens_bench.read(pathlib.Path(sys.argv[1]))))"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script, cache], check=True, capture_output=True, text=True
+    )
+    found = json.loads(process.stdout)
+    assert found["images"] == IMAGENET
+    assert found["open_seconds"] < 1
+    assert found["private_megabytes"] < 100 and found["resident_megabytes"] < 200
+    assert found["codes_per_second"] > 2e6
+
+
+def test_an_epoch_is_a_permutation_resumed_by_other_processes(cache: Path) -> None:
+    """By what is really read: each picture of the cache has its number in its codes."""
+    reader = Tokens(cache, "train")
+    steps = -(-IMAGENET // BATCH)
+    seen = np.empty((steps, BATCH), np.int64)
+    for step in range(steps):
+        size = 8 if step < steps // 3 else 4  # processes
+        for rank in range(size):
+            share = World(rank, size).share(BATCH, "batch_size")
+            codes_BL = reader.codes(loop.batch_indices(IMAGENET, BATCH, 7, step)[share])
+            seen[step, share] = codes_BL[:, 0] + CODEBOOK * codes_BL[:, 1]
+    first, next_epoch = np.split(seen.ravel(), [IMAGENET])
+    assert np.array_equal(np.sort(first), np.arange(IMAGENET))
+    assert not np.array_equal(first, np.arange(IMAGENET))
+    assert len(np.unique(next_epoch)) == len(next_epoch) == steps * BATCH - IMAGENET
+
+
+MEMORY = """
+import sys
+sys.path.insert(0, {tests!r})
+from tests.data.test_tokens import *
+from ctf.common import memory
+grown = []
+def report(done, total):
+    if done % 200 == 0:
+        grown.append(memory.used()[1])
+config = TokensConfig(shard_images=10, batch_size=10)
+tokens.extract(tiny(), "abc", Splits(Pictures(2000, 0), IMAGES.val), Path({folder!r}), config,
+               report=report)
+print(*grown)
+"""
+
+
+def test_extraction_takes_no_more_memory_as_it_goes_on(tmp_path: Path) -> None:
+    script = MEMORY.format(tests=str(Path(__file__).parents[2]), folder=str(tmp_path))
+    process = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    megabytes = [float(x) for x in process.stdout.split()]
+    assert len([*tmp_path.glob("train-0*.npy")]) == 200 and len(megabytes) == 20
+    assert max(megabytes[5:]) - megabytes[4] < 4

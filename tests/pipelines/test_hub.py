@@ -1,0 +1,667 @@
+"""Pipelines from and to the Hub, by its real client, against a server on this machine."""
+
+import copy
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+from huggingface_hub.repocard import metadata_load
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+from PIL import Image
+
+from ctf.common.errors import UserError
+from ctf.models import clusters
+from ctf.models.coarse import CoarseModel
+from ctf.pipelines import card, hub, pipeline
+from ctf.pipelines.pipeline import FILES, Pipeline, Samples
+from tests.conftest import Command, files
+from tests.hub_server import TOKEN, Files, Hub, Repository, git_sha1
+
+ID = "org/discs"
+WEIGHTS = "coarse/model.safetensors"
+CLASSES = [0, 1, 2, 1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_other_host() -> Iterator[None]:
+    """Whatever is asked for by name must be this machine."""
+    ask = socket.getaddrinfo
+
+    def guarded(host: Any, *rest: Any, **more: Any) -> Any:
+        assert host in ("127.0.0.1", "localhost"), f"a test asked for {host!r}"
+        return ask(host, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", guarded)
+        yield
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The Hub of this process; its cache, and no token."""
+    with Hub() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.address)
+        template = running.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        sleep = time.sleep
+        monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
+        huggingface_hub.close_session()
+        yield running
+        huggingface_hub.close_session()
+
+
+@pytest.fixture
+def logged_in(server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """Plain HTTP, which is all that the server speaks."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    return server
+
+
+@pytest.fixture
+def saved(pipe: Pipeline, tmp_path: Path) -> Files:
+    pipe.save_pretrained(tmp_path / "saved")
+    return files(tmp_path / "saved")
+
+
+@pytest.fixture
+def discs(server: Hub, saved: Files) -> Repository:
+    return server.create(ID, saved)
+
+
+@pytest.fixture
+def other(pipe: Pipeline) -> Pipeline:
+    """Of the same shapes, with other weights."""
+    changed = copy.deepcopy(pipe)
+    for parameter in changed.coarse.parameters():
+        parameter.mul_(1.5)
+    return changed
+
+
+def same(one: Samples, other: Samples) -> bool:
+    pairs = zip(one.images, other.images, strict=True)
+    return (
+        torch.equal(one.codes, other.codes)
+        and torch.equal(one.coarse, other.coarse)
+        and all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
+    )
+
+
+def mistake(error: pytest.ExceptionInfo[UserError]) -> str:
+    text = str(error.value)
+    assert len(text.splitlines()) <= 2, text
+    return text
+
+
+# --- Names ----------------------------------------------------------------------------------------
+
+PARTS: SearchStrategy[str] = st.from_regex(r"[a-z0-9]([a-z0-9._]?[a-z0-9]){0,8}", fullmatch=True)
+REVISIONS = st.from_regex(r"\w[\w+-]{0,5}(/\w[\w-]{0,5}){0,2}", fullmatch=True)
+
+
+@given(PARTS, PARTS, st.none() | REVISIONS.filter(str.isascii))
+def test_an_address_is_what_it_is_written_as(org: str, name: str, revision: str | None) -> None:
+    if name.endswith(".git"):
+        return
+    address = hub.Address(f"{org}/{name}", revision)
+    assert hub.parse(str(address)) == address
+    assert hub.parse(address.repo, revision) == address
+
+
+@given(st.text(alphabet="ab/.@-_~\\ \n:é", max_size=12))
+def test_no_name_leads_out_of_the_cache(name: str) -> None:
+    try:
+        address = hub.parse(name)
+    except UserError as error:
+        assert "expected a branch, a tag or a commit" in str(error)
+        return
+    if address is not None:
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+", address.repo, re.ASCII)
+        for part in (*address.repo.split("/"), *(address.revision or "x").split("/")):
+            assert part and not part.startswith(".") and ".." not in part
+
+
+@pytest.mark.parametrize(
+    "name", ["discs", "./org/discs", "/org/discs", "a/b/c", "org/../x", "a--b/c"]
+)
+def test_what_is_no_name_of_the_hub_is_not_asked_for(server: Hub, name: str) -> None:
+    with pytest.raises(UserError, match="neither a folder nor a shipped one nor org/name") as error:
+        Pipeline.from_pretrained(name)
+    mistake(error)
+    assert server.requests == []
+
+
+def test_one_revision_at_a_time(server: Hub, run: Path) -> None:
+    with pytest.raises(UserError, match="got the revision 'v2', too") as error:
+        Pipeline.from_pretrained(f"{ID}@v1", revision="v2")
+    mistake(error)
+    for here in (run, "fashion-mnist"):
+        with pytest.raises(UserError, match="is here, not on the Hub, and has no revision 'v2'"):
+            Pipeline.from_pretrained(here, revision="v2")
+    assert server.requests == []
+
+
+def test_a_folder_goes_first(
+    discs: Repository, pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Hub
+) -> None:
+    pipe.save_pretrained(tmp_path / ID)
+    monkeypatch.chdir(tmp_path)
+    Pipeline.from_pretrained(ID)
+    assert server.requests == []
+
+
+# --- Downloaded -----------------------------------------------------------------------------------
+
+
+def test_downloaded(discs: Repository, server: Hub, pipe: Pipeline) -> None:
+    odd = {
+        "pytorch_model.bin": b"\x80",
+        "../outside": b"x",
+        "tokens/a.npy": b"x",
+        "coarse/x.pt": b"",
+    }
+    discs.commit({**discs.files(), **odd})
+    pulled = Pipeline.from_pretrained(ID)
+    assert same(pulled.sample(CLASSES, seed=3), pipe.sample(CLASSES, seed=3))
+    assert pulled.origin == pipe.origin and pulled.class_names == pipe.class_names
+    # No other file is asked for, whatever there is.
+    assert server.downloads() == sorted(FILES)
+    assert not list(Path(constants.HF_HUB_CACHE).parent.rglob("outside"))
+    # What is there is not downloaded again, unless it is asked for.
+    Pipeline.from_pretrained(ID)
+    assert [path for _, path in server.requests] == [f"/api/models/{ID}/revision/main"]
+    assert server.downloads() == []
+    Pipeline.from_pretrained(ID, force_download=True)
+    assert server.downloads() == sorted(FILES)
+
+
+def test_revisions(discs: Repository, pipe: Pipeline, other: Pipeline, tmp_path: Path) -> None:
+    first = discs.branches["main"]
+    discs.branches["v1"] = first
+    other.save_pretrained(tmp_path / "other")
+    discs.commit(files(tmp_path / "other"))
+    drawn, drawn_by_other = (p.sample(CLASSES, seed=0) for p in (pipe, other))
+    assert not torch.equal(drawn.codes, drawn_by_other.codes)
+    for name in (f"{ID}@v1", f"{ID}@{first}"):
+        assert same(Pipeline.from_pretrained(name).sample(CLASSES, seed=0), drawn)
+    assert same(Pipeline.from_pretrained(ID, revision="v1").sample(CLASSES, seed=0), drawn)
+    assert same(Pipeline.from_pretrained(ID).sample(CLASSES, seed=0), drawn_by_other)
+
+
+def test_a_private_one(discs: Repository, tmp_path: Path) -> None:
+    discs.private = True
+    with pytest.raises(UserError) as error:
+        Pipeline.from_pretrained(ID)
+    assert "shows no such repository (401)\ncheck the name; if it is a private" in mistake(error)
+    Pipeline.from_pretrained(ID, token=TOKEN, cache_dir=tmp_path / "mine")
+    assert (tmp_path / "mine" / "models--org--discs").is_dir()
+    assert not Path(constants.HF_HUB_CACHE).exists()
+
+
+@pytest.mark.parametrize("way", ["HF_HUB_OFFLINE", "local_files_only", "unreachable", "500"])
+def test_from_the_cache(
+    discs: Repository, pipe: Pipeline, server: Hub, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    Pipeline.from_pretrained(ID)
+    server.requests.clear()
+    options: dict[str, Any] = {}
+    match way:
+        case "HF_HUB_OFFLINE":
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        case "local_files_only":
+            options = {"local_files_only": True}
+        case "unreachable":
+            monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+        case _:
+            server.faults.status = 500
+    pulled = Pipeline.from_pretrained(ID, **options)
+    assert same(pulled.sample(CLASSES, seed=0), pipe.sample(CLASSES, seed=0))
+    assert server.downloads() == []
+    with pytest.raises(UserError) as error:
+        Pipeline.from_pretrained(f"{ID}@v9", **options)
+    expected = {
+        "unreachable": "cannot be reached\ncheck the network: [Errno 111] Connection refused",
+        "500": "answered 500: Internal Server Error",
+    }
+    assert expected.get(way, "the network is not to be used\nrun it once without") in mistake(error)
+
+
+def test_the_network_is_needed_to_download_anew(discs: Repository) -> None:
+    with pytest.raises(UserError, match="cannot be downloaded anew without the network"):
+        Pipeline.from_pretrained(ID, local_files_only=True, force_download=True)
+
+
+def test_a_full_vocabulary_baseline_has_no_fine_model(
+    server: Hub, pipe: Pipeline, tmp_path: Path
+) -> None:
+    count = pipe.clusters.codebook_size
+    every_code = CoarseModel(pipe.coarse.config, count)
+    baseline = Pipeline(
+        pipe.tokenizer, clusters.identity(count), every_code, None, pipe.class_names
+    )
+    baseline.save_pretrained(tmp_path / "baseline")
+    server.create(ID, files(tmp_path / "baseline"))
+    pulled = Pipeline.from_pretrained(ID)
+    assert pulled.fine is None
+    assert same(pulled.sample(CLASSES, seed=0), baseline.sample(CLASSES, seed=0))
+
+
+# --- Broken off, damaged, missing -----------------------------------------------------------------
+
+
+def test_a_download_that_is_cut_goes_on_where_it_was(
+    discs: Repository, server: Hub, pipe: Pipeline
+) -> None:
+    half = len(discs.files()[WEIGHTS]) // 2
+    server.faults.cuts[WEIGHTS] = (half, 1)
+    pulled = Pipeline.from_pretrained(ID)
+    assert same(pulled.sample(CLASSES, seed=0), pipe.sample(CLASSES, seed=0))
+    ranges = [re.fullmatch(r"bytes=(\d+)-", path) for m, path in server.requests if m == "RANGE"]
+    assert [0 < int(found[1]) <= half for found in ranges if found] == [True]
+
+
+def test_a_download_that_breaks_off_goes_on_with_the_next_call(
+    discs: Repository, server: Hub, pipe: Pipeline
+) -> None:
+    server.faults.cuts[WEIGHTS] = (5000, 1000)
+    with pytest.raises(UserError, match=f"{ID}: the connection to the Hub .* broke off") as error:
+        Pipeline.from_pretrained(ID)
+    assert "run it again" in mistake(error)
+    # Nothing half-written is left that could be taken for whole.
+    cache = Path(constants.HF_HUB_CACHE)
+    assert not list(cache.rglob(WEIGHTS)) and not list(cache.rglob("*.incomplete"))
+    with pytest.raises(UserError, match="not wholly in the cache"):
+        Pipeline.from_pretrained(ID, local_files_only=True)
+    server.faults.cuts.clear()
+    asked_before = server.downloads()
+    assert WEIGHTS in asked_before
+    pulled = Pipeline.from_pretrained(ID)
+    assert same(pulled.sample(CLASSES, seed=0), pipe.sample(CLASSES, seed=0))
+    assert server.downloads() == sorted({*FILES} - ({*asked_before} - {WEIGHTS}))
+
+
+@pytest.mark.parametrize("damaged", [WEIGHTS, "pipeline.json"])
+def test_a_wrong_hash(discs: Repository, server: Hub, pipe: Pipeline, damaged: str) -> None:
+    """Of the right size, which is all that huggingface_hub looks at."""
+    server.faults.flipped.add(damaged)
+    for _ in range(2):
+        with pytest.raises(UserError) as error:
+            Pipeline.from_pretrained(ID)
+        expected = f"{ID}: {damaged}: the content is not what its hash says; removed\nrun it again"
+        assert expected in mistake(error)
+    server.faults.flipped.clear()
+    server.downloads()
+    pulled = Pipeline.from_pretrained(ID)
+    assert same(pulled.sample(CLASSES, seed=0), pipe.sample(CLASSES, seed=0))
+    assert server.downloads() == [damaged]
+
+
+def test_hashes_are_compared_even_if_the_call_that_downloaded_was_killed(
+    discs: Repository, server: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.faults.flipped.add(WEIGHTS)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(hub, "_verify", killed)
+        Pipeline.from_pretrained(ID)
+    with pytest.raises(UserError, match="not what its hash says"):
+        Pipeline.from_pretrained(ID, local_files_only=True)
+
+
+def test_hashes_are_compared_once(
+    discs: Repository, saved: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[str] = []
+    compare = hub._matches_its_hash
+    monkeypatch.setattr(
+        hub, "_matches_its_hash", lambda path: (compared.append(path.name), compare(path))[1]
+    )
+    Pipeline.from_pretrained(ID)
+    assert len(compared) == len(FILES)
+    Pipeline.from_pretrained(ID)
+    assert len(compared) == len(FILES)
+    # huggingface_hub's own tools are at ease with the cache as it is.
+    report = huggingface_hub.scan_cache_dir()
+    assert not report.warnings and report.size_on_disk == sum(len(saved[file]) for file in FILES)
+
+
+def test_gits_hash(tmp_path: Path) -> None:
+    """Of the empty file, and the one of git's documentation."""
+    assert git_sha1(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
+    content = b"what is up, doc?"
+    name = git_sha1(content)
+    assert name == "bd9dbf5aae1a3862dd1526723246b20206e5fc37"
+    (tmp_path / name).write_bytes(content)
+    link = tmp_path / "link"
+    link.symlink_to(name)
+    assert hub._matches_its_hash(link)
+    (tmp_path / name).write_bytes(content + b"!")
+    assert not hub._matches_its_hash(link)
+
+
+@pytest.mark.parametrize("missing", [WEIGHTS, "fine/config.json", "clusters/clusters.safetensors"])
+def test_a_missing_file(discs: Repository, missing: str) -> None:
+    discs.commit({path: content for path, content in discs.files().items() if path != missing})
+    with pytest.raises(UserError) as error:
+        Pipeline.from_pretrained(ID)
+    assert mistake(error).startswith(f"{ID}: the repository has no {missing}\nexpected all files")
+
+
+def test_a_repository_of_something_else(server: Hub) -> None:
+    server.create("org/words", {"config.json": b"{}", "model.safetensors": b"x"})
+    with pytest.raises(UserError) as error:
+        Pipeline.from_pretrained("org/words")
+    assert mistake(error) == "org/words is no pipeline: the repository has no pipeline.json"
+
+
+def test_not_there(discs: Repository, server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    for token, status in (("", 401), (TOKEN, 404)):
+        monkeypatch.setenv("HF_TOKEN", token)
+        with pytest.raises(UserError) as error:
+            Pipeline.from_pretrained("org/nothing")
+        expected = f"org/nothing is no folder here, and the Hub shows no such repository ({status})"
+        assert mistake(error).splitlines()[0] == expected
+    with pytest.raises(UserError) as error:
+        Pipeline.from_pretrained(f"{ID}@v9")
+    assert mistake(error).startswith(f"{ID} has no revision 'v9'\n")
+    monkeypatch.delenv("HF_TOKEN")
+    discs.gated = True
+    with pytest.raises(UserError) as error:
+        Pipeline.from_pretrained(ID)
+    assert f"ask for it at {server.address}/{ID}, and log in" in mistake(error)
+
+
+def test_no_room_for_the_cache(discs: Repository, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file.*: (Not a directory|File exists)\n.*HF_HUB_CACHE"):
+        Pipeline.from_pretrained(ID, cache_dir=tmp_path / "file")
+
+
+# --- Pushed ---------------------------------------------------------------------------------------
+
+
+def test_pushed_and_pulled(logged_in: Hub, pipe: Pipeline, tmp_path: Path) -> None:
+    address = pipe.push_to_hub("me/discs", license="mit", commit_message="First discs")
+    repository = logged_in.repositories["me/discs"]
+    assert address == f"{logged_in.address}/me/discs/commit/{repository.branches['main']}"
+    assert repository.messages[-1] == "First discs" and not repository.private
+    pushed = repository.files()
+    assert sorted(pushed) == sorted((*FILES, "README.md", "samples.png", ".gitattributes"))
+    pulled = Pipeline.from_pretrained("me/discs")
+    assert same(pulled.sample(CLASSES, seed=3), pipe.sample(CLASSES, seed=3))
+    assert pulled.origin == {**pipe.origin, "license": "mit"}
+    # Weights go another way than the rest, none is a pickle.
+    pipe.save_pretrained(tmp_path / "saved", license="mit")
+    assert {k: pushed[k] for k in FILES} == {k: files(tmp_path / "saved")[k] for k in FILES}
+
+
+def test_pushing_the_same_again_uploads_nothing(logged_in: Hub, pipe: Pipeline) -> None:
+    pipe.push_to_hub("me/discs", picture=False)
+    before = logged_in.repositories["me/discs"].files()
+    logged_in.requests.clear()
+    pipe.push_to_hub("me/discs", picture=False)
+    assert logged_in.repositories["me/discs"].files() == before
+    assert [path for method, path in logged_in.requests if method == "PUT"] == []
+
+
+def test_pushed_to_a_branch_in_half_precision(logged_in: Hub, pipe: Pipeline) -> None:
+    pipe.push_to_hub("me/discs", private=True, picture=False)
+    pipe.push_to_hub("me/discs@small", half=True, picture=False)
+    repository = logged_in.repositories["me/discs"]
+    assert repository.private and set(repository.branches) == {"main", "small"}
+    sizes = [len(repository.files(branch)[WEIGHTS]) for branch in ("main", "small")]
+    assert sizes[1] < 0.6 * sizes[0]
+    assert 'from_pretrained("me/discs@small")' in repository.files("small")["README.md"].decode()
+    Pipeline.from_pretrained("me/discs@small")
+
+
+def test_what_an_older_push_left_is_removed(logged_in: Hub, pipe: Pipeline, saved: Files) -> None:
+    mine = {"notes.txt": b"mine"}
+    logged_in.create("me/discs", {**saved, **mine, "samples.png": b"old", "README.md": b"old"})
+    pipe.push_to_hub("me/discs", picture=False)
+    pushed = logged_in.repositories["me/discs"].files()
+    assert sorted(pushed) == sorted((*FILES, "README.md", "notes.txt"))
+    assert pushed["README.md"] != b"old"
+
+
+def test_pushes_that_are_refused(
+    server: Hub, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+
+    def refusal(to: str, **options: Any) -> str:
+        with pytest.raises(UserError) as error:
+            pipe.push_to_hub(to, **options)
+        return mistake(error)
+
+    assert "got 'discs', expected org/name or org/name@branch" in refusal("discs")
+    assert "refuses to be written to (401)\ncheck the name, and that your token" in refusal("me/x")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert "others/discs: the Hub refuses to be written to (403)" in refusal("others/discs")
+    assert '"license" must be one of apache-2.0' in refusal("me/x", license="mine", picture=False)
+    server.faults.status = 500
+    assert "answered 500" in refusal("me/x")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    assert "cannot be reached\ncheck the network" in refusal("me/x")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set, and this needs the network" in refusal("me/x")
+    assert sorted(server.repositories["me/x"].files()) == [".gitattributes"]
+
+
+# --- The card -------------------------------------------------------------------------------------
+
+
+def test_the_card(logged_in: Hub, pipe: Pipeline, tmp_path: Path) -> None:
+    pipe.push_to_hub("me/discs", license="apache-2.0")
+    pushed = logged_in.repositories["me/discs"].files()
+    path = tmp_path / "README.md"
+    path.write_bytes(pushed["README.md"])
+    assert metadata_load(path) == {
+        "library_name": "ctf",
+        "license": "apache-2.0",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["arxiv:2503.16194", "arxiv:2406.06525", "autoregressive", "class-conditional"],
+    }
+    told = ModelCard.load(path)
+    assert told.data.library_name == "ctf"
+    text = told.text
+    assert "# discs\n" in text and "blue; green; red" in text and "`apache-2.0`" in text
+    assert 'Pipeline.from_pretrained("me/discs")' in text and "ctf sample me/discs --out" in text
+    # The recipe and whatever else it was made of, to be read by programs, too.
+    (block,) = re.findall(r"```json\n(.*?)\n```", text, re.DOTALL)
+    said = json.loads(block)
+    assert said == {k: v for k, v in pipe.origin.items() if k != "metrics"}
+    rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", text, re.MULTILINE))
+    for stage, values in pipe.origin["metrics"].items():
+        for name, value in values.items():
+            assert float(rows[f"{stage} {name}"]) == pytest.approx(value, rel=1e-5)
+    assert rows["clusters"].startswith(f"{pipe.clusters.count} of up to")
+    # The picture is one that the pipeline draws.
+    assert "](samples.png)" in text
+    (tmp_path / "samples.png").write_bytes(pushed["samples.png"])
+    with Image.open(tmp_path / "samples.png") as drawn:
+        assert np.array_equal(np.asarray(drawn), np.asarray(card.picture(pipe)))
+
+
+def test_the_python_of_the_card_runs(
+    discs: Repository, pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", card.text(pipe, ID), re.DOTALL)
+    assert len(code.strip().splitlines()) == 3
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    with Image.open("picture.png") as drawn:
+        expected = pipe.sample(["blue"], seed=0).images[0]
+        assert np.array_equal(np.asarray(drawn), np.asarray(expected))
+
+
+def test_nothing_is_invented(pipe: Pipeline) -> None:
+    pipe.origin = {}
+    text = card.text(pipe)
+    assert "## Metrics" not in text and "## How it was made" not in text
+    assert "license:" not in text and "Nobody has stated one" in text
+    pipe.origin = {"converted_from": {"project": "LlamaGen", "size": "B"}, "metrics": 3}
+    assert '"size": "B"' in card.text(pipe)
+    pipe.class_names = tuple(f"class {i}" for i in range(1000))
+    assert "class 19; and 980 more" in card.text(pipe)
+    pipe.origin = {"images": "fashion-mnist"}
+    assert "- zalando-datasets/fashion_mnist" in card.text(pipe)
+
+
+def test_an_edited_card_is_kept_and_no_other(
+    pipe: Pipeline, other: Pipeline, tmp_path: Path
+) -> None:
+    folder = tmp_path / "saved"
+    pipe.save_pretrained(folder)
+    assert card.edited(folder) is None
+    other.origin = {**pipe.origin, "note": "other weights"}
+    other.save_pretrained(folder)
+    assert "other weights" in (folder / "README.md").read_text()
+    mine = (folder / "README.md").read_text().replace("# A pipeline of ctf", "# Mine")
+    (folder / "README.md").write_text(mine)
+    pipe.save_pretrained(folder)
+    assert (folder / "README.md").read_text() == card.edited(folder) == mine
+    (folder / "README.md").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="not a text in UTF-8"):
+        pipe.save_pretrained(folder)
+
+
+# --- Commands -------------------------------------------------------------------------------------
+
+
+def test_push(logged_in: Hub, run: Path, ctf: Command) -> None:
+    """A run has more in it than a pipeline."""
+    assert (run / "tokens").is_dir()
+    planned = ctf("push", run, "--to", "me/discs", "--dry-run")
+    assert planned.out.strip() == (
+        "would push the pipeline, a new README.md and samples.png to me/discs"
+    )
+    assert logged_in.requests == []
+    result = ctf("push", run, "--to", "me/discs", "--private", "--license", "mit")
+    assert result.code == 0
+    assert result.out.startswith(f"{logged_in.address}/me/discs/commit/")
+    pushed = logged_in.repositories["me/discs"]
+    assert pushed.private
+    assert sorted(pushed.files()) == sorted((*FILES, "README.md", "samples.png", ".gitattributes"))
+    assert not any(path.endswith((".bin", ".pt", ".pkl", ".npy")) for path in pushed.files())
+
+
+def test_push_with_a_card_of_ones_own(
+    logged_in: Hub, pipe: Pipeline, ctf: Command, tmp_path: Path
+) -> None:
+    folder = tmp_path / "saved"
+    pipe.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    result = ctf("push", folder, "--to", "me/discs", "--license", "mit")
+    assert result.code == 2 and "write the licence into its header instead" in result.err
+    assert ctf("push", folder, "--to", "me/discs").code == 0
+    pushed = logged_in.repositories["me/discs"].files()
+    assert pushed["README.md"].decode().endswith("# Mine\n") and "samples.png" not in pushed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("sample", "org/nothing"), "shows no such repository (401)"),
+        (("sample", f"{ID}@v9"), f"{ID} has no revision 'v9'"),
+        (("sample", f"{ID}@../v9"), "got revision '../v9'"),
+        (("sample", "org/words"), "org/words is no pipeline"),
+        (("tokenizer", "evaluate", "org/part", "--images", "x"), f"has no {WEIGHTS}"),
+        (("push", ID, "--to", "discs", "--dry-run"), "got 'discs', expected org/name"),
+        (("push", ID, "--to", "me/discs"), "refuses to be written to (401)"),
+        (("push", "org/nothing", "--to", "me/discs"), "shows no such repository (401)"),
+    ],
+)
+def test_mistakes(
+    discs: Repository, server: Hub, ctf: Command, arguments: tuple[str, ...], told: str
+) -> None:
+    server.create("org/words", {"config.json": b"{}"})
+    server.create("org/part", {k: v for k, v in discs.files().items() if k != WEIGHTS})
+    result = ctf(*arguments)
+    assert result.code == 2 and told in result.err
+    lines = result.err.strip().splitlines()
+    assert len(lines) <= 2 and lines[0].startswith("ctf: "), result.err
+
+
+@pytest.mark.parametrize("fault", ["cut", "flipped", "500", "unreachable"])
+def test_mistakes_of_the_network(
+    discs: Repository, server: Hub, ctf: Command, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    match fault:
+        case "cut":
+            server.faults.cuts[WEIGHTS] = (5000, 1000)
+        case "flipped":
+            server.faults.flipped.add(WEIGHTS)
+        case "500":
+            server.faults.status = 500
+        case _:
+            monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    result = ctf("sample", ID)
+    lines = result.err.strip().splitlines()
+    assert result.code == 2 and len(lines) <= 2 and lines[0].startswith("ctf: "), result.err
+
+
+# --- As others run it -----------------------------------------------------------------------------
+
+
+def clean(home: Path, **more: str) -> dict[str, str]:
+    """The environment of a process that has its own home on the Hub, and no token."""
+    kept = {k: v for k, v in os.environ.items() if not k.upper().startswith(("HF_", "HUGGING"))}
+    source = str(Path(pipeline.__file__).parents[2])
+    return {**kept, "PYTHONPATH": source, "HF_HOME": str(home), **more}
+
+
+def run_python(*arguments: str | Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+def run_ctf(*arguments: str | Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return run_python("-m", "ctf", *arguments, "--device", "cpu", env=env)
+
+
+def test_processes_of_their_own(pipe: Pipeline, tmp_path: Path) -> None:
+    """Pushed, pulled, offline: all by the environment, where people set it."""
+    pipe.save_pretrained(tmp_path / "saved")
+    sheets = [tmp_path / "online.png", tmp_path / "offline.png"]
+    with Hub() as running:
+        push = ("push", tmp_path / "saved", "--to", "me/discs@v1", "--no-picture")
+        env = clean(tmp_path / "one", HF_ENDPOINT=running.address, HF_TOKEN=TOKEN)
+        pushed = run_ctf(*push, env={**env, "HF_HUB_DISABLE_XET": "1"})
+        assert pushed.returncode == 0, pushed.stderr
+        running.downloads()
+        env = clean(tmp_path / "another", HF_ENDPOINT=running.address)
+        pulled = run_ctf("sample", "me/discs@v1", "--out", sheets[0], env=env)
+        assert pulled.returncode == 0, pulled.stderr
+        assert running.downloads() == sorted(FILES)
+    env["HF_HUB_OFFLINE"] = "1"
+    offline = run_ctf("sample", "me/discs@v1", "--out", sheets[1], env=env)
+    assert offline.returncode == 0, offline.stderr
+    assert sheets[0].read_bytes() == sheets[1].read_bytes()
+
+
+def test_importing_the_package_does_not_import_the_hubs(tmp_path: Path) -> None:
+    code = "import ctf, ctf.cli.main, sys; sys.exit('huggingface_hub' in sys.modules)"
+    assert run_python("-c", code, env=clean(tmp_path)).returncode == 0

@@ -1,0 +1,58 @@
+"""The shipped pipeline is what the README says it is."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ctf import Pipeline
+from ctf.data.images import open_images
+from ctf.evaluation.classifier import shipped_classifier
+from ctf.evaluation.evaluate import recognised
+from ctf.evaluation.sample_cache import Drawing
+from ctf.pipelines import pipeline
+from ctf.training import tokenizer
+
+NAME = "fashion-mnist"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return Pipeline.from_pretrained(NAME)
+
+
+def test_is_small() -> None:
+    files = [p for p in pipeline.find(NAME).rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 25e6
+    assert {p.suffix for p in files} <= {".json", ".safetensors"}
+
+
+def test_uses_its_codebook(pipe: Pipeline) -> None:
+    measured = tokenizer.evaluate(pipe.tokenizer, open_images(NAME).val, limit=1000)
+    assert pipe.tokenizer.config.codebook_size >= 4096
+    assert measured["usage"] >= 0.95
+    assert measured["psnr"] > 25
+
+
+def test_samples_are_recognised(pipe: Pipeline) -> None:
+    assert recognised(pipe, shipped_classifier(), Drawing(200)).value >= 0.93
+
+
+def test_samples_are_not_copies_of_each_other(pipe: Pipeline) -> None:
+    codes_BL = pipe.sample(["bag"] * 8).codes
+    assert len(codes_BL.unique(dim=0)) == 8
+
+
+def test_says_what_it_was_made_of(pipe: Pipeline) -> None:
+    assert pipe.origin["images"] == NAME
+    assert pipe.origin["license"] == "apache-2.0"
+    assert set(pipe.origin["metrics"]) == {"tokenizer", "coarse", "fine"}
+
+
+def test_round_trip_draws_the_same(pipe: Pipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "copy")
+    copy = Pipeline.from_pretrained(tmp_path / "copy")
+    one, other = pipe.sample([3, 9], seed=5), copy.sample([3, 9], seed=5)
+    assert torch.equal(one.codes, other.codes)
+    assert np.array_equal(np.asarray(one.images[1]), np.asarray(other.images[1]))

@@ -1,0 +1,620 @@
+"""All stages in order: killed at any moment, on a full disk, within minutes, one by one."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ctf.cli import common
+from ctf.cli import main as cli
+from ctf.common import config, storage
+from ctf.data import images, tokens
+from ctf.data.tokens import Tokens
+from ctf.models import clusters
+from ctf.models.clusters import Clusters
+from ctf.pipelines.pipeline import Pipeline
+from ctf.training import fit, loop
+from tests.conftest import (
+    CLASSES,
+    STEPS,
+    Command,
+    comparable,
+    files,
+    fit_arguments,
+    save_pictures,
+    sets,
+)
+
+SOURCE = Path(fit.__file__).parents[2]
+
+
+def weights(run: Path) -> dict[str, Any]:
+    """Everything in a run that is the same however often it was logged, and whatever killed it."""
+    return {
+        name: content
+        for name, content in comparable(run).items()
+        if name not in ("fit.json", "pipeline.json") and not name.endswith("metrics.jsonl")
+    }
+
+
+def metrics(run: Path, stage: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / stage / "metrics.jsonl").open()]
+
+
+# --- the whole chain ------------------------------------------------------------------------------
+
+
+def test_the_chain(run: Path, splits: images.Splits) -> None:
+    stages = ("tokenizer", "coarse", "fine")
+    for stage in stages:
+        lines = metrics(run, stage)
+        assert [line["step"] for line in lines if line["split"] == "train"] == [20, STEPS]
+        assert [line["step"] for line in lines if line["split"] == "val"] == [STEPS]
+        assert not (run / stage / "state").exists()
+    assert not [name for name in files(run) if name.endswith(".tmp")]
+
+    tokenizer_hash = storage.hash_file(run / "tokenizer" / "model.safetensors")
+    train, val = (Tokens(run / "tokens", split, tokenizer_hash) for split in ("train", "val"))
+    assert (len(train), train.views) == (len(splits.train), 2)
+    assert (len(val), val.views) == (len(splits.val), 1)
+    assert (run / "clusters" / "swaps.png").is_file()
+
+    log = json.loads((run / "fit.json").read_text())
+    assert log["seconds"].keys() == {"tokenizer", "tokens", "clusters", "coarse", "fine"}
+    content = json.loads((run / "pipeline.json").read_text())
+    assert content["class_names"] == list(CLASSES)
+    assert content["origin"]["images"] == "discs"
+    assert content["origin"]["seconds"] == log["seconds"]
+    assert content["origin"]["recipe"] == log["asked"]["recipe"]
+    measured = content["origin"]["metrics"]
+    assert measured["tokenizer"]["images"] == len(splits.val)
+    for stage in ("coarse", "fine"):
+        assert measured[stage]["loss"] == metrics(run, stage)[-1]["loss"]
+
+
+def test_a_finished_run_stays_as_it_is(run: Path, pictures: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    content = files(run)
+    began = time.monotonic()
+    assert cli.main(fit_arguments(pictures, run)) == 0
+    assert time.monotonic() - began < 5
+    assert files(run) == content
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_moved_pictures_are_the_same_pictures(
+    run: Path, pictures: Path, tmp_path: Path, ctf: Command
+) -> None:
+    before = files(run)
+    copy = save_pictures(tmp_path / "elsewhere" / pictures.name)
+    assert ctf(*fit_arguments(copy, run)).code == 0
+    assert files(run) == before
+
+
+def test_flat_folder_in_colour_at_64_pixels(tmp_path: Path, ctf: Command) -> None:
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for i in range(6):
+        pixels = random.integers(0, 256, (70, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    out = tmp_path / "run"
+    result = ctf("fit", folder, "--out", out, "--preset", "tiny", "--image-size", 64,
+                 "--steps", 2, *sets("tokenizer_training.batch_size=2"))  # fmt: skip
+    assert result.code == 0, result.err
+    pipe = Pipeline.from_pretrained(out)
+    assert pipe.class_names == ("flat",)
+    assert pipe.sample([0], seed=0).images[0].size == (64, 64)
+
+
+# --- killed ---------------------------------------------------------------------------------------
+
+SHORT = 10  # steps
+
+# Runs `ctf` again and again, each time in a process of its own that is killed when it has written
+# so often, until one ends; `tests.torture` kills by the clock. They are forked from this one,
+# which has imported everything: a kill costs no new start.
+KILLER = """
+import os, random, signal, sys
+import sklearn.cluster, torch._dynamo
+import ctf.training.fit
+from ctf.cli import main as cli
+from ctf.training import loop
+
+loop.LOG_EVERY, loop.SAVE_SECONDS = 2, -1.0  # a state every other step
+mode, arguments = sys.argv[1], sys.argv[2:]
+random.seed(mode)
+left = 0
+
+def counting(function):
+    def count(*args, **more):
+        global left
+        result = function(*args, **more)
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return count
+
+def work():
+    for name in ("fsync", "replace", "unlink", "rmdir", "mkdir"):
+        setattr(os, name, counting(getattr(os, name)))
+    os._exit(cli.main(arguments))
+
+for attempt in range(1, 200):
+    left = attempt if mode == "growing" else random.randint(1, 25)
+    pid = os.fork()
+    if pid == 0:
+        work()
+    _, status = os.waitpid(pid, 0)
+    if not os.WIFSIGNALED(status):
+        print(attempt)
+        sys.exit(os.WEXITSTATUS(status))
+"""
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the real command that nothing happened to."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    process = python("-m", "ctf", *fit_arguments(pictures, out, steps=SHORT))
+    assert process.returncode == 0, process.stderr
+    return out
+
+
+@pytest.mark.parametrize("mode", ["growing", "random"])
+def test_killed_at_any_write_it_ends_the_same(
+    pictures: Path, undisturbed: Path, tmp_path: Path, mode: str
+) -> None:
+    out = tmp_path / "run"
+    process = python("-c", KILLER, mode, *fit_arguments(pictures, out, steps=SHORT))
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert int(process.stdout.split()[-1]) > 1, "it was never killed"
+    assert "Traceback" not in process.stderr
+    mine, expected = weights(out), weights(undisturbed)
+    assert mine.keys() == expected.keys()
+    for name, content in expected.items():
+        assert mine[name] == content, name
+    assert comparable(out)["pipeline.json"] == comparable(undisturbed)["pipeline.json"]
+    for stage in ("tokenizer", "coarse", "fine"):
+        steps = [line["step"] for line in metrics(out, stage) if line["split"] == "train"]
+        assert steps == [2, 4, 6, 8, 10]  # none missing, none doubled
+        assert metrics(out, stage)[-1]["split"] == "val"
+
+
+def test_sigterm_in_every_stage(
+    pictures: Path, undisturbed: Path, tmp_path: Path, ctf: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time it leaves with 0 and a line, and in the end it is as if nothing had been."""
+    out = tmp_path / "run"
+    before = signal.getsignal(signal.SIGTERM)
+    for module, name, said in (
+        (fit, "check", "run: stopped; run it again to go on"),
+        (loop, "_step", "run/tokenizer: stopped after step 1 and saved; run it again to go on"),
+        (
+            tokens,
+            "_encode",
+            "run/tokens: stopped, and saved what was encoded; run it again to go on",
+        ),
+        (clusters, "fit", "run: stopped; run it again to go on"),
+        (loop, "_step", "run/coarse: stopped after step 1 and saved; run it again to go on"),
+        (loop, "finish", "run: stopped; run it again to go on"),
+        (loop, "_step", "run/fine: stopped after step 1 and saved; run it again to go on"),
+        (fit, "_describe", "run: stopped; run it again to go on"),
+    ):
+        function = getattr(module, name)
+
+        def stop(*given: Any, function: Any = function, **more: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return function(*given, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, stop)
+            result = ctf(*fit_arguments(pictures, out, steps=SHORT))
+        assert (result.code, result.out) == (0, f"{tmp_path}/{said}\n"), result.err
+        assert signal.getsignal(signal.SIGTERM) == before
+        if "/" in said:  # stopped in a stage, whose time so far is noted
+            stage = said.split("/")[1].split(":")[0]
+            log = json.loads((out / "fit.json").read_text())
+            assert log["seconds"][stage] > 0 and stage not in log["done"]
+    assert ctf(*fit_arguments(pictures, out, steps=SHORT)).code == 0
+    assert comparable(out) == comparable(undisturbed)
+
+
+def test_sigterm_while_clusters_are_fitted(
+    run: Path, tmp_path: Path, ctf: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = clusters.fit
+
+    def stop(*given: Any) -> Clusters:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return fit(*given)
+
+    given: tuple[object, ...] = ("clusters", "fit", run, "--count", 8, "--out", tmp_path / "other")
+    with monkeypatch.context() as patch:
+        patch.setattr(clusters, "fit", stop)
+        result = ctf(*given)
+    assert result.code == 0
+    assert result.out == f"{tmp_path}/other/clusters: stopped; run it again to go on\n"
+    assert not list((tmp_path / "other").glob("clusters/*"))
+    result = ctf(*given)
+    assert result.code == 0 and (tmp_path / "other" / "clusters" / "report.json").is_file()
+
+
+# --- disks ----------------------------------------------------------------------------------------
+
+
+def test_full_disk_at_any_write(
+    pictures: Path, undisturbed: Path, tmp_path: Path, ctf: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every attempt gets a little further, and fails with a message and without half a file."""
+    monkeypatch.setattr(loop, "LOG_EVERY", 2)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", -1.0)
+    out, sync, calls = tmp_path / "run", os.fsync, 0
+
+    def full_at_last(handle: int) -> None:
+        nonlocal calls
+        calls -= 1
+        if calls == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", full_at_last)
+    for attempt in range(1, 60):
+        calls = attempt
+        result = ctf(*fit_arguments(pictures, out, steps=SHORT))
+        if result.code == 0:
+            break
+        assert result.code == 2
+        message = result.err[result.err.index("ctf: ") :]
+        assert "the disk is full" in message and len(message.splitlines()) <= 2
+        assert not [name for name in files(out) if name.endswith(".tmp")]
+    assert attempt > 5
+    assert weights(out) == weights(undisturbed)
+
+
+@contextmanager
+def limited(size: int) -> Iterator[None]:
+    """No file can grow above that many bytes: what a full disk does, for anyone."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_states_larger_than_the_disk(
+    pictures: Path, undisturbed: Path, tmp_path: Path, ctf: Command
+) -> None:
+    out = tmp_path / "run"
+    with limited(500_000):
+        result = ctf(*fit_arguments(pictures, out, steps=SHORT))
+    assert result.code == 2
+    assert "tokenizer/state/step-00000010.safetensors: the disk is full" in result.err
+    assert "Traceback" not in result.err
+    assert files(out).keys() == {"fit.json", "tokenizer/config.json", "tokenizer/metrics.jsonl"}
+    assert ctf(*fit_arguments(pictures, out, steps=SHORT)).code == 0
+    assert weights(out) == weights(undisturbed)
+
+
+# --- other configurations, other things -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--steps", "41"], "_training.steps was 40, now 41"),
+        (["--background", "black"], "fingerprint was "),
+        (["--views", "plain"], 'recipe.tokens.views was "flip", now "plain"'),
+    ],
+)
+def test_a_run_of_another_configuration(
+    run: Path, pictures: Path, ctf: Command, more: list[str], message: str
+) -> None:
+    before = files(run)
+    result = ctf(*fit_arguments(pictures, run, *more))
+    assert result.code == 2
+    assert f"{run} was made by another configuration: " in result.err
+    assert message in result.err
+    assert files(run) == before
+
+
+def test_another_size_or_other_values(run: Path, pictures: Path, ctf: Command) -> None:
+    before = files(run)
+    for wrong, message in (
+        (["--minutes", 1.0, "--image-size", 32, *sets()], "minutes was null, now 1.0"),
+        (["--steps", STEPS, "--image-size", 16, *sets()], "fingerprint was"),
+        (["--steps", STEPS, "--image-size", 32, *sets("coarse.width=48")],
+         "recipe.coarse.width was 32, now 48"),
+    ):  # fmt: skip
+        result = ctf("fit", pictures, "--out", run, "--preset", "tiny", *map(str, wrong))
+        assert result.code == 2 and message in result.err
+    assert files(run) == before
+
+
+def test_new_pictures_are_another_configuration(run: Path, tmp_path: Path, ctf: Command) -> None:
+    more = save_pictures(tmp_path / "discs", count=9)
+    result = ctf(*fit_arguments(more, run))
+    assert result.code == 2 and "fingerprint was" in result.err
+
+
+# --- minutes --------------------------------------------------------------------------------------
+
+
+def with_minutes(pictures: Path, out: Path, minutes: float) -> list[str]:
+    return [
+        "fit", str(pictures), "--out", str(out), "--preset", "tiny", "--image-size", "32",
+        "--minutes", str(minutes), *sets(),
+    ]  # fmt: skip
+
+
+def test_minutes_are_kept(pictures: Path, tmp_path: Path, ctf: Command) -> None:
+    minutes, out = 0.15, tmp_path / "run"
+    began = time.monotonic()
+    result = ctf(*with_minutes(pictures, out, minutes))
+    seconds = time.monotonic() - began
+    assert result.code == 0, result.err
+    # An idle machine takes no more than twice the minutes; a busy one may take longer.
+    assert 0.4 * minutes * 60 < seconds < 5 * minutes * 60
+    log = json.loads((out / "fit.json").read_text())
+    assert log["plan"].keys() == {"tokenizer", "tokens", "coarse", "fine"}
+    for stage in ("tokenizer", "coarse", "fine"):
+        steps = log["plan"][stage]
+        assert metrics(out, stage)[-1]["step"] == steps
+        assert steps % loop.LOG_EVERY == 0 or steps < loop.LOG_EVERY
+    before = files(out)
+    assert ctf(*with_minutes(pictures, out, minutes)).code == 0
+    assert files(out) == before
+
+
+def test_time_is_shared_by_speed(
+    splits: images.Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With steps of a known duration the plan is arithmetic; and it outlives a kill."""
+    monkeypatch.setattr(loop, "seconds_per_step", lambda trial: 0.05)
+    recipe = config.override(fit.resolve("tiny", splits), sets()[1:])
+    planned: dict[str, int] = {}
+
+    class Killed(Exception):
+        pass
+
+    class Reporter:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __enter__(self) -> "Reporter":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def __call__(self, done: int, total: int, *_: object) -> None:
+            planned[self.name] = total
+            if self.name == "coarse" and not killed:
+                raise Killed
+
+    killed: list[bool] = []
+    device = torch.device("cpu")
+    with pytest.raises(Killed):
+        fit.fit(splits, tmp_path, recipe, minutes=0.25, device=device, progress=Reporter)
+    killed.append(True)
+    shares = recipe.time_shares
+    log = json.loads((tmp_path / "fit.json").read_text())
+    expected = 0.25 * 60 * shares.tokenizer / 0.05 * (1 - fit.OVERHEAD)
+    assert expected - 20 - 10 <= planned["tokenizer"] <= expected
+    left = 0.25 * 60 - log["seconds"]["tokenizer"]
+    seconds = max(1.0, left * shares.coarse / (shares.coarse + shares.fine))
+    expected = seconds / 0.05 * (1 - fit.OVERHEAD)
+    assert 0.5 * expected <= planned["coarse"] <= expected
+    before = log["plan"]
+    assert before["coarse"] == planned["coarse"]
+    monkeypatch.setattr(loop, "seconds_per_step", lambda trial: 0.5)
+    fit.fit(splits, tmp_path, recipe, minutes=0.25, device=device, progress=Reporter)
+    after = json.loads((tmp_path / "fit.json").read_text())["plan"]
+    assert {stage: after[stage] for stage in before} == before
+    assert planned["coarse"] == before["coarse"] and planned["fine"] == after["fine"] <= 20
+
+
+def test_many_pictures_and_little_time(
+    splits: images.Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then only some pictures are encoded, of all classes alike."""
+    monkeypatch.setattr(fit, "_seconds_per_picture", lambda *_: 0.05)
+    recipe = config.override(fit.resolve("tiny", splits, steps=2), sets()[1:])
+    with_progress = common.progress
+    fit.fit(
+        splits, tmp_path, recipe, minutes=0.02, device=torch.device("cpu"), progress=with_progress
+    )
+    train = Tokens(tmp_path / "tokens", "train")
+    assert len(train) < len(splits.train)
+    assert max(np.bincount(train.classes_N)) - min(np.bincount(train.classes_N, minlength=3)) <= 1
+
+
+# --- one stage after another ----------------------------------------------------------------------
+
+
+def test_stage_by_stage(run: Path, pictures: Path, tmp_path: Path, ctf: Command) -> None:
+    """The commands of the single stages end with the same bits as `ctf fit`."""
+    out = tmp_path / "run"
+    recipe = ["--preset", "tiny", *sets()]
+    steps = ["--steps", STEPS]
+    for arguments in (
+        ["tokenizer", "train", pictures, "--out", out, "--image-size", 32, *steps, *recipe],
+        ["tokens", "extract", pictures, "--run", out, *recipe],
+        ["clusters", "fit", out, "--count", 8],
+        ["train", "coarse", out, *steps, *recipe],
+        ["train", "fine", out, *steps, *recipe],
+    ):
+        result = ctf(*arguments)
+        assert result.code == 0, result.err
+        before = files(out)
+        assert ctf(*arguments).code == 0  # it is done
+        assert files(out) == before
+    assert weights(out) == weights(run)
+    drawn, expected = (
+        Pipeline.from_pretrained(folder).sample([0, 1, 2], seed=3) for folder in (out, run)
+    )
+    assert torch.equal(drawn.codes, expected.codes)
+
+    result = ctf("tokenizer", "evaluate", out, "--images", pictures)
+    assert result.code == 0 and "psnr" in result.out and " dB" in result.out
+    result = ctf("clusters", "show", out)
+    assert result.code == 0 and "clusters   8" in result.out and "swaps.png" in result.out
+
+
+def test_stages_in_the_wrong_order(pictures: Path, tmp_path: Path, ctf: Command) -> None:
+    out = tmp_path / "run"
+    recipe = ["--preset", "tiny", *sets()]
+    for arguments, missing in (
+        (["tokens", "extract", pictures, "--run", out, *recipe], "tokenizer/config.json"),
+        (["clusters", "fit", out], "tokenizer/config.json"),
+        (["clusters", "show", out], "clusters/report.json"),
+        (["train", "coarse", out, *recipe], "clusters/clusters.safetensors"),
+        (["train", "baseline", out, "--out", tmp_path / "b", *recipe], "tokenizer/config.json"),
+        (["sample", out], "no pipeline"),
+    ):
+        result = ctf(*arguments)
+        assert result.code == 2 and missing in result.err, (arguments, result.err)
+        assert len(result.err.splitlines()) <= 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_that_was_changed(run: Path, tmp_path: Path, ctf: Command) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    for name, content in files(run).items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(content)
+    path = out / "tokenizer" / "model.safetensors"
+    tensors, _ = storage.load_tensors(path)
+    storage.save_tensors(path, {k: v + 1e-3 for k, v in tensors.items()})
+    for kind in ("coarse", "fine"):
+        result = ctf("train", kind, out, "--steps", STEPS, "--preset", "tiny", *sets())
+        assert result.code == 2 and "the tokenizer changed" in result.err
+    result = ctf("clusters", "fit", out, "--count", 8)
+    assert result.code == 2 and "the tokenizer changed" in result.err
+
+
+# --- the full-vocabulary baseline -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def baseline(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("baseline") / "run"
+    arguments = ["--preset", "tiny", "--steps", "20", *sets()]
+    assert cli.main(["train", "baseline", str(run), "--out", str(out), *arguments]) == 0
+    return out
+
+
+def test_the_baseline_is_a_pipeline_without_a_fine_stage(run: Path, baseline: Path) -> None:
+    pipe = Pipeline.from_pretrained(baseline)
+    assert pipe.fine is None
+    assert pipe.clusters.count == pipe.clusters.codebook_size == pipe.coarse.count == 64
+    drawn = pipe.sample([0, 1, 2], seed=0)
+    assert torch.equal(drawn.codes, drawn.coarse)
+    assert drawn.images[0].size == (32, 32)
+    for name in ("config.json", "model.safetensors"):
+        tokenizers = [folder / "tokenizer" / name for folder in (run, baseline)]
+        assert tokenizers[0].read_bytes() == tokenizers[1].read_bytes()
+    assert (baseline / "tokens").resolve() == (run / "tokens").resolve()
+    assert not (baseline / "fine").exists()
+    first = metrics(baseline, "coarse")[0]
+    assert first["loss"] < np.log(64)
+
+
+def test_the_baseline_saved_elsewhere(baseline: Path, tmp_path: Path) -> None:
+    pipe = Pipeline.from_pretrained(baseline)
+    pipe.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy" / "fine").exists()
+    copy = Pipeline.from_pretrained(tmp_path / "copy")
+    assert copy.fine is None
+    assert torch.equal(copy.sample([1], seed=0).codes, pipe.sample([1], seed=0).codes)
+
+
+def test_the_baseline_again(run: Path, baseline: Path, tmp_path: Path, ctf: Command) -> None:
+    before = files(baseline)
+    recipe = ["--preset", "tiny", *sets()]
+    result = ctf("train", "baseline", run, "--out", baseline, "--steps", 20, *recipe)
+    assert result.code == 0 and "done" in result.out
+    result = ctf("train", "baseline", run, "--out", baseline, "--steps", 40, *recipe)
+    assert result.code == 2 and "another configuration: training.steps was 20" in result.err
+    result = ctf("train", "fine", baseline, "--steps", 20, *recipe)
+    assert result.code == 2 and "leaves a fine model nothing to choose" in result.err
+    result = ctf("train", "baseline", run, "--out", run, "--steps", 20, *recipe)
+    assert result.code == 2
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("mine")
+    result = ctf("train", "baseline", run, "--out", tmp_path / "mine", *recipe)
+    assert result.code == 2 and "is no run with" in result.err
+    assert files(baseline) == before
+    assert files(tmp_path / "mine") == {"thesis.tex": b"mine"}
+    new = tmp_path / "new"
+    result = ctf("train", "baseline", run, "--out", new, "--steps", 20, "--dry-run", *recipe)
+    assert result.code == 0 and not new.exists()
+
+
+def test_fit_can_make_a_baseline_too(pictures: Path, tmp_path: Path, ctf: Command) -> None:
+    out = tmp_path / "run"
+    identity = sets("clusters.method=identity")
+    arguments = ["--image-size", 32, "--steps", 2, "--preset", "tiny", *identity]
+    result = ctf("fit", pictures, "--out", out, *arguments)
+    assert result.code == 0, result.err
+    assert Pipeline.from_pretrained(out).fine is None
+    assert not (out / "fine").exists()
+
+
+# --- options for comparison -----------------------------------------------------------------------
+
+
+def test_wrong_labels_are_part_of_the_configuration(
+    run: Path, tmp_path: Path, ctf: Command
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "fine")
+    wrong = sets("fine_corruption=0.2", "fine_training.steps=2")
+    assert ctf("train", "fine", tmp_path / "run", "--preset", "tiny", *wrong).code == 0
+    stored = json.loads((tmp_path / "run" / "fine" / "config.json").read_text())
+    assert stored["corruption"] == 0.2
+    without = ctf("train", "fine", tmp_path / "run", "--preset", "tiny", *sets())
+    assert without.code == 2
+    bad = ctf("train", "fine", tmp_path / "run", "--preset", "tiny", *sets("fine_corruption=1"))
+    assert bad.code == 2
+    assert "expected 0 to below 1" in bad.err
+
+
+def test_a_loss_of_groups_is_for_the_baseline(run: Path, tmp_path: Path, ctf: Command) -> None:
+    grouped = sets("group_loss.weight=1", "group_loss.clusters.count=4", "coarse_training.steps=2")
+    out = tmp_path / "baseline"
+    assert ctf("train", "baseline", run, "--out", out, "--preset", "tiny", *grouped).code == 0
+    stored = json.loads((out / "coarse" / "config.json").read_text())
+    assert stored["group_loss"]["clusters"]["method"] == "balanced"
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "coarse")
+    refused = ctf("train", "coarse", tmp_path / "run", "--preset", "tiny", *grouped)
+    assert refused.code == 2
+    assert "is for the full-vocabulary baseline" in refused.err

@@ -1,0 +1,242 @@
+"""A coarse model that starts from a full-vocabulary one, and CTF on a converted LlamaGen."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ctf.cli import main as cli
+from ctf.common.distributed import ALONE
+from ctf.common.errors import UserError
+from ctf.data.tokens import Tokens
+from ctf.models.clusters import Clusters, identity
+from ctf.models.coarse import CoarseModel
+from ctf.models.transformer import TransformerConfig
+from ctf.pipelines import llamagen
+from ctf.pipelines.pipeline import Pipeline
+from ctf.training.fit import tokenizer_hash, train_model
+from ctf.training.warm_start import Source, open_source, weights
+from tests.conftest import Command, files, save_pictures, sets
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "llamagen"
+CPU = torch.device("cpu")
+V, K = 64, 8
+
+
+@pytest.fixture(scope="module")
+def tokens(run: Path) -> Tokens:
+    return Tokens(run / "tokens", "train", tokenizer_hash(run))
+
+
+def full_vocabulary(tokens: Tokens) -> CoarseModel:
+    """One with random weights, large enough to predict something."""
+    torch.manual_seed(0)
+    config = TransformerConfig(width=32, layers=2, heads=2, grid=4, classes=3, dropout=0.1)
+    model = CoarseModel(config, V).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def started(model: CoarseModel, parts: Clusters, tokens: Tokens) -> CoarseModel:
+    new = CoarseModel(model.config, parts.count).eval()
+    source = Source(model, tokens.manifest.class_names, "")
+    new.load_state_dict(weights(source, parts, tokens, new, CPU))
+    return new
+
+
+@torch.no_grad()
+def divergence(model: CoarseModel, old: CoarseModel, parts: Clusters, tokens: Tokens) -> float:
+    """KL in nats a token, from the sums of the old model's probabilities to the new model's."""
+    codes_BL = tokens.codes(np.arange(len(tokens)))
+    classes_B = torch.from_numpy(tokens.classes_N)
+    members = torch.zeros(V, parts.count).scatter_(1, parts.labels_V[:, None], 1)
+    sums_BLK = old(codes_BL, classes_B).softmax(-1) @ members
+    logs_BLK = model(parts.labels_V[codes_BL], classes_B).log_softmax(-1)
+    return float((sums_BLK * (sums_BLK.log() - logs_BLK)).sum(-1).mean())
+
+
+def test_a_cluster_for_each_code_is_a_copy(tokens: Tokens) -> None:
+    old = full_vocabulary(tokens)
+    new = started(old, identity(V), tokens)
+    own = old.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in new.state_dict().items())
+
+
+def test_equal_codes_make_a_cluster_with_their_probability_together(tokens: Tokens) -> None:
+    """Eight equal codes in each cluster: nothing is lost, so nothing may change."""
+    old = full_vocabulary(tokens)
+    labels_V = torch.arange(V) % K
+    with torch.no_grad():
+        for weight in (old.head.weight, old.trunk.label_embedding.weight):
+            weight.copy_(weight[labels_V])
+    parts = Clusters.from_labels(labels_V)
+    assert divergence(started(old, parts, tokens), old, parts, tokens) < 1e-4
+
+
+def mean_rows(old: CoarseModel, parts: Clusters) -> Tensor:
+    sums = torch.zeros(parts.count, old.config.width)
+    return sums.index_add_(0, parts.labels_V, old.head.weight.detach()) / parts.sizes_K[:, None]
+
+
+def test_clusters_of_any_size_are_nearer_than_the_mean_of_rows(tokens: Tokens) -> None:
+    old = full_vocabulary(tokens)
+    labels_V = torch.tensor([*range(K)] + [0] * 30 + [1] * 15 + [2] * (V - K - 45))
+    with torch.no_grad():  # members that are alike, as k-means has them
+        for weight in (old.head.weight, old.trunk.label_embedding.weight):
+            weight.lerp_(weight[labels_V], 0.7)
+    parts = Clusters.from_labels(labels_V)
+    new = started(old, parts, tokens)
+    fitted = divergence(new, old, parts, tokens)
+    with torch.no_grad():
+        new.head.weight.copy_(mean_rows(old, parts))
+    means = divergence(new, old, parts, tokens)
+    with torch.no_grad():
+        new.head.weight.zero_()
+    uniform = divergence(new, old, parts, tokens)
+    assert fitted < 0.5 * means and means < uniform
+
+
+def test_it_can_be_done_again(tokens: Tokens) -> None:
+    old, parts = full_vocabulary(tokens), Clusters.from_labels(torch.arange(V) % K)
+    one, other = (started(old, parts, tokens).state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_classes_go_by_their_names(tokens: Tokens) -> None:
+    """tokens has blue, green and red."""
+    old = full_vocabulary(tokens)
+    config = dataclasses.replace(old.config, classes=2)
+    source = Source(CoarseModel(config, V), ("red", "mauve"), "")
+    first = weights(source, identity(V), tokens, old, CPU)
+    red, _, none = source.model.trunk.class_embedding.weight
+    rows = first["trunk.class_embedding.weight"]
+    for got, expected in zip(rows, (none, none, red, none), strict=True):
+        assert torch.equal(got, expected)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def baseline(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("source") / "baseline"
+    arguments = ["--preset", "tiny", "--steps", "60", *sets("coarse.width=48")]
+    assert cli.main(["train", "baseline", str(run), "--out", str(out), *arguments]) == 0
+    return out
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    text = (run / "coarse" / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_training_starts_below_a_cold_start(
+    run: Path, baseline: Path, tmp_path: Path, ctf: Command
+) -> None:
+    warm, recipe = tmp_path / "warm", ("--preset", "tiny", *sets())
+    assert ctf("clusters", "fit", run, "--count", 8, "--out", warm).code == 0
+    arguments = ("train", "coarse", warm, "--steps", 20, "--warm-start", baseline, *recipe)
+    dry = ctf(*arguments, "--dry-run")
+    assert dry.code == 0 and "would train" in dry.out and not (warm / "coarse").exists()
+    result = ctf(*arguments)
+    assert result.code == 0, result.err
+    first = lines(warm)[0]
+    assert first["step"] == 0 and first["split"] == "val"
+    assert first["loss"] < 0.9 * np.log(8)
+    # The shape is that of the model it started from.
+    config = json.loads((warm / "coarse" / "config.json").read_text())
+    assert config["model"]["width"] == 48 and len(config["warm_start"]) == 64
+    before = files(warm)
+    assert ctf(*arguments).code == 0 and files(warm) == before
+    cold = ctf("train", "coarse", warm, "--steps", 20, *recipe)
+    assert cold.code == 2 and "another configuration" in cold.err
+    assert ctf("train", "fine", warm, "--steps", 20, *recipe).code == 0
+    assert ctf("sample", warm, "--count", 1, "--out", tmp_path / "sheet.png").code == 0
+
+
+def test_resumed_it_does_not_start_again(
+    run: Path, baseline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ctf: Command
+) -> None:
+    recipe = ("--preset", "tiny", "--steps", 40, *sets())
+    for name in ("whole", "killed"):
+        out = tmp_path / name
+        assert ctf("clusters", "fit", run, "--count", 8, "--out", out).code == 0
+        arguments = ("train", "coarse", out, "--warm-start", baseline, *recipe)
+        if name == "killed":
+
+            class Killed(BaseException):
+                pass
+
+            def stop(done: int, *_: object) -> None:
+                if done == 40:
+                    raise Killed
+
+            from ctf.models import clusters
+            from ctf.training import fit, loop, recipes
+
+            monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+            overrides = [*sets()[1:]]
+            chosen = fit.adjust(recipes.preset("tiny"), 40, overrides)
+            parts = clusters.load(out / "clusters" / clusters.FILE)
+            with pytest.raises(Killed):
+                train_model(out, "coarse", parts, chosen, ALONE, stop, baseline)
+            assert (out / "coarse" / "state").is_dir()
+        result = ctf(*arguments)
+        assert result.code == 0, result.err
+    one, other = (tmp_path / name / "coarse" / "model.safetensors" for name in ("whole", "killed"))
+    assert one.read_bytes() == other.read_bytes()
+    assert [x["step"] for x in lines(tmp_path / "killed")] == [0, 20, 40, 40]
+
+
+def test_what_it_cannot_start_from(run: Path, baseline: Path, tmp_path: Path, ctf: Command) -> None:
+    name = tokenizer_hash(run)
+    with pytest.raises(UserError, match="predicts 8 clusters; expected a full-vocabulary model"):
+        open_source(run, name)
+    with pytest.raises(UserError, match=r"model\.safetensors: not found"):
+        open_source(tmp_path, name)
+    llamagen.convert(FIXTURES / "vq.pt", FIXTURES / "gpt.pt", tmp_path / "llamagen")
+    with pytest.raises(UserError, match="has another tokenizer than the run"):
+        open_source(tmp_path / "llamagen", name)
+    shutil.copytree(baseline, tmp_path / "other", symlinks=True)
+    config = tmp_path / "other" / "coarse" / "config.json"
+    config.write_text(config.read_text().replace('"grid": 4', '"grid": 8'))
+    out = tmp_path / "out"
+    assert ctf("clusters", "fit", run, "--count", 8, "--out", out).code == 0
+    result = ctf("train", "coarse", out, "--warm-start", tmp_path / "other", "--preset", "tiny")
+    assert result.code == 2 and "made for a grid of 8, the tokens are of 4 x 4" in result.err
+
+
+# --- CTF on a converted LlamaGen ------------------------------------------------------------------
+
+
+def test_every_stage_on_a_converted_llamagen(tmp_path: Path, ctf: Command) -> None:
+    pictures = save_pictures(tmp_path / "pictures")
+    source, run = tmp_path / "llamagen", tmp_path / "run"
+    vq, gpt = FIXTURES / "vq.pt", FIXTURES / "gpt.pt"
+    recipe = ("--preset", "tiny", "--steps", 20, "--set", "coarse_training.batch_size=8")
+    for arguments in (
+        ("convert", "llamagen", "--vq", vq, "--gpt", gpt, "--out", source),
+        ("tokenizer", "evaluate", source, "--images", pictures),
+        ("tokens", "extract", pictures, "--run", source, "--preset", "tiny"),
+        ("clusters", "fit", source, "--count", 16, "--out", run),
+        ("train", "coarse", run, "--warm-start", source, *recipe),
+        ("train", "fine", run, *recipe, "fine.width=32", "fine.layers=1", "fine.heads=2"),
+        ("sample", run, "--count", 2, "--out", tmp_path / "sheet.png"),
+    ):
+        result = ctf(*arguments)
+        assert result.code == 0, result.err
+    # What was converted has clusters of its own, which stay.
+    refused = ctf("clusters", "fit", source, "--count", 16)
+    assert refused.code == 2 and "another run: --out" in refused.err
+    assert Pipeline.from_pretrained(source).clusters.largest == 1
+    pipe = Pipeline.from_pretrained(run)
+    assert pipe.coarse.config.class_token_rope == "zero"
+    assert pipe.class_names == ("blue", "green", "red") and pipe.clusters.count == 16
+    assert pipe.tokenizer.config.image_size == 8 and pipe.fine is not None

@@ -17,10 +17,10 @@ from ctf.kernels import sampling_cpu
 from ctf.models.clusters import Clusters
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
+from ctf.models.sizes import TransformerShape
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.models.transformer import KVCache, TransformerConfig
 from ctf.pipelines import pipeline
-from ctf.training.recipes import TransformerShape
 from tests.conftest import Command
 
 CPU = torch.device("cpu")

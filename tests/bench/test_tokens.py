@@ -10,12 +10,12 @@ import torch
 
 from ctf.bench import tokens as tokens_bench
 from ctf.common import memory
+from ctf.common.precision import multiplies_bf16
 from ctf.data import tokens
 from ctf.data.images import VIEWS
 from ctf.data.tokens import Tokens
+from ctf.models.sizes import TOKENIZERS
 from ctf.models.tokenizer import VQModel
-from ctf.training import loop
-from ctf.training.recipes import TOKENIZERS
 from tests.conftest import Command
 
 
@@ -63,7 +63,7 @@ def test_command(ctf: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert result.code == 0 and "opening 5,000 pictures" in result.out
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["reader"]["images"] == 5000 and found["extraction_ratio"]["fp32"] > 0
-    low = loop.multiplies_bf16(torch.device("cpu"))
+    low = multiplies_bf16(torch.device("cpu"))
     assert ("codes in bf16 that are fp32's" in result.out) == low
     assert not low or 0.9 < found["extraction"]["bf16"]["equal_codes"] < 1
     result = ctf("bench", "tokens", "--images", 0)

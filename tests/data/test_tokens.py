@@ -21,16 +21,16 @@ from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 
 from ctf.common.errors import Stopped, UserError
+from ctf.common.precision import multiplies_bf16
 from ctf.data import shards, tokens
 from ctf.data.images import PLAIN, VIEWS, ImageSet, Splits, View
 from ctf.data.tokens import Tokens, TokensConfig
 from ctf.models.tokenizer import TokenizerConfig, VQModel
-from ctf.training import loop
 from tests.conftest import Command
 
 CONFIG = TokensConfig(views="flip", batch_size=4, shard_images=6)
 needs_bf16 = pytest.mark.skipif(
-    not loop.multiplies_bf16(torch.device("cpu")), reason="does not multiply bfloat16"
+    not multiplies_bf16(torch.device("cpu")), reason="does not multiply bfloat16"
 )
 ALL = 2 * 20 + 5  # what `extract` has to encode of the pictures below
 
@@ -519,7 +519,7 @@ def test_a_manifest_of_before_there_was_a_precision(
 def test_bf16_where_it_is_not_multiplied(
     tokenizer: VQModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "multiplies_bf16", lambda _: False)
+    monkeypatch.setattr("ctf.common.precision.multiplies_bf16", lambda _: False)
     with pytest.raises(UserError, match="cpu does not multiply bfloat16 here"):
         tokens.extract(tokenizer, "abc", IMAGES, tmp_path / "t", CONFIG, precision="bf16")
     assert not (tmp_path / "t").exists()

@@ -15,14 +15,12 @@ from ctf.evaluation.classifier import (
     SHIPPED,
     Classifier,
     ClassifierConfig,
-    augment,
     classify,
-    held_out_accuracy,
     load_classifier,
     shipped_classifier,
-    train_classifier,
 )
 from ctf.training import loop
+from ctf.training.classifier import augment, held_out_accuracy, train_classifier
 
 TINY = ClassifierConfig(width=16, steps=40, batch_size=32, warm_up=5, evaluate_every=20)
 

@@ -15,26 +15,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.evaluation.test_inception import random_weights
 
 from ctf.common import config
 from ctf.common.errors import UserError
 from ctf.data.images import ImageSet, Splits, open_images
 from ctf.evaluation import evaluate as evaluation
 from ctf.evaluation import reference_sets, report
-from ctf.evaluation.classifier import (
-    SHIPPED,
-    ClassifierConfig,
-    classify,
-    shipped_classifier,
-    train_classifier,
-)
+from ctf.evaluation.classifier import SHIPPED, ClassifierConfig, classify, shipped_classifier
 from ctf.evaluation.evaluate import Job, prepare, recognised
 from ctf.evaluation.reference_sets import open_scored
 from ctf.evaluation.report import Result
 from ctf.evaluation.sample_cache import Drawing
 from ctf.pipelines import pipeline
+from ctf.pipelines.folder import hash_pipeline
+from ctf.training.classifier import train_classifier
 from tests.conftest import CLASSES, SIDE, files
+from tests.evaluation.test_inception import random_weights
 from tests.gallery import Gallery, noise
 
 CPU = torch.device("cpu")
@@ -127,7 +123,7 @@ def test_what_is_kept(done: tuple[Path, Result], run: Path) -> None:
     ]  # fmt: skip
     assert out.read_bytes() == (folder / "report.json").read_bytes()
     assert report.load(out) == result
-    assert result.subject.name == "run" and result.subject.hash == pipeline.hash_of(run)
+    assert result.subject.name == "run" and result.subject.hash == hash_pipeline(run)
     drawing = result.subject.drawing
     assert drawing is not None and (drawing.samples, drawing.seed, drawing.balance) == (
         150, 3, "balanced"

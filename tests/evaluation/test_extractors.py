@@ -15,7 +15,6 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 from skimage import data
-from tests.evaluation.test_inception import random_weights
 from torch import Tensor
 
 from ctf.common.errors import UserError
@@ -25,6 +24,7 @@ from ctf.evaluation.classifier import classify, shipped_classifier
 from ctf.evaluation.extractors import Extractor, open_extractor
 from ctf.evaluation.features import load_lite0
 from ctf.evaluation.inception import Inception, fold_batch_norms
+from tests.evaluation.test_inception import random_weights
 
 RANDOM = np.random.default_rng(0)
 NOISE = RANDOM.integers(0, 256, (5, 20, 24, 3), dtype=np.uint8)

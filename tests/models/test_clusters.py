@@ -21,9 +21,12 @@ from torch import Tensor
 
 from ctf.common import storage
 from ctf.common.errors import UserError
+from ctf.evaluation import redundancy
 from ctf.models import clusters
 from ctf.models.clusters import Clusters, ClustersConfig
 from ctf.models.tokenizer import TokenizerConfig, VQModel
+from ctf.pipelines.folder import CLUSTERS, load_clusters, save_clusters
+from ctf.training.clusters import fit_clusters
 
 CONFIG = TokenizerConfig(
     image_size=8,
@@ -255,22 +258,22 @@ def test_a_swap_draws_all_members_alike() -> None:
 @given(partitions)
 @settings(max_examples=20, deadline=None)
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, labels_V: Tensor) -> None:
-    path = tmp_path_factory.mktemp("clusters") / clusters.FILE
+    path = tmp_path_factory.mktemp("clusters") / CLUSTERS
     made = Clusters.from_labels(labels_V)
-    clusters.save(made, path)
-    loaded = clusters.load(path)
+    save_clusters(made, path)
+    loaded = load_clusters(path)
     assert torch.equal(loaded.labels_V, made.labels_V)
     assert torch.equal(loaded.members_KS, made.members_KS)
 
 
 def test_damaged_files(tmp_path: Path) -> None:
-    path = tmp_path / clusters.FILE
+    path = tmp_path / CLUSTERS
     made = Clusters.from_labels(torch.tensor([0, 1, 0, 1]))
 
     def check(tensors: dict[str, Tensor], reason: str) -> None:
         storage.save_tensors(path, tensors)
         with pytest.raises(UserError, match=reason):
-            clusters.load(path)
+            load_clusters(path)
 
     good = {"labels_V": made.labels_V, "members_KS": made.members_KS}
     check({**good, "members_KS": made.members_KS.flip(1)}, "members do not agree")
@@ -280,10 +283,10 @@ def test_damaged_files(tmp_path: Path) -> None:
     check({"labels_V": made.labels_V}, "holds tensors labels_V;")
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(UserError, match="truncated"):
-        clusters.load(path)
+        load_clusters(path)
     path.unlink()
     with pytest.raises(UserError, match="not found"):
-        clusters.load(path)
+        load_clusters(path)
 
 
 # --- the study and its folder ----------------------------------------------------------------
@@ -292,7 +295,7 @@ def test_damaged_files(tmp_path: Path) -> None:
 def test_report_against_plain_computation(tokenizer: VQModel, codes_BL: Tensor) -> None:
     made = clusters.fit_kmeans(tokenizer.codebook(), 8, restarts=2)
     control = clusters.random_like(made, 1)
-    study = clusters.report(tokenizer, made, control, codes_BL, seed=5)
+    study = redundancy.report(tokenizer, made, control, codes_BL, seed=5)
     generator = torch.Generator().manual_seed(5)
     for name, partition in (("clusters", made), ("random", control)):
         with torch.no_grad():
@@ -309,17 +312,17 @@ def test_report_against_plain_computation(tokenizer: VQModel, codes_BL: Tensor) 
 
 def test_report_of_even_sizes_and_of_the_identity(tokenizer: VQModel, codes_BL: Tensor) -> None:
     even = Clusters.from_labels(torch.arange(64) % 16)
-    sizes = clusters.report(tokenizer, even, even, codes_BL)["sizes"]
+    sizes = redundancy.report(tokenizer, even, even, codes_BL)["sizes"]
     assert sizes == {"min": 4, "median": 4.0, "max": 4, "entropy_bits": 4.0}
     same = clusters.identity(64)
-    study = clusters.report(tokenizer, same, same, codes_BL)
+    study = redundancy.report(tokenizer, same, same, codes_BL)
     assert study["swap_psnr"] == {"clusters": None, "random": None}
     assert "Infinity" not in json.dumps(study)
 
 
 def test_sheet_shows_the_true_codes_in_whole_pixels(tokenizer: VQModel, codes_BL: Tensor) -> None:
     made = clusters.fit_kmeans(tokenizer.codebook(), 8, restarts=2)
-    sheet = clusters.swap_sheet(tokenizer, made, clusters.random_like(made, 1), codes_BL[:5])
+    sheet = redundancy.swap_sheet(tokenizer, made, clusters.random_like(made, 1), codes_BL[:5])
     assert sheet.size == (4 + 5 * (64 + 4), 4 + 3 * (20 + 64 + 4))
     with torch.no_grad():
         image_CHW = tokenizer.decode(codes_BL[:1])[0]
@@ -330,7 +333,7 @@ def test_sheet_shows_the_true_codes_in_whole_pixels(tokenizer: VQModel, codes_BL
 @pytest.mark.parametrize("method", ["kmeans", "identity", "random"])
 def test_folder(tmp_path: Path, tokenizer: VQModel, codes_BL: Tensor, method: Any) -> None:
     config = dataclasses.replace(KMEANS, method=method)
-    made = clusters.fit_clusters(tmp_path / "new", tokenizer, codes_BL, config, "abc")
+    made = fit_clusters(tmp_path / "new", tokenizer, codes_BL, config, "abc")
     files = {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()}
     assert set(files) == {"clusters.safetensors", "report.json", "swaps.png"}
     study = json.loads(files["report.json"])
@@ -339,7 +342,7 @@ def test_folder(tmp_path: Path, tokenizer: VQModel, codes_BL: Tensor, method: An
     # Again: loads. After a kill between the files: the same bytes.
     (tmp_path / "new" / "report.json").unlink()
     (tmp_path / "new" / "swaps.png").unlink()
-    again = clusters.fit_clusters(tmp_path / "new", tokenizer, codes_BL, config, "abc")
+    again = fit_clusters(tmp_path / "new", tokenizer, codes_BL, config, "abc")
     assert torch.equal(again.labels_V, made.labels_V)
     assert {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()} == files
 
@@ -350,14 +353,14 @@ def test_folder_done_is_not_done_again(
     # Clusters that no k-means would find: what is there is taken, not made anew.
     made = Clusters.from_labels(torch.arange(64) % 8)
     config = json.dumps(dataclasses.asdict(KMEANS))
-    clusters.save(made, tmp_path / clusters.FILE, {"tokenizer": "abc", "config": config})
-    loaded = clusters.fit_clusters(tmp_path, tokenizer, codes_BL, KMEANS, "abc")
+    save_clusters(made, tmp_path / CLUSTERS, {"tokenizer": "abc", "config": config})
+    loaded = fit_clusters(tmp_path, tokenizer, codes_BL, KMEANS, "abc")
     assert torch.equal(loaded.labels_V, made.labels_V)
 
 
 def test_folder_of_something_else(tmp_path: Path, tokenizer: VQModel, codes_BL: Tensor) -> None:
     def fit(config: ClustersConfig = KMEANS, tokenizer_hash: str = "abc") -> Clusters:
-        return clusters.fit_clusters(tmp_path, tokenizer, codes_BL, config, tokenizer_hash)
+        return fit_clusters(tmp_path, tokenizer, codes_BL, config, tokenizer_hash)
 
     (tmp_path / "report.json").write_text("mine")
     with pytest.raises(UserError, match=r"report.json: exists, but clusters.safetensors"):
@@ -369,14 +372,14 @@ def test_folder_of_something_else(tmp_path: Path, tokenizer: VQModel, codes_BL: 
         fit(tokenizer_hash="def")
     with pytest.raises(UserError, match="count: got 8, expected 9"):
         fit(dataclasses.replace(KMEANS, count=9))
-    clusters.save(clusters.identity(64), tmp_path / clusters.FILE)
+    save_clusters(clusters.identity(64), tmp_path / CLUSTERS)
     with pytest.raises(UserError, match="of a pipeline that was saved or converted"):
         fit()
 
 
 def test_entropy_is_at_most_that_of_even_sizes(tokenizer: VQModel, codes_BL: Tensor) -> None:
     made = clusters.fit_kmeans(tokenizer.codebook(), 8, restarts=1)
-    study = clusters.report(tokenizer, made, clusters.random_like(made, 0), codes_BL)
+    study = redundancy.report(tokenizer, made, clusters.random_like(made, 0), codes_BL)
     p = made.sizes_K.numpy() / 64
     assert study["sizes"]["entropy_bits"] == pytest.approx(-(p * np.log2(p)).sum())
     assert study["sizes"]["entropy_bits"] <= math.log2(8)

@@ -27,7 +27,8 @@ from ctf.common.errors import UserError
 from ctf.models import clusters
 from ctf.models.coarse import CoarseModel
 from ctf.pipelines import card, hub, pipeline
-from ctf.pipelines.pipeline import FILES, Pipeline, Samples
+from ctf.pipelines.folder import PIPELINE_FILES
+from ctf.pipelines.pipeline import Pipeline, Samples
 from tests.conftest import Command, files
 from tests.hub_server import TOKEN, Files, Hub, Repository, git_sha1
 
@@ -184,14 +185,14 @@ def test_downloaded(discs: Repository, server: Hub, pipe: Pipeline) -> None:
     assert same(pulled.sample(CLASSES, seed=3), pipe.sample(CLASSES, seed=3))
     assert pulled.origin == pipe.origin and pulled.class_names == pipe.class_names
     # No other file is asked for, whatever there is.
-    assert server.downloads() == sorted(FILES)
+    assert server.downloads() == sorted(PIPELINE_FILES)
     assert not list(Path(constants.HF_HUB_CACHE).parent.rglob("outside"))
     # What is there is not downloaded again, unless it is asked for.
     Pipeline.from_pretrained(ID)
     assert [path for _, path in server.requests] == [f"/api/models/{ID}/revision/main"]
     assert server.downloads() == []
     Pipeline.from_pretrained(ID, force_download=True)
-    assert server.downloads() == sorted(FILES)
+    assert server.downloads() == sorted(PIPELINE_FILES)
 
 
 def test_revisions(discs: Repository, pipe: Pipeline, other: Pipeline, tmp_path: Path) -> None:
@@ -296,7 +297,7 @@ def test_a_download_that_breaks_off_goes_on_with_the_next_call(
     assert WEIGHTS in asked_before
     pulled = Pipeline.from_pretrained(ID)
     assert same(pulled.sample(CLASSES, seed=0), pipe.sample(CLASSES, seed=0))
-    assert server.downloads() == sorted({*FILES} - ({*asked_before} - {WEIGHTS}))
+    assert server.downloads() == sorted({*PIPELINE_FILES} - ({*asked_before} - {WEIGHTS}))
 
 
 @pytest.mark.parametrize("damaged", [WEIGHTS, "pipeline.json"])
@@ -339,12 +340,14 @@ def test_hashes_are_compared_once(
         hub, "_matches_its_hash", lambda path: (compared.append(path.name), compare(path))[1]
     )
     Pipeline.from_pretrained(ID)
-    assert len(compared) == len(FILES)
+    assert len(compared) == len(PIPELINE_FILES)
     Pipeline.from_pretrained(ID)
-    assert len(compared) == len(FILES)
+    assert len(compared) == len(PIPELINE_FILES)
     # huggingface_hub's own tools are at ease with the cache as it is.
     report = huggingface_hub.scan_cache_dir()
-    assert not report.warnings and report.size_on_disk == sum(len(saved[file]) for file in FILES)
+    assert not report.warnings and report.size_on_disk == sum(
+        len(saved[file]) for file in PIPELINE_FILES
+    )
 
 
 def test_gits_hash(tmp_path: Path) -> None:
@@ -408,13 +411,15 @@ def test_pushed_and_pulled(logged_in: Hub, pipe: Pipeline, tmp_path: Path) -> No
     assert address == f"{logged_in.address}/me/discs/commit/{repository.branches['main']}"
     assert repository.messages[-1] == "First discs" and not repository.private
     pushed = repository.files()
-    assert sorted(pushed) == sorted((*FILES, "README.md", "samples.png", ".gitattributes"))
+    assert sorted(pushed) == sorted((*PIPELINE_FILES, "README.md", "samples.png", ".gitattributes"))
     pulled = Pipeline.from_pretrained("me/discs")
     assert same(pulled.sample(CLASSES, seed=3), pipe.sample(CLASSES, seed=3))
     assert pulled.origin == {**pipe.origin, "license": "mit"}
     # Weights go another way than the rest, none is a pickle.
     pipe.save_pretrained(tmp_path / "saved", license="mit")
-    assert {k: pushed[k] for k in FILES} == {k: files(tmp_path / "saved")[k] for k in FILES}
+    assert {k: pushed[k] for k in PIPELINE_FILES} == {
+        k: files(tmp_path / "saved")[k] for k in PIPELINE_FILES
+    }
 
 
 def test_pushing_the_same_again_uploads_nothing(logged_in: Hub, pipe: Pipeline) -> None:
@@ -442,7 +447,7 @@ def test_what_an_older_push_left_is_removed(logged_in: Hub, pipe: Pipeline, save
     logged_in.create("me/discs", {**saved, **mine, "samples.png": b"old", "README.md": b"old"})
     pipe.push_to_hub("me/discs", picture=False)
     pushed = logged_in.repositories["me/discs"].files()
-    assert sorted(pushed) == sorted((*FILES, "README.md", "notes.txt"))
+    assert sorted(pushed) == sorted((*PIPELINE_FILES, "README.md", "notes.txt"))
     assert pushed["README.md"] != b"old"
 
 
@@ -564,7 +569,9 @@ def test_push(logged_in: Hub, run: Path, ctf: Command) -> None:
     assert result.out.startswith(f"{logged_in.address}/me/discs/commit/")
     pushed = logged_in.repositories["me/discs"]
     assert pushed.private
-    assert sorted(pushed.files()) == sorted((*FILES, "README.md", "samples.png", ".gitattributes"))
+    assert sorted(pushed.files()) == sorted(
+        (*PIPELINE_FILES, "README.md", "samples.png", ".gitattributes")
+    )
     assert not any(path.endswith((".bin", ".pt", ".pkl", ".npy")) for path in pushed.files())
 
 
@@ -655,7 +662,7 @@ def test_processes_of_their_own(pipe: Pipeline, tmp_path: Path) -> None:
         env = clean(tmp_path / "another", HF_ENDPOINT=running.address)
         pulled = run_ctf("sample", "me/discs@v1", "--out", sheets[0], env=env)
         assert pulled.returncode == 0, pulled.stderr
-        assert running.downloads() == sorted(FILES)
+        assert running.downloads() == sorted(PIPELINE_FILES)
     env["HF_HUB_OFFLINE"] = "1"
     offline = run_ctf("sample", "me/discs@v1", "--out", sheets[1], env=env)
     assert offline.returncode == 0, offline.stderr

@@ -18,6 +18,7 @@ from ctf.common.errors import UserError
 from ctf.models import clusters
 from ctf.models.sampling import Sampling
 from ctf.pipelines import pipeline
+from ctf.pipelines.folder import PIPELINE_FILES, save_clusters
 from ctf.pipelines.pipeline import Pipeline, Samples
 from tests.conftest import CLASSES, SIDE, files
 
@@ -172,7 +173,7 @@ def test_saved_and_loaded(pipe: Pipeline, tmp_path: Path) -> None:
     chosen = dataclasses.replace(pipe, sampling=sampling)
     chosen.save_pretrained(folder)
     assert sorted(files(folder)) == sorted((*PARTS, "README.md"))
-    assert sorted(pipeline.FILES) == sorted(PARTS)  # which is what is downloaded
+    assert sorted(PIPELINE_FILES) == sorted(PARTS)  # which is what is downloaded
     copy = Pipeline.from_pretrained(folder)
     assert copy.class_names == pipe.class_names
     assert copy.sampling == sampling
@@ -272,7 +273,7 @@ def test_a_missing_or_damaged_part_is_named(parts: Path, part: str, damage: str)
 def test_models_of_other_clusters(parts: Path, pipe: Pipeline, stage: str) -> None:
     """Of the same shape, so that nothing but the fingerprint tells them apart."""
     labels_V = pipe.clusters.labels_V.roll(1)
-    clusters.save(clusters.Clusters.from_labels(labels_V), parts / "clusters/clusters.safetensors")
+    save_clusters(clusters.Clusters.from_labels(labels_V), parts / "clusters/clusters.safetensors")
     other = "fine" if stage == "coarse" else "coarse"
     config = json.loads((parts / other / "config.json").read_text())
     config["clusters"] = clusters.fingerprint(clusters.Clusters.from_labels(labels_V))
@@ -282,7 +283,7 @@ def test_models_of_other_clusters(parts: Path, pipe: Pipeline, stage: str) -> No
 
 
 def test_clusters_of_another_codebook(parts: Path) -> None:
-    clusters.save(clusters.identity(63), parts / "clusters" / "clusters.safetensors")
+    save_clusters(clusters.identity(63), parts / "clusters" / "clusters.safetensors")
     with pytest.raises(UserError, match=r"clusters of 63 codes, .* has 64: parts of different"):
         Pipeline.from_pretrained(parts)
 

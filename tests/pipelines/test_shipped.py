@@ -11,7 +11,7 @@ from ctf.data.images import open_images
 from ctf.evaluation.classifier import shipped_classifier
 from ctf.evaluation.evaluate import recognised
 from ctf.evaluation.sample_cache import Drawing
-from ctf.pipelines import pipeline
+from ctf.pipelines.folder import find_pipeline
 from ctf.training import tokenizer
 
 NAME = "fashion-mnist"
@@ -23,7 +23,7 @@ def pipe() -> Pipeline:
 
 
 def test_is_small() -> None:
-    files = [p for p in pipeline.find(NAME).rglob("*") if p.is_file()]
+    files = [p for p in find_pipeline(NAME).rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 25e6
     assert {p.suffix for p in files} <= {".json", ".safetensors"}
 

@@ -21,12 +21,13 @@ from ctf.common.errors import UserError
 from ctf.data.images import ImageSet, View, open_images
 from ctf.evaluation.extractors import open_extractor
 from ctf.models.clusters import ClustersConfig
+from ctf.models.sizes import TokenizerShape, TransformerShape
 from ctf.reproduce import cells, experiments, figure1, report, table1, table3
 from ctf.reproduce.cells import Desk
 from ctf.reproduce.plan import BUDGETS, FULL, Plan
 from ctf.reproduce.subset import split_off
 from ctf.training import cost
-from ctf.training.recipes import GroupLoss, TokenizerShape, TransformerShape, with_steps
+from ctf.training.recipes import GroupLoss, with_steps
 from tests.conftest import CLASSES, SIDE, Command, save_pictures
 
 COARSE = TransformerShape(width=32, layers=2, heads=2)

@@ -14,15 +14,16 @@ from ctf.common import config
 from ctf.common.errors import UserError
 from ctf.data import images
 from ctf.kernels import train_cpu
-from ctf.models import clusters
 from ctf.models.clusters import Clusters
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
+from ctf.models.sizes import SIZES
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.models.transformer import TransformerConfig
+from ctf.pipelines.folder import load_clusters
 from ctf.training import cost, loop
 from ctf.training.loop import Execution
-from ctf.training.recipes import IMAGENET, SIZES, preset
+from ctf.training.recipes import IMAGENET, preset
 from ctf.training.tokenizer import PatchDiscriminator
 from tests.conftest import Command, sets
 
@@ -275,7 +276,7 @@ def test_dry_runs_say_what_a_device_holds(
 
 def test_the_real_clusters_are_calculated_with(run: Path, ctf: Command) -> None:
     """64 codes in 8 clusters of known sizes, on a grid of 4 x 4, and 3 classes."""
-    parts = clusters.load(run / "clusters" / clusters.FILE)
+    parts = load_clusters(run / "clusters" / CLUSTERS)
     said = ctf("train", "fine", run, "--preset", "tiny", "--dry-run", *sets()).out
     model = FineModel(TransformerConfig(width=32, layers=1, heads=2, grid=4, classes=3), parts)
     assert f"would train {parameters(model) / 1e6:.1f} M parameters" in said

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ctf.common import storage
+from ctf.common import claims, rng, storage
 from ctf.common.errors import Stopped, UserError
 from ctf.training import loop
 from tests.conftest import without_times
@@ -44,8 +44,8 @@ class Line(nn.Module):
         if len(self.steps_made) >= self.killed_after:
             raise Killed
         self.steps_made.append(step)
-        x = torch.from_numpy(loop.generator(7, step).normal(size=(4, 3))).float()
-        loop.seed_dropout(7, 1, step)
+        x = torch.from_numpy(rng.generator(7, step).normal(size=(4, 3))).float()
+        rng.seed_dropout(7, 1, step)
         loss = (nn.functional.dropout(self.line(x)) - x.sum(1, keepdim=True)).square().mean()
         self.optimizer.zero_grad()
         loss.backward()
@@ -248,11 +248,11 @@ def test_last_metrics(tmp_path: Path) -> None:
 
 def test_a_stage_from_claim_to_finish(tmp_path: Path) -> None:
     folder, config = tmp_path / "stage", {"model": {"width": 8}, "seed": 0}
-    loop.claim(folder, config)
+    claims.claim(folder, config)
     assert not loop.is_finished(folder)
     line = Line()
     loop.run(line, folder, 20, evaluate_every=20)
-    loop.claim(folder, config)
+    claims.claim(folder, config)
     assert (folder / "state").is_dir()
     loop.finish(folder, line.line.state_dict(), {"a": "b"})
     assert loop.is_finished(folder)
@@ -265,28 +265,28 @@ def test_what_a_kill_left_is_cleared_away(tmp_path: Path) -> None:
     folder = tmp_path / "stage"
     folder.mkdir()
     (folder / ".config.json.123.tmp").write_text("{")  # killed in its very first write
-    loop.claim(folder, {"a": 1})
+    claims.claim(folder, {"a": 1})
     (folder / ".model.safetensors.124.tmp").write_text("half")
     storage.save_state(folder / "state", 20, {"x": torch.zeros(1)})
     storage.save_tensors(folder / "model.safetensors", {"x": torch.zeros(1)})
-    loop.claim(folder, {"a": 1})  # killed between the weights and the end of the states
+    claims.claim(folder, {"a": 1})  # killed between the weights and the end of the states
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_another_configuration_is_refused(tmp_path: Path) -> None:
-    loop.claim(tmp_path / "stage", {"model": {"width": 8}, "seed": 0})
+    claims.claim(tmp_path / "stage", {"model": {"width": 8}, "seed": 0})
     before = (tmp_path / "stage" / "config.json").read_bytes()
     with pytest.raises(UserError, match=r"another configuration: model\.width was 8, now 16\n"):
-        loop.claim(tmp_path / "stage", {"model": {"width": 16}, "seed": 0})
+        claims.claim(tmp_path / "stage", {"model": {"width": 16}, "seed": 0})
     with pytest.raises(UserError, match=r"seed was 0, now null"):
-        loop.claim(tmp_path / "stage", {"model": {"width": 8}})
+        claims.claim(tmp_path / "stage", {"model": {"width": 8}})
     assert (tmp_path / "stage" / "config.json").read_bytes() == before
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".draft.tmp").write_text("mine")
     with pytest.raises(UserError, match="exists and holds no run of ctf"):
-        loop.claim(tmp_path, {"a": 1})
+        claims.claim(tmp_path, {"a": 1})
     assert [path.name for path in tmp_path.iterdir()] == [".draft.tmp"]
 
 
@@ -319,14 +319,14 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 def test_randomness_depends_on_the_key_alone() -> None:
-    first = loop.generator(0, 3, 5).random(4)
-    loop.generator(9).random(100)
-    assert (loop.generator(0, 3, 5).random(4) == first).all()
-    assert not np.isclose(loop.generator(0, 5, 3).random(4), first).any()
-    loop.seed_dropout(0, 4, 1)
+    first = rng.generator(0, 3, 5).random(4)
+    rng.generator(9).random(100)
+    assert (rng.generator(0, 3, 5).random(4) == first).all()
+    assert not np.isclose(rng.generator(0, 5, 3).random(4), first).any()
+    rng.seed_dropout(0, 4, 1)
     mask = torch.rand(4)
     torch.rand(100)
-    loop.seed_dropout(0, 4, 1)
+    rng.seed_dropout(0, 4, 1)
     assert torch.equal(torch.rand(4), mask)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ctf.common import config, storage
 from ctf.common.distributed import ALONE
 from ctf.common.errors import UserError
+from ctf.common.precision import multiplies_bf16
 from ctf.data.images import VIEWS
 from ctf.data.tokens import MANIFEST, Manifest, Shard, SplitManifest, Tokens
 from ctf.kernels import sampling_cpu
@@ -97,7 +98,7 @@ KINDS: tuple[Kind, ...] = ("coarse", "fine")
 
 
 multiplying_bf16 = pytest.mark.skipif(
-    not loop.multiplies_bf16(ALONE.device), reason="does not multiply bfloat16"
+    not multiplies_bf16(ALONE.device), reason="does not multiply bfloat16"
 )
 
 
@@ -508,7 +509,7 @@ def test_a_state_goes_on_in_another_precision(folder: Path, tmp_path: Path) -> N
 def test_precision_that_the_processor_has_not(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "multiplies_bf16", lambda _: False)
+    monkeypatch.setattr("ctf.common.precision.multiplies_bf16", lambda _: False)
     with pytest.raises(UserError, match="precision bf16: cpu does not multiply bfloat16"):
         make(folder, "coarse", execution=Execution(precision="bf16"))
     assert not make(folder, "coarse", execution=Execution(precision="auto")).in_bf16

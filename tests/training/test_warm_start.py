@@ -18,6 +18,7 @@ from ctf.models.clusters import Clusters, identity
 from ctf.models.coarse import CoarseModel
 from ctf.models.transformer import TransformerConfig
 from ctf.pipelines import llamagen
+from ctf.pipelines.folder import CLUSTERS, load_clusters
 from ctf.pipelines.pipeline import Pipeline
 from ctf.training.fit import tokenizer_hash, train_model
 from ctf.training.warm_start import Source, open_source, weights
@@ -178,13 +179,12 @@ def test_resumed_it_does_not_start_again(
                 if done == 40:
                     raise Killed
 
-            from ctf.models import clusters
             from ctf.training import fit, loop, recipes
 
             monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
             overrides = [*sets()[1:]]
             chosen = fit.adjust(recipes.preset("tiny"), 40, overrides)
-            parts = clusters.load(out / "clusters" / clusters.FILE)
+            parts = load_clusters(out / "clusters" / CLUSTERS)
             with pytest.raises(Killed):
                 train_model(out, "coarse", parts, chosen, ALONE, stop, baseline)
             assert (out / "coarse" / "state").is_dir()

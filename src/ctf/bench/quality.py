@@ -22,6 +22,7 @@ from ctf.evaluation.sample_cache import Drawing
 from ctf.kernels.sampling_cpu import Engine
 from ctf.models import sampling
 from ctf.pipelines import pipeline
+from ctf.pipelines.folder import find_pipeline
 from ctf.pipelines.pipeline import Pipeline, Progress
 
 BATCH = 256
@@ -63,7 +64,7 @@ def compare(
     Raises:
         UserError: the pipeline was trained on other pictures.
     """
-    folder = pipeline.find(name)
+    folder = find_pipeline(name)
     plain = pipeline.load(folder, device)
     source = str(plain.origin.get("images"))
     if source not in INCLUDED:

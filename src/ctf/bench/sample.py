@@ -34,9 +34,9 @@ from ctf.models import clusters, sampling
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.sampling import Sampling
+from ctf.models.sizes import SIZES, TOKENIZERS
 from ctf.models.tokenizer import VQModel
 from ctf.models.transformer import KVCache
-from ctf.training.recipes import SIZES, TOKENIZERS
 
 FILE = "sample.json"
 CODES, COUNT, CLASSES, GRID = 16384, 512, 1000, 16

@@ -19,19 +19,19 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from ctf.common import memory, storage
+from ctf.common import memory, rng, storage
 from ctf.common.config import to_json
 from ctf.common.errors import UserError
+from ctf.common.precision import Precision, multiplies_bf16
 from ctf.data import shards
 from ctf.data.images import PLAIN, VIEWS, ImageSet, Splits, View, as_tensor, open_images
 from ctf.data.tokens import MANIFEST, Manifest, Shard, SplitManifest, Tokens, TokensConfig, extract
 from ctf.kernels import tokenizer_cpu
 from ctf.models.coarse import CoarseModel
+from ctf.models.sizes import SIZES, TOKENIZERS
 from ctf.models.tokenizer import AttentionBlock, ResidualBlock, VQModel
 from ctf.pipelines.pipeline import Pipeline
 from ctf.training import loop
-from ctf.training.loop import Precision
-from ctf.training.recipes import SIZES, TOKENIZERS
 
 IMAGENET = 1_281_167  # training pictures of ImageNet-1k
 LENGTH, CODEBOOK, CLASSES = 256, 16_384, 1000  # of VQ-16 at 256 pixels
@@ -139,7 +139,7 @@ def write_cache(
         classes_N = np.arange(count) % classes
         shards.save(folder / f"{split}-classes.npy", classes_N)
         for shard, start in zip(files, starts, strict=True):
-            codes = loop.generator(0, start).integers(0, codebook, shard.shape, np.uint16)
+            codes = rng.generator(0, start).integers(0, codebook, shard.shape, np.uint16)
             numbers_N = np.arange(start, start + len(codes))
             codes[:, 0, 0], codes[:, 0, 1] = numbers_N % codebook, numbers_N // codebook
             shards.save(folder / shard.file, codes)
@@ -201,7 +201,7 @@ class _Noise(ImageSet):
     def __init__(self, count: int, size: int) -> None:
         names = ("noise",)
         super().__init__("noise", names, np.zeros(count, np.int64), size, f"{count} {size}")
-        self._pixels = loop.generator(count).integers(0, 256, (count, size, size, 3), np.uint8)
+        self._pixels = rng.generator(count).integers(0, 256, (count, size, size, 3), np.uint8)
 
     def read(self, indices: ArrayLike, view: View = PLAIN) -> NDArray[np.uint8]:
         pixels = self._pixels[np.asarray(indices)]
@@ -210,7 +210,7 @@ class _Noise(ImageSet):
 
 def precisions(device: torch.device) -> tuple[Precision, ...]:
     """Those that the device can extract in."""
-    return ("fp32", "bf16") if loop.multiplies_bf16(device) else ("fp32",)
+    return ("fp32", "bf16") if multiplies_bf16(device) else ("fp32",)
 
 
 @torch.inference_mode()

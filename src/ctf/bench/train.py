@@ -35,13 +35,14 @@ from ctf.bench.work import Machine
 from ctf.common import memory, storage
 from ctf.common.distributed import World
 from ctf.common.errors import UserError
+from ctf.common.precision import multiplies_bf16
 from ctf.data.tokens import Tokens
 from ctf.models.clusters import Clusters, identity
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
+from ctf.models.sizes import SIZES
 from ctf.training import cost, loop
 from ctf.training.loop import Execution
-from ctf.training.recipes import SIZES
 from ctf.training.transformers import Trainer, TrainingConfig, coarse_objective, fine_objective
 
 FILE = "train.json"
@@ -157,7 +158,7 @@ def _round(
                 "baseline": lambda: _coarse(kind, identity(CODES), *given),
                 "coarse": lambda: _coarse(kind, _clusters(), *given),
             }
-            if device.type == "cpu" and loop.multiplies_bf16(device):
+            if device.type == "cpu" and multiplies_bf16(device):
                 low = Execution(precision="bf16")
                 ways |= {
                     f"baseline{BF16}": lambda: _coarse(kind, identity(CODES), *given, low),

@@ -114,6 +114,7 @@ class ExecutionOptions:
 
     def on(self, device: Any, *, shard: bool = False, say: bool = True) -> Any:
         """The `loop.Execution`. Raises UserError for what the device cannot do."""
+        from ctf.common.precision import uses_bf16
         from ctf.kernels import sampling_cpu
         from ctf.training.loop import Execution
 
@@ -123,7 +124,7 @@ class ExecutionOptions:
         execution = Execution(
             self.micro_batch, self.checkpoint_activations, shard, compiled, self.precision
         )
-        execution.in_bf16(device)  # a mistake is told before there is anything on the disk
+        uses_bf16(self.precision, device)  # a mistake is told before there is anything on the disk
         return execution
 
 

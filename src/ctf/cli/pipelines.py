@@ -31,6 +31,7 @@ from ctf.cli.common import (
 )
 from ctf.common import signals
 from ctf.common.errors import UserError
+from ctf.pipelines.folder import find_pipeline, hash_pipeline
 
 
 @command("demo")
@@ -154,10 +155,10 @@ def cost(
         micro_batch: pictures that a device takes at a time; by default its whole share of a batch
         set: values of the recipe to replace, e.g. coarse_training.batch_size=1024
     """
+    from ctf.models.sizes import SIZES
     from ctf.training import cost as calculation
     from ctf.training import fit as fitting
     from ctf.training.loop import Execution
-    from ctf.training.recipes import SIZES
     from ctf.training.recipes import preset as preset_named
 
     recipe = preset_named(preset)
@@ -256,8 +257,8 @@ def _sample_again(
         raise UserError(
             f"{path}: names no model, expected e.g. ctf sample fashion-mnist --settings {path}"
         )
-    folder = pipeline.find(name)
-    if settings.weights not in (None, pipeline.hash_of(folder)):
+    folder = find_pipeline(name)
+    if settings.weights not in (None, hash_pipeline(folder)):
         raise UserError(f"{path}: its pictures were drawn by another pipeline than {name}")
     pipe = pipeline.load(folder, device, engine)
     samples.check(out, settings.count, len(settings.classes), settings.seed)
@@ -355,7 +356,7 @@ def push(
     """
     from ctf.pipelines import card, hub, pipeline
 
-    folder = pipeline.find(model)
+    folder = find_pipeline(model)
     pipe = pipeline.load(folder, open_device(device))
     own = card.edited(folder)
     drawn = picture and (own is None or card.PICTURE in own)

@@ -24,6 +24,7 @@ from ctf.cli.common import (
 )
 from ctf.common import signals
 from ctf.common.errors import UserError
+from ctf.pipelines.folder import CLUSTERS, find_pipeline, load_clusters, load_tokenizer
 
 
 @command("tokenizer train")
@@ -98,11 +99,10 @@ def tokenizer_evaluate(
     """
     from ctf.evaluation import reference_sets, scores
     from ctf.evaluation.extractors import open_extractor
-    from ctf.pipelines import pipeline
     from ctf.training import tokenizer as tokenizer_training
 
     place = open_device(device)
-    tokenizer = tokenizer_training.load(pipeline.find(run) / "tokenizer", place)
+    tokenizer = load_tokenizer(find_pipeline(run) / "tokenizer", place)
     pictures = open_pictures(images, tokenizer.config.image_size, background, skip_bad)
     with progress("evaluate") as report:
         result = tokenizer_training.evaluate(tokenizer, pictures.val, place, report=report)
@@ -157,10 +157,9 @@ def tokens_extract(
     """
     from ctf.common import distributed
     from ctf.training import fit as fitting
-    from ctf.training import tokenizer as tokenizer_training
 
     with distributed.joined(open_device(device)) as world:
-        tokenizer = tokenizer_training.load(run / "tokenizer", world.device)
+        tokenizer = load_tokenizer(run / "tokenizer", world.device)
         pictures = open_pictures(
             images, tokenizer.config.image_size, background, skip_bad, world=world
         )
@@ -222,10 +221,9 @@ def clusters_fit(
     """
     from ctf.models.clusters import ClustersConfig
     from ctf.training import fit as fitting
-    from ctf.training import tokenizer as tokenizer_training
 
     chosen = ClustersConfig(method=method, count=count, seed=seed)
-    tokenizer = tokenizer_training.load(run / "tokenizer")
+    tokenizer = load_tokenizer(run / "tokenizer")
     if dry_run:
         console.print(f"would put {tokenizer.config.codebook_size} codes into clusters: {chosen}")
         return
@@ -262,9 +260,8 @@ def _train(
 ) -> None:
     from ctf.common import distributed
     from ctf.models import clusters
+    from ctf.models.sizes import SIZES
     from ctf.training import fit as fitting
-    from ctf.training import tokenizer as tokenizer_training
-    from ctf.training.recipes import SIZES
     from ctf.training.recipes import preset as preset_named
     from ctf.training.warm_start import open_source
 
@@ -278,17 +275,17 @@ def _train(
             if baseline_of is not None:
                 say(world, f"would make {run} with the tokenizer and tokens of {baseline_of}")
                 run = baseline_of
-                codes = tokenizer_training.load(run / "tokenizer").config.codebook_size
+                codes = load_tokenizer(run / "tokenizer").config.codebook_size
                 parts = clusters.identity(codes)
             else:
-                parts = clusters.load(run / "clusters" / clusters.FILE)
+                parts = load_clusters(run / "clusters" / CLUSTERS)
             source = None if start is None else open_source(start, fitting.tokenizer_hash(run))
             say(world, fitting.describe_model(run, kind, parts, recipe, world, source, execution))
             return
         if baseline_of is not None:
             of = baseline_of
             world.first(lambda: fitting.make_baseline(of, run))
-        parts = clusters.load(run / "clusters" / clusters.FILE)
+        parts = load_clusters(run / "clusters" / CLUSTERS)
         with signals.at_once(run / kind), progress(kind, world) as report:
             fitting.train_model(run, kind, parts, recipe, world, report, start, execution)
         say(world, f"{run / kind}: done")
@@ -439,6 +436,7 @@ def classifier_train(
         dry_run: say what would be done, and write nothing
     """
     from ctf.evaluation import classifier
+    from ctf.training.classifier import held_out_accuracy, train_classifier
 
     pictures = open_pictures(images, image_size, background, skip_bad)
     chosen = classifier.ClassifierConfig()
@@ -450,8 +448,6 @@ def classifier_train(
         console.print(f"would train a classifier on {len(pictures.train)} pictures: {chosen}")
         return
     with progress("classifier") as report:
-        model = classifier.train_classifier(
-            pictures, out, chosen, device=open_device(device), report=report
-        )
-    accuracy = classifier.held_out_accuracy(model, pictures.val)
+        model = train_classifier(pictures, out, chosen, device=open_device(device), report=report)
+    accuracy = held_out_accuracy(model, pictures.val)
     console.print(f"{out}: {accuracy:.2%} of {len(pictures.val)} held-out pictures recognised")

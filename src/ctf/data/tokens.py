@@ -26,11 +26,11 @@ from ctf.common import memory, signals, storage
 from ctf.common.config import from_json, to_json
 from ctf.common.distributed import ALONE, World
 from ctf.common.errors import Stopped, UserError
+from ctf.common.precision import Precision, uses_bf16
 from ctf.data import shards
 from ctf.data.images import VIEWS, ImageSet, Splits, View, as_tensor
 from ctf.kernels import tokenizer_cpu
 from ctf.models.tokenizer import VQModel
-from ctf.training.loop import Execution, Precision
 
 Split = Literal["train", "val"]
 Report = Callable[[int, int], None]  # pictures encoded, pictures in all; each view counts as one
@@ -137,7 +137,7 @@ def extract(
     if limit is not None and limit < 1:
         raise UserError(f"limit of training pictures is {limit}, expected 1 or more")
     device = next(tokenizer.parameters()).device
-    low = precision == "bf16" and Execution(precision=precision).in_bf16(device)
+    low = precision == "bf16" and uses_bf16(precision, device)
     if limit is not None and limit >= len(images.train):
         limit = None
     sets: dict[Split, ImageSet] = {"train": images.train, "val": images.val}

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ctf.common import config, storage
+from ctf.common.claims import first_difference
 from ctf.common.errors import UserError
 from ctf.data.images import FASHION_MNIST_CLASSES, FASHION_MNIST_SIZE, INCLUDED, Report
 from ctf.evaluation import reference_sets, report
@@ -38,8 +39,8 @@ from ctf.evaluation.scores import (
 )
 from ctf.evaluation.search import FAR, search, searched
 from ctf.pipelines import pipeline
+from ctf.pipelines.folder import PIPELINE_FILES, find_pipeline, hash_pipeline
 from ctf.pipelines.pipeline import Pipeline, Progress
-from ctf.training.loop import first_difference
 
 SAMPLES = 5000
 
@@ -293,7 +294,7 @@ def prepare(
         subject = Subject(pictures.name, pictures.fingerprint)
         source, size = reference, min(pictures.size)
     else:
-        folder = pipeline.find(model)
+        folder = find_pipeline(model)
         pipe = pipeline.load(folder, device)
         name = folder.resolve().name if Path(model).is_dir() else model
         drawing = _drawing(pipe, samples, settings or {}, seed, balance, resize)
@@ -302,7 +303,7 @@ def prepare(
         source = str(reference or pipe.origin.get("images"))
         if reference is None and source not in INCLUDED:
             raise _no_reference(model)
-        subject = Subject(name, pipeline.hash_of(folder), drawing)
+        subject = Subject(name, hash_pipeline(folder), drawing)
         size = resize or pipe.tokenizer.config.image_size
     old = None if against is None else report.load(against)
     like_fashion = _is_like_fashion(pipe, source, size)
@@ -331,7 +332,7 @@ def _is_pictures(path: Path) -> bool:
     """Whether it is meant as pictures; a folder with any part of a pipeline is meant as one."""
     if path.suffix == ".npz":
         return True
-    return path.is_dir() and not any((path / file).is_file() for file in pipeline.FILES)
+    return path.is_dir() and not any((path / file).is_file() for file in PIPELINE_FILES)
 
 
 def _no_reference(model: str) -> UserError:

@@ -16,11 +16,11 @@ from PIL import Image
 
 from ctf.common import storage
 from ctf.common.errors import UserError
+from ctf.common.rng import generator
 from ctf.data.images import Report
 from ctf.evaluation import reference_sets
 from ctf.evaluation.reference_sets import Collection
 from ctf.pipelines.pipeline import BATCH
-from ctf.training.loop import generator
 
 Balance = Literal["balanced", "uniform"]
 

@@ -16,6 +16,7 @@ import torch
 
 from ctf.common import cache
 from ctf.common.errors import UserError
+from ctf.common.rng import generator
 from ctf.data.images import Report, as_pictures, as_tensor
 from ctf.evaluation.distances import (
     FeatureStatistics,
@@ -30,7 +31,6 @@ from ctf.evaluation.extractors import Extractor, Features
 from ctf.evaluation.metrics import Estimate, Groups, PredictionStatistics, inception_score
 from ctf.evaluation.reference_sets import Collection, Statistics
 from ctf.models.tokenizer import VQModel
-from ctf.training.loop import generator
 
 Score = Estimate | float
 

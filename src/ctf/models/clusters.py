@@ -13,25 +13,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from ctf.common import storage
-from ctf.common.config import to_json
 from ctf.common.errors import UserError
-from ctf.data.images import as_pictures
-from ctf.data.sheet import sheet
-from ctf.evaluation.metrics import psnr
-from ctf.models.tokenizer import VQModel
 
-FILE = "clusters.safetensors"
-SHEET_COLUMNS = 10
 BALANCING_ROUNDS = 10
 
 Method = Literal["kmeans", "identity", "random", "average", "balanced"]
@@ -117,16 +106,6 @@ class Clusters:
 def fingerprint(clusters: Clusters) -> str:
     """What names a partition to the models trained for it: the SHA-256 of its labels."""
     return hashlib.sha256(clusters.labels_V.cpu().numpy().astype("<i8").tobytes()).hexdigest()
-
-
-def save(clusters: Clusters, path: Path, metadata: dict[str, str] | None = None) -> None:
-    tensors = {"labels_V": clusters.labels_V, "members_KS": clusters.members_KS}
-    storage.save_tensors(path, tensors, metadata)
-
-
-def load(path: Path) -> Clusters:
-    """Raises UserError where the file is not there, is damaged, or its parts do not agree."""
-    return _load(path)[0]
 
 
 def fit(codebook_VC: Tensor, config: ClustersConfig) -> Clusters:
@@ -301,130 +280,6 @@ def inertia(codebook_VC: Tensor, clusters: Clusters) -> float:
     return float((codebook_VC - means_KC[clusters.labels_V]).square().sum())
 
 
-def swap(codes_BL: Tensor, clusters: Clusters, generator: torch.Generator) -> Tensor:
-    """Each code replaced by a member of its cluster, all of them equally likely: (B, L), int64."""
-    labels_BL = clusters.labels_V[codes_BL]
-    drawn_BL = torch.randint(2**62, codes_BL.shape, generator=generator)
-    return clusters.members_KS[labels_BL, drawn_BL % clusters.sizes_K[labels_BL]]
-
-
-def report(
-    tokenizer: VQModel,
-    clusters: Clusters,
-    control: Clusters,
-    codes_BL: Tensor,
-    *,
-    seed: int = 0,
-    batch_size: int = 64,
-) -> dict[str, Any]:
-    """The redundancy study of Fig. 1b: what swapping codes within clusters does to pictures.
-
-    `control` are random clusters of the same sizes. The PSNR, in dB, is that of the picture
-    decoded from swapped codes against the one from the true codes, the mean over the pictures that
-    changed; None where none did.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    decibels: dict[str, list[Tensor]] = {"clusters": [], "random": []}
-    for codes in codes_BL.split(batch_size):
-        true_BCHW = _decode(tokenizer, codes)
-        for name, partition in (("clusters", clusters), ("random", control)):
-            swapped_BCHW = _decode(tokenizer, swap(codes, partition, generator))
-            psnr_B = psnr(swapped_BCHW, true_BCHW)
-            decibels[name].append(psnr_B[psnr_B.isfinite()])
-    changed = {name: torch.cat(values) for name, values in decibels.items()}
-    share_K = clusters.sizes_K.double() / clusters.codebook_size
-    return {
-        "codes": clusters.codebook_size,
-        "clusters": clusters.count,
-        "sizes": {
-            "min": int(clusters.sizes_K.min()),
-            "median": float(np.median(clusters.sizes_K.numpy())),
-            "max": clusters.largest,
-            "entropy_bits": float(-(share_K * share_K.log2()).sum()),
-        },
-        "inertia": {
-            "clusters": inertia(tokenizer.codebook(), clusters),
-            "random": inertia(tokenizer.codebook(), control),
-        },
-        "swap_psnr": {n: float(d.mean()) if len(d) else None for n, d in changed.items()},
-        "pictures": len(codes_BL),
-    }
-
-
-def swap_sheet(
-    tokenizer: VQModel,
-    clusters: Clusters,
-    control: Clusters,
-    codes_BL: Tensor,
-    *,
-    seed: int = 0,
-) -> Image.Image:
-    """Fig. 1b as a picture: a column for each row of `codes_BL`; below the true codes the swaps."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = {
-        "codes as they are": codes_BL,
-        f"each swapped within its cluster, {clusters.count} clusters": swap(
-            codes_BL, clusters, generator
-        ),
-        "each swapped within random clusters of the same sizes": swap(codes_BL, control, generator),
-    }
-    return sheet([(name, as_pictures(_decode(tokenizer, codes))) for name, codes in rows.items()])
-
-
-def fit_clusters(
-    folder: Path,
-    tokenizer: VQModel,
-    codes_BL: Tensor,
-    config: ClustersConfig,
-    tokenizer_hash: str,
-) -> Clusters:
-    """Writes clusters.safetensors, report.json and swaps.png into `folder`; loads what is there.
-
-    `codes_BL` are those of held-out pictures, for the report.
-
-    Raises:
-        UserError: the folder holds something else, or clusters of another tokenizer or
-            configuration; or see `fit_kmeans`.
-    """
-    path, report_file, sheet_file = folder / FILE, folder / "report.json", folder / "swaps.png"
-    wanted = {"tokenizer": tokenizer_hash, **to_json(config)}
-    storage.remove_temporaries(folder)
-    if path.exists():
-        clusters, metadata = _load(path)
-        if "tokenizer" not in metadata:
-            raise UserError(
-                f"{folder}: holds the {clusters.count} clusters of a pipeline that was saved or "
-                "converted\nput the new ones into another run: --out"
-            )
-        there = {"tokenizer": metadata["tokenizer"], **json.loads(metadata["config"])}
-        for key, value in wanted.items():
-            if there.get(key) != value:
-                raise UserError(
-                    f"{folder}: holds other clusters: {key}: got {there.get(key)}, "
-                    f"expected {value}\nput the new ones into another run: --out"
-                )
-    else:
-        for file in (report_file, sheet_file):
-            if file.exists():
-                raise UserError(
-                    f"{file}: exists, but {FILE} beside it does not, so it is not ours\n"
-                    "choose another run"
-                )
-        clusters = fit(tokenizer.codebook(), config)
-        metadata = {"tokenizer": tokenizer_hash, "config": json.dumps(to_json(config))}
-        save(clusters, path, metadata)
-    control = random_like(clusters, config.seed + 1)
-    if not report_file.exists():
-        study = report(tokenizer, clusters, control, codes_BL, seed=config.seed)
-        storage.save_json(report_file, {**wanted, **study})
-    if not sheet_file.exists():
-        shown = codes_BL[:SHEET_COLUMNS]
-        sheet = swap_sheet(tokenizer, clusters, control, shown, seed=config.seed)
-        with storage.atomic(sheet_file) as temporary:
-            sheet.save(temporary, format="PNG")
-    return clusters
-
-
 def _slots(labels_V: Tensor, sizes_K: Tensor) -> Tensor:
     order_V = labels_V.argsort(stable=True)
     first_K = sizes_K.cumsum(0) - sizes_K  # where each cluster begins in `order_V`
@@ -434,23 +289,8 @@ def _slots(labels_V: Tensor, sizes_K: Tensor) -> Tensor:
     return slots_V
 
 
-def _load(path: Path) -> tuple[Clusters, dict[str, str]]:
-    tensors, metadata = storage.load_tensors(path)
-    try:
-        if set(tensors) != {"labels_V", "members_KS"}:
-            raise ValueError(f"holds tensors {', '.join(sorted(tensors))}")
-        clusters = Clusters.from_labels(tensors["labels_V"])
-        if not torch.equal(clusters.members_KS, tensors["members_KS"]):
-            raise ValueError("members do not agree with labels")
-    except ValueError as error:
-        raise UserError(
-            f"{path}: not a file of clusters: {error}; delete it and run ctf clusters fit again"
-        ) from None
-    return clusters, metadata
-
-
-@torch.inference_mode()
-def _decode(tokenizer: VQModel, codes_BL: Tensor) -> Tensor:
-    """Codes (B, L) on the CPU -> images in [-1, 1], (B, 3, H, W), on the CPU."""
-    device = next(tokenizer.parameters()).device
-    return tokenizer.decode(codes_BL.to(device)).float().cpu()
+def swap(codes_BL: Tensor, clusters: Clusters, generator: torch.Generator) -> Tensor:
+    """Each code replaced by a member of its cluster, all of them equally likely: (B, L), int64."""
+    labels_BL = clusters.labels_V[codes_BL]
+    drawn_BL = torch.randint(2**62, codes_BL.shape, generator=generator)
+    return clusters.members_KS[labels_BL, drawn_BL % clusters.sizes_K[labels_BL]]

@@ -39,7 +39,7 @@ class Settings:
         sampling: settings of both stages.
         resize: pixels a side, instead of the tokenizer's.
         model: what the pipeline was called where they were drawn.
-        weights: which pipeline that was, see `pipeline.hash_of`.
+        weights: which pipeline that was, see `hash_pipeline`.
         codes, keep: (L,), what is given of every picture, see `Pipeline.sample`.
         coarse: (L,), labels whose details are drawn, see `Pipeline.refine`.
     """

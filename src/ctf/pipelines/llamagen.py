@@ -29,11 +29,11 @@ from ctf.data.images import imagenet_classes
 from ctf.models import clusters
 from ctf.models.coarse import CoarseModel
 from ctf.models.sampling import Sampling
+from ctf.models.sizes import LLAMAGEN_SIZES, TransformerShape
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.pipelines import pipeline
-from ctf.pipelines.pipeline import Pipeline, PipelineSettings
-from ctf.training import tokenizer as tokenizer_training
-from ctf.training.recipes import LLAMAGEN_SIZES, TransformerShape
+from ctf.pipelines.folder import SETTINGS, PipelineSettings, load_settings, to_channels_last
+from ctf.pipelines.pipeline import Pipeline
 
 IMAGE_SIZE = 256  # pixels a side, where nothing says otherwise
 GROUPS = 32
@@ -82,7 +82,7 @@ def load(
     for model in (pipe.tokenizer, pipe.coarse):
         for parameter in model.parameters():
             parameter.data = parameter.to(torch.float32, copy=True)
-    pipe.tokenizer = tokenizer_training.place(pipe.tokenizer, place)
+    pipe.tokenizer = to_channels_last(pipe.tokenizer, place)
     pipe.coarse.to(place)
     pipe.clusters = pipe.clusters.to(place)
     return pipe
@@ -144,8 +144,8 @@ def _millions(model: nn.Module) -> str:
 
 def _check_vacant(out: Path, pipe: Pipeline) -> None:
     """What is there is only ever replaced by the same."""
-    if (out / pipeline.SETTINGS).is_file():
-        there = pipeline.load_settings(out)
+    if (out / SETTINGS).is_file():
+        there = load_settings(out)
         if there != PipelineSettings(pipe.class_names, pipe.sampling, pipe.origin):
             raise UserError(f"{out} exists and holds another pipeline; choose another --out")
 

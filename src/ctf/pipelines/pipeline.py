@@ -31,35 +31,26 @@ from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.sampling import Sampling
 from ctf.models.tokenizer import VQModel
-from ctf.models.transformer import TransformerConfig
-from ctf.training import tokenizer as tokenizer_training
-
-SHIPPED = Path(__file__).parents[1] / "shipped"
-SETTINGS = "pipeline.json"
-FILES = (  # that make a pipeline; all that is ever downloaded
+from ctf.pipelines.folder import (
+    CLUSTERS,
+    PIPELINE_FILES,
     SETTINGS,
-    f"clusters/{clusters.FILE}",
-    *(
-        f"{model}/{file}"
-        for model in ("tokenizer", "coarse", "fine")
-        for file in ("config.json", "model.safetensors")
-    ),
+    PipelineSettings,
+    find_pipeline,
+    load_clusters,
+    load_coarse,
+    load_fine,
+    load_settings,
+    load_tokenizer,
+    save_clusters,
 )
+
 LICENSE = "license"  # the entry of `origin` with the licence of the weights
 BATCH = 64  # images drawn at a time, at most
 DECODED = 2**23  # numbers in the largest layer of the decoder, of the images decoded at a time
 
 Report = Callable[[int, int], None]  # images drawn, images to draw
 Progress = Callable[[str], contextlib.AbstractContextManager[Report]]
-
-
-@dataclasses.dataclass(frozen=True)
-class PipelineSettings:
-    """What a pipeline says of itself besides its models: the file pipeline.json."""
-
-    class_names: tuple[str, ...]
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    origin: dict[str, Any] = dataclasses.field(default_factory=dict)  # pictures, recipe, metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +178,7 @@ class Pipeline:
             UserError: there is none, or its parts are missing, damaged, or of different runs; see
                 `hub.download`.
         """
-        folder = find(
+        folder = find_pipeline(
             name,
             revision,
             cache_dir=cache_dir,
@@ -276,7 +267,7 @@ class Pipeline:
         return hub.push(
             write,
             address,
-            replaced=(*FILES, cards.PICTURE),
+            replaced=(*PIPELINE_FILES, cards.PICTURE),
             message=commit_message,
             token=token,
         )
@@ -772,67 +763,10 @@ def check_seed(seed: int, count: int) -> None:
         raise UserError(f"seed: got {seed}, expected a whole number of 64 bits")
 
 
-def shipped() -> list[str]:
-    """Names of the pipelines that come with the package."""
-    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{SETTINGS}"))
-
-
-def find(name: str | Path, revision: str | None = None, **download: Any) -> Path:
-    """The given folder, that of a shipped pipeline, or that of a downloaded one, in this order.
-
-    Args:
-        name: a folder, a shipped name, or org/name[@revision] on the Hub.
-        revision: on the Hub, if not in the name.
-        download: see `hub.download`.
-
-    Raises:
-        UserError: there is none of the three.
-    """
-    here = Path(name).is_dir()
-    if here or str(name) in shipped():
-        if revision is not None:
-            raise UserError(f"{name}: is here, not on the Hub, and has no revision {revision!r}")
-        return Path(name) if here else SHIPPED / str(name)
-    from ctf.pipelines import hub  # which takes its time, and is needed here alone
-
-    address = hub.parse(str(name), revision)
-    if address is None:
-        raise UserError(
-            f"no pipeline {str(name)!r}, neither a folder nor a shipped one nor org/name on the Hub"
-            f"{did_you_mean(str(name), shipped())}"
-        )
-    folder = hub.download(address, FILES, **download)
-    _check_complete(folder, address)
-    return folder
-
-
-def _check_complete(folder: Path, address: object) -> None:
-    """Raises UserError where what was downloaded from `address` lacks a file of a pipeline."""
-    missing = [file for file in FILES if not (folder / file).is_file()]
-    if {file.partition("/")[0] for file in missing} == {"fine"}:
-        parts = clusters.load(folder / "clusters" / clusters.FILE)
-        missing = missing if parts.largest > 1 else []  # a baseline has no fine model
-    if SETTINGS in missing:
-        raise UserError(f"{address} is no pipeline: the repository has no {SETTINGS}")
-    if missing:
-        raise UserError(
-            f"{address}: the repository has no {', '.join(missing)}\n"
-            "expected all files of a pipeline, as ctf push uploads them"
-        )
-
-
-def hash_of(folder: Path) -> str:
-    """What names the pipeline in a folder: a hash of the files that make it."""
-    files = {file: folder / file for file in FILES}
-    return storage.hash_json(
-        {file: storage.hash_file(path) for file, path in files.items() if path.is_file()}
-    )
-
-
 def load(folder: Path, device: torch.device, how: Engine = "eager") -> Pipeline:
     settings = load_settings(folder)
-    tokenizer = tokenizer_training.load(folder / "tokenizer", device)
-    parts = clusters.load(folder / "clusters" / clusters.FILE).to(device)
+    tokenizer = load_tokenizer(folder / "tokenizer", device)
+    parts = load_clusters(folder / "clusters" / CLUSTERS).to(device)
     if parts.codebook_size != tokenizer.config.codebook_size:
         raise UserError(
             f"{folder}: clusters of {parts.codebook_size} codes, but the tokenizer has "
@@ -881,62 +815,4 @@ def save(pipeline: Pipeline, folder: Path, dtype: torch.dtype | None) -> None:
         storage.save_json(folder / name / "config.json", {"model": config.to_json(shape), **more})
         weights = {k: v if dtype is None else v.to(dtype) for k, v in model.state_dict().items()}
         storage.save_tensors(folder / name / "model.safetensors", weights)
-    clusters.save(pipeline.clusters, folder / "clusters" / clusters.FILE)
-
-
-def load_settings(folder: Path) -> PipelineSettings:
-    path = folder / SETTINGS
-    return config.from_json(PipelineSettings, storage.load_json(path), str(path))
-
-
-def load_coarse(
-    folder: Path,
-    parts: Clusters,
-    device: torch.device,
-    tensors: Mapping[str, Tensor] | None = None,
-) -> CoarseModel:
-    """The coarse model in `folder`, for these clusters, ready to draw.
-
-    Args:
-        tensors: the weights to take instead of the folder's.
-    """
-    shape, _ = _load_config(folder, parts)
-    with storage.without_weights():  # the weights come from the file
-        model = CoarseModel(shape, parts.count)
-    return _ready(model, folder, device, tensors)
-
-
-def load_fine(
-    folder: Path,
-    parts: Clusters,
-    device: torch.device,
-    tensors: Mapping[str, Tensor] | None = None,
-) -> FineModel:
-    """The fine model in `folder`, for these clusters, ready to draw; `tensors` as above."""
-    shape, stored = _load_config(folder, parts)
-    softmax = stored.get("softmax")
-    if softmax not in ("members", "full"):
-        raise UserError(f"{folder}: got softmax {softmax!r}, expected that of a fine model")
-    with storage.without_weights():
-        model = FineModel(shape, parts, softmax)
-    return _ready(model, folder, device, tensors)
-
-
-def _load_config(folder: Path, parts: Clusters) -> tuple[TransformerConfig, dict[str, Any]]:
-    path = folder / "config.json"
-    stored = storage.load_object(path)
-    if stored.get("clusters") != clusters.fingerprint(parts):
-        raise UserError(f"{folder}: trained for other clusters than those beside it")
-    shape = config.from_json(TransformerConfig, stored.get("model"), f"{path}: model")
-    return shape, stored
-
-
-def _ready(
-    model: Any, folder: Path, device: torch.device, tensors: Mapping[str, Tensor] | None
-) -> Any:
-    path = folder / "model.safetensors"
-    if tensors is None:
-        tensors, _ = storage.load_tensors(path)
-    storage.load_strict(model, {k: v.float() for k, v in tensors.items()}, path)
-    model.trunk.rope.to_empty(device="cpu")  # no weights of the file; it fills itself
-    return model.to(device).eval().requires_grad_(False)
+    save_clusters(pipeline.clusters, folder / "clusters" / CLUSTERS)

@@ -24,10 +24,10 @@ from threadpoolctl import threadpool_limits
 
 from ctf.bench import measuring
 from ctf.common import config, storage
+from ctf.common.claims import first_difference
 from ctf.common.errors import UserError
 from ctf.reproduce.jobs import Job, Place, SpeedJob, make
 from ctf.training.fit import Progress
-from ctf.training.loop import first_difference
 
 RESULT, ASKED, CLOCK = "result.json", "cell.json", "seconds.json"
 CLOCK_SECONDS = 10.0  # a kill loses at most so much of a cell's time

@@ -29,12 +29,14 @@ from ctf.evaluation.sample_cache import Drawing
 from ctf.evaluation.search import search
 from ctf.models import clusters
 from ctf.models.clusters import Clusters, ClustersConfig
+from ctf.models.sizes import TokenizerShape, TransformerShape
 from ctf.models.transformer import TransformerConfig
 from ctf.pipelines import pipeline  # fmt: skip
+from ctf.pipelines.folder import CLUSTERS, SETTINGS, load_clusters, load_fine, load_tokenizer
 from ctf.training import cost, fit, loop
 from ctf.training import tokenizer as tokenizer_training
 from ctf.training.fit import Progress
-from ctf.training.recipes import GroupLoss, Recipe, TokenizerShape, TransformerShape, preset
+from ctf.training.recipes import GroupLoss, Recipe, preset
 from ctf.training.tokenizer import TokenizerTraining
 from ctf.training.transformers import TrainingConfig
 
@@ -263,7 +265,7 @@ def _tokenizer(job: TokenizerJob, run: Path, place: Place, progress: Progress) -
 
 def _tokens(job: TokensJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:
     _link(run, work / job.tokenizer / "run" / "tokenizer")
-    tokenizer = tokenizer_training.load(run / "tokenizer", place.device)
+    tokenizer = load_tokenizer(run / "tokenizer", place.device)
     with progress("tokens") as report:
         fit.extract_tokens(run, tokenizer, place.images, recipe(), None, report)
     return {"pictures": len(place.images.train) + len(place.images.val)}
@@ -272,7 +274,7 @@ def _tokens(job: TokensJob, run: Path, work: Path, place: Place, progress: Progr
 def _clusters(job: ClustersJob, run: Path, work: Path) -> Found:
     source = work / job.tokens / "run"
     _link(run, source / "tokenizer", source / "tokens")
-    tokenizer = tokenizer_training.load(run / "tokenizer")
+    tokenizer = load_tokenizer(run / "tokenizer")
     fit.fit_clusters(run, tokenizer, job.clusters)
     return storage.load_object(run / "clusters" / "report.json")
 
@@ -289,7 +291,7 @@ def _link(run: Path, *stages: Path) -> None:
 def _branch(run: Path, source: Path) -> Clusters:
     """Makes `run` a run with the tokenizer, tokens and clusters of `source`."""
     _link(run, *(source / stage for stage in ("tokenizer", "tokens", "clusters")))
-    return clusters.load(run / "clusters" / clusters.FILE)
+    return load_clusters(run / "clusters" / CLUSTERS)
 
 
 def _coarse(job: CoarseJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:
@@ -354,7 +356,7 @@ def _training_seconds(folder: Path) -> float:
 
 def _assemble(run: Path, coarse: Path, fine: Path | None) -> Path:
     """Makes `run` a pipeline of the models of other runs."""
-    _link(run, *(coarse / name for name in ("tokenizer", "clusters", "coarse", pipeline.SETTINGS)))
+    _link(run, *(coarse / name for name in ("tokenizer", "clusters", "coarse", SETTINGS)))
     if fine is not None:
         _link(run, fine / "fine")
     return run
@@ -428,8 +430,8 @@ def _search(job: SearchJob, run: Path, work: Path, place: Place, progress: Progr
 def _details(job: DetailsJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:
     source = work / job.fine / "run"
     parts = _branch(run, source)
-    tokenizer = tokenizer_training.load(run / "tokenizer", place.device)
-    fine = pipeline.load_fine(source / "fine", parts, place.device)
+    tokenizer = load_tokenizer(run / "tokenizer", place.device)
+    fine = load_fine(source / "fine", parts, place.device)
     val = Tokens(run / "tokens", "val", fit.tokenizer_hash(run))
     count = min(job.pictures, len(val))
     generator = torch.Generator().manual_seed(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from ctf.models.clusters import ClustersConfig, Method
+from ctf.models.sizes import TokenizerShape, TransformerShape
 from ctf.reproduce.cells import Cell
 from ctf.reproduce.jobs import (
     ClustersJob,
@@ -18,7 +19,7 @@ from ctf.reproduce.jobs import (
     TokenizerJob,
     TokensJob,
 )
-from ctf.training.recipes import GroupLoss, TokenizerShape, TransformerShape, with_steps
+from ctf.training.recipes import GroupLoss, with_steps
 from ctf.training.tokenizer import TokenizerTraining
 from ctf.training.transformers import TrainingConfig
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from ctf.models.sizes import TransformerShape
 from ctf.reproduce import plan as planned
 from ctf.reproduce import table1
 from ctf.reproduce.cells import Cell
 from ctf.reproduce.plan import Plan
-from ctf.training.recipes import TransformerShape
 
 # Beside what the search has found.
 GUIDANCES = (1.0, 1.75, 3.25)

@@ -25,6 +25,7 @@ from ctf.common.version import __version__
 from ctf.kernels.sampling_cpu import Engine
 from ctf.models.sampling import Sampling
 from ctf.pipelines import pipeline
+from ctf.pipelines.folder import find_pipeline, hash_pipeline
 from ctf.pipelines.pipeline import Pipeline
 from ctf.studio import schema
 from ctf.studio.guard import LOOPBACK, Guard, mistake
@@ -385,12 +386,12 @@ def load(
         engine = "eager"
     workers: list[Worker] = []
     for name in names:
-        folder = pipeline.find(name)
+        folder = find_pipeline(name)
         shown = folder.resolve().name if Path(name).is_dir() else name
         if any(worker.name == shown for worker in workers):
             raise UserError(f"got two models called {shown}, expected different names")
         pipe = pipeline.load(folder, device, engine)
-        workers.append(Worker(shown, pipe, pipeline.hash_of(folder), limits))
+        workers.append(Worker(shown, pipe, hash_pipeline(folder), limits))
     return workers
 
 

@@ -169,7 +169,7 @@ class Worker:
     """A pipeline and the thread that computes with it.
 
     name: what requests call it.
-    weights: see `pipeline.hash_of`.
+    weights: see `hash_pipeline`.
     parameters: of each model; of those in int8 there is no count.
     """
 

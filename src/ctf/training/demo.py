@@ -15,8 +15,8 @@ from ctf.data.images import open_images
 from ctf.evaluation.classifier import shipped_classifier
 from ctf.evaluation.evaluate import recognised
 from ctf.evaluation.sample_cache import Drawing
-from ctf.pipelines import pipeline
 from ctf.pipelines.export import class_sheet
+from ctf.pipelines.folder import find_pipeline
 from ctf.pipelines.pipeline import Pipeline
 from ctf.training.fit import fit, resolve
 
@@ -44,7 +44,7 @@ def demo(out: Path, minutes: float, device: torch.device, console: Console) -> N
         f"after {time.monotonic() - began:.0f} seconds: {_sheet(fitted, out / 'fitted.png')}",
         soft_wrap=True,
     )
-    console.print(_table({"shipped": pipeline.find(IMAGES), "fitted here": run}, device, console))
+    console.print(_table({"shipped": find_pipeline(IMAGES), "fitted here": run}, device, console))
 
 
 def _sheet(pipe: Pipeline, path: Path) -> Path:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ctf.common import config, storage
+from ctf.common import claims, config, precision, storage
 from ctf.common.distributed import ALONE, World
 from ctf.common.errors import UserError
 from ctf.common.progress import Reporter
@@ -35,9 +35,11 @@ from ctf.models.fine import FineModel
 from ctf.models.tokenizer import VQModel
 from ctf.models.transformer import TransformerConfig
 from ctf.pipelines import pipeline
-from ctf.pipelines.pipeline import Pipeline, PipelineSettings
+from ctf.pipelines.folder import SETTINGS, PipelineSettings, load_settings, load_tokenizer
+from ctf.pipelines.pipeline import Pipeline
 from ctf.training import cost, loop, transformers
 from ctf.training import tokenizer as tokenizer_training
+from ctf.training.clusters import fit_clusters as write_clusters
 from ctf.training.loop import PLAINLY, Execution
 from ctf.training.recipes import Recipe, preset, with_steps
 from ctf.training.warm_start import Source, open_source, weights
@@ -216,10 +218,10 @@ def describe(
 
 def _describe(run: Path, images: Splits, recipe: Recipe, spent: dict[str, float]) -> None:
     """Writes into pipeline.json what the pipeline was made of and how good its parts are."""
-    described = pipeline.load_settings(run)
+    described = load_settings(run)
     if "metrics" in described.origin:
         return
-    tokenizer = tokenizer_training.load(run / "tokenizer")
+    tokenizer = load_tokenizer(run / "tokenizer")
     metrics: dict[str, Any] = {
         "tokenizer": tokenizer_training.evaluate(tokenizer, images.val, limit=FINAL_PICTURES)
     }
@@ -237,7 +239,7 @@ def _describe(run: Path, images: Splits, recipe: Recipe, spent: dict[str, float]
         "seconds": spent,
     }
     described = dataclasses.replace(described, origin=origin)
-    storage.save_json(run / pipeline.SETTINGS, config.to_json(described))
+    storage.save_json(run / SETTINGS, config.to_json(described))
 
 
 # --- The stages -----------------------------------------------------------------------------------
@@ -254,7 +256,7 @@ def train_tokenizer(
     """Trains the tokenizer of a run, or goes on, or loads it if it is done.
 
     Raises:
-        UserError: `run` holds something else, or see `loop.claim`.
+        UserError: `run` holds something else, or see `claims.claim`.
     """
 
     def check_folder() -> None:
@@ -281,7 +283,7 @@ def extract_tokens(
     limit: int | None,
     report: tokens.Report | None,
     world: World = ALONE,
-    precision: loop.Precision = "auto",
+    precision: precision.Precision = "auto",
 ) -> None:
     tokens.extract(
         tokenizer, tokenizer_hash(run), images, run / "tokens", recipe.tokens,
@@ -293,7 +295,7 @@ def fit_clusters(run: Path, tokenizer: VQModel, wanted: ClustersConfig) -> Clust
     name = tokenizer_hash(run)
     val = Tokens(run / "tokens", "val", name)
     codes_BL = val.codes(np.arange(min(len(val), STUDY_PICTURES)))
-    return clusters.fit_clusters(run / "clusters", tokenizer, codes_BL, wanted, name)
+    return write_clusters(run / "clusters", tokenizer, codes_BL, wanted, name)
 
 
 def open_tokens(run: Path) -> tuple[Tokens, Tokens]:
@@ -398,7 +400,7 @@ def make_trainer(
                     "group_loss: is for the full-vocabulary baseline, where each code is a cluster "
                     "of its own"
                 )
-            codebook_VC = tokenizer_training.load(run / "tokenizer").codebook()
+            codebook_VC = load_tokenizer(run / "tokenizer").codebook()
             groups = clusters.fit(codebook_VC, recipe.group_loss.clusters)
             taught = transformers.grouped_objective(groups, weight)
     else:
@@ -446,7 +448,7 @@ def train_model(
         stored["group_loss"] = config.to_json(recipe.group_loss)
     if source is not None:
         stored["warm_start"] = source.hash
-    loop.claim(folder, stored, world)
+    claims.claim(folder, stored, world)
     if loop.is_finished(folder):
         return
     settings = PipelineSettings(
@@ -454,7 +456,7 @@ def train_model(
         recipe.sampling,
         {"images": train.manifest.train.images, "recipe": config.to_json(recipe)},
     )
-    world.first(lambda: storage.save_json(run / pipeline.SETTINGS, config.to_json(settings)))
+    world.first(lambda: storage.save_json(run / SETTINGS, config.to_json(settings)))
     begun = world.told(storage.latest_state(folder / "state") if world.main else 0)
     trainer = make_trainer(run, kind, parts, recipe, world, source, execution, resumed=bool(begun))
     loop.run(
@@ -490,7 +492,7 @@ def branch(run: Path, out: Path) -> None:
 
 def make_baseline(run: Path, out: Path) -> Clusters:
     """Makes `out` a run like `run` with identity clusters. Raises UserError: see `branch`."""
-    tokenizer = tokenizer_training.load(run / "tokenizer")
+    tokenizer = load_tokenizer(run / "tokenizer")
     branch(run, out)
     return fit_clusters(out, tokenizer, ClustersConfig(method="identity"))
 
@@ -510,7 +512,7 @@ class _Log:
         if path.is_file():
             content = storage.load_object(path)
             if content.get("asked") != asked:
-                difference = loop.first_difference(content.get("asked"), asked)
+                difference = claims.first_difference(content.get("asked"), asked)
                 raise UserError(
                     f"{run} was made by another configuration: {difference}\n"
                     "choose another --out, or delete this one to start again"

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from ctf.common import memory, signals, storage
 from ctf.common.distributed import ALONE, World, laid_out, whole
 from ctf.common.errors import Stopped, UserError
+from ctf.common.precision import Precision
+from ctf.common.rng import generator
 
 Report = Callable[[int, int, Mapping[str, float]], None]  # steps done, steps in all, latest metrics
 
@@ -31,9 +33,6 @@ LOG_EVERY = 20  # steps averaged into one line of metrics.jsonl
 COUNTED = ("images", "tokens")  # of what a step returns: logged per second, not as a mean
 SAVE_SECONDS = 20.0  # a kill loses at most about this much work
 NAMED = 8  # pictures of a batch that are named
-
-
-Precision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,31 +61,6 @@ class Execution:
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.micro_batch < 1:
             raise UserError(f"micro-batch: got {self.micro_batch}, expected 1 or more")
-
-    def in_bf16(self, device: torch.device) -> bool:
-        """Whether products on this device are taken in bfloat16.
-
-        Raises:
-            UserError: they should be, and the device has no such products.
-        """
-        able = multiplies_bf16(device)
-        if self.precision == "bf16" and not able:
-            raise UserError(
-                f"precision bf16: {device.type} does not multiply bfloat16 here; "
-                "use --precision fp32, or auto"
-            )
-        return able and (
-            self.precision == "bf16" or (self.precision, device.type) == ("auto", "cuda")
-        )
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a device has products in bfloat16 of its own, which are faster than others."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 PLAINLY = Execution()
@@ -221,43 +195,6 @@ def is_finished(folder: Path) -> bool:
     return (folder / "model.safetensors").is_file()
 
 
-def claim(folder: Path, config: Mapping[str, Any], world: World = ALONE) -> None:
-    """Makes `folder` belong to a training of `config`, or checks that it already does.
-
-    Raises:
-        UserError: the folder holds a run made by another configuration, or something else.
-    """
-    world.first(lambda: _claim(folder, config))
-
-
-def _claim(folder: Path, config: Mapping[str, Any]) -> None:
-    path = folder / "config.json"
-    if path.is_file():
-        stored = storage.load_json(path)
-        if stored != config:
-            raise UserError(
-                f"{folder} was made by another configuration: {first_difference(stored, config)}\n"
-                "choose another folder, or delete this one to start again"
-            )
-    elif not storage.is_vacant(folder):
-        raise UserError(
-            f"{folder} exists and holds no run of ctf (no config.json); choose another folder"
-        )
-    else:
-        storage.save_json(path, config)
-    storage.remove_temporaries(folder)
-    if is_finished(folder):
-        shutil.rmtree(folder / "state", ignore_errors=True)  # where a kill came just before
-
-
-def first_difference(stored: Any, wanted: Any, path: str = "") -> str:
-    if isinstance(stored, dict) and isinstance(wanted, dict):
-        for key in sorted({*stored, *wanted}):
-            if stored.get(key) != wanted.get(key):
-                return first_difference(stored.get(key), wanted.get(key), f"{path}.{key}")
-    return f"{path.removeprefix('.')} was {json.dumps(stored)}, now {json.dumps(wanted)}"
-
-
 def seconds_per_step(trainable: Trainable, *, warm_up: int = 2, timed: int = 6) -> float:
     """Median duration of a step in seconds. The trainable is changed: use one to throw away."""
     durations = []
@@ -349,16 +286,6 @@ def check(training: Any) -> None:
             raise UserError(f"{name}: got {getattr(training, name)}, expected 0 or more")
     if len(training.betas) != 2 or not all(0 <= beta < 1 for beta in training.betas):
         raise UserError(f"betas: got {list(training.betas)}, expected two from 0 to below 1")
-
-
-def generator(*key: int) -> np.random.Generator:
-    """Randomness that depends on the key alone, e.g. (seed, rank, step)."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
-
-
-def seed_dropout(*key: int) -> None:
-    """Dropout has no generator argument: sets torch's global one from the key alone."""
-    torch.manual_seed(int(generator(*key).integers(2**63)))
 
 
 @functools.lru_cache(maxsize=2)

@@ -22,12 +22,18 @@ from torch import Tensor
 
 from ctf.common import storage
 from ctf.common.errors import UserError
-from ctf.models import clusters
 from ctf.models.fine import FineModel
 from ctf.pipelines import card, pipeline
+from ctf.pipelines.folder import (
+    CLUSTERS,
+    load_clusters,
+    load_coarse,
+    load_fine,
+    load_settings,
+    load_tokenizer,
+)
 from ctf.pipelines.pipeline import Pipeline
 from ctf.training import loop, runs
-from ctf.training import tokenizer as tokenizer_training
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -157,15 +163,15 @@ def in_training(run: Path) -> Pipeline:
         UserError: not even a coarse model has been saved.
     """
     cpu = torch.device("cpu")
-    settings = pipeline.load_settings(run)
-    parts = clusters.load(run / "clusters" / clusters.FILE)
-    tokenizer = tokenizer_training.load(run / "tokenizer", cpu)
-    coarse = pipeline.load_coarse(run / "coarse", parts, cpu, _averaged(run / "coarse"))
+    settings = load_settings(run)
+    parts = load_clusters(run / "clusters" / CLUSTERS)
+    tokenizer = load_tokenizer(run / "tokenizer", cpu)
+    coarse = load_coarse(run / "coarse", parts, cpu, _averaged(run / "coarse"))
     fine = None
     if parts.largest > 1:
         folder = run / "fine"
         if loop.is_finished(folder) or _newest(folder):
-            fine = pipeline.load_fine(folder, parts, cpu, _averaged(folder))
+            fine = load_fine(folder, parts, cpu, _averaged(folder))
         else:
             smallest = dataclasses.replace(coarse.config, width=4, layers=1, heads=1)
             fine = FineModel(smallest, parts).eval()  # its head is zero

@@ -13,25 +13,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctf.common import config, storage
+from ctf.common import claims, config, rng, storage
 from ctf.common.distributed import ALONE, World
 from ctf.common.errors import UserError
 from ctf.data.images import ImageSet, Splits, View, as_tensor
 from ctf.evaluation import metrics
 from ctf.evaluation.features import PerceptualLoss
 from ctf.models.tokenizer import TokenizerConfig, VQModel
+from ctf.pipelines.folder import load_tokenizer, to_channels_last
 from ctf.training import loop
 
 EVALUATION_BATCH = 64  # images
-
-M = TypeVar("M", bound=nn.Module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,14 +112,16 @@ class TokenizerTrainer:
         self.share = world.share(training.batch_size, "batch_size")
         device = world.device
         torch.manual_seed(training.seed)
-        self.model = place(VQModel(model_config), device)
+        self.model = to_channels_last(VQModel(model_config), device)
         self.shared = world.wrap(Reconstruction(self.model), unused=True)
         self.optimizer = self._optimizer(self.model)
         self.usage_V = torch.ones(model_config.codebook_size, device=device)
-        self.perceptual = place(PerceptualLoss(), device) if training.perceptual_weight else None
+        self.perceptual = (
+            to_channels_last(PerceptualLoss(), device) if training.perceptual_weight else None
+        )
         self.discriminator: PatchDiscriminator | None = None
         if training.adversarial_weight:
-            self.discriminator = place(PatchDiscriminator(), device)
+            self.discriminator = to_channels_last(PatchDiscriminator(), device)
             self.hinge = world.wrap(Hinge(self.discriminator))
             self.discriminator_optimizer = self._optimizer(self.discriminator)
 
@@ -194,7 +194,7 @@ class TokenizerTrainer:
         process's share."""
         t, train = self.training, self.images.train
         indices_B = loop.batch_indices(len(train), t.batch_size, t.seed, step)
-        flip_B = loop.generator(t.seed, 1, step).random(t.batch_size) < (0.5 if t.flip else 0.0)
+        flip_B = rng.generator(t.seed, 1, step).random(t.batch_size) < (0.5 if t.flip else 0.0)
         mine_B, flip_B = indices_B[self.share], flip_B[self.share]
         pixels = np.empty((len(mine_B), train.image_size, train.image_size, 3), np.uint8)
         for view in (False, True):
@@ -212,7 +212,7 @@ class TokenizerTrainer:
             vectors_NC = self.model.encode_vectors(images_BCHW).flatten(0, 1)
             vectors.append(self.world.gather(vectors_NC))
         vectors_NC = torch.cat(vectors)
-        random = loop.generator(self.training.seed, 2, step)
+        random = rng.generator(self.training.seed, 2, step)
         chosen_V = torch.from_numpy(random.permutation(len(vectors_NC))[:size])
         self.model.embedding.weight.copy_(vectors_NC[chosen_V.to(vectors_NC.device)])
 
@@ -222,7 +222,7 @@ class TokenizerTrainer:
         dead_R = torch.nonzero(self.usage_V < self.training.revive_below).flatten()
         # No more than there are vectors; the least used first.
         dead_R = dead_R[self.usage_V[dead_R].argsort(stable=True)][: len(vectors_NC)]
-        random = loop.generator(self.training.seed, 2, step)
+        random = rng.generator(self.training.seed, 2, step)
         chosen_R = torch.from_numpy(random.permutation(len(vectors_NC))[: len(dead_R)])
         embedding = self.model.embedding.weight
         embedding[dead_R] = vectors_NC[chosen_R.to(vectors_NC.device)]
@@ -306,7 +306,7 @@ def train(
 
     Writes config.json, metrics.jsonl, model.safetensors.
     """
-    loop.claim(
+    claims.claim(
         folder,
         {
             "model": config.to_json(model_config),
@@ -326,21 +326,7 @@ def train(
             world=world,
         )
         loop.finish(folder, trainer.model.state_dict(), {}, world)
-    return load(folder, world.device)
-
-
-def load(folder: Path, device: torch.device | str = "cpu") -> VQModel:
-    """The tokenizer in `folder` (config.json, model.safetensors), ready to encode and decode."""
-    path = folder / "config.json"
-    stored = storage.load_object(path)
-    model_config = config.from_json(TokenizerConfig, stored.get("model"), f"{path}: model")
-    tensors, _ = storage.load_tensors(folder / "model.safetensors")
-    with storage.without_weights():  # the weights come from the file
-        model = VQModel(model_config)
-    storage.load_strict(
-        model, {k: v.float() for k, v in tensors.items()}, folder / "model.safetensors"
-    )
-    return place(model, torch.device(device)).eval().requires_grad_(False)
+    return load_tokenizer(folder, world.device)
 
 
 @torch.inference_mode()
@@ -379,7 +365,3 @@ def evaluate(
         "perplexity": metrics.perplexity(counts_V),
         "images": count,
     }
-
-
-def place(module: M, device: torch.device) -> M:
-    return module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -21,9 +21,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from ctf.common import storage
+from ctf.common import rng, storage
 from ctf.common.distributed import World
 from ctf.common.errors import UserError
+from ctf.common.precision import uses_bf16
 from ctf.data.tokens import Tokens
 from ctf.kernels.losses import cross_entropy
 from ctf.models.clusters import Clusters
@@ -178,7 +179,7 @@ class Trainer:
     ) -> None:
         self.model, self.training, self.world = model, training, world
         self.train, self.val = train, val
-        self.in_bf16 = execution.in_bf16(world.device)
+        self.in_bf16 = uses_bf16(execution.precision, world.device)
         self.share = world.share(training.batch_size, "batch_size")
         each = self.share.stop - self.share.start
         self.micro_batch = min(each, execution.micro_batch or each)
@@ -215,7 +216,7 @@ class Trainer:
             step, t.steps, t.learning_rate, t.warm_up, t.schedule, t.final_learning_rate
         )
         pictures_B, codes_BL, classes_B = self._batch(step)
-        loop.seed_dropout(t.seed, 4, step, *([self.world.rank] if self.world.rank else []))
+        rng.seed_dropout(t.seed, 4, step, *([self.world.rank] if self.world.rank else []))
         self.optimizer.zero_grad(set_to_none=True)
         count, total = len(codes_BL), torch.zeros((), device=self.world.device)
         for start in range(0, count, self.micro_batch):
@@ -252,7 +253,7 @@ class Trainer:
         """The pictures of a batch, which are the same for any number of processes, and codes and
         classes of this process's share."""
         t = self.training
-        random = loop.generator(t.seed, 3, step)
+        random = rng.generator(t.seed, 3, step)
         indices_B = loop.batch_indices(len(self.train), t.batch_size, t.seed, step)
         views_B = random.integers(self.train.views, size=t.batch_size)
         hidden_B = random.random(t.batch_size) < t.class_dropout

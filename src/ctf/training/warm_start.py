@@ -20,14 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctf.common import storage
+from ctf.common import rng, storage
 from ctf.common.errors import UserError
 from ctf.data.tokens import Tokens
-from ctf.models import clusters
 from ctf.models.clusters import Clusters
 from ctf.models.coarse import CoarseModel
-from ctf.pipelines import pipeline
-from ctf.training import loop
+from ctf.pipelines.folder import CLUSTERS, load_clusters, load_coarse, load_settings
 
 TOKENS_PER_WIDTH = 64  # of the least squares: this many equations for each unknown of a row
 RIDGE = 1e-4  # in units of the mean square of a vector's entries
@@ -55,14 +53,14 @@ def open_source(folder: Path, tokenizer_hash: str) -> Source:
             f"{folder}: has another tokenizer than the run, so its codes mean something else; "
             "start from a pipeline of the same tokenizer"
         )
-    parts = clusters.load(folder / "clusters" / clusters.FILE)
+    parts = load_clusters(folder / "clusters" / CLUSTERS)
     if parts.largest > 1:
         raise UserError(
             f"{folder}: predicts {parts.count} clusters; expected a full-vocabulary model: "
             "a converted LlamaGen, or one made by ctf train baseline"
         )
-    model = pipeline.load_coarse(folder / "coarse", parts, torch.device("cpu"))
-    names = pipeline.load_settings(folder).class_names
+    model = load_coarse(folder / "coarse", parts, torch.device("cpu"))
+    names = load_settings(folder).class_names
     return Source(model, names, storage.hash_file(_weights(folder / "coarse")))
 
 
@@ -147,7 +145,7 @@ def _log_sums(logits_TV: Tensor, labels_V: Tensor, count: int) -> Tensor:
 def _pictures(tokens: Tokens, wanted: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Codes and classes of as many random pictures as have that many tokens, or of all."""
     count = min(len(tokens), -(-wanted // tokens.manifest.length))
-    order = loop.generator(0).permutation(len(tokens))[:count]
+    order = rng.generator(0).permutation(len(tokens))[:count]
     for start in range(0, count, BATCH):
         indices_B = np.sort(order[start : start + BATCH])
         yield tokens.codes(indices_B), torch.from_numpy(tokens.classes_N[indices_B])

@@ -1,4 +1,11 @@
-"""Shapes of models for any image and any number of classes, and the sizes of the papers."""
+"""Sizes: shapes for any image and any number of classes, those of the papers, and what they cost.
+
+Parameters and FLOPs of a transformer are formulas here, and nowhere else. A multiplication and an
+addition are two FLOPs; norms, activations, embeddings and the softmax count as none.
+
+Shapes: T positions (labels and class token), L labels of an image, D width, F hidden width of
+SwiGLU, V labels that a model reads.
+"""
 
 from __future__ import annotations
 
@@ -91,3 +98,63 @@ TOKENIZERS = {
     "VQ-16": TokenizerConfig(),
     "VQ-8": TokenizerConfig(multipliers=(1, 2, 2, 4)),
 }
+
+
+# --- Parameters and FLOPs of a transformer --------------------------------------------------------
+
+
+def parameters(config: TransformerConfig, vocab_size: int, outputs: int) -> int:
+    """Parameters of a coarse or a fine model.
+
+    Args:
+        vocab_size: V, rows of the label embedding.
+        outputs: rows of the output layer: V of a coarse model, all codes of a fine model.
+    """
+    embeddings = config.classes + 1 + vocab_size
+    norms = 2 * config.layers + 1
+    blocks = config.layers * block_weights(config)
+    return (embeddings + norms + outputs) * config.width + blocks
+
+
+def block_weights(config: TransformerConfig) -> int:
+    """Weights in the matrices of one block: 4 D^2 in attention and 3 D F in SwiGLU."""
+    return 4 * config.width**2 + 3 * config.width * config.ffn_width
+
+
+def block_flops(config: TransformerConfig, positions: int) -> int:
+    """FLOPs of `positions` through the matrices of all blocks, without attention: 2 a weight."""
+    return 2 * positions * config.layers * block_weights(config)
+
+
+def attention_flops(config: TransformerConfig, queries: int, keys: int) -> int:
+    """FLOPs of all blocks' attention of each query to each key: 2 D for its score, 2 D for its
+    value.
+    """
+    return 4 * config.layers * config.width * queries * keys
+
+
+def head_flops(config: TransformerConfig, tokens: int, outputs: int) -> int:
+    """FLOPs of the logits of `tokens`, `outputs` for each."""
+    return 2 * tokens * config.width * outputs
+
+
+def forward_flops(config: TransformerConfig, positions: int, outputs: int) -> int:
+    """FLOPs of one image's pass: T positions through all blocks, logits for L of them.
+
+    Attention counts T^2 pairs, causal or not, as in PaLM (arXiv 2204.02311, appendix B).
+
+    Args:
+        positions: T, which is L in a coarse model and 1 + L in a fine model.
+        outputs: logits of a label: V in a coarse model; in a fine model how many members a
+            cluster has on average, or all codes with softmax "full".
+    """
+    return (
+        block_flops(config, positions)
+        + attention_flops(config, positions, positions)
+        + head_flops(config, config.length, outputs)
+    )
+
+
+def training_flops(config: TransformerConfig, positions: int, outputs: int) -> int:
+    """FLOPs of one image's forward and backward pass, which computes twice as much."""
+    return 3 * forward_flops(config, positions, outputs)

@@ -1,8 +1,6 @@
-"""Clusters: parity with scikit-learn, the invariants of a partition, files, and the study."""
+"""Clusters: parity with scikit-learn, the invariants of a partition, and files."""
 
 import dataclasses
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import sklearn.cluster
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from scipy.stats import chisquare
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_info, threadpool_limits
@@ -21,39 +18,16 @@ from torch import Tensor
 
 from ctf.common import storage
 from ctf.common.errors import UserError
-from ctf.evaluation import redundancy
 from ctf.models import clusters
 from ctf.models.clusters import Clusters, ClustersConfig
-from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.pipelines.folder import CLUSTERS, load_clusters, save_clusters
-from ctf.training.clusters import fit_clusters
 
-CONFIG = TokenizerConfig(
-    image_size=8,
-    codebook_size=64,
-    channels=8,
-    multipliers=(1, 2),
-    blocks=1,
-    latent_channels=8,
-    groups=4,
-)
 KMEANS = ClustersConfig(count=8, restarts=2)
 
 
 def codebook(codes: int = 200, seed: int = 0) -> Tensor:
     vectors_VC = torch.randn(codes, 8, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.normalize(vectors_VC, dim=-1)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> VQModel:
-    torch.manual_seed(0)
-    return VQModel(CONFIG)
-
-
-@pytest.fixture(scope="module")
-def codes_BL() -> Tensor:
-    return torch.randint(64, (12, 16), generator=torch.Generator().manual_seed(1))
 
 
 # --- the partition ---------------------------------------------------------------------------
@@ -287,102 +261,6 @@ def test_damaged_files(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(UserError, match="not found"):
         load_clusters(path)
-
-
-# --- the study and its folder ----------------------------------------------------------------
-
-
-def test_report_against_plain_computation(tokenizer: VQModel, codes_BL: Tensor) -> None:
-    made = clusters.fit_kmeans(tokenizer.codebook(), 8, restarts=2)
-    control = clusters.random_like(made, 1)
-    study = redundancy.report(tokenizer, made, control, codes_BL, seed=5)
-    generator = torch.Generator().manual_seed(5)
-    for name, partition in (("clusters", made), ("random", control)):
-        with torch.no_grad():
-            swapped = tokenizer.decode(clusters.swap(codes_BL, partition, generator))
-            error_B = (swapped - tokenizer.decode(codes_BL)).square().mean((1, 2, 3))
-        expected = float((10 * torch.log10(4 / error_B)).mean())
-        assert study["swap_psnr"][name] == pytest.approx(expected, abs=1e-3)
-    assert study["swap_psnr"]["clusters"] > study["swap_psnr"]["random"]
-    assert study["inertia"]["clusters"] < study["inertia"]["random"]
-    assert (study["codes"], study["clusters"], study["pictures"]) == (64, 8, 12)
-    assert study["sizes"]["min"] == int(made.sizes_K.min())
-    assert study["sizes"]["max"] == int(made.sizes_K.max())
-
-
-def test_report_of_even_sizes_and_of_the_identity(tokenizer: VQModel, codes_BL: Tensor) -> None:
-    even = Clusters.from_labels(torch.arange(64) % 16)
-    sizes = redundancy.report(tokenizer, even, even, codes_BL)["sizes"]
-    assert sizes == {"min": 4, "median": 4.0, "max": 4, "entropy_bits": 4.0}
-    same = clusters.identity(64)
-    study = redundancy.report(tokenizer, same, same, codes_BL)
-    assert study["swap_psnr"] == {"clusters": None, "random": None}
-    assert "Infinity" not in json.dumps(study)
-
-
-def test_sheet_shows_the_true_codes_in_whole_pixels(tokenizer: VQModel, codes_BL: Tensor) -> None:
-    made = clusters.fit_kmeans(tokenizer.codebook(), 8, restarts=2)
-    sheet = redundancy.swap_sheet(tokenizer, made, clusters.random_like(made, 1), codes_BL[:5])
-    assert sheet.size == (4 + 5 * (64 + 4), 4 + 3 * (20 + 64 + 4))
-    with torch.no_grad():
-        image_CHW = tokenizer.decode(codes_BL[:1])[0]
-    tile = np.asarray(sheet.crop((4, 24, 68, 88)))[::8, ::8]  # 8 pixels, each 8 x 8
-    assert np.abs(tile / 127.5 - 1 - image_CHW.permute(1, 2, 0).numpy()).max() < 0.01
-
-
-@pytest.mark.parametrize("method", ["kmeans", "identity", "random"])
-def test_folder(tmp_path: Path, tokenizer: VQModel, codes_BL: Tensor, method: Any) -> None:
-    config = dataclasses.replace(KMEANS, method=method)
-    made = fit_clusters(tmp_path / "new", tokenizer, codes_BL, config, "abc")
-    files = {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()}
-    assert set(files) == {"clusters.safetensors", "report.json", "swaps.png"}
-    study = json.loads(files["report.json"])
-    assert (study["method"], study["tokenizer"], study["clusters"]) == (method, "abc", made.count)
-    assert Image.open(tmp_path / "new" / "swaps.png").width == 4 + 10 * 68
-    # Again: loads. After a kill between the files: the same bytes.
-    (tmp_path / "new" / "report.json").unlink()
-    (tmp_path / "new" / "swaps.png").unlink()
-    again = fit_clusters(tmp_path / "new", tokenizer, codes_BL, config, "abc")
-    assert torch.equal(again.labels_V, made.labels_V)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()} == files
-
-
-def test_folder_done_is_not_done_again(
-    tmp_path: Path, tokenizer: VQModel, codes_BL: Tensor
-) -> None:
-    # Clusters that no k-means would find: what is there is taken, not made anew.
-    made = Clusters.from_labels(torch.arange(64) % 8)
-    config = json.dumps(dataclasses.asdict(KMEANS))
-    save_clusters(made, tmp_path / CLUSTERS, {"tokenizer": "abc", "config": config})
-    loaded = fit_clusters(tmp_path, tokenizer, codes_BL, KMEANS, "abc")
-    assert torch.equal(loaded.labels_V, made.labels_V)
-
-
-def test_folder_of_something_else(tmp_path: Path, tokenizer: VQModel, codes_BL: Tensor) -> None:
-    def fit(config: ClustersConfig = KMEANS, tokenizer_hash: str = "abc") -> Clusters:
-        return fit_clusters(tmp_path, tokenizer, codes_BL, config, tokenizer_hash)
-
-    (tmp_path / "report.json").write_text("mine")
-    with pytest.raises(UserError, match=r"report.json: exists, but clusters.safetensors"):
-        fit()
-    assert (tmp_path / "report.json").read_text() == "mine"
-    (tmp_path / "report.json").unlink()
-    fit()
-    with pytest.raises(UserError, match="tokenizer: got abc, expected def"):
-        fit(tokenizer_hash="def")
-    with pytest.raises(UserError, match="count: got 8, expected 9"):
-        fit(dataclasses.replace(KMEANS, count=9))
-    save_clusters(clusters.identity(64), tmp_path / CLUSTERS)
-    with pytest.raises(UserError, match="of a pipeline that was saved or converted"):
-        fit()
-
-
-def test_entropy_is_at_most_that_of_even_sizes(tokenizer: VQModel, codes_BL: Tensor) -> None:
-    made = clusters.fit_kmeans(tokenizer.codebook(), 8, restarts=1)
-    study = redundancy.report(tokenizer, made, clusters.random_like(made, 0), codes_BL)
-    p = made.sizes_K.numpy() / 64
-    assert study["sizes"]["entropy_bits"] == pytest.approx(-(p * np.log2(p)).sum())
-    assert study["sizes"]["entropy_bits"] <= math.log2(8)
 
 
 # --- other clusterings -----------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor
 from ctf.common import storage
 from ctf.common.config import to_json
 from ctf.common.errors import UserError
-from ctf.evaluation.redundancy import SHEET_COLUMNS, report, swap_sheet
+from ctf.evaluation.redundancy import SHEET_COLUMNS, redundancy_study, swap_sheet
 from ctf.models import clusters as partition
 from ctf.models.clusters import Clusters, ClustersConfig, random_like
 from ctf.models.tokenizer import VQModel
@@ -61,7 +61,7 @@ def fit_clusters(
         save_clusters(clusters, path, metadata)
     control = random_like(clusters, config.seed + 1)
     if not report_file.exists():
-        study = report(tokenizer, clusters, control, codes_BL, seed=config.seed)
+        study = redundancy_study(tokenizer, clusters, control, codes_BL, seed=config.seed)
         storage.save_json(report_file, {**wanted, **study})
     if not sheet_file.exists():
         shown = codes_BL[:SHEET_COLUMNS]

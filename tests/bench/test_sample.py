@@ -146,7 +146,7 @@ def test_killed_it_goes_on_with_what_is_missing(
     assert report.markdown(result) == report.markdown(
         sample.run(small, tmp_path, CPU, silent)  # all of it from the file
     )
-    with pytest.raises(UserError, match="another run"):
+    with pytest.raises(UserError, match="another configuration"):
         sample.run(dataclasses.replace(small, rounds=3), tmp_path, CPU, silent)
 
 

@@ -114,7 +114,7 @@ def test_killed_it_goes_on_with_what_is_missing(
     train.run(small, tmp_path, CPU, silent)
     after = json.loads((tmp_path / "train.json").read_text())["groups"]
     assert {name: after[name] for name in before} == before and len(after) == 4
-    with pytest.raises(UserError, match="another run"):
+    with pytest.raises(UserError, match="another configuration"):
         train.run(train.Asked(("B",), 4, 3), tmp_path, CPU, silent)
 
 

@@ -309,10 +309,13 @@ def test_class_ten_of_ten(ctf: Command, pipe: Pipeline, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["clusters", "fit", "RUN", "--count", 65], "holds other clusters"),
+        (["clusters", "fit", "RUN", "--count", 65], "another configuration: count was 8, now 65"),
         (["clusters", "fit", "RUN", "--count", 0], "count is 0"),
         (["tokens", "extract", "PICTURES", "--run", "RUN", "--limit", 0], "limit"),
-        (["tokens", "extract", "PICTURES", "--run", "RUN", "--limit", 3], "tokens of another run"),
+        (
+            ["tokens", "extract", "PICTURES", "--run", "RUN", "--limit", 3],
+            "another configuration: ",
+        ),
         (["tokenizer", "train", "PICTURES", "--out", "RUN", "--image-size", 32], "another config"),
         (
             ["tokenizer", "train", "PICTURES", "--out", "NEW", "--preset", "tiny", "--steps", 0],

@@ -195,20 +195,6 @@ def test_a_damaged_state_is_dropped(tmp_path: Path, capsys: pytest.CaptureFixtur
 # --- what a kill leaves ---------------------------------------------------------------------------
 
 
-def test_vacant(tmp_path: Path) -> None:
-    assert storage.is_vacant(tmp_path / "nowhere")
-    folder = tmp_path / "run"
-    (folder / "coarse").mkdir(parents=True)
-    (folder / ".fit.json.12.tmp").write_text("half")
-    (folder / "coarse" / ".config.json.13.tmp").write_text("half")
-    assert storage.is_vacant(folder)
-    (folder / "coarse" / ".mine.tmp").write_text("not of `atomic`")
-    assert not storage.is_vacant(folder)
-    assert not storage.is_vacant(folder / "coarse" / ".mine.tmp")
-    (tmp_path / "link").symlink_to("nowhere")
-    assert not storage.is_vacant(tmp_path / "link")
-
-
 def test_temporaries_are_told_from_what_is_the_users(tmp_path: Path) -> None:
     for name in (".a.json.12.tmp", ".b.tmp", "c.tmp", ".d.x.tmp", "e.12.tmp"):
         (tmp_path / name).touch()

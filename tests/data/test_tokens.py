@@ -461,19 +461,19 @@ def test_every_bit_counts(tmp_path_factory: pytest.TempPathFactory, at: int, bit
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"tokenizer_hash": "def"}, "tokenizer: got abc, expected def"),
-        ({"limit": 7}, "limit: got None, expected 7"),
-        ({"views": "plain"}, "train.views: got a list of 2, expected a list of 1"),
-        ({"shard_images": 7}, r"train.shards: got a list of 4, expected a list of 3"),
-        ({"seed": 1}, r"train.fingerprint: got noise 20 0 3, expected noise 20 1 3"),
-        ({"classes": 4}, r"class_names: got a list of 3, expected a list of 4"),
-        ({"codebook_size": 65}, "codebook_size: got 64, expected 65"),
+        ({"tokenizer_hash": "def"}, 'tokenizer was "abc", now "def"'),
+        ({"limit": 7}, "limit was null, now 7"),
+        ({"views": "plain"}, "train.views was a list of 2, now a list of 1"),
+        ({"shard_images": 7}, "train.shards was a list of 4, now a list of 3"),
+        ({"seed": 1}, 'train.fingerprint was "noise 20 0 3", now "noise 20 1 3"'),
+        ({"classes": 4}, "class_names was a list of 3, now a list of 4"),
+        ({"codebook_size": 65}, "codebook_size was 64, now 65"),
     ],
 )
 def test_another_run_is_refused(folder: Path, change: dict[str, typing.Any], reason: str) -> None:
     before = contents(folder)
     fields = {k: v for k, v in change.items() if k in ("views", "shard_images")}
-    with pytest.raises(UserError, match=rf"{reason}\n.*choose another run"):
+    with pytest.raises(UserError, match=rf"{reason}\n.*choose another folder"):
         tokens.extract(
             tiny(change.get("codebook_size", 64)),
             change.get("tokenizer_hash", "abc"),
@@ -498,7 +498,7 @@ def test_precision(folder: Path, tokenizer: VQModel, tmp_path: Path) -> None:
     assert low == dataclasses.replace(exact, precision="bf16")
     for there, other in ((folder, "bf16"), (tmp_path, "auto")):
         before = contents(there)
-        with pytest.raises(UserError, match="holds tokens of another run: precision: got "):
+        with pytest.raises(UserError, match="another configuration: precision was "):
             tokens.extract(tokenizer, "abc", IMAGES, there, CONFIG, precision=other)
         assert contents(there) == before
     tokens.check(tmp_path)
@@ -533,9 +533,7 @@ def test_the_callers_tokenizer_stays(tokenizer: VQModel, folder: Path, tmp_path:
 
 def test_folder_of_something_else(tmp_path: Path, tokenizer: VQModel) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(
-        UserError, match=r"not empty and holds no manifest.json.*\n.*choose another run"
-    ):
+    with pytest.raises(UserError, match=r"not a folder of tokens \(no manifest.json\); choose"):
         tokens.extract(tokenizer, "abc", IMAGES, tmp_path, CONFIG)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(UserError, match=r"thesis\.tex"):

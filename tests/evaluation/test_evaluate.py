@@ -201,9 +201,9 @@ def test_another_question_is_refused(
     out, _ = done
     before = files(out.parent)
     asked = {"samples": 150, "seed": 3, "settings": {"top_k": 9}, "out": out, **changes}
-    with pytest.raises(UserError, match="holds another evaluation: ") as error:
+    with pytest.raises(UserError, match="an evaluation of another configuration: ") as error:
         job(run, pictures, **asked)
-    assert difference in str(error.value) and "choose another --out" in str(error.value)
+    assert difference in str(error.value) and "choose another folder" in str(error.value)
     assert len(str(error.value).splitlines()) == 2
     assert files(out.parent) == before
 
@@ -431,9 +431,9 @@ def test_nothing_is_done_in_the_folder_of_something_else(
     (here / "file").write_text("mine")
     before = files(here)
     for name, message in (
-        ("other", "other exists and holds no evaluation; choose another --out"),
-        ("other.json", "other exists and holds no evaluation"),
-        ("file", "file exists and holds no evaluation"),
+        ("other", "other exists, but is not an evaluation"),
+        ("other.json", "other exists, but is not an evaluation"),
+        ("file", "file exists, but is not an evaluation"),
         ("mine.json", "mine.json exists, without the folder"),
     ):
         with pytest.raises(UserError, match=message):

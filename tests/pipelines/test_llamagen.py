@@ -152,7 +152,7 @@ def test_convert_again(folder: Path, tmp_path: Path, ctf: Command) -> None:
 def test_nothing_else_is_replaced(run: Path, ctf: Command) -> None:
     before = (run / "pipeline.json").read_bytes()
     result = ctf("convert", "llamagen", "--vq", VQ, "--gpt", GPT, "--out", run)
-    assert result.code == 2 and "holds another pipeline" in result.err
+    assert result.code == 2 and "a pipeline of another configuration" in result.err
     assert (run / "pipeline.json").read_bytes() == before
     result = ctf("convert", "llamagen", "--vq", VQ, "--image-size", 8, "--out", run)
     assert result.code == 2 and "another tokenizer" in result.err

@@ -248,7 +248,7 @@ def test_something_else_is_not_written_over(pipe: Pipeline, tmp_path: Path, what
         target.mkdir()
         (target / "thesis.tex").write_text("mine")
     before = files(tmp_path)
-    with pytest.raises(UserError, match="exists and is not a pipeline; choose another folder"):
+    with pytest.raises(UserError, match="exists, but is not a pipeline"):
         pipe.save_pretrained(target)
     assert files(tmp_path) == before
 

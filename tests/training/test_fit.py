@@ -339,7 +339,7 @@ def test_a_run_of_another_configuration(
     before = files(run)
     result = ctf(*fit_arguments(pictures, run, *more))
     assert result.code == 2
-    assert f"{run} was made by another configuration: " in result.err
+    assert f"{run} is a run of ctf fit of another configuration: " in result.err
     assert message in result.err
     assert files(run) == before
 

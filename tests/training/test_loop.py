@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ctf.common import claims, rng, storage
+from ctf.common import rng, storage
 from ctf.common.errors import Stopped, UserError
 from ctf.training import loop
 from tests.conftest import without_times
@@ -243,51 +243,33 @@ def test_last_metrics(tmp_path: Path) -> None:
     assert loop.last_metrics(tmp_path, "val").keys() == {"step", "split", "bias", "seconds"}
 
 
-# --- claim and finish -----------------------------------------------------------------------------
+# --- begin and finish -----------------------------------------------------------------------------
 
 
-def test_a_stage_from_claim_to_finish(tmp_path: Path) -> None:
+def test_a_stage_from_begin_to_finish(tmp_path: Path) -> None:
     folder, config = tmp_path / "stage", {"model": {"width": 8}, "seed": 0}
-    claims.claim(folder, config)
+    assert loop.begin(folder, config)
     assert not loop.is_finished(folder)
     line = Line()
     loop.run(line, folder, 20, evaluate_every=20)
-    claims.claim(folder, config)
+    assert loop.begin(folder, config)
     assert (folder / "state").is_dir()
     loop.finish(folder, line.line.state_dict(), {"a": "b"})
     assert loop.is_finished(folder)
+    assert not loop.begin(folder, config)
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.json", "metrics.jsonl", "model.safetensors",
     ]  # fmt: skip
 
 
-def test_what_a_kill_left_is_cleared_away(tmp_path: Path) -> None:
+def test_a_state_that_a_kill_left_beside_finished_weights_is_removed(tmp_path: Path) -> None:
     folder = tmp_path / "stage"
-    folder.mkdir()
-    (folder / ".config.json.123.tmp").write_text("{")  # killed in its very first write
-    claims.claim(folder, {"a": 1})
+    loop.begin(folder, {"a": 1})
     (folder / ".model.safetensors.124.tmp").write_text("half")
     storage.save_state(folder / "state", 20, {"x": torch.zeros(1)})
     storage.save_tensors(folder / "model.safetensors", {"x": torch.zeros(1)})
-    claims.claim(folder, {"a": 1})  # killed between the weights and the end of the states
+    assert not loop.begin(folder, {"a": 1})
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
-
-
-def test_another_configuration_is_refused(tmp_path: Path) -> None:
-    claims.claim(tmp_path / "stage", {"model": {"width": 8}, "seed": 0})
-    before = (tmp_path / "stage" / "config.json").read_bytes()
-    with pytest.raises(UserError, match=r"another configuration: model\.width was 8, now 16\n"):
-        claims.claim(tmp_path / "stage", {"model": {"width": 16}, "seed": 0})
-    with pytest.raises(UserError, match=r"seed was 0, now null"):
-        claims.claim(tmp_path / "stage", {"model": {"width": 8}})
-    assert (tmp_path / "stage" / "config.json").read_bytes() == before
-
-
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
-    (tmp_path / ".draft.tmp").write_text("mine")
-    with pytest.raises(UserError, match="exists and holds no run of ctf"):
-        claims.claim(tmp_path, {"a": 1})
-    assert [path.name for path in tmp_path.iterdir()] == [".draft.tmp"]
 
 
 # --- one step -------------------------------------------------------------------------------------

@@ -344,7 +344,7 @@ def test_done_and_refused(tmp_path: Path) -> None:
         (dataclasses.replace(MODEL, codebook_size=64), IMAGES),
         (MODEL, Splits(IMAGES.val, IMAGES.train)),
     ):
-        with pytest.raises(UserError, match="made by another configuration"):
+        with pytest.raises(UserError, match="of another configuration"):
             train(model, training, images, tmp_path)
     with pytest.raises(UserError, match=r"training\.steps was 2, now 3"):
         train(MODEL, dataclasses.replace(TRAINING, steps=3), IMAGES, tmp_path)

@@ -16,8 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from ctf.bench.work import Machine
-from ctf.common import config, memory, storage
-from ctf.common.errors import UserError
+from ctf.common import claims, config, memory, storage
 from ctf.common.version import __version__
 from ctf.kernels import sampling_cpu
 
@@ -55,13 +54,12 @@ def measured(
     """
     make: Callable[..., R] = kind
     result = make(asked, where(device), {})
-    if path.is_file():
+    what = "a run of ctf bench"
+    if claims.is_ours(path.parent, path.name, what=what):
         there = config.from_json(kind, storage.load_json(path), str(path))
-        if (there.asked, there.where) != (result.asked, result.where):
-            raise UserError(f"{path}: is of another run or machine; choose another folder")
+        made_by = [{**config.to_json(run), "groups": None} for run in (there, result)]
+        claims.check_same(path.parent, *made_by, what=what)
         result = there
-    elif not storage.is_vacant(path.parent):
-        raise UserError(f"{path.parent}: holds something else; choose another folder")
     for done, (name, measure) in enumerate(jobs.items()):
         report(done, len(jobs))
         if name in result.groups:

@@ -1,9 +1,13 @@
-"""Is this folder mine? A folder belongs to the configuration that made it."""
+"""Is this folder mine? A folder belongs to whatever wrote its marker file; nothing else is touched.
+
+Every command that writes into a folder of the user's choice asks here first. A folder is vacant if
+it holds nothing, or nothing but what a killed process left half-written.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,38 +17,93 @@ from ctf.common.distributed import ALONE, World
 from ctf.common.errors import UserError
 
 
-def claim(folder: Path, config: Mapping[str, Any], world: World = ALONE) -> None:
-    """Makes `folder` belong to a training of `config`, or checks that it already does.
+def claim(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    marker: str = "config.json",
+    what: str = "a training run",
+    world: World = ALONE,
+) -> None:
+    """Make `folder` belong to `config`, or check that it already does.
+
+    Args:
+        folder: May be missing.
+        config: Plain JSON values, stored as the marker.
+        marker: Name of the file that says whose folder it is.
+        what: What the folder then is, with an article, for error messages.
+        world: The first process writes; an error is raised in all processes.
 
     Raises:
-        UserError: the folder holds a run made by another configuration, or something else.
+        UserError: The folder belongs to another configuration, or holds something else.
     """
-    world.first(lambda: _claim(folder, config))
+
+    def claim_alone() -> None:
+        if is_ours(folder, marker, what=what):
+            check_same(folder, storage.load_json(folder / marker), config, what=what)
+        else:
+            storage.save_json(folder / marker, config)
+        storage.remove_temporaries(folder)
+
+    world.first(claim_alone)
 
 
-def _claim(folder: Path, config: Mapping[str, Any]) -> None:
-    path = folder / "config.json"
-    if path.is_file():
-        stored = storage.load_json(path)
-        if stored != config:
-            raise UserError(
-                f"{folder} was made by another configuration: {first_difference(stored, config)}\n"
-                "choose another folder, or delete this one to start again"
-            )
-    elif not storage.is_vacant(folder):
+def is_ours(folder: Path, *markers: str, what: str) -> bool:
+    """Return True if `folder` has one of the marker files, False if it is vacant.
+
+    Raises:
+        UserError: The folder holds something else.
+    """
+    if any((folder / marker).is_file() for marker in markers):
+        return True
+    if not is_vacant(folder):
         raise UserError(
-            f"{folder} exists and holds no run of ctf (no config.json); choose another folder"
+            f"{folder} exists, but is not {what} (no {markers[0]}); choose another folder"
         )
-    else:
-        storage.save_json(path, config)
-    storage.remove_temporaries(folder)
-    if (folder / "model.safetensors").is_file():
-        shutil.rmtree(folder / "state", ignore_errors=True)  # where a kill came just before
+    return False
 
 
-def first_difference(stored: Any, wanted: Any, path: str = "") -> str:
-    if isinstance(stored, dict) and isinstance(wanted, dict):
-        for key in sorted({*stored, *wanted}):
-            if stored.get(key) != wanted.get(key):
-                return first_difference(stored.get(key), wanted.get(key), f"{path}.{key}")
-    return f"{path.removeprefix('.')} was {json.dumps(stored)}, now {json.dumps(wanted)}"
+def is_vacant(folder: Path) -> bool:
+    """Return whether there is nothing but what a killed process left half-written."""
+    if not folder.is_dir():
+        return not os.path.lexists(folder)
+    return all(path.is_dir() or storage.is_temporary(path) for path in folder.rglob("*"))
+
+
+def check_same(folder: Path, stored: Any, config: Any, *, what: str) -> None:
+    """Check that `folder` was made by `config`.
+
+    Args:
+        stored: The configuration that made the folder; like `config`, plain JSON values.
+
+    Raises:
+        UserError: It was made by another one; names the first difference.
+    """
+    if difference := first_difference(stored, config):
+        raise UserError(
+            f"{folder} is {what} of another configuration: {difference}\n"
+            "choose another folder, or delete this one to start over"
+        )
+
+
+def first_difference(stored: Any, config: Any, key: str = "") -> str | None:
+    """Return the first value that differs, as "a.b was 1, now 2"; None if all are equal."""
+    if stored == config:
+        return None
+    if isinstance(stored, Mapping) and isinstance(config, Mapping):
+        for name in dict.fromkeys([*stored, *config]):
+            inner = f"{key}.{name}".removeprefix(".")
+            if difference := first_difference(stored.get(name), config.get(name), inner):
+                return difference
+    if isinstance(stored, list) and isinstance(config, list) and len(stored) == len(config):
+        for i, (old, new) in enumerate(zip(stored, config, strict=True)):
+            if difference := first_difference(old, new, f"{key}[{i}]"):
+                return difference
+    return f"{key or 'it'} was {_short(stored)}, now {_short(config)}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."

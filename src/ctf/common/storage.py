@@ -66,22 +66,15 @@ def writing(path: Path) -> Iterator[None]:
         raise _write_error(path, error) from error
 
 
-def is_vacant(folder: Path) -> bool:
-    """Whether nothing is there but what a killed run left half-written."""
-    if not folder.is_dir():
-        return not os.path.lexists(folder)
-    return all(path.is_dir() or _is_temporary(path) for path in folder.rglob("*"))
-
-
 def remove_temporaries(folder: Path) -> None:
     """Removes the half-written files of runs that were killed."""
     for left_over in folder.glob(".*.tmp"):
-        if _is_temporary(left_over):
+        if is_temporary(left_over):
             left_over.unlink(missing_ok=True)
 
 
-def _is_temporary(path: Path) -> bool:
-    """Whether `atomic` gave the file its name."""
+def is_temporary(path: Path) -> bool:
+    """Return whether `atomic` gave the file its name."""
     return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None
 
 

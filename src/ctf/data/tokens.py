@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctf.common import memory, signals, storage
+from ctf.common import claims, memory, signals, storage
 from ctf.common.config import from_json, to_json
 from ctf.common.distributed import ALONE, World
 from ctf.common.errors import Stopped, UserError
@@ -440,39 +440,12 @@ def _split_manifest(
 def _claim(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest, or makes sure that the one that is there is the same."""
     path = folder / MANIFEST
-    if path.exists():
-        there = to_json(from_json(Manifest, storage.load_json(path), where=str(path)))
-        if difference := _difference(there, to_json(manifest)):
-            raise UserError(
-                f"{folder}: holds tokens of another run: {difference}\n"
-                "choose another run, or delete this folder"
-            )
-    elif not storage.is_vacant(folder):
-        raise UserError(
-            f"{folder}: is not empty and holds no {MANIFEST}, so it is not a folder of tokens\n"
-            "choose another run"
-        )
+    if claims.is_ours(folder, MANIFEST, what="a folder of tokens"):
+        stored = to_json(from_json(Manifest, storage.load_json(path), where=str(path)))
+        claims.check_same(folder, stored, to_json(manifest), what="a folder of tokens")
     else:
         storage.save_json(path, to_json(manifest))
     storage.remove_temporaries(folder)
-
-
-def _difference(there: Any, wanted: Any, key: str = "") -> str | None:
-    """The first value that differs, in words; None where there is none."""
-    pairs: list[tuple[str, Any, Any]] = []
-    if isinstance(there, dict) and isinstance(wanted, dict):
-        pairs = [(f"{key}.{k}".removeprefix("."), there[k], wanted[k]) for k in there]
-    elif isinstance(there, list) and isinstance(wanted, list) and len(there) == len(wanted):
-        pairs = [(f"{key}[{i}]", there[i], wanted[i]) for i in range(len(there))]
-    for name, old, new in pairs:
-        if difference := _difference(old, new, name):
-            return difference
-    return None if there == wanted else f"{key}: got {_short(there)}, expected {_short(wanted)}"
-
-
-def _short(value: Any) -> str:
-    text = f"a list of {len(value)}" if isinstance(value, list) else str(value)
-    return text if len(text) <= 40 else f"{text[:12]}..."
 
 
 @torch.inference_mode()

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ctf.common import config, storage
-from ctf.common.claims import first_difference
+from ctf.common import claims, config, storage
 from ctf.common.errors import UserError
 from ctf.data.images import FASHION_MNIST_CLASSES, FASHION_MNIST_SIZE, INCLUDED, Report
 from ctf.evaluation import reference_sets, report
@@ -43,6 +42,7 @@ from ctf.pipelines.folder import PIPELINE_FILES, find_pipeline, hash_pipeline
 from ctf.pipelines.pipeline import Pipeline, Progress
 
 SAMPLES = 5000
+ASKED, EVALUATION = "asked.json", "an evaluation"
 
 
 def recognised(
@@ -135,15 +135,9 @@ class Job:
         if self.against is not None:
             digests = {extractor.name: extractor.digest for extractor in self.extractors}
             report.check_comparable(self.against, known.fingerprint, digests, count, drawing)
-        there = self.folder / "asked.json"
-        if there.is_file():
-            if (stored := storage.load_json(there)) != self.asked:
-                raise UserError(
-                    f"{self.folder} holds another evaluation: "
-                    f"{first_difference(stored, self.asked)}\nchoose another --out"
-                )
-        elif not storage.is_vacant(self.folder):
-            raise UserError(f"{self.folder} exists and holds no evaluation; choose another --out")
+        if claims.is_ours(self.folder, ASKED, what=EVALUATION):
+            stored = storage.load_json(self.folder / ASKED)
+            claims.check_same(self.folder, stored, self.asked, what=EVALUATION)
         elif self._copy is not None and self._copy.exists():
             raise UserError(
                 f"{self._copy} exists, without the folder {self.folder} of an evaluation\n"
@@ -161,9 +155,7 @@ class Job:
         """
         self.check()
         folder = self.folder
-        if not (folder / "asked.json").is_file():
-            storage.save_json(folder / "asked.json", self.asked)
-        storage.remove_temporaries(folder)
+        claims.claim(folder, self.asked, marker=ASKED, what=EVALUATION)
         if not (folder / report.FILE).is_file():
             self._make(progress)
         result = report.load(folder / report.FILE)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ctf.common import config, storage
+from ctf.common import claims, config, storage
 from ctf.common.errors import UserError
 from ctf.data.sheet import sheet
 from ctf.models.sampling import Sampling
@@ -145,8 +145,8 @@ def check(out: Path, count: int, classes: int, seed: int) -> None:
             )
     elif out.suffix:
         raise UserError(f"{out}: expected a name ending in .png, or a folder")
-    elif not (storage.is_vacant(out) or (out / "settings.json").is_file()):
-        raise UserError(f"{out} exists and holds no samples; choose another --out")
+    else:
+        claims.is_ours(out, "settings.json", what="a folder of samples")
 
 
 def write(

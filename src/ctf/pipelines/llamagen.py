@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctf.common import config, storage
+from ctf.common import claims, config, storage
 from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
 from ctf.data.images import imagenet_classes
@@ -144,22 +144,20 @@ def _millions(model: nn.Module) -> str:
 
 def _check_vacant(out: Path, pipe: Pipeline) -> None:
     """What is there is only ever replaced by the same."""
-    if (out / SETTINGS).is_file():
-        there = load_settings(out)
-        if there != PipelineSettings(pipe.class_names, pipe.sampling, pipe.origin):
-            raise UserError(f"{out} exists and holds another pipeline; choose another --out")
+    if claims.is_ours(out, SETTINGS, what="a pipeline"):
+        stored = config.to_json(load_settings(out))
+        settings = PipelineSettings(pipe.class_names, pipe.sampling, pipe.origin)
+        claims.check_same(out, stored, config.to_json(settings), what="a pipeline")
 
 
 def _save_tokenizer(tokenizer: VQModel, out: Path) -> None:
     folder = out / "tokenizer"
     stored = {"model": config.to_json(tokenizer.config)}
-    path = folder / "config.json"
-    if path.is_file():
-        if storage.load_json(path) != stored:
-            raise UserError(f"{folder} exists and is another tokenizer; choose another --out")
-    elif not storage.is_vacant(out):
-        raise UserError(f"{out} exists and holds no run of ctf; choose another --out")
-    storage.save_json(path, stored)
+    if claims.is_ours(out, "tokenizer/config.json", what="a run of ctf"):
+        claims.check_same(
+            folder, storage.load_json(folder / "config.json"), stored, what="a tokenizer"
+        )
+    storage.save_json(folder / "config.json", stored)
     storage.save_tensors(folder / "model.safetensors", tokenizer.state_dict())
 
 

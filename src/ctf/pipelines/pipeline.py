@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from ctf.common import config, memory, storage
+from ctf.common import claims, config, memory, storage
 from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
 from ctf.data.decode import to_rgb
@@ -791,8 +791,7 @@ def load(folder: Path, device: torch.device, how: Engine = "eager") -> Pipeline:
 
 def save(pipeline: Pipeline, folder: Path, dtype: torch.dtype | None) -> None:
     """Writes a pipeline's folder, its weights as `dtype`; None: as they are."""
-    if not (storage.is_vacant(folder) or (folder / SETTINGS).is_file()):
-        raise UserError(f"{folder} exists and is not a pipeline; choose another folder")
+    claims.is_ours(folder, SETTINGS, what="a pipeline")
     stored: dict[str, tuple[torch.nn.Module, dict[str, Any]]] = {
         "tokenizer": (pipeline.tokenizer, {}),
         "coarse": (pipeline.coarse, {"clusters": clusters.fingerprint(pipeline.clusters)}),

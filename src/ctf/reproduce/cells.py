@@ -23,13 +23,12 @@ from filelock import FileLock, Timeout
 from threadpoolctl import threadpool_limits
 
 from ctf.bench import measuring
-from ctf.common import config, storage
-from ctf.common.claims import first_difference
-from ctf.common.errors import UserError
+from ctf.common import claims, config, storage
 from ctf.reproduce.jobs import Job, Place, SpeedJob, make
 from ctf.training.fit import Progress
 
 RESULT, ASKED, CLOCK = "result.json", "cell.json", "seconds.json"
+CELL = "a cell of ctf reproduce"
 CLOCK_SECONDS = 10.0  # a kill loses at most so much of a cell's time
 WAIT_SECONDS = 1.0  # until a process looks again whether what it needs has been made by another
 
@@ -100,16 +99,10 @@ class Desk:
         job, folder, asked = self.cells[name].job, self.work / name, self.asked(name)
         if (folder / RESULT).is_file():
             stored = storage.load_object(folder / RESULT)
-            _check_same(folder, stored["asked"], asked)
+            claims.check_same(folder, stored["asked"], asked, what=CELL)
             self._keep(name, stored)
             return
-        if (folder / ASKED).is_file():
-            _check_same(folder, storage.load_json(folder / ASKED), asked)
-        elif not storage.is_vacant(folder):
-            raise UserError(
-                f"{folder} exists and is no cell of ctf reproduce; choose another --out"
-            )
-        storage.save_json(folder / ASKED, asked)
+        claims.claim(folder, asked, marker=ASKED, what=CELL)
         clock = _Clock(folder / CLOCK)
         with clock.running():
             found = make(job, folder / "run", self.work, self.place, clock.told(self.progress))
@@ -126,14 +119,6 @@ class Desk:
     def _keep(self, name: str, stored: dict[str, Any]) -> None:
         if self.result(name) is None:
             storage.save_json(self.results / "cells" / f"{name}.json", stored)
-
-
-def _check_same(folder: Path, stored: Any, asked: Any) -> None:
-    if stored != asked:
-        raise UserError(
-            f"{folder} was made for another question: {first_difference(stored, asked)}\n"
-            "delete it to make it anew, or choose another --out"
-        )
 
 
 @contextlib.contextmanager

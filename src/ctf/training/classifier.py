@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctf.common import claims, rng, storage
+from ctf.common import rng, storage
 from ctf.common.config import to_json
 from ctf.common.errors import UserError
 from ctf.data.images import ImageSet, Splits, as_tensor
@@ -133,8 +133,7 @@ def train_classifier(
         "images": images.train.fingerprint,
         "config": to_json(config),
     }
-    claims.claim(folder, description)
-    if not loop.is_finished(folder):
+    if loop.begin(folder, description):
         trainer = ClassifierTrainer(images, config, torch.device(device))
         loop.run(trainer, folder, config.steps, evaluate_every=config.evaluate_every, report=report)
         # Half precision: half the size; 11 bits are plenty for weights that are not trained on.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ctf.common import storage
+from ctf.common import claims, storage
 from ctf.common.config import to_json
 from ctf.common.errors import UserError
 from ctf.evaluation.redundancy import SHEET_COLUMNS, redundancy_study, swap_sheet
@@ -35,27 +35,17 @@ def fit_clusters(
     path, report_file, sheet_file = folder / CLUSTERS, folder / "report.json", folder / "swaps.png"
     wanted = {"tokenizer": tokenizer_hash, **to_json(config)}
     storage.remove_temporaries(folder)
-    if path.exists():
+    if claims.is_ours(folder, CLUSTERS, what="a folder of clusters"):
         clusters, metadata = read_clusters(path)
         if "tokenizer" not in metadata:
             raise UserError(
                 f"{folder}: holds the {clusters.count} clusters of a pipeline that was saved or "
                 "converted\nput the new ones into another run: --out"
             )
-        there = {"tokenizer": metadata["tokenizer"], **json.loads(metadata["config"])}
-        for key, value in wanted.items():
-            if there.get(key) != value:
-                raise UserError(
-                    f"{folder}: holds other clusters: {key}: got {there.get(key)}, "
-                    f"expected {value}\nput the new ones into another run: --out"
-                )
+        stored = {"tokenizer": metadata["tokenizer"], **json.loads(metadata["config"])}
+        stored = {key: stored.get(key) for key in wanted}
+        claims.check_same(folder, stored, wanted, what="a folder of clusters")
     else:
-        for file in (report_file, sheet_file):
-            if file.exists():
-                raise UserError(
-                    f"{file}: exists, but {CLUSTERS} beside it does not, so it is not ours\n"
-                    "choose another run"
-                )
         clusters = partition.fit(tokenizer.codebook(), config)
         metadata = {"tokenizer": tokenizer_hash, "config": json.dumps(to_json(config))}
         save_clusters(clusters, path, metadata)

@@ -50,6 +50,7 @@ Progress = Callable[[str], AbstractContextManager[Reporter]]
 Kind = Literal["coarse", "fine"]
 
 FIT = "fit.json"
+TOKENIZER = "tokenizer/config.json"
 FINAL_PICTURES = 2000  # held-out pictures that the finished tokenizer is measured on
 STUDY_PICTURES = 256  # held-out pictures that the clusters' redundancy study looks at
 TIMED_PICTURES = 256  # pictures that tell how fast tokens are extracted
@@ -256,15 +257,10 @@ def train_tokenizer(
     """Trains the tokenizer of a run, or goes on, or loads it if it is done.
 
     Raises:
-        UserError: `run` holds something else, or see `claims.claim`.
+        UserError: `run` holds something else, or see `loop.begin`.
     """
 
-    def check_folder() -> None:
-        ours = (run / FIT).is_file() or (run / "tokenizer").is_dir()
-        if not (ours or storage.is_vacant(run)):
-            raise UserError(f"{run} exists and holds no run of ctf; choose another --out")
-
-    world.first(check_folder)
+    world.first(lambda: claims.is_ours(run, FIT, TOKENIZER, what="a run of ctf"))
     return tokenizer_training.train(
         recipe.tokenizer.config(images.train.image_size),
         recipe.tokenizer_training,
@@ -448,8 +444,7 @@ def train_model(
         stored["group_loss"] = config.to_json(recipe.group_loss)
     if source is not None:
         stored["warm_start"] = source.hash
-    claims.claim(folder, stored, world)
-    if loop.is_finished(folder):
+    if not loop.begin(folder, stored, world):
         return
     settings = PipelineSettings(
         train.manifest.class_names,
@@ -480,8 +475,7 @@ def branch(run: Path, out: Path) -> None:
     Tokens(run / "tokens", "train", tokenizer_hash(run))
     files = ("config.json", "model.safetensors")
     if not (out / "tokenizer" / files[-1]).is_file():
-        if not (storage.is_vacant(out) or (out / "tokenizer" / files[0]).is_file()):
-            raise UserError(f"{out} exists and is no run with {run}'s tokens; choose another --out")
+        claims.is_ours(out, TOKENIZER, what=f"a run with the tokens of {run}")
         for name in files:
             with storage.atomic(out / "tokenizer" / name) as temporary:
                 shutil.copyfile(run / "tokenizer" / name, temporary)
@@ -509,20 +503,11 @@ class _Log:
     @classmethod
     def open(cls, run: Path, asked: dict[str, Any]) -> _Log:
         path = run / FIT
-        if path.is_file():
+        if claims.is_ours(run, FIT, what="a run of ctf fit"):
             content = storage.load_object(path)
-            if content.get("asked") != asked:
-                difference = claims.first_difference(content.get("asked"), asked)
-                raise UserError(
-                    f"{run} was made by another configuration: {difference}\n"
-                    "choose another --out, or delete this one to start again"
-                )
+            claims.check_same(run, content.get("asked"), asked, what="a run of ctf fit")
             storage.remove_temporaries(run)
             return cls(path, content)
-        if not storage.is_vacant(run):
-            raise UserError(
-                f"{run} exists and is not a run of ctf fit (no {FIT}); choose another --out"
-            )
         log = cls(path, {"asked": asked, "plan": {}, "seconds": {}, "done": []})
         log.save()
         return log

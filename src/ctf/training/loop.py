@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ctf.common import memory, signals, storage
+from ctf.common import claims, memory, signals, storage
 from ctf.common.distributed import ALONE, World, laid_out, whole
 from ctf.common.errors import Stopped, UserError
 from ctf.common.precision import Precision
@@ -189,6 +189,20 @@ def finish(
         shutil.rmtree(folder / "state", ignore_errors=True)
 
     world.first(write)
+
+
+def begin(folder: Path, config: Mapping[str, Any], world: World = ALONE) -> bool:
+    """Claim the folder of a stage that `config` describes; return whether it is still to train.
+
+    Raises:
+        UserError: The folder belongs to another configuration, or holds something else.
+    """
+    claims.claim(folder, config, what="a training run", world=world)
+    if not is_finished(folder):
+        return True
+    # A kill may have come between the weights and the end of the states.
+    world.first(lambda: shutil.rmtree(folder / "state", ignore_errors=True))
+    return False
 
 
 def is_finished(folder: Path) -> bool:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctf.common import claims, config, rng, storage
+from ctf.common import config, rng, storage
 from ctf.common.distributed import ALONE, World
 from ctf.common.errors import UserError
 from ctf.data.images import ImageSet, Splits, View, as_tensor
@@ -306,16 +306,12 @@ def train(
 
     Writes config.json, metrics.jsonl, model.safetensors.
     """
-    claims.claim(
-        folder,
-        {
-            "model": config.to_json(model_config),
-            "training": config.to_json(training),
-            "images": images.train.fingerprint,
-        },
-        world,
-    )
-    if not loop.is_finished(folder):
+    description = {
+        "model": config.to_json(model_config),
+        "training": config.to_json(training),
+        "images": images.train.fingerprint,
+    }
+    if loop.begin(folder, description, world):
         trainer = TokenizerTrainer(model_config, training, images, world)
         loop.run(
             trainer,

@@ -6,8 +6,7 @@ import time
 import pytest
 from rich.console import Console
 
-from ctf.common import progress
-from ctf.common.progress import PLAIN_SECONDS
+from ctf.common.progress import LINE_SECONDS, format_duration, show_progress
 
 
 class Clock:
@@ -25,13 +24,13 @@ def plain() -> tuple[io.StringIO, Console]:
 
 def test_plain_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, (file, console) = Clock(monkeypatch), plain()
-    with progress.progress("coarse", console) as report:
+    with show_progress("coarse", console) as progress:
         # Resumed at step 1000: 2 seconds a step.
         for step in range(1020, 1201, 20):
             loss = {"loss": 4.0 - step / 1000, "gradient_norm": 1.0, "tokens_per_second": 4096.0}
-            report(step, 5000, loss)
+            progress(step, 5000, loss)
             clock.now += 40
-        report(5000, 5000, {"loss": 1.5})
+        progress(5000, 5000, {"loss": 1.5})
     lines = file.getvalue().splitlines()
     assert lines[0] == "coarse: 1020/5000, loss 2.9800, 4,096 tokens/s"
     assert lines[1] == "coarse: 1040/5000, loss 2.9600, 4,096 tokens/s, 2 h 12 min left"
@@ -40,21 +39,21 @@ def test_plain_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_not_too_many_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, (file, console) = Clock(monkeypatch), plain()
-    with progress.progress("tokens", console) as report:
+    with show_progress("tokens", console) as progress:
         for done in range(1, 1001):
-            report(done, 1000)
+            progress(done, 1000)
             clock.now += 0.1
     lines = file.getvalue().splitlines()
     assert lines[0] == "tokens: 1/1000" and lines[-1] == "tokens: 1000/1000"
-    assert len(lines) == 2 + int(100 / PLAIN_SECONDS)
+    assert len(lines) == 2 + int(100 / LINE_SECONDS)
     assert lines[1] == "tokens: 151/1000, 1 min 25 s left"
 
 
 def test_a_bar_on_a_terminal() -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=120)
-    with progress.progress("tokenizer", console) as report:
-        report(20, 100, {"loss": 0.25, "images_per_second": 81.0})
+    with show_progress("tokenizer", console) as progress:
+        progress(20, 100, {"loss": 0.25, "images_per_second": 81.0})
     said = file.getvalue()
     assert "tokenizer" in said and "20/100" in said and "loss 0.2500, 81 images/s" in said
 
@@ -64,4 +63,4 @@ def test_a_bar_on_a_terminal() -> None:
     [(0.2, "0 s"), (59.4, "59 s"), (90, "1 min 30 s"), (7260, "2 h 1 min"), (200_000, "2 d 7 h")],
 )
 def test_durations(seconds: float, expected: str) -> None:
-    assert progress._duration(seconds) == expected
+    assert format_duration(seconds) == expected

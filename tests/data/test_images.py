@@ -440,7 +440,7 @@ def test_mixed_formats_in_one_folder(tmp_path: Path) -> None:
         picture.save(tmp_path / name, **options)
     (tmp_path / "h.gif").write_bytes(encoded(Image.fromarray(RGB), "PNG"))  # the content counts
     seen: list[tuple[int, int]] = []
-    splits = open_images(tmp_path, 16, report=lambda done, total: seen.append((done, total)))
+    splits = open_images(tmp_path, 16, progress=lambda done, total: seen.append((done, total)))
     expected = np.asarray(crop(picture, 16)).astype(int)
     both = [s.read(np.arange(len(s))).astype(int) for s in (splits.train, splits.val)]
     assert abs(np.concatenate(both) - expected).max() <= 8
@@ -573,7 +573,7 @@ def test_files_are_looked_at_once(
     assert len(looks) == 24
     reports: list[tuple[int, int]] = []
     for size in (16, 8, 16):
-        again = open_images(folder, size, report=lambda *call: reports.append(call))
+        again = open_images(folder, size, progress=lambda *call: reports.append(call))
         assert again.train.image_size == size
     assert len(looks) == 24 and not reports
     assert same(first, again)
@@ -624,7 +624,7 @@ def test_a_scan_that_was_stopped_goes_on(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        open_images(folder, 16, report=stop)
+        open_images(folder, 16, progress=stop)
     looks.clear()
     open_images(folder, 16)
     assert len(looks) == 324 - 256

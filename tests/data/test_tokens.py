@@ -219,7 +219,7 @@ def test_killed_and_resumed(tmp_path: Path, tokenizer: VQModel, folder: Path, at
             raise Killed
 
     with pytest.raises(Killed):
-        tokens.extract(tokenizer, "abc", IMAGES, tmp_path, CONFIG, report=kill)
+        tokens.extract(tokenizer, "abc", IMAGES, tmp_path, CONFIG, progress=kill)
     assert calls[-1][0] < ALL
     kept = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     assert all(p.suffix in (".json", ".npy") for p in kept)
@@ -233,7 +233,7 @@ def test_killed_and_resumed(tmp_path: Path, tokenizer: VQModel, folder: Path, at
 def test_report_counts_views_and_ends_at_the_total(tmp_path: Path, tokenizer: VQModel) -> None:
     calls: list[tuple[int, int]] = []
     tokens.extract(
-        tokenizer, "abc", IMAGES, tmp_path, CONFIG, report=lambda *call: calls.append(call)
+        tokenizer, "abc", IMAGES, tmp_path, CONFIG, progress=lambda *call: calls.append(call)
     )
     done = [call[0] for call in calls]
     assert done == sorted(set(done))
@@ -241,7 +241,7 @@ def test_report_counts_views_and_ends_at_the_total(tmp_path: Path, tokenizer: VQ
     # Again: nothing is encoded, one call for each shard.
     calls.clear()
     tokens.extract(
-        tokenizer, "abc", IMAGES, tmp_path, CONFIG, report=lambda *call: calls.append(call)
+        tokenizer, "abc", IMAGES, tmp_path, CONFIG, progress=lambda *call: calls.append(call)
     )
     assert [call[0] for call in calls] == [12, 24, 36, 40, 45]
 
@@ -281,7 +281,7 @@ def test_a_begun_shard_that_is_damaged_is_encoded_again(
         os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Stopped):
-        tokens.extract(tokenizer, "abc", IMAGES, tmp_path, CONFIG, report=stop)
+        tokens.extract(tokenizer, "abc", IMAGES, tmp_path, CONFIG, progress=stop)
     begun = tmp_path / "train-00000.begun.npy"
     content = begun.read_bytes()
     changed = {"cut": content[:-1], "empty": b"", "flip": content[:-1] + b"?"}[damage]

@@ -70,7 +70,7 @@ def report(done, total):
         grown.append(memory.used()[1])
 config = TokensConfig(shard_images=10, batch_size=10)
 tokens.extract(tiny(), "abc", Splits(Pictures(2000, 0), IMAGES.val), Path({folder!r}), config,
-               report=report)
+               progress=report)
 print(*grown)
 """
 

@@ -77,10 +77,12 @@ def test_interrupted_equals_uninterrupted(
 
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        train_classifier(stripes, tmp_path / "run", TINY, report=kill)
+        train_classifier(stripes, tmp_path / "run", TINY, progress=kill)
     assert [p.name for p in (tmp_path / "run" / "state").iterdir()] == ["step-00000020.safetensors"]
     resumed: list[int] = []
-    train_classifier(stripes, tmp_path / "run", TINY, report=lambda done, *_: resumed.append(done))
+    train_classifier(
+        stripes, tmp_path / "run", TINY, progress=lambda done, *_: resumed.append(done)
+    )
     assert resumed == [40]
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "run" / name).read_bytes() == (trained / name).read_bytes()

@@ -19,7 +19,6 @@ import pytest
 import torch
 from PIL import Image
 
-from ctf.cli import common
 from ctf.cli import main as cli
 from ctf.common import config, storage
 from ctf.data import images, tokens
@@ -421,7 +420,7 @@ def test_time_is_shared_by_speed(
     killed: list[bool] = []
     device = torch.device("cpu")
     with pytest.raises(Killed):
-        fit.fit(splits, tmp_path, recipe, minutes=0.25, device=device, progress=Reporter)
+        fit.fit(splits, tmp_path, recipe, minutes=0.25, device=device, open_progress=Reporter)
     killed.append(True)
     shares = recipe.time_shares
     log = json.loads((tmp_path / "fit.json").read_text())
@@ -434,7 +433,7 @@ def test_time_is_shared_by_speed(
     before = log["plan"]
     assert before["coarse"] == planned["coarse"]
     monkeypatch.setattr(loop, "seconds_per_step", lambda trial: 0.5)
-    fit.fit(splits, tmp_path, recipe, minutes=0.25, device=device, progress=Reporter)
+    fit.fit(splits, tmp_path, recipe, minutes=0.25, device=device, open_progress=Reporter)
     after = json.loads((tmp_path / "fit.json").read_text())["plan"]
     assert {stage: after[stage] for stage in before} == before
     assert planned["coarse"] == before["coarse"] and planned["fine"] == after["fine"] <= 20
@@ -446,10 +445,7 @@ def test_many_pictures_and_little_time(
     """Then only some pictures are encoded, of all classes alike."""
     monkeypatch.setattr(fit, "_seconds_per_picture", lambda *_: 0.05)
     recipe = config.override(fit.resolve("tiny", splits, steps=2), sets()[1:])
-    with_progress = common.progress
-    fit.fit(
-        splits, tmp_path, recipe, minutes=0.02, device=torch.device("cpu"), progress=with_progress
-    )
+    fit.fit(splits, tmp_path, recipe, minutes=0.02, device=torch.device("cpu"))
     train = Tokens(tmp_path / "tokens", "train")
     assert len(train) < len(splits.train)
     assert max(np.bincount(train.classes_N)) - min(np.bincount(train.classes_N, minlength=3)) <= 1

@@ -359,7 +359,7 @@ def test_evaluation_by_hand() -> None:
     model = trainer().model
     images_BCHW = as_tensor(IMAGES.val.read(range(70)))  # more than one batch of it
     reported: list[tuple[int, int]] = []
-    got = evaluate(model, IMAGES.val, report=lambda *given: reported.append(given))
+    got = evaluate(model, IMAGES.val, progress=lambda *given: reported.append(given))
     assert reported == [(64, 70), (70, 70)]
     codes_BL = model.encode(images_BCHW)
     decoded_BCHW = model.decode(codes_BL)

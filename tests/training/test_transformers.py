@@ -299,7 +299,7 @@ def test_the_last_good_state_stays(
 
     trainer = make(folder, "coarse")
     with pytest.raises(UserError, match="step 10: loss is nan"):
-        loop.run(trainer, tmp_path, 20, evaluate_every=5, report=explode)
+        loop.run(trainer, tmp_path, 20, evaluate_every=5, progress=explode)
     assert storage.latest_state(tmp_path / "state") == 10
 
 
@@ -325,7 +325,7 @@ def test_resumed_equals_uninterrupted(
 
     for _ in range(2):  # the second time just after it has gone on from its state
         with pytest.raises(Killed):
-            loop.run(make(folder, kind), tmp_path / "killed", 20, evaluate_every=8, report=kill)
+            loop.run(make(folder, kind), tmp_path / "killed", 20, evaluate_every=8, progress=kill)
     loop.run(resumed, tmp_path / "killed", 20, evaluate_every=8)
     assert whole.state().keys() == resumed.state().keys()
     for name, value in whole.state().items():

@@ -17,12 +17,11 @@ import torch
 
 from ctf.bench.work import Machine
 from ctf.common import claims, config, memory, storage
+from ctf.common.progress import Progress
 from ctf.common.version import __version__
 from ctf.kernels import sampling_cpu
 
 SIDE, READ = 2048, 2**27  # of the square matrices, and of the numbers that are read
-
-Report = Callable[[int, int], None]
 
 
 class Result(Protocol):
@@ -45,7 +44,7 @@ def measured(
     jobs: Mapping[str, Callable[[Machine], Any]],
     path: Path,
     device: torch.device,
-    report: Report,
+    progress: Progress,
 ) -> R:
     """Does the jobs whose group is not in the file yet, and writes it after each of them.
 
@@ -61,14 +60,14 @@ def measured(
         claims.check_same(path.parent, *made_by, what=what)
         result = there
     for done, (name, measure) in enumerate(jobs.items()):
-        report(done, len(jobs))
+        progress(done, len(jobs))
         if name in result.groups:
             continue
         group = measure(limits(device))
         result = make(asked, result.where, {**result.groups, name: group})
         storage.save_json(path, config.to_json(result))
         gc.collect()
-    report(len(jobs), len(jobs))
+    progress(len(jobs), len(jobs))
     return result
 
 

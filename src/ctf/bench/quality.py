@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ctf.common.errors import UserError
+from ctf.common.progress import OpenProgress, Progress
 from ctf.data.images import FASHION_MNIST_CLASSES, INCLUDED, ImageSet, as_tensor, open_images
 from ctf.evaluation.classifier import shipped_classifier
 from ctf.evaluation.evaluate import recognised
@@ -23,7 +24,7 @@ from ctf.kernels.sampling_cpu import Engine
 from ctf.models import sampling
 from ctf.pipelines import pipeline
 from ctf.pipelines.folder import find_pipeline
-from ctf.pipelines.pipeline import Pipeline, Progress
+from ctf.pipelines.pipeline import Pipeline
 
 BATCH = 256
 
@@ -53,7 +54,7 @@ def compare(
     samples: int,
     held_out: int,
     device: torch.device,
-    progress: Progress,
+    open_progress: OpenProgress,
 ) -> list[Quality]:
     """The quality of each engine on the same held-out pictures and the same seeds.
 
@@ -71,22 +72,22 @@ def compare(
         raise UserError(f"{name}: was trained on {source}, expected one of {', '.join(INCLUDED)}")
     pictures = open_images(source, plain.tokenizer.config.image_size).val
     count = min(held_out, len(pictures))
-    with progress("held-out pictures") as report:
-        codes_NL, classes_N = _encoded(plain, pictures, count, report)
+    with open_progress("held-out pictures") as progress:
+        codes_NL, classes_N = _encoded(plain, pictures, count, progress)
     found = []
     for engine in engines:
         pipe = pipeline.load(folder, device, engine)
         coarse, fine = cross_entropy(pipe, codes_NL, classes_N)
         accuracy = None
         if pipe.class_names == FASHION_MNIST_CLASSES:
-            with progress(f"samples, {engine}") as report:
-                accuracy = recognised(pipe, shipped_classifier(device), Drawing(samples), report)
+            with open_progress(f"samples, {engine}") as progress:
+                accuracy = recognised(pipe, shipped_classifier(device), Drawing(samples), progress)
         found.append(Quality(engine, coarse, fine, accuracy))
     return found
 
 
 def _encoded(
-    pipe: Pipeline, pictures: ImageSet, count: int, report: pipeline.Report
+    pipe: Pipeline, pictures: ImageSet, count: int, progress: Progress
 ) -> tuple[Tensor, Tensor]:
     """Codes and classes of pictures spread over the set, which may be sorted by class."""
     chosen_N = np.linspace(0, len(pictures) - 1, count).round().astype(np.int64)
@@ -95,7 +96,7 @@ def _encoded(
         batch_BHWC = pictures.read(chosen_N[start : start + BATCH])
         with torch.inference_mode():
             codes.append(pipe.tokenizer.encode(as_tensor(batch_BHWC, pipe.device)))
-        report(min(start + BATCH, count), count)
+        progress(min(start + BATCH, count), count)
     return torch.cat(codes), torch.from_numpy(pictures.classes_N[chosen_N]).to(pipe.device)
 
 

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from ctf.bench import llamagen_reference, work
-from ctf.bench.measuring import Report, measured, timed, working_memory
+from ctf.bench.measuring import measured, timed, working_memory
 from ctf.bench.work import Machine, Work
 from ctf.common.errors import UserError
+from ctf.common.progress import Progress
 from ctf.kernels import sampling_cpu
 from ctf.kernels.sampling_cpu import Engine
 from ctf.models import clusters, sampling
@@ -127,13 +128,13 @@ class Result:
     groups: dict[str, Group]
 
 
-def run(asked: Asked, folder: Path, device: torch.device, report: Report) -> Result:
+def run(asked: Asked, folder: Path, device: torch.device, progress: Progress) -> Result:
     """Measures what is not in `folder`/sample.json yet; killed, it goes on after the last group.
 
     Raises:
         UserError: the file there is of another run.
     """
-    return measured(Result, asked, _jobs(asked, device), folder / FILE, device, report)
+    return measured(Result, asked, _jobs(asked, device), folder / FILE, device, progress)
 
 
 def _jobs(asked: Asked, device: torch.device) -> dict[str, Callable[[Machine], Group]]:

@@ -29,13 +29,14 @@ import torch
 from ctf.bench import llamagen_reference, measuring
 from ctf.bench import report as bench_report
 from ctf.bench import tokens as tokens_bench
-from ctf.bench.measuring import Report, measured
+from ctf.bench.measuring import measured
 from ctf.bench.sample import CLASSES, CODES, COUNT, GRID, LENGTH, PAPER, RECOMMENDED
 from ctf.bench.work import Machine
 from ctf.common import memory, storage
 from ctf.common.distributed import World
 from ctf.common.errors import UserError
 from ctf.common.precision import multiplies_bf16
+from ctf.common.progress import Progress
 from ctf.data.tokens import Tokens
 from ctf.models.clusters import Clusters, identity
 from ctf.models.coarse import CoarseModel
@@ -120,13 +121,13 @@ class Result:
         ]
 
 
-def run(asked: Asked, folder: Path, device: torch.device, report: Report) -> Result:
+def run(asked: Asked, folder: Path, device: torch.device, progress: Progress) -> Result:
     """Measures what is not in `folder`/train.json yet; killed, it goes on after the last round.
 
     Raises:
         UserError: the file there is of another run.
     """
-    result = measured(Result, asked, _jobs(asked, device), folder / FILE, device, report)
+    result = measured(Result, asked, _jobs(asked, device), folder / FILE, device, progress)
     with storage.atomic(folder / "train.md") as temporary:
         temporary.write_text(markdown(result), encoding="utf-8")
     return result

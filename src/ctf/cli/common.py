@@ -189,9 +189,9 @@ def open_pictures(
         image_size = preset_named(preset).image_size
 
     def opened() -> Any:
-        with progress("pictures", world) as report:
+        with open_progress("pictures", world) as progress:
             return open_images(
-                images, image_size, background=background, skip_bad=skip_bad, report=report
+                images, image_size, background=background, skip_bad=skip_bad, progress=progress
             )
 
     if world is not None:
@@ -203,12 +203,12 @@ def open_pictures(
     return pictures
 
 
-def progress(name: str, world: Any = None) -> Any:
-    from ctf.common.progress import progress as shown
+def open_progress(name: str, world: Any = None) -> Any:
+    from ctf.common.progress import show_progress
 
     if world is not None and not world.main:
         return contextlib.nullcontext()
-    return shown(name)
+    return show_progress(name)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -25,9 +25,9 @@ from ctf.cli.common import (
     console,
     open_device,
     open_pictures,
+    open_progress,
     parse_classes,
     print_table,
-    progress,
 )
 from ctf.common import signals
 from ctf.common.errors import UserError
@@ -119,8 +119,9 @@ def fit(
         return
     with signals.at_once(out):
         fitting.fit(
-            pictures, out, recipe, minutes=minutes, device=place, progress=progress, execution=how
-        )
+            pictures, out, recipe, minutes=minutes, device=place,
+            open_progress=open_progress, execution=how,
+        )  # fmt: skip
     console.print(f"{out}: done; ctf sample {out} draws from it", soft_wrap=True)
 
 
@@ -230,8 +231,8 @@ def sample(
         used = dataclasses.replace(pipe.sampling, **chosen)
         console.print(f"would draw {count} pictures of each of {len(numbers)} classes: {used}")
         return
-    with progress("sample") as report:
-        written = samples.write(pipe, out, numbers, count, seed, report, resize, **chosen)
+    with open_progress("sample") as progress:
+        written = samples.write(pipe, out, numbers, count, seed, progress, resize, **chosen)
     console.print(written, soft_wrap=True)
 
 
@@ -265,8 +266,8 @@ def _sample_again(
     if dry_run:
         console.print(f"would draw the pictures of {path}: {settings.sampling}", soft_wrap=True)
         return
-    with progress("sample") as report:
-        written = samples.write_again(pipe, out, settings, report)
+    with open_progress("sample") as progress:
+        written = samples.write_again(pipe, out, settings, progress)
     console.print(written, soft_wrap=True)
 
 
@@ -374,7 +375,7 @@ def push(
         picture=drawn,
         card=own,
         private=private or None,
-        progress=progress,
+        progress=open_progress,
     )
     console.print(address, soft_wrap=True)
 
@@ -434,7 +435,7 @@ def evaluate(
     """
     from ctf.evaluation import evaluate, report
 
-    with progress("pictures") as advance:
+    with open_progress("pictures") as progress:
         job = evaluate.prepare(
             model,
             reference,
@@ -453,12 +454,12 @@ def evaluate(
             against=against,
             out=out,
             device=open_device(device),
-            advance=advance,
+            progress=progress,
         )
     if dry_run:
         console.print(f"would write {job.folder}: {job.asked}", soft_wrap=True)
         return
-    result = job.run(progress)
+    result = job.run(open_progress)
     print_table(("score", "value", "95 % interval"), report.rows(result))
     if job.against is not None:
         columns = (f"minus {against}", "difference", "95 % interval", "may be chance")

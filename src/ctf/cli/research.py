@@ -12,9 +12,9 @@ from ctf.cli.common import (
     command,
     console,
     open_device,
+    open_progress,
     parse_engines,
     print_table,
-    progress,
 )
 from ctf.common import signals
 from ctf.common.errors import UserError
@@ -67,8 +67,8 @@ def bench_sample(
     if dry_run:
         console.print(f"would measure {', '.join(sample.describe(asked, place))}", soft_wrap=True)
         return
-    with progress("bench") as report:
-        result = sample.run(asked, out, place, report)
+    with open_progress("bench") as progress:
+        result = sample.run(asked, out, place, progress)
     bench_report.write(result, out)
     for size in asked.sizes:
         for batch in asked.batches:
@@ -110,8 +110,8 @@ def bench_train(
         said = ", ".join(train.describe(asked, place))
         console.print(f"would measure {said}", soft_wrap=True)
         return
-    with progress("bench") as report:
-        result = train.run(asked, out, place, report)
+    with open_progress("bench") as progress:
+        result = train.run(asked, out, place, progress)
     for size in asked.sizes:
         print_table(*train.rows(result, size))
         console.print(train.verdict(result, size), soft_wrap=True)
@@ -176,7 +176,7 @@ def bench_quality(
         if given < 1:
             raise UserError(f"{name}: got {given}, expected 1 or more")
     found = quality.compare(
-        model, parse_engines(engines), samples, held_out, open_device(device), progress
+        model, parse_engines(engines), samples, held_out, open_device(device), open_progress
     )
     first = found[0]
     rows = [
@@ -239,7 +239,7 @@ def reproduce(
         raise UserError(f"jobs: got {jobs}, expected 1 or more")
     plan = experiments.plan_of(budget)
     place = open_device(device)
-    desk = experiments.open_desk(plan, out / budget, results / budget, place, progress)
+    desk = experiments.open_desk(plan, out / budget, results / budget, place, open_progress)
     if what == "status":
         rows = experiments.status(desk)
         print_table(("cell", "state", "seconds"), rows)

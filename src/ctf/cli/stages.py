@@ -19,7 +19,7 @@ from ctf.cli.common import (
     console,
     open_device,
     open_pictures,
-    progress,
+    open_progress,
     say,
 )
 from ctf.common import signals
@@ -67,8 +67,8 @@ def tokenizer_train(
         if dry_run:
             say(world, fitting.describe(pictures, recipe, None, world.size))
             return
-        with signals.at_once(out), progress("tokenizer", world) as report:
-            fitting.train_tokenizer(out, pictures, recipe, world, report)
+        with signals.at_once(out), open_progress("tokenizer", world) as progress:
+            fitting.train_tokenizer(out, pictures, recipe, world, progress)
         say(world, f"{out / 'tokenizer'}: done")
 
 
@@ -104,8 +104,8 @@ def tokenizer_evaluate(
     place = open_device(device)
     tokenizer = load_tokenizer(find_pipeline(run) / "tokenizer", place)
     pictures = open_pictures(images, tokenizer.config.image_size, background, skip_bad)
-    with progress("evaluate") as report:
-        result = tokenizer_training.evaluate(tokenizer, pictures.val, place, report=report)
+    with open_progress("evaluate") as progress:
+        result = tokenizer_training.evaluate(tokenizer, pictures.val, place, progress=progress)
     units = {"mse": ".5f", "psnr": ".2f", "ssim": ".4f", "usage": ".2%", "perplexity": ".0f"}
     for name, value in result.items():
         console.print(f"{name:<12} {value:{units.get(name, '.0f')}}{' dB' * (name == 'psnr')}")
@@ -113,8 +113,8 @@ def tokenizer_evaluate(
         return
     extractor = open_extractor(features, weights=weights, device=place)
     held_out = reference_sets.of_sets(images, (pictures.val,))
-    with progress(f"rFID{extractor.suffix}") as report:
-        rfid = scores.reconstruction_distance(tokenizer, held_out, extractor, report)
+    with open_progress(f"rFID{extractor.suffix}") as progress:
+        rfid = scores.reconstruction_distance(tokenizer, held_out, extractor, progress)
     console.print(
         f"{f'rFID{extractor.suffix}':<12} {rfid.value:.4g}  "
         f"(95 % interval {rfid.low:.4g} to {rfid.high:.4g})"
@@ -167,9 +167,9 @@ def tokens_extract(
         if dry_run:
             say(world, fitting.describe(pictures, recipe, None, world.size))
             return
-        with signals.at_once(run / "tokens"), progress("tokens", world) as report:
+        with signals.at_once(run / "tokens"), open_progress("tokens", world) as progress:
             fitting.extract_tokens(
-                run, tokenizer, pictures, recipe, limit, report, world, precision
+                run, tokenizer, pictures, recipe, limit, progress, world, precision
             )
         say(world, f"{run / 'tokens'}: done")
 
@@ -185,8 +185,8 @@ def tokens_check(run: Positional[Folder], /) -> None:
     """
     from ctf.data import tokens
 
-    with progress("check") as report:
-        found = tokens.check(run / "tokens", report)
+    with open_progress("check") as progress:
+        found = tokens.check(run / "tokens", progress)
     older = f"; {found.without_checksum} of an earlier version have no checksum, and were only read"
     console.print(
         f"{run / 'tokens'}: {found.files} files are whole{older * (found.without_checksum > 0)}",
@@ -286,8 +286,8 @@ def _train(
             of = baseline_of
             world.first(lambda: fitting.make_baseline(of, run))
         parts = load_clusters(run / "clusters" / CLUSTERS)
-        with signals.at_once(run / kind), progress(kind, world) as report:
-            fitting.train_model(run, kind, parts, recipe, world, report, start, execution)
+        with signals.at_once(run / kind), open_progress(kind, world) as progress:
+            fitting.train_model(run, kind, parts, recipe, world, progress, start, execution)
         say(world, f"{run / kind}: done")
 
 
@@ -447,7 +447,9 @@ def classifier_train(
     if dry_run:
         console.print(f"would train a classifier on {len(pictures.train)} pictures: {chosen}")
         return
-    with progress("classifier") as report:
-        model = train_classifier(pictures, out, chosen, device=open_device(device), report=report)
+    with open_progress("classifier") as progress:
+        model = train_classifier(
+            pictures, out, chosen, device=open_device(device), progress=progress
+        )
     accuracy = held_out_accuracy(model, pictures.val)
     console.print(f"{out}: {accuracy:.2%} of {len(pictures.val)} held-out pictures recognised")

@@ -1,86 +1,98 @@
-"""Progress of long work: bars on a terminal, now and then a plain line anywhere else."""
+"""Progress of long work: a bar on a terminal, a plain line now and then anywhere else."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Protocol
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+if TYPE_CHECKING:
+    from rich.console import Console
 
-PLAIN_SECONDS = 15.0  # between two plain lines; the first and the last are always printed
-SPEED_SECONDS = (
-    600.0  # that the speed of a bar is taken over: a line of a large model takes minutes
-)
+LINE_SECONDS = 15.0  # between two plain lines; the first and the last are always printed
+# The speed of a bar is averaged over this time: a large model takes minutes between two calls.
+SPEED_SECONDS = 600.0
 
 
-class Reporter:
-    """Is called with (done, total) or (done, total, metrics), as the stages' `report` is."""
+class Progress(Protocol):
+    """A callback for the progress of one piece of work: how much is done, of how much in all."""
 
-    def __init__(self, name: str, console: Console, bar: Progress | None) -> None:
-        self.name, self.console, self.bar = name, console, bar
-        self.task = bar.add_task(name, total=None, metrics="") if bar is not None else None
-        self.first: tuple[int, float] | None = None  # what was done when it was first called
-        self.printed = -PLAIN_SECONDS
+    def __call__(
+        self, done: int, total: int, metrics: Mapping[str, float] | None = None, /
+    ) -> None: ...
+
+
+# Opens the progress of one stage, given the stage's name, e.g. `show_progress`.
+OpenProgress = Callable[[str], AbstractContextManager[Progress]]
+
+
+@contextmanager
+def show_progress(name: str, console: Console | None = None) -> Iterator[Progress]:
+    """Show the progress of one stage on a console; standard error by default."""
+    from rich import progress  # here, since all rooms import this module
+    from rich.console import Console
+
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(name, console)
+        return
+    with progress.Progress(
+        progress.TextColumn("{task.description:<12}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[metrics]}"),
+        console=console,
+        speed_estimate_period=SPEED_SECONDS,
+    ) as bar:
+        task = bar.add_task(name, total=None, metrics="")
+
+        def update(done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
+            shown = ", ".join(_format_metrics(metrics or {}))
+            bar.update(task, completed=done, total=total, metrics=shown)
+
+        yield update
+
+
+class _Lines:
+    """Prints a line now and then."""
+
+    def __init__(self, name: str, console: Console) -> None:
+        self.name, self.console = name, console
+        self.first: tuple[int, float] | None = None  # done, and the time, at the first call
+        self.printed = -LINE_SECONDS
 
     def __call__(self, done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
-        now, said = time.monotonic(), _said(metrics or {})
-        if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=done, total=total, metrics=", ".join(said))
-            return
+        now = time.monotonic()
         self.first = self.first or (done, now)
-        if now - self.printed < PLAIN_SECONDS and done != total:
+        if now - self.printed < LINE_SECONDS and done != total:
             return
         self.printed = now
-        # Counted from the first call: a resumed training did not make all steps just now.
+        parts = [f"{self.name}: {done}/{total}", *_format_metrics(metrics or {})]
+        # Counted from the first call: a resumed training starts with steps that took no time now.
         done_before, began = self.first
         if done_before < done < total:
             left = (total - done) * (now - began) / (done - done_before)
-            said.append(f"{_duration(left)} left")
-        parts = ", ".join([f"{self.name}: {done}/{total}", *said])
-        self.console.print(parts, highlight=False, soft_wrap=True)
+            parts.append(f"{format_duration(left)} left")
+        self.console.print(", ".join(parts), highlight=False, soft_wrap=True)
 
 
-def _said(metrics: Mapping[str, float]) -> list[str]:
-    said = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+def _format_metrics(metrics: Mapping[str, float]) -> list[str]:
+    shown = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
     for name, value in metrics.items():
         if name.endswith("_per_second"):
-            said.append(f"{value:,.0f} {name.removesuffix('_per_second')}/s")
-    return said
+            shown.append(f"{value:,.0f} {name.removesuffix('_per_second')}/s")
+    return shown
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
+def format_duration(seconds: float) -> str:
+    """Return a duration in words, in its two largest units."""
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     if days:
         return f"{days} d {hours} h"
     if hours:
         return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-@contextmanager
-def progress(name: str, console: Console | None = None) -> Iterator[Reporter]:
-    """A reporter for the time of one stage."""
-    console = console or Console(stderr=True)
-    if not console.is_terminal:
-        yield Reporter(name, console, None)
-        return
-    with Progress(
-        TextColumn("{task.description:<12}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[metrics]}"),
-        console=console,
-        speed_estimate_period=SPEED_SECONDS,
-    ) as bar:
-        yield Reporter(name, console, bar)
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

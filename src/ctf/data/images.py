@@ -26,11 +26,11 @@ from PIL import Image, ImageColor
 from torch import Tensor
 
 from ctf.common.errors import UserError
+from ctf.common.progress import Progress
 from ctf.data.decode import SUFFIXES, Unusable, decode
 from ctf.data.formats import find
 from ctf.data.scan import THREADS as THREADS
 from ctf.data.scan import BadPicture, scan
-from ctf.data.scan import Report as Report
 from ctf.data.sources import Files
 
 FOLDER_IMAGE_SIZE = 64  # of folders, where no size is named; the included set has its own
@@ -195,7 +195,7 @@ def open_images(
     *,
     background: str = "white",
     skip_bad: bool = False,
-    report: Report | None = None,
+    progress: Progress | None = None,
 ) -> Splits:
     """Opens an included set by name, or pictures: one subfolder per class, or flat (one class).
 
@@ -206,7 +206,7 @@ def open_images(
             fashion-mnist (28 gives the originals without their border), 64 for folders.
         background: colour by name or #rrggbb that transparent pictures are laid upon.
         skip_bad: leave unusable files out, and list them in `Splits.skipped`.
-        report: called with (files decoded, files) while a folder is scanned.
+        progress: called with (files decoded, files) while a folder is scanned.
 
     Raises:
         UserError: whatever is wrong with the source, the size, or the colour. All unusable files
@@ -226,7 +226,7 @@ def open_images(
     if source in INCLUDED:
         return _open_fashion_mnist(image_size or FASHION_MNIST_SIZE)
     files = find(source, INCLUDED)
-    return _open_files(files, image_size or FOLDER_IMAGE_SIZE, colour, skip_bad, report)
+    return _open_files(files, image_size or FOLDER_IMAGE_SIZE, colour, skip_bad, progress)
 
 
 # ---------------------------------------------------------------- the included set
@@ -368,7 +368,7 @@ class _Crops:
 
 
 def _open_files(
-    files: Files, size: int, colour: tuple[int, ...], skip_bad: bool, report: Report | None
+    files: Files, size: int, colour: tuple[int, ...], skip_bad: bool, progress: Progress | None
 ) -> Splits:
     names, class_names, classes_N = files.names, readable(files.class_names), files.classes_N
     _check_counts(files.where, class_names, classes_N)
@@ -379,7 +379,7 @@ def _open_files(
         if crops is not None:
             crops.put(row, np.asarray(crop(whole, size)))
 
-    found = scan(files, size, colour, keep, report)
+    found = scan(files, size, colour, keep, progress)
     if found.bad and not skip_bad:
         _refuse(files.where, found.bad.values(), len(names))
     rows = np.setdiff1d(np.arange(len(names)), np.array([*found.bad], np.int64))

@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ctf.common import cache
+from ctf.common.progress import Progress
 from ctf.data.decode import Unusable, check_size, decode
 from ctf.data.sources import Files
-
-Report = Callable[[int, int], None]
 
 THREADS = min(16, os.cpu_count() or 1)  # Pillow's decoders run outside the interpreter's lock
 SAVE_SECONDS = 60.0  # a kill loses at most this much looking
@@ -82,13 +81,13 @@ def scan(
     size: int,
     colour: tuple[int, ...],
     keep: Callable[[int, Image.Image], None],
-    report: Report | None,
+    progress: Progress | None,
 ) -> Scan:
     """Decodes the files that are not known, and says which cannot be cut to `size` pixels.
 
     Args:
         keep: is given each usable picture that was decoded, with its row; by several threads.
-        report: called with (files looked at or known, files).
+        progress: called with (files looked at or known, files).
     """
     known = _Known(files)
     bad: dict[int, str] = {}
@@ -113,8 +112,8 @@ def scan(
         for start in range(0, len(unknown), 256):  # not a future for each of a million files
             for _ in pool.map(look, unknown[start : start + 256]):
                 done += 1
-                if report is not None:
-                    report(done, count)
+                if progress is not None:
+                    progress(done, count)
             if time.monotonic() - saved > SAVE_SECONDS:
                 known.save()
                 saved = time.monotonic()

@@ -13,7 +13,6 @@ import copy
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -27,13 +26,13 @@ from ctf.common.config import from_json, to_json
 from ctf.common.distributed import ALONE, World
 from ctf.common.errors import Stopped, UserError
 from ctf.common.precision import Precision, uses_bf16
+from ctf.common.progress import Progress
 from ctf.data import shards
 from ctf.data.images import VIEWS, ImageSet, Splits, View, as_tensor
 from ctf.kernels import tokenizer_cpu
 from ctf.models.tokenizer import VQModel
 
 Split = Literal["train", "val"]
-Report = Callable[[int, int], None]  # pictures encoded, pictures in all; each view counts as one
 
 MANIFEST = "manifest.json"
 CLASS_DTYPE = "int64"
@@ -108,7 +107,7 @@ def extract(
     *,
     limit: int | None = None,
     precision: Precision = "auto",
-    report: Report | None = None,
+    progress: Progress | None = None,
     world: World = ALONE,
 ) -> Manifest:
     """Encodes every view of every picture into `folder`; shards that are there and whole are kept.
@@ -177,8 +176,8 @@ def extract(
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        if report is not None:
-            report(done, total)
+        if progress is not None:
+            progress(done, total)
 
     left = False
     with signals.asked() as asked:
@@ -261,11 +260,11 @@ class Checked:
     without_checksum: int
 
 
-def check(folder: Path, report: Report | None = None) -> Checked:
+def check(folder: Path, progress: Progress | None = None) -> Checked:
     """Reads every file of a folder of tokens: checksums, shapes, ranges of codes and classes.
 
     Args:
-        report: called with (files, files in all).
+        progress: called with (files, files in all).
 
     Raises:
         UserError: the folder holds no tokens, or some of its files are damaged; names them all.
@@ -283,8 +282,8 @@ def check(folder: Path, report: Report | None = None) -> Checked:
                 broken.append(f"{shard.file}: {found}")
             elif not found:
                 without_checksum += 1
-            if report is not None:
-                report(done, len(files))
+            if progress is not None:
+                progress(done, len(files))
     if broken:
         raise UserError(
             f"{folder}: {len(broken)} of {len(files)} files are damaged; run ctf tokens extract "

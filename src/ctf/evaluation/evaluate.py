@@ -19,7 +19,8 @@ import torch
 
 from ctf.common import claims, config, storage
 from ctf.common.errors import UserError
-from ctf.data.images import FASHION_MNIST_CLASSES, FASHION_MNIST_SIZE, INCLUDED, Report
+from ctf.common.progress import OpenProgress, Progress
+from ctf.data.images import FASHION_MNIST_CLASSES, FASHION_MNIST_SIZE, INCLUDED
 from ctf.evaluation import reference_sets, report
 from ctf.evaluation.classifier import SHIPPED, Classifier, classify, load_classifier
 from ctf.evaluation.extractors import Extractor, open_extractor
@@ -39,14 +40,14 @@ from ctf.evaluation.scores import (
 from ctf.evaluation.search import FAR, search, searched
 from ctf.pipelines import pipeline
 from ctf.pipelines.folder import PIPELINE_FILES, find_pipeline, hash_pipeline
-from ctf.pipelines.pipeline import Pipeline, Progress
+from ctf.pipelines.pipeline import Pipeline
 
 SAMPLES = 5000
 ASKED, EVALUATION = "asked.json", "an evaluation"
 
 
 def recognised(
-    pipe: Sampler, classifier: Classifier, drawing: Drawing, advance: Report | None = None
+    pipe: Sampler, classifier: Classifier, drawing: Drawing, progress: Progress | None = None
 ) -> Accuracy:
     """How many samples are recognised as the class asked for; nothing is kept."""
     classes_N = drawing.classes(len(pipe.class_names))
@@ -54,8 +55,8 @@ def recognised(
     for block in draw_blocks(pipe, drawing):
         found.append(classify(classifier, block).classes_N)
         done += len(block)
-        if advance is not None:
-            advance(done, drawing.samples)
+        if progress is not None:
+            progress(done, drawing.samples)
     return class_accuracy(np.concatenate(found), classes_N)
 
 
@@ -144,7 +145,7 @@ class Job:
                 "choose another --out"
             )
 
-    def run(self, progress: Progress) -> Result:
+    def run(self, open_progress: OpenProgress) -> Result:
         """Draws, scores and writes the report.
 
         Killed at any moment and run again, it goes on with the samples that are there, and ends
@@ -157,17 +158,17 @@ class Job:
         folder = self.folder
         claims.claim(folder, self.asked, marker=ASKED, what=EVALUATION)
         if not (folder / report.FILE).is_file():
-            self._make(progress)
+            self._make(open_progress)
         result = report.load(folder / report.FILE)
         if self._copy is not None and not self._copy.is_file():
             storage.save_json(self._copy, config.to_json(result))
         return result
 
-    def _make(self, progress: Progress) -> None:
+    def _make(self, open_progress: OpenProgress) -> None:
         known = []  # first: what is wrong with a reference is told before anything is drawn
         for extractor in self.extractors:
-            with progress(f"{extractor.name}: reference") as advance:
-                known.append(look_at_reference(self.reference, extractor, advance))
+            with open_progress(f"{extractor.name}: reference") as progress:
+                known.append(look_at_reference(self.reference, extractor, progress))
         subject, pictures = self.subject, self.pictures
         if self.pipe is not None and subject.drawing is not None:
             drawing = subject.drawing
@@ -178,24 +179,28 @@ class Job:
                     self.extractors[0],
                     known[0].pooled,
                     self.folder,
-                    progress,
+                    open_progress,
                     has_fine=self.pipe.fine is not None,
                 )
                 drawing = dataclasses.replace(drawing, settings={**drawing.settings, **found})
                 subject = dataclasses.replace(subject, drawing=drawing)
-            with progress("draw") as advance:
-                pictures = draw(self.pipe, drawing, self.folder, advance)
+            with open_progress("draw") as progress:
+                pictures = draw(self.pipe, drawing, self.folder, progress)
         assert pictures is not None
-        report.write(self.folder, self._score(pictures, subject, known, progress), pictures)
+        report.write(self.folder, self._score(pictures, subject, known, open_progress), pictures)
 
     def _score(
-        self, pictures: Collection, subject: Subject, known: Sequence[Reference], progress: Progress
+        self,
+        pictures: Collection,
+        subject: Subject,
+        known: Sequence[Reference],
+        open_progress: OpenProgress,
     ) -> Result:
         found: dict[str, dict[str, float]] = {}
         per_class: dict[str, dict[str, Any]] = {name: {} for name in pictures.class_names or ()}
         for extractor, reference in zip(self.extractors, known, strict=True):
-            with progress(f"{extractor.name}: samples") as advance:
-                gathered = gather(extractor, pictures, advance)
+            with open_progress(f"{extractor.name}: samples") as progress:
+                gathered = gather(extractor, pictures, progress)
             for name, score in scores(gathered, reference, extractor.suffix).items():
                 found[name] = (
                     config.to_json(score) if isinstance(score, Estimate) else {"value": score}
@@ -252,7 +257,7 @@ def prepare(
     against: Path | None = None,
     out: Path | None = None,
     device: torch.device,
-    advance: Report | None = None,
+    progress: Progress | None = None,
 ) -> Job:
     """Opens and checks everything that an evaluation needs; see `ctf evaluate --help`.
 
@@ -268,7 +273,7 @@ def prepare(
             that the classes can share equally; None: no search.
         against: a report.json, or its folder, that the new report will be compared with.
         out: a folder, or a .json file beside one; None: a folder in evaluations/.
-        advance: called with (files, files in all) while folders of pictures are read.
+        open_progress: called with (files, files in all) while folders of pictures are read.
 
     Raises:
         UserError: something is not there, is not what it should be, or does not fit the rest.
@@ -282,7 +287,7 @@ def prepare(
             )
         if reference is None:
             raise _no_reference(model)
-        pictures = reference_sets.open_scored(Path(model), advance)
+        pictures = reference_sets.open_scored(Path(model), progress)
         subject = Subject(pictures.name, pictures.fingerprint)
         source, size = reference, min(pictures.size)
     else:
@@ -308,7 +313,7 @@ def prepare(
         for spec in chosen
     ]
     known = reference_sets.open_reference(
-        source, size, split, background=background, skip_bad=skip_bad, report=advance
+        source, size, split, background=background, skip_bad=skip_bad, progress=progress
     )
     for extractor in extractors:
         if isinstance(known, Statistics):

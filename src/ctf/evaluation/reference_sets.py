@@ -25,8 +25,9 @@ from PIL import Image
 
 from ctf.common import storage
 from ctf.common.errors import UserError
+from ctf.common.progress import Progress
 from ctf.data.decode import FORMATS, SUFFIXES, Unusable, decode, read_bytes
-from ctf.data.images import INCLUDED, THREADS, ImageSet, Report, open_images, readable
+from ctf.data.images import INCLUDED, THREADS, ImageSet, open_images, readable
 from ctf.evaluation.distances import Gaussian
 
 BATCH = 64
@@ -70,17 +71,17 @@ class Collection:
     statistics: Statistics | None = None
 
 
-def open_scored(path: Path, report: Report | None = None) -> Collection:
+def open_scored(path: Path, progress: Progress | None = None) -> Collection:
     """Pictures that somebody drew: a folder, whose pictures are of one size, or an .npz file.
 
     Args:
-        report: called with (files, files in all) while a folder is read for the first time.
+        progress: called with (files, files in all) while a folder is read for the first time.
 
     Raises:
         UserError: there are none, of several sizes, or not pictures.
     """
     if path.is_dir():
-        return _folder(path, report)
+        return _folder(path, progress)
     found = _open_npz(path)
     if isinstance(found, Statistics):
         raise UserError(f"{path}: holds statistics and no pictures (arr_0), so nothing to score")
@@ -94,7 +95,7 @@ def open_reference(
     *,
     background: str = "white",
     skip_bad: bool = False,
-    report: Report | None = None,
+    progress: Progress | None = None,
 ) -> Collection | Statistics:
     """What is scored against.
 
@@ -102,7 +103,7 @@ def open_reference(
         source: an included set, a folder of pictures of any sizes and formats, or an .npz file.
         size: pixels a side that the pictures of a set or folder are cut to.
         split: of a set or folder; None: the held-out pictures of an included set, all of a folder.
-        background, skip_bad, report: of a folder; see `open_images`.
+        background, skip_bad, progress: of a folder; see `open_images`.
 
     Raises:
         UserError: see `open_images`; a file of another kind; a split of an .npz file.
@@ -111,7 +112,7 @@ def open_reference(
         if split is not None:
             raise UserError(f"{source}: an .npz file has no splits; leave --split out")
         return _open_npz(Path(source))
-    splits = open_images(source, size, background=background, skip_bad=skip_bad, report=report)
+    splits = open_images(source, size, background=background, skip_bad=skip_bad, progress=progress)
     chosen = split or ("val" if source in INCLUDED else "all")
     sets = {"train": (splits.train,), "val": (splits.val,), "all": (splits.train, splits.val)}
     return of_sets(f"{splits.train.name} ({chosen})", sets[chosen])
@@ -296,7 +297,7 @@ def _npz_statistics(path: Path, archive: zipfile.ZipFile, fingerprint: str) -> S
 # --- Folders and sets -----------------------------------------------------------------------------
 
 
-def _folder(root: Path, report: Report | None) -> Collection:
+def _folder(root: Path, progress: Progress | None) -> Collection:
     """Pictures as they are, in the order of their names.
 
     The classes are the subfolders, where every picture is in one, or those that `ctf sample` wrote.
@@ -314,8 +315,8 @@ def _folder(root: Path, report: Report | None) -> Collection:
         if {height, width} != {*first.shape[:2]}:
             raise _of_other_size(root / name, (height, width), names[0], first.shape)
         digest.update(f"{name} {hashlib.sha256(data).hexdigest()}\n".encode())
-        if report is not None:
-            report(done, len(names))
+        if progress is not None:
+            progress(done, len(names))
 
     def batches() -> Iterator[np.ndarray]:
         with ThreadPoolExecutor(THREADS) as pool:

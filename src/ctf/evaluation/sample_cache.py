@@ -16,8 +16,8 @@ from PIL import Image
 
 from ctf.common import storage
 from ctf.common.errors import UserError
+from ctf.common.progress import Progress
 from ctf.common.rng import generator
-from ctf.data.images import Report
 from ctf.evaluation import reference_sets
 from ctf.evaluation.reference_sets import Collection
 from ctf.pipelines.pipeline import BATCH
@@ -76,7 +76,7 @@ class Drawing:
         return dataclasses.replace(self, samples=self.samples + missing)
 
 
-def draw(pipe: Sampler, drawing: Drawing, folder: Path, report: Report) -> Collection:
+def draw(pipe: Sampler, drawing: Drawing, folder: Path, progress: Progress) -> Collection:
     """Draws what is not drawn yet, and keeps it in `folder`/samples.npz.
 
     Sample i is drawn from seed + i, and blocks always begin at the same samples, so interruptions
@@ -92,7 +92,7 @@ def draw(pipe: Sampler, drawing: Drawing, folder: Path, report: Report) -> Colle
                 block = _draw_block(pipe, drawing, classes_N, start)
                 with storage.atomic(file) as temporary, open(temporary, "wb") as opened:
                     np.save(opened, block)
-            report(min(start + BATCH, len(classes_N)), len(classes_N))
+            progress(min(start + BATCH, len(classes_N)), len(classes_N))
         height, width, channels = np.load(files[0], mmap_mode="r").shape[1:]
         shape = (len(classes_N), height, width, channels)
         reference_sets.save_pictures(path, (np.load(file) for file in files), shape, classes_N)

@@ -16,8 +16,9 @@ import torch
 
 from ctf.common import cache
 from ctf.common.errors import UserError
+from ctf.common.progress import Progress
 from ctf.common.rng import generator
-from ctf.data.images import Report, as_pictures, as_tensor
+from ctf.data.images import as_pictures, as_tensor
 from ctf.evaluation.distances import (
     FeatureStatistics,
     Gaussian,
@@ -88,25 +89,29 @@ class Gathered:
         return means_CD
 
 
-def gather(extractor: Extractor, pictures: Collection, report: Report | None = None) -> Gathered:
+def gather(
+    extractor: Extractor, pictures: Collection, progress: Progress | None = None
+) -> Gathered:
     """Looks at every picture once, in the memory of a chunk and of the statistics."""
     found: Gathered | None = None
-    for features in _look(extractor, pictures, report):
+    for features in _look(extractor, pictures, progress):
         found = found or Gathered(features, pictures)
         found.add(features)
     assert found is not None
     return found
 
 
-def _look(extractor: Extractor, pictures: Collection, report: Report | None) -> Iterator[Features]:
+def _look(
+    extractor: Extractor, pictures: Collection, progress: Progress | None
+) -> Iterator[Features]:
     """The features of all pictures, a chunk at a time."""
     parts: list[Features] = []
     seen = 0
     for batch in pictures.batches():
         parts.append(extractor(batch))
         seen += len(batch)
-        if report is not None:
-            report(seen, pictures.count)
+        if progress is not None:
+            progress(seen, pictures.count)
         if sum(len(part.pooled_ND) for part in parts) >= CHUNK:
             yield _joined(parts)
             parts = []
@@ -134,7 +139,7 @@ class Reference:
 
 
 def look_at_reference(
-    found: Collection | Statistics, extractor: Extractor, report: Report | None = None
+    found: Collection | Statistics, extractor: Extractor, progress: Progress | None = None
 ) -> Reference:
     """The features of a reference; they are kept for the next time in the user's cache folder.
 
@@ -150,7 +155,7 @@ def look_at_reference(
     name = f"{found.fingerprint[:24]}-{extractor.digest[:24]}-{VERSION}.npz"
     arrays = cache.load(f"references/{name}")
     if arrays is None:
-        arrays = _arrays(gather(extractor, found, report))
+        arrays = _arrays(gather(extractor, found, progress))
         cache.save(f"references/{name}", arrays)
     pooled, spatial = Gaussian(arrays["mu"], arrays["sigma"], found.count), None
     if "mu_s" in arrays:
@@ -222,7 +227,7 @@ def scores(samples: Gathered, reference: Reference, suffix: str) -> dict[str, Sc
 
 @torch.inference_mode()
 def reconstruction_distance(
-    tokenizer: VQModel, pictures: Collection, extractor: Extractor, report: Report | None = None
+    tokenizer: VQModel, pictures: Collection, extractor: Extractor, progress: Progress | None = None
 ) -> Estimate:
     """rFID of a tokenizer: the Frechet distance of reconstructions to the pictures themselves.
 
@@ -236,6 +241,6 @@ def reconstruction_distance(
             images_BCHW = tokenizer.decode(tokenizer.encode(as_tensor(batch, device)))
             yield np.stack([np.asarray(picture) for picture in as_pictures(images_BCHW)])
 
-    known = look_at_reference(pictures, extractor, report)
-    found = gather(extractor, dataclasses.replace(pictures, batches=reconstructed), report)
+    known = look_at_reference(pictures, extractor, progress)
+    found = gather(extractor, dataclasses.replace(pictures, batches=reconstructed), progress)
     return frechet_distance_estimate(found.pooled.parts, known.pooled)

@@ -14,12 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ctf.common import config, storage
-from ctf.data.images import Report
+from ctf.common.progress import OpenProgress, Progress
 from ctf.evaluation.distances import FeatureStatistics, Gaussian, frechet_distance
 from ctf.evaluation.extractors import Extractor
 from ctf.evaluation.metrics import PredictionStatistics
 from ctf.evaluation.sample_cache import Drawing, Sampler, draw_blocks
-from ctf.pipelines.pipeline import Progress
 
 BUDGET = 16  # points
 GUIDANCES = (1.0, 1.5, 2.0, 2.5, 3.0)
@@ -49,7 +48,7 @@ def search(
     extractor: Extractor,
     reference: Gaussian,
     folder: Path,
-    progress: Progress,
+    open_progress: OpenProgress,
     *,
     has_fine: bool,
     budget: int = BUDGET,
@@ -72,8 +71,8 @@ def search(
         point = next((point for point in known if point.settings == settings), None)
         if point is None:
             chosen = dataclasses.replace(drawing, settings={**drawing.settings, **settings})
-            with progress(f"search {len(points) + 1}/{budget}") as report:
-                point = _try(pipe, chosen, settings, extractor, reference, report)
+            with open_progress(f"search {len(points) + 1}/{budget}") as progress:
+                point = _try(pipe, chosen, settings, extractor, reference, progress)
             stored = [config.to_json(point) for point in (*points, point)]
             storage.save_json(path, {**described, "points": stored})
         points.append(point)
@@ -146,7 +145,7 @@ def _try(
     settings: Values,
     extractor: Extractor,
     reference: Gaussian,
-    report: Report,
+    progress: Progress,
 ) -> Point:
     pooled = FeatureStatistics(len(reference.mean_D))
     predictions: PredictionStatistics | None = None
@@ -156,7 +155,7 @@ def _try(
         if features.logits_NK is not None:
             predictions = predictions or PredictionStatistics(features.logits_NK.shape[1])
             predictions.add(features.logits_NK)
-        report(pooled.count, drawing.samples)
+        progress(pooled.count, drawing.samples)
     fid = frechet_distance(pooled.gaussian, reference)
     return Point(settings, fid, None if predictions is None else predictions.score)
 

@@ -18,9 +18,10 @@ from torch import nn
 
 from ctf.common import storage
 from ctf.common.errors import UserError
+from ctf.common.progress import Progress
 from ctf.models.sampling import in_words
 from ctf.pipelines.export import class_sheet
-from ctf.pipelines.pipeline import LICENSE, Pipeline, Report
+from ctf.pipelines.pipeline import LICENSE, Pipeline
 
 FILE = "README.md"
 PICTURE = "samples.png"
@@ -65,12 +66,12 @@ def _sealed(card: str) -> str:
     return f"{card}\n<!-- Made by ctf, and kept once it is edited: {digest} -->\n"
 
 
-def picture(pipe: Pipeline, report: Report | None = None) -> Image.Image:
+def picture(pipe: Pipeline, progress: Progress | None = None) -> Image.Image:
     """A sheet of samples: seeds from 0, a few classes spread evenly over all."""
     count = len(pipe.class_names)
     rows = min(CLASSES, count)
     numbers = [i * count // rows for i in range(rows)]
-    return class_sheet(pipe, numbers, COLUMNS, report=report)[0]
+    return class_sheet(pipe, numbers, COLUMNS, progress=progress)[0]
 
 
 def text(pipe: Pipeline, name: str = HERE, *, with_picture: bool = False) -> str:

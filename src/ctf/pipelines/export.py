@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,13 @@ from PIL import Image
 
 from ctf.common import claims, config, storage
 from ctf.common.errors import UserError
+from ctf.common.progress import Progress
 from ctf.data.sheet import sheet
 from ctf.models.sampling import Sampling
 from ctf.pipelines.pipeline import Pipeline, Samples, check_seed
 
 WIDEST = 16  # pictures in a row of a sheet
 MOST_ON_A_SHEET = 1024
-
-Report = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +73,7 @@ def load(path: Path) -> Settings:
     return config.from_json(Settings, storage.load_object(path), str(path))
 
 
-def draw(pipe: Pipeline, settings: Settings, report: Report | None = None) -> Samples:
+def draw(pipe: Pipeline, settings: Settings, progress: Progress | None = None) -> Samples:
     """The pictures of some settings, each decoded by itself: the same bytes, whatever it was drawn
     beside.
 
@@ -82,7 +81,7 @@ def draw(pipe: Pipeline, settings: Settings, report: Report | None = None) -> Sa
         UserError: the settings are none of this pipeline; see `Pipeline.sample`.
     """
     numbers = [number for number in settings.classes for _ in range(settings.count)]
-    more: dict[str, Any] = {"resize": settings.resize, "apart": True, "report": report}
+    more: dict[str, Any] = {"resize": settings.resize, "apart": True, "report": progress}
     more |= {f.name: getattr(settings.sampling, f.name) for f in dataclasses.fields(Sampling)}
     if settings.coarse is not None:
         return pipe.refine(numbers, torch.tensor(settings.coarse), settings.seed, **more)
@@ -103,7 +102,7 @@ def class_sheet(
     classes: Sequence[int | str],
     count: int,
     seed: int = 0,
-    report: Report | None = None,
+    progress: Progress | None = None,
     resize: int | None = None,
     **settings: Any,
 ) -> tuple[Image.Image, Samples]:
@@ -113,7 +112,7 @@ def class_sheet(
     """
     numbers = pipe.class_numbers(classes)
     wanted = [number for number in numbers for _ in range(count)]
-    drawn = pipe.sample(wanted, seed, resize=resize, report=report, **settings)
+    drawn = pipe.sample(wanted, seed, resize=resize, report=progress, **settings)
     return contact_sheet(drawn.images, [pipe.class_names[n] for n in numbers], count), drawn
 
 
@@ -155,7 +154,7 @@ def write(
     classes: Sequence[int | str],
     count: int,
     seed: int = 0,
-    report: Report | None = None,
+    progress: Progress | None = None,
     resize: int | None = None,
     **settings: Any,
 ) -> str:
@@ -169,16 +168,18 @@ def write(
     """
     check(out, count, len(classes), seed)
     if out.suffix.lower() == ".png":
-        picture, _ = class_sheet(pipe, classes, count, seed, report, resize, **settings)
+        picture, _ = class_sheet(pipe, classes, count, seed, progress, resize, **settings)
         return _write_picture(out, picture)
     chosen = pipe.class_numbers(classes)
     numbers = [number for number in chosen for _ in range(count)]
-    drawn = pipe.sample(numbers, seed, resize=resize, report=report, **settings)
+    drawn = pipe.sample(numbers, seed, resize=resize, report=progress, **settings)
     used = dataclasses.replace(pipe.sampling, **settings)
     return _write_folder(out, drawn, Settings(tuple(chosen), count, seed, used, resize))
 
 
-def write_again(pipe: Pipeline, out: Path, settings: Settings, report: Report | None = None) -> str:
+def write_again(
+    pipe: Pipeline, out: Path, settings: Settings, progress: Progress | None = None
+) -> str:
     """Draws the pictures of some settings into `out`; returns what was written, in words.
 
     out: as in `write`, but a single picture becomes the .png file itself.
@@ -187,7 +188,7 @@ def write_again(pipe: Pipeline, out: Path, settings: Settings, report: Report | 
         UserError: see `check` and `draw`.
     """
     check(out, settings.count, len(settings.classes), settings.seed)
-    drawn = draw(pipe, settings, report)
+    drawn = draw(pipe, settings, progress)
     if out.suffix.lower() != ".png":
         return _write_folder(out, drawn, settings)
     if len(drawn.images) == 1:

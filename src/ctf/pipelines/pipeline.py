@@ -21,6 +21,7 @@ from torch import Tensor
 from ctf.common import claims, config, memory, storage
 from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
+from ctf.common.progress import OpenProgress, Progress
 from ctf.data.decode import to_rgb
 from ctf.data.images import LARGEST_SIZE, as_pictures, as_tensor, crop
 from ctf.kernels import sampling_cpu as engine
@@ -48,9 +49,6 @@ from ctf.pipelines.folder import (
 LICENSE = "license"  # the entry of `origin` with the licence of the weights
 BATCH = 64  # images drawn at a time, at most
 DECODED = 2**23  # numbers in the largest layer of the decoder, of the images decoded at a time
-
-Report = Callable[[int, int], None]  # images drawn, images to draw
-Progress = Callable[[str], contextlib.AbstractContextManager[Report]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +218,7 @@ class Pipeline:
         private: bool | None = None,
         token: str | None = None,
         commit_message: str = "Push a pipeline of ctf",
-        progress: Progress | None = None,
+        progress: OpenProgress | None = None,
     ) -> str:
         """Pushes what `save_pretrained` writes to the Hub, as one commit.
 
@@ -234,7 +232,7 @@ class Pipeline:
             private: who can see a repository that is made; by default as the organisation has it.
             token: of the Hub; by default the one that was logged in with.
             progress: opens a reporter of the samples that are drawn, e.g.
-                `ctf.common.progress.progress`.
+                `ctf.common.progress.show_progress`.
 
         Returns:
             The web address of the commit.
@@ -313,7 +311,7 @@ class Pipeline:
         keep: Tensor | None = None,
         resize: int | None = None,
         apart: bool = False,
-        report: Report | None = None,
+        report: Progress | None = None,
         **settings: Any,
     ) -> Samples:
         """Draws an image for each of the given classes.
@@ -363,7 +361,7 @@ class Pipeline:
         *,
         resize: int | None = None,
         apart: bool = False,
-        report: Report | None = None,
+        report: Progress | None = None,
         **settings: Any,
     ) -> Samples:
         """Draws the details again, for the same coarse labels: the fine stage alone.
@@ -701,7 +699,7 @@ class Pipeline:
         settings: Sampling,
         resize: int | None,
         apart: bool,
-        report: Report | None,
+        report: Progress | None,
         coarse: Callable[[_Batch], Tensor],
     ) -> Samples:
         """All batches, of the labels that `coarse` gives for each."""

@@ -24,8 +24,8 @@ from threadpoolctl import threadpool_limits
 
 from ctf.bench import measuring
 from ctf.common import claims, config, storage
+from ctf.common.progress import OpenProgress, Progress
 from ctf.reproduce.jobs import Job, Place, SpeedJob, make
-from ctf.training.fit import Progress
 
 RESULT, ASKED, CLOCK = "result.json", "cell.json", "seconds.json"
 CELL = "a cell of ctf reproduce"
@@ -49,7 +49,7 @@ class Desk:
     work: Path
     results: Path
     place: Place
-    progress: Progress
+    open_progress: OpenProgress
 
     def asked(self, name: str) -> dict[str, Any]:
         """All that decides the result of a cell; of the cells that it needs, a hash of theirs."""
@@ -105,7 +105,7 @@ class Desk:
         claims.claim(folder, asked, marker=ASKED, what=CELL)
         clock = _Clock(folder / CLOCK)
         with clock.running():
-            found = make(job, folder / "run", self.work, self.place, clock.told(self.progress))
+            found = make(job, folder / "run", self.work, self.place, clock.told(self.open_progress))
         stored = {
             "cell": name,
             "asked": asked,
@@ -158,18 +158,18 @@ class _Clock:
         storage.save_json(self.path, self.seconds)
         self.saved = time.monotonic()
 
-    def told(self, progress: Progress) -> Progress:
-        """The same progress, which also keeps the clock."""
+    def told(self, open_progress: OpenProgress) -> OpenProgress:
+        """The same, which also keeps the clock."""
 
         @contextlib.contextmanager
-        def opened(name: str) -> Iterator[Callable[..., None]]:
-            with progress(name) as report:
+        def opened(name: str) -> Iterator[Progress]:
+            with open_progress(name) as progress:
 
                 def kept(*args: Any) -> None:
-                    report(*args)
+                    progress(*args)
                     if time.monotonic() - self.saved > CLOCK_SECONDS:
                         self._save()
 
                 yield kept
 
-        return opened  # type: ignore[return-value]
+        return opened

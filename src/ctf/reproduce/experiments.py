@@ -14,13 +14,13 @@ import torch
 from ctf.common import storage
 from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
+from ctf.common.progress import OpenProgress
 from ctf.data.images import open_images
 from ctf.reproduce import figure1, figure2, report, table1, table2, table3
 from ctf.reproduce.cells import RESULT, Cell, Desk
 from ctf.reproduce.jobs import Place
 from ctf.reproduce.plan import BUDGETS, Plan
 from ctf.reproduce.subset import split_off
-from ctf.training.fit import Progress
 
 # In the order in which they are computed by "all": what matters most first.
 PARTS: dict[str, Callable[[Plan], list[Cell]]] = {
@@ -44,14 +44,14 @@ def cells(plan: Plan, what: str) -> dict[str, Cell]:
 
 
 def open_desk(
-    plan: Plan, work: Path, results: Path, device: torch.device, progress: Progress
+    plan: Plan, work: Path, results: Path, device: torch.device, open_progress: OpenProgress
 ) -> Desk:
     """Raises UserError: see `open_images`."""
     images = open_images(plan.source, plan.image_size)
     train, kept_back = split_off(images.train, plan.kept_back)
     images = dataclasses.replace(images, train=train)
     place = Place(plan.source, images, kept_back, plan.features, device)
-    return Desk(cells(plan, "all"), work, results, place, progress)
+    return Desk(cells(plan, "all"), work, results, place, open_progress)
 
 
 def chosen(plan: Plan, what: str, only: str | None) -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ctf.common import config, storage
 from ctf.common.distributed import World
+from ctf.common.progress import OpenProgress
 from ctf.data.images import ImageSet, Splits, as_pictures
 from ctf.data.tokens import Tokens, TokensConfig
 from ctf.evaluation import evaluate, reference_sets, scores
@@ -35,7 +36,6 @@ from ctf.pipelines import pipeline  # fmt: skip
 from ctf.pipelines.folder import CLUSTERS, SETTINGS, load_clusters, load_fine, load_tokenizer
 from ctf.training import cost, fit, loop
 from ctf.training import tokenizer as tokenizer_training
-from ctf.training.fit import Progress
 from ctf.training.recipes import GroupLoss, Recipe, preset
 from ctf.training.tokenizer import TokenizerTraining
 from ctf.training.transformers import TrainingConfig
@@ -209,27 +209,27 @@ Job = (
 )  # fmt: skip
 
 
-def make(job: Job, run: Path, work: Path, place: Place, progress: Progress) -> Found:
+def make(job: Job, run: Path, work: Path, place: Place, open_progress: OpenProgress) -> Found:
     """Does a job in the folder `run`, the cells that it needs being done in `work`."""
     match job:
         case TokenizerJob():
-            return _tokenizer(job, run, place, progress)
+            return _tokenizer(job, run, place, open_progress)
         case TokensJob():
-            return _tokens(job, run, work, place, progress)
+            return _tokens(job, run, work, place, open_progress)
         case ClustersJob():
             return _clusters(job, run, work)
         case CoarseJob():
-            return _coarse(job, run, work, place, progress)
+            return _coarse(job, run, work, place, open_progress)
         case FineJob():
-            return _fine(job, run, work, place, progress)
+            return _fine(job, run, work, place, open_progress)
         case ScoreJob():
-            return _score(job, run, work, place, progress)
+            return _score(job, run, work, place, open_progress)
         case SearchJob():
-            return _search(job, run, work, place, progress)
+            return _search(job, run, work, place, open_progress)
         case DetailsJob():
-            return _details(job, run, work, place, progress)
+            return _details(job, run, work, place, open_progress)
         case SpeedJob():
-            return _speed(job, run, work, place, progress)
+            return _speed(job, run, work, place, open_progress)
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -240,19 +240,21 @@ def recipe(**values: Any) -> Recipe:
     return dataclasses.replace(preset("small"), tokens=TokensConfig(views="plain"), **values)
 
 
-def _tokenizer(job: TokenizerJob, run: Path, place: Place, progress: Progress) -> Found:
+def _tokenizer(job: TokenizerJob, run: Path, place: Place, open_progress: OpenProgress) -> Found:
     used = recipe(tokenizer=job.shape, tokenizer_training=job.training)
-    with progress("tokenizer") as report:
+    with open_progress("tokenizer") as progress:
         world = World(device=place.device)
-        tokenizer = fit.train_tokenizer(run, place.images, used, world, report)
-    with progress("reconstruction") as report:
+        tokenizer = fit.train_tokenizer(run, place.images, used, world, progress)
+    with open_progress("reconstruction") as progress:
         found: Found = dict(
-            tokenizer_training.evaluate(tokenizer, place.images.val, place.device, report=report)
+            tokenizer_training.evaluate(
+                tokenizer, place.images.val, place.device, progress=progress
+            )
         )
     held_out = _held_out(place)
     for extractor in _extractors(place):
-        with progress(f"rFID{extractor.suffix}") as report:
-            distance = scores.reconstruction_distance(tokenizer, held_out, extractor, report)
+        with open_progress(f"rFID{extractor.suffix}") as progress:
+            distance = scores.reconstruction_distance(tokenizer, held_out, extractor, progress)
         found[f"rFID{extractor.suffix}"] = config.to_json(distance)
     images = job.training.steps * job.training.batch_size
     forward = sum(cost.tokenizer_flops(tokenizer.config))
@@ -263,11 +265,13 @@ def _tokenizer(job: TokenizerJob, run: Path, place: Place, progress: Progress) -
     return found
 
 
-def _tokens(job: TokensJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:
+def _tokens(
+    job: TokensJob, run: Path, work: Path, place: Place, open_progress: OpenProgress
+) -> Found:
     _link(run, work / job.tokenizer / "run" / "tokenizer")
     tokenizer = load_tokenizer(run / "tokenizer", place.device)
-    with progress("tokens") as report:
-        fit.extract_tokens(run, tokenizer, place.images, recipe(), None, report)
+    with open_progress("tokens") as progress:
+        fit.extract_tokens(run, tokenizer, place.images, recipe(), None, progress)
     return {"pictures": len(place.images.train) + len(place.images.val)}
 
 
@@ -294,12 +298,14 @@ def _branch(run: Path, source: Path) -> Clusters:
     return load_clusters(run / "clusters" / CLUSTERS)
 
 
-def _coarse(job: CoarseJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:
+def _coarse(
+    job: CoarseJob, run: Path, work: Path, place: Place, open_progress: OpenProgress
+) -> Found:
     parts = _branch(run, work / job.clusters / "run")
     used = recipe(coarse=job.shape, coarse_training=job.training, group_loss=job.group_loss)
     source = None if job.warm_start is None else work / job.warm_start / "run"
-    with progress("coarse") as report:
-        fit.train_model(run, "coarse", parts, used, World(device=place.device), report, source)
+    with open_progress("coarse") as progress:
+        fit.train_model(run, "coarse", parts, used, World(device=place.device), progress, source)
     shape = config.from_json(
         TransformerConfig, storage.load_object(run / "coarse" / "config.json")["model"], "model"
     )
@@ -307,7 +313,7 @@ def _coarse(job: CoarseJob, run: Path, work: Path, place: Place, progress: Progr
     return _trained(run / "coarse", job.training, shape.length, flops)
 
 
-def _fine(job: FineJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:
+def _fine(job: FineJob, run: Path, work: Path, place: Place, open_progress: OpenProgress) -> Found:
     parts = _branch(run, work / job.clusters / "run")
     used = recipe(
         fine=job.shape,
@@ -315,8 +321,8 @@ def _fine(job: FineJob, run: Path, work: Path, place: Place, progress: Progress)
         fine_softmax=job.softmax,
         fine_corruption=job.corruption,
     )
-    with progress("fine") as report:
-        fit.train_model(run, "fine", parts, used, World(device=place.device), report)
+    with open_progress("fine") as progress:
+        fit.train_model(run, "fine", parts, used, World(device=place.device), progress)
     shape = config.from_json(
         TransformerConfig, storage.load_object(run / "fine" / "config.json")["model"], "model"
     )
@@ -378,7 +384,9 @@ def _settings(work: Path, tuned: str | None) -> dict[str, float]:
     return found
 
 
-def _score(job: ScoreJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:
+def _score(
+    job: ScoreJob, run: Path, work: Path, place: Place, open_progress: OpenProgress
+) -> Found:
     pipe = _pipeline(job, run / "pipeline", work, place)
     settings = {**_settings(work, job.tuned), **job.settings}
     prepared = evaluate.prepare(
@@ -394,7 +402,7 @@ def _score(job: ScoreJob, run: Path, work: Path, place: Place, progress: Progres
     )
     began = time.monotonic()
     # The same pipeline, made ready to draw faster.
-    result = dataclasses.replace(prepared, pipe=pipe).run(progress)
+    result = dataclasses.replace(prepared, pipe=pipe).run(open_progress)
     return {
         "scores": result.scores,
         "accuracy": None if result.accuracy is None else config.to_json(result.accuracy),
@@ -405,12 +413,14 @@ def _score(job: ScoreJob, run: Path, work: Path, place: Place, progress: Progres
     }
 
 
-def _search(job: SearchJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:
+def _search(
+    job: SearchJob, run: Path, work: Path, place: Place, open_progress: OpenProgress
+) -> Found:
     pipe = _pipeline(job, run / "pipeline", work, place)
     extractor = _extractors(place)[0]
     pictures = reference_sets.of_sets("pictures kept back", (place.kept_back,))
-    with progress(f"{extractor.name}: pictures kept back") as report:
-        known = scores.look_at_reference(pictures, extractor, report)
+    with open_progress(f"{extractor.name}: pictures kept back") as progress:
+        known = scores.look_at_reference(pictures, extractor, progress)
     drawing = Drawing(job.samples).shared(len(pipe.class_names))
     best = search(
         pipe,
@@ -418,7 +428,7 @@ def _search(job: SearchJob, run: Path, work: Path, place: Place, progress: Progr
         extractor,
         known.pooled,
         run,
-        progress,
+        open_progress,
         has_fine=pipe.fine is not None,
         budget=job.points,
     )
@@ -427,7 +437,9 @@ def _search(job: SearchJob, run: Path, work: Path, place: Place, progress: Progr
 
 
 @torch.inference_mode()
-def _details(job: DetailsJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:
+def _details(
+    job: DetailsJob, run: Path, work: Path, place: Place, open_progress: OpenProgress
+) -> Found:
     source = work / job.fine / "run"
     parts = _branch(run, source)
     tokenizer = load_tokenizer(run / "tokenizer", place.device)
@@ -467,8 +479,8 @@ def _details(job: DetailsJob, run: Path, work: Path, place: Place, progress: Pro
     found: Found = {}
     for extractor in extractors:
         reference = scores.look_at_reference(held_out, extractor, None)
-        with progress(f"{extractor.name}: {job.codes} codes") as report:
-            gathered = scores.gather(extractor, seen, report)
+        with open_progress(f"{extractor.name}: {job.codes} codes") as progress:
+            gathered = scores.gather(extractor, seen, progress)
         distance = f"FID{extractor.suffix}"
         scored = scores.scores(gathered, reference, extractor.suffix)
         found[distance] = config.to_json(scored[distance])
@@ -485,7 +497,9 @@ def _extractors(place: Place) -> list[Extractor]:
     return [open_extractor(name, device=place.device) for name in place.features]
 
 
-def _speed(job: SpeedJob, run: Path, work: Path, place: Place, progress: Progress) -> Found:
+def _speed(
+    job: SpeedJob, run: Path, work: Path, place: Place, open_progress: OpenProgress
+) -> Found:
     baseline = pipeline.load(
         _assemble(run / "baseline", work / job.baseline / "run", None), place.device, "auto"
     )
@@ -496,7 +510,7 @@ def _speed(job: SpeedJob, run: Path, work: Path, place: Place, progress: Progres
     }
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in ways}
     total = len(job.batches) * (job.rounds + 1)
-    with progress("speed") as report:
+    with open_progress("speed") as progress:
         for number, batch in enumerate(job.batches):
             classes = [i % len(ctf.class_names) for i in range(batch)]
             for round_ in range(job.rounds + 1):  # the first one warms up
@@ -506,7 +520,7 @@ def _speed(job: SpeedJob, run: Path, work: Path, place: Place, progress: Progres
                     if round_:
                         taken = time.perf_counter() - began
                         seconds[name].setdefault(str(batch), []).append(taken)
-                report(number * (job.rounds + 1) + round_ + 1, total)
+                progress(number * (job.rounds + 1) + round_ + 1, total)
     return {
         "seconds": seconds,
         "settings": {name: settings for name, (_, settings) in ways.items()},

@@ -13,6 +13,7 @@ from torch import Tensor
 from ctf.common import rng, storage
 from ctf.common.config import to_json
 from ctf.common.errors import UserError
+from ctf.common.progress import Progress
 from ctf.data.images import ImageSet, Splits, as_tensor
 from ctf.evaluation.classifier import (
     BATCH,
@@ -109,7 +110,7 @@ def train_classifier(
     config: ClassifierConfig | None = None,
     *,
     device: torch.device | str = "cpu",
-    report: loop.Report | None = None,
+    progress: Progress | None = None,
 ) -> Classifier:
     """Trains a classifier into `folder`, or goes on where it was killed, or loads it if it is done.
 
@@ -135,7 +136,9 @@ def train_classifier(
     }
     if loop.begin(folder, description):
         trainer = ClassifierTrainer(images, config, torch.device(device))
-        loop.run(trainer, folder, config.steps, evaluate_every=config.evaluate_every, report=report)
+        loop.run(
+            trainer, folder, config.steps, evaluate_every=config.evaluate_every, progress=progress
+        )
         # Half precision: half the size; 11 bits are plenty for weights that are not trained on.
         weights = {k: v.half() for k, v in trainer.model.state_dict().items()}
         loop.finish(folder, weights, {})

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ctf.common import storage
-from ctf.common.progress import progress
+from ctf.common.progress import show_progress
 from ctf.data.images import open_images
 from ctf.evaluation.classifier import shipped_classifier
 from ctf.evaluation.evaluate import recognised
@@ -38,7 +38,7 @@ def demo(out: Path, minutes: float, device: torch.device, console: Console) -> N
     run = out / "run"
     fitted = fit(
         images, run, recipe, minutes=minutes, device=device,
-        progress=lambda name: progress(name, console),
+        open_progress=lambda name: show_progress(name, console),
     )  # fmt: skip
     console.print(
         f"after {time.monotonic() - began:.0f} seconds: {_sheet(fitted, out / 'fitted.png')}",
@@ -60,8 +60,8 @@ def _table(folders: dict[str, Path], device: torch.device, console: Console) -> 
     classifier = shipped_classifier(device)
     for name, folder in folders.items():
         pipe = Pipeline.from_pretrained(folder, device)
-        with progress(f"scoring {name}", console) as report:
-            accuracy = recognised(pipe, classifier, Drawing(SCORED), report)
+        with show_progress(f"scoring {name}", console) as progress:
+            accuracy = recognised(pipe, classifier, Drawing(SCORED), progress)
         metrics = pipe.origin["metrics"]
         spent = pipe.origin["seconds"]
         columns.append(

@@ -13,7 +13,6 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +23,7 @@ import torch
 from ctf.common import claims, config, precision, storage
 from ctf.common.distributed import ALONE, World
 from ctf.common.errors import UserError
-from ctf.common.progress import Reporter
+from ctf.common.progress import OpenProgress, Progress, show_progress
 from ctf.data import tokens  # fmt: skip
 from ctf.data.images import VIEWS, Splits, as_tensor
 from ctf.data.tokens import Tokens
@@ -44,9 +43,6 @@ from ctf.training.loop import PLAINLY, Execution
 from ctf.training.recipes import Recipe, preset, with_steps
 from ctf.training.warm_start import Source, open_source, weights
 
-# Opens a reporter for a stage of that name, e.g. `ctf.common.progress.progress`.
-Progress = Callable[[str], AbstractContextManager[Reporter]]
-
 Kind = Literal["coarse", "fine"]
 
 FIT = "fit.json"
@@ -64,7 +60,7 @@ def fit(
     *,
     minutes: float | None = None,
     device: torch.device,
-    progress: Progress,
+    open_progress: OpenProgress = show_progress,
     execution: Execution = PLAINLY,
 ) -> Pipeline:
     """Trains every stage that is not done yet and returns the pipeline.
@@ -99,8 +95,8 @@ def fit(
         recipe = dataclasses.replace(
             recipe, tokenizer_training=with_steps(recipe.tokenizer_training, steps)
         )
-    with log.timed("tokenizer"), progress("tokenizer") as report:
-        tokenizer = train_tokenizer(run, images, recipe, world, report)
+    with log.timed("tokenizer"), open_progress("tokenizer") as progress:
+        tokenizer = train_tokenizer(run, images, recipe, world, progress)
 
     def token_limit() -> int:
         views = len(VIEWS[recipe.tokens.views])
@@ -108,8 +104,8 @@ def fit(
         return budget.pictures("tokens", each, views, len(images.val))
 
     limit = log.plan("tokens", token_limit if minutes else None)
-    with log.timed("tokens"), progress("tokens") as report:
-        extract_tokens(run, tokenizer, images, recipe, limit, report)
+    with log.timed("tokens"), open_progress("tokens") as progress:
+        extract_tokens(run, tokenizer, images, recipe, limit, progress)
 
     with log.timed("clusters"):
         parts = fit_clusters(run, tokenizer, recipe.clusters)
@@ -127,8 +123,8 @@ def fit(
         if steps is not None:
             stage_training = with_steps(getattr(recipe, f"{kind}_training"), steps)
             recipe = dataclasses.replace(recipe, **{f"{kind}_training": stage_training})
-        with log.timed(kind), progress(kind) as report:
-            train_model(run, kind, parts, recipe, world, report, execution=execution)
+        with log.timed(kind), open_progress(kind) as progress:
+            train_model(run, kind, parts, recipe, world, progress, execution=execution)
     _describe(run, images, recipe, log.seconds)
     return pipeline.load(run, device)
 
@@ -252,7 +248,7 @@ def tokenizer_hash(run: Path) -> str:
 
 
 def train_tokenizer(
-    run: Path, images: Splits, recipe: Recipe, world: World, report: loop.Report | None
+    run: Path, images: Splits, recipe: Recipe, world: World, progress: Progress | None
 ) -> VQModel:
     """Trains the tokenizer of a run, or goes on, or loads it if it is done.
 
@@ -267,7 +263,7 @@ def train_tokenizer(
         images,
         run / "tokenizer",
         world,
-        report,
+        progress,
     )
 
 
@@ -277,13 +273,13 @@ def extract_tokens(
     images: Splits,
     recipe: Recipe,
     limit: int | None,
-    report: tokens.Report | None,
+    progress: Progress | None,
     world: World = ALONE,
     precision: precision.Precision = "auto",
 ) -> None:
     tokens.extract(
         tokenizer, tokenizer_hash(run), images, run / "tokens", recipe.tokens,
-        limit=limit, precision=precision, report=report, world=world,
+        limit=limit, precision=precision, progress=progress, world=world,
     )  # fmt: skip
 
 
@@ -415,7 +411,7 @@ def train_model(
     parts: Clusters,
     recipe: Recipe,
     world: World,
-    report: loop.Report | None,
+    progress: Progress | None,
     warm_start: Path | None = None,
     execution: Execution = PLAINLY,
 ) -> None:
@@ -460,7 +456,7 @@ def train_model(
         t.steps,
         evaluate_every=t.evaluate_every,
         evaluate_first=source is not None,
-        report=report,
+        progress=progress,
         world=world,
     )
     loop.finish(folder, trainer.averaged.state_dict(), {}, world)

@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -25,9 +25,8 @@ from ctf.common import claims, memory, signals, storage
 from ctf.common.distributed import ALONE, World, laid_out, whole
 from ctf.common.errors import Stopped, UserError
 from ctf.common.precision import Precision
+from ctf.common.progress import Progress
 from ctf.common.rng import generator
-
-Report = Callable[[int, int, Mapping[str, float]], None]  # steps done, steps in all, latest metrics
 
 LOG_EVERY = 20  # steps averaged into one line of metrics.jsonl
 COUNTED = ("images", "tokens")  # of what a step returns: logged per second, not as a mean
@@ -92,7 +91,7 @@ def run(
     *,
     evaluate_every: int,
     evaluate_first: bool = False,
-    report: Report | None = None,
+    progress: Progress | None = None,
     world: World = ALONE,
 ) -> None:
     """Trains up to `steps`, going on from the newest state in `folder`/state if there is one.
@@ -123,8 +122,8 @@ def run(
                 sums = {}
                 seconds = seconds_before + time.monotonic() - began
                 log.append(done, "train", means, seconds)
-                if report is not None:
-                    report(done, steps, means)
+                if progress is not None:
+                    progress(done, steps, means)
                 if done % _whole_lines(evaluate_every) == 0 or done == steps:
                     log.append(done, "val", trainable.evaluate(), seconds)
                 save = world.any(time.monotonic() - last_saved > SAVE_SECONDS) or done == steps
@@ -330,8 +329,8 @@ def learning_rate(
         return peak * (step + 1) / warm_up
     if schedule == "constant":
         return peak
-    progress = min(1.0, (step - warm_up) / max(1, steps - warm_up))
-    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+    part = min(1.0, (step - warm_up) / max(1, steps - warm_up))
+    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * part)))
 
 
 def make_optimizer(

@@ -11,7 +11,7 @@ N = B * L vectors.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ctf.common import config, rng, storage
 from ctf.common.distributed import ALONE, World
 from ctf.common.errors import UserError
+from ctf.common.progress import Progress
 from ctf.data.images import ImageSet, Splits, View, as_tensor
 from ctf.evaluation import metrics
 from ctf.evaluation.features import PerceptualLoss
@@ -300,7 +301,7 @@ def train(
     images: Splits,
     folder: Path,
     world: World = ALONE,
-    report: loop.Report | None = None,
+    progress: Progress | None = None,
 ) -> VQModel:
     """Trains a tokenizer into `folder`, or goes on where it was killed, or loads it if it is done.
 
@@ -318,7 +319,7 @@ def train(
             folder,
             training.steps,
             evaluate_every=training.evaluate_every,
-            report=report,
+            progress=progress,
             world=world,
         )
         loop.finish(folder, trainer.model.state_dict(), {}, world)
@@ -331,7 +332,7 @@ def evaluate(
     images: ImageSet,
     device: torch.device | str = "cpu",
     limit: int | None = None,
-    report: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Reconstruction of (the first `limit` of) a set's pictures, and how the codebook is used.
 
@@ -351,8 +352,8 @@ def evaluate(
         psnr.append(metrics.psnr(decoded_BCHW, images_BCHW).cpu())
         ssim.append(metrics.ssim(decoded_BCHW, images_BCHW).cpu())
         counts_V += torch.bincount(codes_BL.flatten().cpu(), minlength=len(counts_V))
-        if report is not None:
-            report(start + len(indices), count)
+        if progress is not None:
+            progress(start + len(indices), count)
     return {
         "mse": float(torch.cat(mse).mean()),
         "psnr": float(torch.cat(psnr).mean()),

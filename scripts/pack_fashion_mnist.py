@@ -24,7 +24,7 @@ from PIL import Image
 
 from ctf.common.errors import UserError
 from ctf.common.storage import atomic
-from ctf.data.images import FASHION_MNIST, FASHION_MNIST_SHA256, load_fashion_mnist
+from ctf.data import fashion_mnist
 
 SHEET = 1000  # 28,000 pixels high: less than the 32,767 that many viewers can show
 ORIGINAL_NAMES = {"train": "train", "test": "t10k"}
@@ -61,13 +61,13 @@ def pack(originals: tyro.conf.Positional[Path]) -> None:
         pixels = read_idx(originals / f"{name}-images-idx3-ubyte.gz")
         labels = read_idx(originals / f"{name}-labels-idx1-ubyte.gz")
         digest = hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest()
-        if digest != FASHION_MNIST_SHA256[split]:
+        if digest != fashion_mnist.SHA256[split]:
             raise UserError(
                 f"{originals}: its {split} pictures are not the published ones: got SHA-256 "
-                f"{digest}, expected {FASHION_MNIST_SHA256[split]}"
+                f"{digest}, expected {fashion_mnist.SHA256[split]}"
             )
         splits[split] = pixels, labels
-    path = FASHION_MNIST / "pictures.zip"
+    path = fashion_mnist.FOLDER / "pictures.zip"
     with atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as file:
         for split, (pixels, labels) in splits.items():
             for start in range(0, len(pixels), SHEET):
@@ -78,7 +78,7 @@ def pack(originals: tyro.conf.Positional[Path]) -> None:
             entry = zipfile.ZipInfo(f"{split}/labels")
             file.writestr(entry, labels.tobytes(), zipfile.ZIP_DEFLATED)
     for split, original in splits.items():
-        for before, after in zip(original, load_fashion_mnist(split), strict=True):
+        for before, after in zip(original, fashion_mnist.load_arrays(split), strict=True):
             if not np.array_equal(before, after):
                 raise UserError(f"{path}: {split} read back differs from {originals}")
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, bit for bit equal to the originals")

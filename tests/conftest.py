@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from ctf.cli import main as cli
-from ctf.data import images
+from ctf.data import image_set, images
 from ctf.pipelines.pipeline import Pipeline
 
 CLASSES = ("blue", "green", "red")
@@ -140,7 +140,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def splits(pictures: Path) -> images.Splits:
+def splits(pictures: Path) -> image_set.Splits:
     return images.open_images(str(pictures), SIDE)
 
 

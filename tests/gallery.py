@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ctf.data.images import ImageSet
+from ctf.data.image_set import ImageSet
 from ctf.evaluation.extractors import Extractor, Features
 from ctf.evaluation.reference_sets import Collection
 

@@ -10,12 +10,12 @@ import sys
 from typing import Any
 
 from ctf.cli import main as cli
-from ctf.data import tokens
+from ctf.models.tokenizer import VQModel
 from ctf.training import loop
 
 last = int(os.environ.get("RANK", 0)) + 1 == int(os.environ.get("WORLD_SIZE", 1))
 at, *arguments = sys.argv[1:]
-make_step, encode = loop._step, tokens._encode
+make_step, encode = loop._step, VQModel.encode
 encoded = 0
 
 
@@ -33,6 +33,6 @@ def counted(*given: Any) -> Any:
     return encode(*given)
 
 
-loop._step, tokens._encode = step, counted
+loop._step, VQModel.encode = step, counted  # type: ignore[method-assign]
 sys.argv = ["ctf", *arguments]
 cli.program()

@@ -11,9 +11,10 @@ import torch
 from ctf.bench import tokens as tokens_bench
 from ctf.common import memory
 from ctf.common.precision import multiplies_bf16
-from ctf.data import tokens
-from ctf.data.images import VIEWS
+from ctf.data.extraction import TokensConfig, extract
+from ctf.data.image_set import Splits
 from ctf.data.tokens import Tokens
+from ctf.data.transforms import VIEWS
 from ctf.models.sizes import TOKENIZERS
 from ctf.models.tokenizer import VQModel
 from tests.conftest import Command
@@ -32,8 +33,8 @@ def tokenizer() -> VQModel:
 def test_both_ways_make_the_same_codes(tokenizer: VQModel, tmp_path: Path) -> None:
     images = tokens_bench._Noise(20, 32)
     tokens_bench.plain_extract(tokenizer, images, tmp_path, VIEWS["flip"])
-    splits = tokens.Splits(images, tokens_bench._Noise(1, 32))
-    tokens.extract(tokenizer, "", splits, tmp_path / "tokens", tokens.TokensConfig(views="flip"))
+    splits = Splits(images, tokens_bench._Noise(1, 32))
+    extract(tokenizer, "", splits, tmp_path / "tokens", TokensConfig(views="flip"))
     reader = Tokens(tmp_path / "tokens", "train")
     same = [
         np.array_equal(

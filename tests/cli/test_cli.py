@@ -170,7 +170,7 @@ def test_all_bad_pictures_are_named(
     out = tmp_path / "run"
     result = ctf(*command.split(), some_bad, "--out", out, "--image-size", SIDE)
     refused(
-        result, f"{some_bad}: 4 of 16 pictures cannot be used", "--skip-bad",
+        result, f"{some_bad}: 4 of 16 images cannot be used", "--skip-bad",
         "red/cut.jpg", "blue/empty.png", "green/letter.webp",
         "20x20, smaller than --image-size 32", "green/small.png", lines=5,
     )  # fmt: skip
@@ -203,12 +203,12 @@ def odd(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("pictures", "message"),
     [
-        ("empty", "no usable picture"),
-        ("other", "no usable picture"),
-        ("one", "one usable picture; at least 2"),
+        ("empty", "no usable images"),
+        ("other", "no usable images"),
+        ("one", "got one usable image, expected 2 or more"),
         ("no red", "red"),
         ("nowhere", "no such folder"),
-        ("file", "is a file; expected a folder"),
+        ("file", "got a file, expected a folder"),
     ],
 )
 def test_folders_that_cannot_be_learned_from(
@@ -237,7 +237,7 @@ def test_a_name_nearly_right(ctf: Command, tmp_path: Path) -> None:
     ("more", "message"),
     [
         (["--image-size", 64], "smaller than --image-size 64"),
-        (["--image-size", 0], "image size 0: expected 8 to 2048"),
+        (["--image-size", 0], "image size: got 0, expected 8 to 2048"),
         (["--image-size", 33], "image size 33 is not divisible by the tokenizer's factor"),
         (["--preset", "tinny"], "unknown preset 'tinny': did you mean 'tiny'?"),
         (["--steps", 0], "steps: got 0, expected 1 or more"),

@@ -1,4 +1,4 @@
-"""A cache of tokens of ImageNet's size: opened, read, and shuffled among processes that change."""
+"""Tokens of a data set of ImageNet's size: opened, read, and shuffled among processes."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_opens_at_once_and_takes_little_memory(cache: Path) -> None:
+def test_opening_takes_little_memory(cache: Path) -> None:
     script = (
         "import json, pathlib, sys; from ctf.bench import tokens as tokens_bench; "
         "print(json.dumps(tokens_bench.read(pathlib.Path(sys.argv[1]))))"
@@ -42,15 +42,15 @@ def test_opens_at_once_and_takes_little_memory(cache: Path) -> None:
     assert found["codes_per_second"] > 2e6
 
 
-def test_an_epoch_is_a_permutation_resumed_by_other_processes(cache: Path) -> None:
-    """By what is really read: each picture of the cache has its number in its codes."""
+def test_an_epoch_is_a_permutation_for_any_number_of_processes(cache: Path) -> None:
+    """Judged by what is read: the codes of each image contain its number."""
     reader = Tokens(cache, "train")
     steps = -(-IMAGENET // BATCH)
     seen = np.empty((steps, BATCH), np.int64)
     for step in range(steps):
-        size = 8 if step < steps // 3 else 4  # processes
-        for rank in range(size):
-            share = World(rank, size).share(BATCH, "batch_size")
+        processes = 8 if step < steps // 3 else 4
+        for rank in range(processes):
+            share = World(rank, processes).share(BATCH, "batch_size")
             codes_BL = reader.codes(loop.batch_indices(IMAGENET, BATCH, 7, step)[share])
             seen[step, share] = codes_BL[:, 0] + CODEBOOK * codes_BL[:, 1]
     first, next_epoch = np.split(seen.ravel(), [IMAGENET])
@@ -62,20 +62,21 @@ def test_an_epoch_is_a_permutation_resumed_by_other_processes(cache: Path) -> No
 MEMORY = """
 import sys
 sys.path.insert(0, {tests!r})
-from tests.data.test_tokens import *
+from ctf.data.extraction import extract
+from tests.data.tiny_tokens import *
 from ctf.common import memory
 grown = []
-def report(done, total):
+def progress(done, total):
     if done % 200 == 0:
         grown.append(memory.used()[1])
 config = TokensConfig(shard_images=10, batch_size=10)
-tokens.extract(tiny(), "abc", Splits(Pictures(2000, 0), IMAGES.val), Path({folder!r}), config,
-               progress=report)
+extract(make_tokenizer(), "abc", Splits(Noise(2000, 0), IMAGES.val), Path({folder!r}), config,
+               progress=progress)
 print(*grown)
 """
 
 
-def test_extraction_takes_no_more_memory_as_it_goes_on(tmp_path: Path) -> None:
+def test_the_memory_of_an_extraction_does_not_grow(tmp_path: Path) -> None:
     script = MEMORY.format(tests=str(Path(__file__).parents[2]), folder=str(tmp_path))
     process = subprocess.run(
         [sys.executable, "-c", script], check=True, capture_output=True, text=True

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from ctf.common.errors import UserError
-from ctf.data.images import PLAIN, ImageSet, Splits, View, open_images
+from ctf.data.image_set import ImageSet, Splits
+from ctf.data.images import open_images
+from ctf.data.transforms import PLAIN, View
 from ctf.evaluation.classifier import (
     SHIPPED,
     Classifier,

@@ -18,7 +18,8 @@ from PIL import Image
 
 from ctf.common import config
 from ctf.common.errors import UserError
-from ctf.data.images import ImageSet, Splits, open_images
+from ctf.data.image_set import ImageSet, Splits
+from ctf.data.images import open_images
 from ctf.evaluation import evaluate as evaluation
 from ctf.evaluation import reference_sets, report
 from ctf.evaluation.classifier import SHIPPED, ClassifierConfig, classify, shipped_classifier

@@ -18,7 +18,8 @@ from skimage import data
 from torch import Tensor
 
 from ctf.common.errors import UserError
-from ctf.data.images import as_tensor, crop, open_images
+from ctf.data.images import open_images
+from ctf.data.transforms import as_tensor, crop
 from ctf.evaluation import extractors
 from ctf.evaluation.classifier import classify, shipped_classifier
 from ctf.evaluation.extractors import Extractor, open_extractor

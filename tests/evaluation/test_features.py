@@ -12,7 +12,7 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
 from ctf.common.errors import UserError
-from ctf.data.images import as_tensor, crop
+from ctf.data.transforms import as_tensor, crop
 from ctf.evaluation import features
 from ctf.evaluation.features import PerceptualLoss, load_lite0
 

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from ctf.common.errors import UserError
-from ctf.data.images import imagenet_classes, open_images
+from ctf.data.imagenet import imagenet_classes
+from ctf.data.images import open_images
 from ctf.evaluation import reference_sets
 from ctf.evaluation.distances import FeatureStatistics
 from ctf.evaluation.reference_sets import Collection, Statistics, open_reference, open_scored

@@ -12,7 +12,8 @@ import pytest
 
 from ctf.common import storage
 from ctf.common.errors import UserError
-from ctf.data.images import ImageSet, open_images
+from ctf.data.image_set import ImageSet
+from ctf.data.images import open_images
 from ctf.evaluation.sample_cache import Drawing, draw, draw_blocks
 from ctf.pipelines.pipeline import BATCH, Pipeline
 from tests.gallery import Gallery

@@ -13,7 +13,8 @@ import torch
 from PIL import Image, ImageFilter
 
 from ctf.common.errors import UserError
-from ctf.data.images import Splits, open_images
+from ctf.data.image_set import Splits
+from ctf.data.images import open_images
 from ctf.evaluation import reference_sets, scores
 from ctf.evaluation.distances import FeatureStatistics, Gaussian, frechet_distance, manifold_scores
 from ctf.evaluation.extractors import Extractor, Features, open_extractor

@@ -13,7 +13,7 @@ from torch import nn
 from ctf.bench import llamagen_reference
 from ctf.common import memory
 from ctf.common.errors import UserError
-from ctf.data import images
+from ctf.data import images, transforms
 from ctf.kernels import sampling_cpu, tokenizer_cpu
 from ctf.models import sampling
 from ctf.models.coarse import CoarseModel
@@ -216,7 +216,7 @@ def test_low_precision_changes_pixels_by_less_than_a_grey_level() -> None:
 
 def test_a_prepared_encoder_is_the_same() -> None:
     tokenizer = Pipeline.from_pretrained("fashion-mnist", engine="eager").tokenizer
-    images_BCHW = images.as_tensor(held_out(tokenizer), CPU)
+    images_BCHW = transforms.as_tensor(held_out(tokenizer), CPU)
     vectors_BLC, codes_BL = tokenizer.encode_vectors(images_BCHW), tokenizer.encode(images_BCHW)
     for dtype, atol, equal in ((torch.float32, 1e-5, 1.0), (torch.bfloat16, 0.02, 0.9)):
         prepared = copy.deepcopy(tokenizer)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctf.common.errors import UserError
-from ctf.data import images
+from ctf.data import imagenet, transforms
 from ctf.models import clusters
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
@@ -455,12 +455,15 @@ def test_image_sizes_that_are_wrong(tmp_path: Path) -> None:
 
 
 def test_imagenet_classes() -> None:
-    classes = images.imagenet_classes()
+    classes = imagenet.imagenet_classes()
     assert len(classes) == len({*classes.values()}) == 1000 and sorted(classes) == [*classes]
     assert classes["n01440764"] == "tench" and classes["n02099601"] == "golden retriever"
-    assert images.readable(("n02099601", "n01440764")) == ("golden retriever", "tench")
+    assert imagenet.readable_class_names(("n02099601", "n01440764")) == (
+        "golden retriever",
+        "tench",
+    )
     for others in (("n02099601", "cats"), ("nothing",), ("n00000000",)):
-        assert images.readable(others) == others
+        assert imagenet.readable_class_names(others) == others
 
 
 @torch.no_grad()
@@ -470,7 +473,7 @@ def test_resized_as_llamagen_does_before_it_scores(pipe: Pipeline) -> None:
     theirs = F.interpolate(raw_BCHW, size=(6, 6), mode="bicubic")
     theirs = torch.clamp(127.5 * theirs + 128.0, 0, 255).byte().permute(0, 2, 3, 1).numpy()
     decoded = pipe.decode(codes_BL, resize=6)
-    ours = np.stack([np.asarray(image) for image in images.as_pictures(decoded)])
+    ours = np.stack([np.asarray(image) for image in transforms.as_pil(decoded)])
     assert int(np.abs(ours.astype(int) - theirs).max()) <= 1
     assert float((ours == theirs).mean()) > 0.99
     assert pipe.sample([1], resize=6).images[0].size == (6, 6)

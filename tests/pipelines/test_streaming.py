@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ctf.common.errors import UserError
-from ctf.data.images import Splits
+from ctf.data.image_set import Splits
 from ctf.models import clusters
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel

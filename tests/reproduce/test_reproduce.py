@@ -18,7 +18,9 @@ from filelock import FileLock
 
 from ctf.common import storage
 from ctf.common.errors import UserError
-from ctf.data.images import ImageSet, View, open_images
+from ctf.data.image_set import ImageSet
+from ctf.data.images import open_images
+from ctf.data.transforms import View
 from ctf.evaluation.extractors import open_extractor
 from ctf.models.clusters import ClustersConfig
 from ctf.models.sizes import TokenizerShape, TransformerShape

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ctf.common import config
 from ctf.common.errors import UserError
-from ctf.data import images
+from ctf.data import image_set
 from ctf.kernels import train_cpu
 from ctf.models.clusters import Clusters
 from ctf.models.coarse import CoarseModel
@@ -247,7 +247,7 @@ def test_command(ctf: Command) -> None:
         assert result.code == 2 and message in result.err
 
 
-def test_fit_says_the_same(splits: images.Splits) -> None:
+def test_fit_says_the_same(splits: image_set.Splits) -> None:
     from ctf.training import fit
 
     recipe = preset("tiny")

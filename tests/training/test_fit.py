@@ -21,7 +21,7 @@ from PIL import Image
 
 from ctf.cli import main as cli
 from ctf.common import config, storage
-from ctf.data import images, tokens
+from ctf.data import image_set, tokens
 from ctf.data.tokens import Tokens
 from ctf.models import clusters
 from ctf.models.clusters import Clusters
@@ -57,7 +57,7 @@ def metrics(run: Path, stage: str) -> list[dict[str, Any]]:
 # --- the whole chain ------------------------------------------------------------------------------
 
 
-def test_the_chain(run: Path, splits: images.Splits) -> None:
+def test_the_chain(run: Path, splits: image_set.Splits) -> None:
     stages = ("tokenizer", "coarse", "fine")
     for stage in stages:
         lines = metrics(run, stage)
@@ -392,7 +392,7 @@ def test_minutes_are_kept(pictures: Path, tmp_path: Path, ctf: Command) -> None:
 
 
 def test_time_is_shared_by_speed(
-    splits: images.Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    splits: image_set.Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With steps of a known duration the plan is arithmetic; and it outlives a kill."""
     monkeypatch.setattr(loop, "seconds_per_step", lambda trial: 0.05)
@@ -440,7 +440,7 @@ def test_time_is_shared_by_speed(
 
 
 def test_many_pictures_and_little_time(
-    splits: images.Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    splits: image_set.Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then only some pictures are encoded, of all classes alike."""
     monkeypatch.setattr(fit, "_seconds_per_picture", lambda *_: 0.05)

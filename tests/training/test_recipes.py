@@ -7,7 +7,7 @@ import torch
 
 from ctf.common import config
 from ctf.common.errors import UserError
-from ctf.data import images
+from ctf.data import image_set
 from ctf.models import clusters
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
@@ -91,7 +91,7 @@ def test_steps() -> None:
     assert rest == dataclasses.replace(preset("small").coarse_training, steps=1, warm_up=0)
 
 
-def test_resolved_for_pictures(splits: images.Splits) -> None:
+def test_resolved_for_pictures(splits: image_set.Splits) -> None:
     """What the command line asks for, put into the preset."""
     plain = fit.resolve("tiny", splits)
     assert plain == preset("tiny")
@@ -100,17 +100,17 @@ def test_resolved_for_pictures(splits: images.Splits) -> None:
     )
     assert asked.tokens.views == "ten-crop"
     assert (asked.coarse.width, asked.clusters.count, asked.fine_training.steps) == (64, 9, 5)
-    fashion = images.Splits(_Shoes(splits.train), _Shoes(splits.val))
+    fashion = image_set.Splits(_Shoes(splits.train), _Shoes(splits.val))
     assert fit.resolve("tiny", fashion).tokens.views == "plain"
     assert fit.resolve("tiny", fashion, views="flip").tokens.views == "flip"
 
 
-class _Shoes(images.ImageSet):
+class _Shoes(image_set.ImageSet):
     """Pictures that all look the same way."""
 
     mirrors = False
 
-    def __init__(self, like: images.ImageSet) -> None:
+    def __init__(self, like: image_set.ImageSet) -> None:
         super().__init__("shoes", like.class_names, like.classes_N, like.image_size, "shoes")
 
     def read(self, indices: object, view: object = None) -> object:  # type: ignore[override]
@@ -133,7 +133,7 @@ class _Shoes(images.ImageSet):
         (["tokenizer.largest_grid=0"], "largest_grid: got 0, expected 1 or more"),
     ],
 )
-def test_wrong_values(splits: images.Splits, overrides: list[str], message: str) -> None:
+def test_wrong_values(splits: image_set.Splits, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         fit.resolve("tiny", splits, overrides=overrides)
     assert message in str(caught.value)
@@ -153,7 +153,7 @@ def test_wrong_values(splits: images.Splits, overrides: list[str], message: str)
     ],
 )
 def test_values_that_do_not_go_together(
-    splits: images.Splits, overrides: list[str], message: str
+    splits: image_set.Splits, overrides: list[str], message: str
 ) -> None:
     recipe = fit.resolve("tiny", splits, overrides=overrides)
     for refuses in (
@@ -165,12 +165,12 @@ def test_values_that_do_not_go_together(
         assert message in str(caught.value)
 
 
-def test_identity_needs_no_count(splits: images.Splits) -> None:
+def test_identity_needs_no_count(splits: image_set.Splits) -> None:
     overrides = ["tokenizer.codebook_size=64", "clusters.method=identity"]
     fit.check(splits, fit.resolve("tiny", splits, overrides=overrides))
 
 
-def test_description(splits: images.Splits) -> None:
+def test_description(splits: image_set.Splits) -> None:
     text = fit.describe(splits, preset("tiny"), None)
     first, *stages = (line for line in text.splitlines() if not line.startswith(" "))
     assert (

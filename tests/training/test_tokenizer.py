@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ctf.common.distributed import ALONE
 from ctf.common.errors import UserError
-from ctf.data.images import PLAIN, ImageSet, Splits, View, as_tensor
+from ctf.data.image_set import ImageSet, Splits
+from ctf.data.transforms import PLAIN, View, as_tensor
 from ctf.evaluation import metrics
 from ctf.models.tokenizer import TokenizerConfig
 from ctf.training import loop, tokenizer

@@ -16,8 +16,8 @@ from ctf.common import config, storage
 from ctf.common.distributed import ALONE
 from ctf.common.errors import UserError
 from ctf.common.precision import multiplies_bf16
-from ctf.data.images import VIEWS
 from ctf.data.tokens import MANIFEST, Manifest, Shard, SplitManifest, Tokens
+from ctf.data.transforms import VIEWS
 from ctf.kernels import sampling_cpu
 from ctf.models.clusters import Clusters
 from ctf.models.coarse import CoarseModel

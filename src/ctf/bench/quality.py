@@ -15,7 +15,10 @@ from torch import Tensor
 
 from ctf.common.errors import UserError
 from ctf.common.progress import OpenProgress, Progress
-from ctf.data.images import FASHION_MNIST_CLASSES, INCLUDED, ImageSet, as_tensor, open_images
+from ctf.data import fashion_mnist
+from ctf.data.image_set import ImageSet
+from ctf.data.images import INCLUDED, open_images
+from ctf.data.transforms import as_tensor
 from ctf.evaluation.classifier import shipped_classifier
 from ctf.evaluation.evaluate import recognised
 from ctf.evaluation.metrics import Accuracy
@@ -79,7 +82,7 @@ def compare(
         pipe = pipeline.load(folder, device, engine)
         coarse, fine = cross_entropy(pipe, codes_NL, classes_N)
         accuracy = None
-        if pipe.class_names == FASHION_MNIST_CLASSES:
+        if pipe.class_names == fashion_mnist.CLASSES:
             with open_progress(f"samples, {engine}") as progress:
                 accuracy = recognised(pipe, shipped_classifier(device), Drawing(samples), progress)
         found.append(Quality(engine, coarse, fine, accuracy))

@@ -24,8 +24,11 @@ from ctf.common.config import to_json
 from ctf.common.errors import UserError
 from ctf.common.precision import Precision, multiplies_bf16
 from ctf.data import shards
-from ctf.data.images import PLAIN, VIEWS, ImageSet, Splits, View, as_tensor, open_images
-from ctf.data.tokens import MANIFEST, Manifest, Shard, SplitManifest, Tokens, TokensConfig, extract
+from ctf.data.extraction import TokensConfig, extract
+from ctf.data.image_set import ImageSet, Splits
+from ctf.data.images import open_images
+from ctf.data.tokens import MANIFEST, Manifest, Shard, SplitManifest, Tokens
+from ctf.data.transforms import PLAIN, VIEWS, View, as_tensor
 from ctf.kernels import tokenizer_cpu
 from ctf.models.coarse import CoarseModel
 from ctf.models.sizes import SIZES, TOKENIZERS
@@ -125,7 +128,7 @@ def write_cache(
     classes: int = CLASSES,
     shard_images: int = 4096,
 ) -> None:
-    """Writes a folder of random tokens, one view of each picture, as `tokens.extract` would.
+    """Writes a folder of random tokens, one view of each picture, as `extraction.extract` would.
 
     The first two codes of a picture are its number: number % codebook and number // codebook.
     """
@@ -237,7 +240,7 @@ def extraction(
     tokenizer: VQModel | None = None,
     precision: Precision = "fp32",
 ) -> tuple[list[float], list[float]]:
-    """Seconds of a view by LlamaGen's loop and by `tokens.extract`, of each round, in turn.
+    """Seconds of a view by LlamaGen's loop and by `extraction.extract`, of each round, in turn.
 
     Args:
         tokenizer: one of random weights in the shape of VQ-16 by default.

@@ -186,10 +186,10 @@ def tokens_check(run: Positional[Folder], /) -> None:
     from ctf.data import tokens
 
     with open_progress("check") as progress:
-        found = tokens.check(run / "tokens", progress)
-    older = f"; {found.without_checksum} of an earlier version have no checksum, and were only read"
+        result = tokens.check(run / "tokens", progress)
+    older = f"; {result.without_checksum} of them, from an earlier version, have no checksum"
     console.print(
-        f"{run / 'tokens'}: {found.files} files are whole{older * (found.without_checksum > 0)}",
+        f"{run / 'tokens'}: {result.files} files are intact{older * (result.without_checksum > 0)}",
         soft_wrap=True,
     )
 

@@ -1,4 +1,4 @@
-"""The bytes of a picture file, of any usual format and mode, -> an upright RGB picture."""
+"""Decoding of image files in the usual formats and modes to upright RGB images."""
 
 from __future__ import annotations
 
@@ -10,82 +10,112 @@ import numpy as np
 from PIL import Image, ImageChops, ImageFile, ImageOps
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # whatever a file's name claims
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # by content, whatever the suffix is
 
 
-class Unusable(Exception):
-    """Why a file cannot be used, in a few words."""
+class UnreadableImage(Exception):
+    """An image that cannot be used; the message is the reason, in a few words."""
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file; raises `Unusable`."""
+    """Read a whole file.
+
+    Raises:
+        UnreadableImage: there is no such file, or it cannot be read.
+    """
     try:
-        if not path.is_file():  # gone, a broken link, or a pipe that would never end
-            raise Unusable("not a file")
+        if not path.is_file():  # missing, a broken link, or a pipe, which would block
+            raise UnreadableImage("not a file")
         return path.read_bytes()
     except OSError as error:
-        raise Unusable(f"cannot be read: {error.strerror}") from None
+        raise UnreadableImage(f"cannot be read: {error.strerror}") from None
 
 
-def decode(data: bytes, size: int, colour: tuple[int, ...]) -> Image.Image:
-    """A file's content as an RGB picture of at least `size` pixels a side, or `Unusable`."""
+def decode(data: bytes, size: int, background: tuple[int, ...]) -> Image.Image:
+    """Decode the content of an image file.
+
+    Args:
+        data: the encoded image.
+        size: smallest allowed width and height in pixels.
+        background: RGB colour behind transparent pixels.
+
+    Returns:
+        The upright image, RGB.
+
+    Raises:
+        UnreadableImage: it is damaged, too small or too large, or of an unsupported format.
+    """
     limit = Image.MAX_IMAGE_PIXELS or sys.maxsize  # Pillow only warns below twice its limit
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             if file.width * file.height > limit:
                 raise Image.DecompressionBombError
             if file.mode in ("I", "F"):
-                raise Unusable("32-bit or floating-point pixels, whose range is not known")
-            image = to_rgb(file, colour)
-    except Unusable:
+                raise UnreadableImage("32-bit or floating-point pixels, whose range is not known")
+            image = to_rgb(file, background)
+    except UnreadableImage:
         raise
     except Image.DecompressionBombError:
-        raise Unusable(f"more than {limit:,} pixels") from None
-    except Exception:  # decoders raise nearly everything when the data is damaged
-        raise Unusable("corrupt, truncated or of an unknown format") from None
+        raise UnreadableImage(f"more than {limit:,} pixels") from None
+    except Exception:  # damaged data makes decoders raise nearly any exception
+        raise UnreadableImage("corrupt, truncated or of an unknown format") from None
     check_size(*image.size, size)
     return image
 
 
 def check_size(width: int, height: int, size: int) -> None:
-    """Raises `Unusable` where one of the sides is shorter than `size`."""
+    """Raise `UnreadableImage` if the width or the height is below `size` pixels."""
     if min(width, height) < size:
-        raise Unusable(f"{width}x{height}, smaller than --image-size {size}")
+        raise UnreadableImage(f"{width}x{height}, smaller than --image-size {size}")
 
 
-def to_rgb(file: ImageFile.ImageFile, colour: tuple[int, ...]) -> Image.Image:
-    """The first frame of a newly opened picture of any mode, upright, as RGB upon `colour`.
+def to_rgb(file: ImageFile.ImageFile, background: tuple[int, ...]) -> Image.Image:
+    """Convert the first frame of a newly opened file of any mode to an upright RGB image.
 
-    16-bit values are scaled to 8 bits. Colour profiles are not applied.
+    Transparent pixels are composited over `background`, 16-bit values are scaled to 8 bits, and
+    colour profiles are not applied.
     """
-    key = file.info.get("transparency")
-    if file.format == "PNG" and key is not None:
-        # Pillow scales the pixels to 8 bits, but not the colour that counts as transparent.
-        match file.tile[0].args:
-            case "L;2":
-                file.info["transparency"] = key * 85
-            case "L;4":
-                file.info["transparency"] = key * 17
-            case "RGB;16B":
-                file.info["transparency"] = tuple(value >> 8 for value in key)
+    transparent = _transparent_value(file)
     plain_cmyk = file.format == "JPEG" and file.mode == "CMYK" and "adobe" not in file.info
     white_is_zero = getattr(file, "tag_v2", {}).get(262) == 0  # TIFF's PhotometricInterpretation
 
     file.load()
     try:
         image = ImageOps.exif_transpose(file)
-    except Exception:  # of damaged EXIF data; the picture is whole, and shown as it is stored
+    except Exception:  # damaged EXIF data; the image itself is intact and used as it is stored
         image = file.copy()
-    if plain_cmyk:  # Pillow takes every CMYK JPEG for Adobe's, which is stored inverted
+    if plain_cmyk:  # Pillow treats every CMYK JPEG as one of Adobe's, which are stored inverted
         image = ImageChops.invert(image)
     if image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.uint32)
-        if white_is_zero:  # Pillow heeds it for 8 bits only
-            values = 65535 - values
-        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-        if key is not None:
-            image.putalpha(Image.fromarray((values != key).astype(np.uint8) * 255))
+        image = _from_16_bit(image, white_is_zero, transparent)
     if image.has_transparency_data:
-        ground = Image.new("RGBA", image.size, (*colour, 255))
-        image = Image.alpha_composite(ground, image.convert("RGBA"))
+        canvas = Image.new("RGBA", image.size, (*background, 255))
+        image = Image.alpha_composite(canvas, image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def _transparent_value(file: ImageFile.ImageFile) -> int | tuple[int, ...] | bytes | None:
+    """Return a file's transparent value; scale PNG's like the pixels, which Pillow does not do."""
+    value = file.info.get("transparency")
+    if file.format == "PNG" and value is not None:
+        match file.tile[0].args:
+            case "L;2":
+                file.info["transparency"] = value * 85
+            case "L;4":
+                file.info["transparency"] = value * 17
+            case "RGB;16B":
+                file.info["transparency"] = tuple(channel >> 8 for channel in value)
+    return value
+
+
+def _from_16_bit(
+    image: Image.Image, white_is_zero: bool, transparent: int | tuple[int, ...] | bytes | None
+) -> Image.Image:
+    """Scale 16-bit grey values to 8 bits, with alpha where they equal the transparent value."""
+    values = np.asarray(image).astype(np.uint32)
+    if white_is_zero:  # Pillow inverts such values only if they have 8 bits
+        values = 65535 - values
+    image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if transparent is not None:
+        image.putalpha(Image.fromarray((values != transparent).astype(np.uint8) * 255))
+    return image

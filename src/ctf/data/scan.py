@@ -1,8 +1,8 @@
-"""The one look at every file of a source: is it a picture, how large, and which bytes is it of?
+"""Scan of an image source: decodes every image once to find its size, its hash, and damage.
 
-What was found is kept in the user's cache, so a file is looked at again only if it has changed.
+Results are kept in the user's cache, so that an image is scanned again only if its file changed.
 
-Shape suffix: N files.
+Shape suffix: N images.
 """
 
 from __future__ import annotations
@@ -21,108 +21,112 @@ from PIL import Image
 
 from ctf.common import cache
 from ctf.common.progress import Progress
-from ctf.data.decode import Unusable, check_size, decode
-from ctf.data.sources import Files
+from ctf.data.decode import UnreadableImage, check_size, decode
+from ctf.data.sources.base import ImageSource
 
-THREADS = min(16, os.cpu_count() or 1)  # Pillow's decoders run outside the interpreter's lock
-SAVE_SECONDS = 60.0  # a kill loses at most this much looking
-
-
-@dataclass(frozen=True)
-class BadPicture:
-    """A file that cannot be used: its path relative to the folder, and why."""
-
-    name: str
-    reason: str
+THREADS = min(16, os.cpu_count() or 1)  # Pillow's decoders release the interpreter's lock
+SAVE_SECONDS = 60.0  # an interrupted scan loses at most this much work
+CHUNK = 256  # images submitted at a time, rather than a million futures at once
 
 
 @dataclass(frozen=True)
 class Scan:
-    """digests_N: (N, 32), the SHA-256 of each file. bad: those that cannot be used, by row."""
+    """Result of a scan.
+
+    Attributes:
+        digests_N: SHA-256 of the encoded bytes of each image, uint8, (N, 32).
+        unreadable: the reason for each image that cannot be used, by row in ascending order.
+    """
 
     digests_N: NDArray[np.uint8]
-    bad: dict[int, BadPicture]
+    unreadable: dict[int, str]
 
 
-class _Known:
-    """What is known of the files of a source: a row for each, of zeros where nothing is."""
+class _ScanCache:
+    """Sizes and digests of a source's images: zeros for those that are not known yet."""
 
-    def __init__(self, files: Files) -> None:
-        count = len(files.names)
-        self.files = files
-        self.stamps = files.stamps()
-        self.sides = np.zeros((count, 2), np.int32)  # width and height of the upright picture
+    def __init__(self, source: ImageSource) -> None:
+        count = len(source.names)
+        self.names = source.names
+        self.stamps = source.stamps()
+        self.sizes = np.zeros((count, 2), np.int32)  # width and height of the upright image
         self.digests = np.zeros((count, 32), np.uint8)
-        source = os.fspath(files.where.absolute())
-        self.file = f"scans/{hashlib.sha256(os.fsencode(source)).hexdigest()[:24]}.npz"
+        path = os.fspath(source.path.absolute())
+        self.file = f"scans/{hashlib.sha256(os.fsencode(path)).hexdigest()[:24]}.npz"
         stored = cache.load(self.file)
         if stored is None:
             return
-        old = {n: i for i, n in enumerate(cache.to_texts(stored["names"], len(stored["sides"])))}
-        old_N = np.array([old.get(name, -1) for name in files.names], np.int64)
+        old_names = cache.to_texts(stored["names"], len(stored["sides"]))
+        old_rows = {name: row for row, name in enumerate(old_names)}
+        old_N = np.array([old_rows.get(name, -1) for name in source.names], np.int64)
         rows = np.flatnonzero((old_N >= 0) & (self.stamps[:, 0] >= 0))
         rows = rows[(stored["stamps"][old_N[rows]] == self.stamps[rows]).all(1)]
-        self.sides[rows] = stored["sides"][old_N[rows]]
+        self.sizes[rows] = stored["sides"][old_N[rows]]
         self.digests[rows] = stored["digests"][old_N[rows]]
 
     def save(self) -> None:
-        rows = np.flatnonzero(self.sides[:, 0])
-        names = cache.from_texts([self.files.names[row] for row in rows])
+        rows = np.flatnonzero(self.sizes[:, 0])
         arrays = {
-            "sides": self.sides[rows],
+            "names": cache.from_texts([self.names[row] for row in rows]),
+            "sides": self.sizes[rows],
             "stamps": self.stamps[rows],
             "digests": self.digests[rows],
         }
-        cache.save(self.file, {"names": names, **arrays})
+        cache.save(self.file, arrays)
 
 
 def scan(
-    files: Files,
+    source: ImageSource,
     size: int,
-    colour: tuple[int, ...],
-    keep: Callable[[int, Image.Image], None],
+    background: tuple[int, ...],
+    on_decoded: Callable[[int, Image.Image], None],
     progress: Progress | None,
 ) -> Scan:
-    """Decodes the files that are not known, and says which cannot be cut to `size` pixels.
+    """Decode the images that are not in the cache, and find those that cannot be used.
 
     Args:
-        keep: is given each usable picture that was decoded, with its row; by several threads.
-        progress: called with (files looked at or known, files).
+        source: the images.
+        size: smallest allowed width and height in pixels.
+        background: RGB colour behind transparent pixels.
+        on_decoded: called with the row and the image, large enough, for each that is decoded; from
+            several threads.
+        progress: called with (scanned images, images).
     """
-    known = _Known(files)
-    bad: dict[int, str] = {}
+    known = _ScanCache(source)
+    unreadable: dict[int, str] = {}
 
-    def look(row: int) -> None:
+    def scan_image(row: int) -> None:
         try:
-            data = files.read(row)
-            image = decode(data, 1, colour)
-        except Unusable as why:
-            bad[row] = str(why)
+            data = source.read(row)
+            image = decode(data, 1, background)
+        except UnreadableImage as reason:
+            unreadable[row] = str(reason)
             return
         known.digests[row] = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
-        known.sides[row] = image.size
+        known.sizes[row] = image.size
         if min(image.size) >= size:
-            keep(row, image)
+            on_decoded(row, image)
 
-    count, saved = len(files.names), time.monotonic()
-    unknown = np.flatnonzero(known.sides[:, 0] == 0).tolist()
+    count, last_saved = len(source.names), time.monotonic()
+    unknown = np.flatnonzero(known.sizes[:, 0] == 0).tolist()
     done = count - len(unknown)
     with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
-        warnings.simplefilter("ignore")  # Pillow's: about pictures that end up in `bad`
-        for start in range(0, len(unknown), 256):  # not a future for each of a million files
-            for _ in pool.map(look, unknown[start : start + 256]):
+        warnings.simplefilter("ignore")  # Pillow's, about images that end up in `unreadable`
+        for start in range(0, len(unknown), CHUNK):
+            for _ in pool.map(scan_image, unknown[start : start + CHUNK]):
                 done += 1
                 if progress is not None:
                     progress(done, count)
-            if time.monotonic() - saved > SAVE_SECONDS:
+            if time.monotonic() - last_saved > SAVE_SECONDS:
                 known.save()
-                saved = time.monotonic()
-    if len(bad) < len(unknown):
+                last_saved = time.monotonic()
+    if len(unreadable) < len(unknown):
         known.save()
-    for row in np.flatnonzero((known.sides[:, 0] > 0) & (known.sides.min(1) < size)).tolist():
-        width, height = known.sides[row].tolist()
+    too_small = (known.sizes[:, 0] > 0) & (known.sizes.min(1) < size)
+    for row in np.flatnonzero(too_small).tolist():
         try:
+            width, height = known.sizes[row].tolist()
             check_size(width, height, size)
-        except Unusable as why:
-            bad[row] = str(why)
-    return Scan(known.digests, {row: BadPicture(files.names[row], bad[row]) for row in sorted(bad)})
+        except UnreadableImage as reason:
+            unreadable[row] = str(reason)
+    return Scan(known.digests, dict(sorted(unreadable.items())))

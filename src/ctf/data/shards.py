@@ -1,8 +1,8 @@
-"""Arrays on disk whose damage is noticed: .npy files that end with the SHA-256 of what is before.
+""".npy files that end with a checksum, so that damage is noticed.
 
-The checksum is a second array in the same file, after the first one, where np.load does not look:
-so a file and its checksum are there together or not at all. Files without one, as earlier versions
-wrote them, can be read as well.
+The SHA-256 is a second array in the same file, behind the first, where np.load does not look: a
+file and its checksum are written together or not at all. Files without one, written by earlier
+versions, can be read as well.
 """
 
 from __future__ import annotations
@@ -18,73 +18,73 @@ import numpy as np
 
 from ctf.common import storage
 
-CHUNK = 1 << 20  # bytes looked at in one go
+CHUNK_BYTES = 1 << 20  # read at a time
 
 
-class Damaged(Exception):
-    """What is wrong with a file, in a few words."""
+class DamagedFile(Exception):
+    """A file that does not hold the expected array; the message is the reason, in a few words."""
 
 
 def save(path: Path, array: np.ndarray) -> None:
-    """Writes an array and its checksum; the file is whole or not there."""
-    buffer = io.BytesIO()  # numpy's own writing to a full disk fails without saying why
+    """Write an array and its checksum atomically."""
+    buffer = io.BytesIO()  # np.save to a file does not say why it failed on a full disk
     np.save(buffer, array)
-    buffer.write(_ending(hashlib.sha256(buffer.getbuffer())))
+    buffer.write(_checksum(hashlib.sha256(buffer.getbuffer())))
     with storage.atomic(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
 
-def first_byte(path: Path, shape: tuple[int, ...], dtype: str) -> int:
-    """Where the values of the array begin in the file; looks at nothing but its header and size.
+def data_offset(path: Path, shape: tuple[int, ...], dtype: str) -> int:
+    """Return the offset of the array's values in the file, from its header and size alone.
 
     Raises:
-        Damaged: there is no file, it is cut off, or it holds another array.
+        DamagedFile: there is no file, it is truncated, or it holds another array.
     """
     try:
         with open(path, "rb") as file:
-            return _first_byte(file, shape, dtype)
+            return _data_offset(file, shape, dtype)
     except OSError as error:
-        raise Damaged(_reason(error)) from None
+        raise DamagedFile(_reason(error)) from None
 
 
 def verify(path: Path, shape: tuple[int, ...], dtype: str, below: int) -> bool:
-    """Reads all of a file, in the memory of a chunk; returns whether it has a checksum.
+    """Read a whole file, a chunk at a time, and return whether it has a checksum.
 
     Raises:
-        Damaged: see `first_byte`; or it is not what its checksum says, or it holds a value that is
-            not in 0..below - 1.
+        DamagedFile: see `data_offset`; or the checksum does not match, or a value is not in
+            0..below - 1.
     """
     try:
         with open(path, "rb") as file:
-            start = _first_byte(file, shape, dtype)
+            start = _data_offset(file, shape, dtype)
             file.seek(0)
             digest = hashlib.sha256(file.read(start))
             left = math.prod(shape) * np.dtype(dtype).itemsize
             outside = None
             while left:
-                chunk = file.read(min(left, CHUNK))
+                chunk = file.read(min(left, CHUNK_BYTES))
                 if not chunk:
-                    raise Damaged("cut off")
+                    raise DamagedFile("truncated")
                 left -= len(chunk)
                 digest.update(chunk)
                 values = np.frombuffer(chunk, dtype)
                 if outside is None and not (values.min() >= 0 and values.max() < below):
                     outside = int(values[(values < 0) | (values >= below)][0])
-            ending = file.read()
+            checksum = file.read()
     except OSError as error:
-        raise Damaged(_reason(error)) from None
-    if ending and ending != _ending(digest):
-        raise Damaged("its content is not what its checksum says")
+        raise DamagedFile(_reason(error)) from None
+    if checksum and checksum != _checksum(digest):
+        raise DamagedFile("does not match its checksum")
     if outside is not None:
-        raise Damaged(f"holds {outside}, expected 0 to {below - 1}")
-    return bool(ending)
+        raise DamagedFile(f"holds {outside}, expected 0 to {below - 1}")
+    return bool(checksum)
 
 
 class Reader:
-    """A file that is read at any place, by several threads too, without a map into memory.
+    """A file that several threads can read at any offset, without mapping it into memory.
 
-    Unlike a map, it takes no memory for what was read once, and a file that was cut off or a disk
-    that fails is an error that can be told instead of the end of the process.
+    Unlike a memory map, it holds no memory for pages that were read once, and a truncated file or a
+    failing disk raises an error instead of killing the process.
     """
 
     def __init__(self, path: Path) -> None:
@@ -94,35 +94,35 @@ class Reader:
         if hasattr(self, "_file"):
             os.close(self._file)
 
-    def read_into(self, row: np.ndarray, at: int) -> None:
-        """Fills a contiguous array with what is in the file from byte `at` on.
+    def read_into(self, row: np.ndarray, offset: int) -> None:
+        """Fill a contiguous array with the bytes of the file from `offset` on.
 
         Raises:
-            OSError: there is less, or the disk fails.
+            OSError: the file is too short, or the disk fails.
         """
-        if os.preadv(self._file, [row.data], at) != row.nbytes:
-            raise OSError("it is cut off")
+        if os.preadv(self._file, [row.data], offset) != row.nbytes:
+            raise OSError("truncated")
 
 
-def _first_byte(file: BinaryIO, shape: tuple[int, ...], dtype: str) -> int:
+def _data_offset(file: BinaryIO, shape: tuple[int, ...], dtype: str) -> int:
     try:
         if np.lib.format.read_magic(file) != (1, 0):
-            raise Damaged("not an array of this kind")
-        got, by_column, kind = np.lib.format.read_array_header_1_0(file)
-    except Damaged:
+            raise DamagedFile("not a .npy file of version 1.0")
+        got, by_column, got_dtype = np.lib.format.read_array_header_1_0(file)
+    except DamagedFile:
         raise
-    except Exception:  # the parser raises nearly everything when the header is damaged
-        raise Damaged("not an array, or cut off") from None
-    if (got, kind) != (shape, np.dtype(dtype)) or by_column:
-        raise Damaged(f"holds {kind} of shape {got}, expected {dtype} of {shape}")
+    except Exception:  # a damaged header makes the parser raise nearly any exception
+        raise DamagedFile("not a .npy file, or truncated") from None
+    if (got, got_dtype) != (shape, np.dtype(dtype)) or by_column:
+        raise DamagedFile(f"holds {got_dtype} of shape {got}, expected {dtype} of shape {shape}")
     start = file.tell()
     size = os.fstat(file.fileno()).st_size
-    if size < start + math.prod(shape) * kind.itemsize:
-        raise Damaged("cut off")
+    if size < start + math.prod(shape) * got_dtype.itemsize:
+        raise DamagedFile("truncated")
     return start
 
 
-def _ending(digest: hashlib._Hash) -> bytes:
+def _checksum(digest: hashlib._Hash) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, np.frombuffer(digest.digest(), np.uint8))
     return buffer.getvalue()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ctf.common import storage
 from ctf.common.config import from_json
 from ctf.common.errors import UserError
-from ctf.data.images import as_tensor
+from ctf.data.transforms import as_tensor
 
 SHIPPED = Path(__file__).parents[1] / "shipped" / "fashion-mnist-classifier"
 CHANNELS_PER_GROUP = 16  # of the normalisation

@@ -20,7 +20,8 @@ import torch
 from ctf.common import claims, config, storage
 from ctf.common.errors import UserError
 from ctf.common.progress import OpenProgress, Progress
-from ctf.data.images import FASHION_MNIST_CLASSES, FASHION_MNIST_SIZE, INCLUDED
+from ctf.data import fashion_mnist
+from ctf.data.images import INCLUDED
 from ctf.evaluation import reference_sets, report
 from ctf.evaluation.classifier import SHIPPED, Classifier, classify, load_classifier
 from ctf.evaluation.extractors import Extractor, open_extractor
@@ -365,8 +366,8 @@ def _search_samples(
 
 def _is_like_fashion(pipe: Pipeline | None, source: str, size: int) -> bool:
     """Whether what is scored is of the kind that the shipped classifier knows."""
-    known = source in INCLUDED if pipe is None else pipe.class_names == FASHION_MNIST_CLASSES
-    return known and size == FASHION_MNIST_SIZE
+    known = source in INCLUDED if pipe is None else pipe.class_names == fashion_mnist.CLASSES
+    return known and size == fashion_mnist.PADDED_SIZE
 
 
 def _judge(

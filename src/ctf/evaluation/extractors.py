@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ctf.common import storage
 from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
-from ctf.data.images import as_tensor, crop
+from ctf.data.transforms import as_tensor, crop
 from ctf.evaluation.classifier import SHIPPED, shipped_classifier
 from ctf.evaluation.features import LITE0_SIZE, lite0_weights, load_lite0
 from ctf.evaluation.inception import Inception, fold_batch_norms

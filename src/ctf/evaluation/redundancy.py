@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ctf.data.images import as_pictures
-from ctf.data.sheet import sheet
+from ctf.data.image_grid import image_grid
+from ctf.data.transforms import as_pil
 from ctf.evaluation.metrics import psnr
 from ctf.models.clusters import Clusters, inertia, swap
 from ctf.models.tokenizer import VQModel
@@ -85,7 +85,7 @@ def swap_sheet(
             codes_BL, control, generator
         ),
     }
-    return sheet([(name, as_pictures(_decode(tokenizer, codes))) for name, codes in rows.items()])
+    return image_grid([(name, as_pil(_decode(tokenizer, codes))) for name, codes in rows.items()])
 
 
 @torch.inference_mode()

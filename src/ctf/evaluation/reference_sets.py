@@ -26,8 +26,11 @@ from PIL import Image
 from ctf.common import storage
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
-from ctf.data.decode import FORMATS, SUFFIXES, Unusable, decode, read_bytes
-from ctf.data.images import INCLUDED, THREADS, ImageSet, open_images, readable
+from ctf.data.decode import FORMATS, SUFFIXES, UnreadableImage, decode, read_bytes
+from ctf.data.image_set import ImageSet
+from ctf.data.imagenet import readable_class_names
+from ctf.data.images import INCLUDED, open_images
+from ctf.data.scan import THREADS
 from ctf.evaluation.distances import Gaussian
 
 BATCH = 64
@@ -359,7 +362,7 @@ def _folder_classes(
     folders, inside, _ = zip(*(name.partition("/") for name in names), strict=True)
     if all(inside):
         class_names, classes_N = np.unique(folders, return_inverse=True)
-        return classes_N, readable(tuple(class_names.tolist()))
+        return classes_N, readable_class_names(tuple(class_names.tolist()))
     codes = root / "codes.npz"  # beside 000000.png and so on, as `ctf sample` writes them
     if codes.is_file() and all(name == f"{i:06d}.png" for i, name in enumerate(names)):
         with _reading(codes), zipfile.ZipFile(codes) as archive:
@@ -373,7 +376,7 @@ def _folder_classes(
 def _blaming(path: Path) -> Iterator[None]:
     try:
         yield
-    except Unusable as why:
+    except UnreadableImage as why:
         raise UserError(f"{path}: {why}") from None
 
 
@@ -383,12 +386,12 @@ def _read(path: Path) -> np.ndarray:
 
 
 def _sides(data: bytes) -> tuple[int, int]:
-    """Height and width by the header alone, before EXIF turns the picture; or `Unusable`."""
+    """Height and width by the header alone, before EXIF turns the picture; or `UnreadableImage`."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             return file.height, file.width
     except Exception:  # as in `decode`
-        raise Unusable("corrupt, truncated or of an unknown format") from None
+        raise UnreadableImage("corrupt, truncated or of an unknown format") from None
 
 
 def _of_other_size(

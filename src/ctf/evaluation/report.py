@@ -18,7 +18,7 @@ from PIL import Image
 from ctf.common import config, storage
 from ctf.common.errors import UserError
 from ctf.common.version import __version__
-from ctf.data.sheet import sheet
+from ctf.data.image_grid import image_grid
 from ctf.evaluation.metrics import Accuracy, Difference, Estimate, difference
 from ctf.evaluation.reference_sets import Collection
 from ctf.evaluation.sample_cache import Drawing
@@ -304,7 +304,7 @@ def samples_sheet(pictures: Collection) -> Image.Image:
         start += len(batch)
         if len(tiles) == len(wanted):
             break
-    return sheet([(name, [tiles[number] for number in row.tolist()]) for name, row in chosen])
+    return image_grid([(name, [tiles[number] for number in row.tolist()]) for name, row in chosen])
 
 
 def versions() -> dict[str, str]:

@@ -18,7 +18,7 @@ from ctf.common import cache
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
 from ctf.common.rng import generator
-from ctf.data.images import as_pictures, as_tensor
+from ctf.data.transforms import as_pil, as_tensor
 from ctf.evaluation.distances import (
     FeatureStatistics,
     Gaussian,
@@ -239,7 +239,7 @@ def reconstruction_distance(
     def reconstructed() -> Iterator[np.ndarray]:
         for batch in pictures.batches():
             images_BCHW = tokenizer.decode(tokenizer.encode(as_tensor(batch, device)))
-            yield np.stack([np.asarray(picture) for picture in as_pictures(images_BCHW)])
+            yield np.stack([np.asarray(picture) for picture in as_pil(images_BCHW)])
 
     known = look_at_reference(pictures, extractor, progress)
     found = gather(extractor, dataclasses.replace(pictures, batches=reconstructed), progress)

@@ -19,7 +19,7 @@ from PIL import Image
 from ctf.common import claims, config, storage
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
-from ctf.data.sheet import sheet
+from ctf.data.image_grid import image_grid
 from ctf.models.sampling import Sampling
 from ctf.pipelines.pipeline import Pipeline, Samples, check_seed
 
@@ -123,7 +123,7 @@ def contact_sheet(images: Sequence[Image.Image], names: Sequence[str], count: in
         of_class = images[i * count : (i + 1) * count]
         for start in range(0, count, WIDEST):
             rows.append((name if start == 0 else "", of_class[start : start + WIDEST]))
-    return sheet(rows)
+    return image_grid(rows)
 
 
 def check(out: Path, count: int, classes: int, seed: int) -> None:

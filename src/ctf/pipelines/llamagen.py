@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ctf.common import claims, config, storage
 from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
-from ctf.data.images import imagenet_classes
+from ctf.data.imagenet import imagenet_classes
 from ctf.models import clusters
 from ctf.models.coarse import CoarseModel
 from ctf.models.sampling import Sampling

@@ -23,7 +23,8 @@ from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
 from ctf.common.progress import OpenProgress, Progress
 from ctf.data.decode import to_rgb
-from ctf.data.images import LARGEST_SIZE, as_pictures, as_tensor, crop
+from ctf.data.images import MAX_IMAGE_SIZE
+from ctf.data.transforms import as_pil, as_tensor, crop
 from ctf.kernels import sampling_cpu as engine
 from ctf.kernels.sampling_cpu import Engine
 from ctf.models import clusters, sampling
@@ -464,7 +465,7 @@ class Pipeline:
             if more == 0:
                 images = []
                 if preview:
-                    images = as_pictures(self._preview(labels_BT, batch.kept_BL, resize))
+                    images = as_pil(self._preview(labels_BT, batch.kept_BL, resize))
                 yield Event(rows_done, grid, labels_BT.clone().cpu(), images, None, numbers)
         samples = self._finish(batch, labels_BT, settings, resize, apart)
         yield Event(grid, grid, samples.coarse, samples.images, samples, numbers)
@@ -506,7 +507,7 @@ class Pipeline:
         _check_integers("coarse", coarse)
         _check_range("coarse", coarse, self.clusters.count)
         kept_BL = self._kept(codes, keep, len(coarse))
-        return as_pictures(self._preview(coarse.to(self.device).long(), kept_BL, resize))
+        return as_pil(self._preview(coarse.to(self.device).long(), kept_BL, resize))
 
     @torch.inference_mode()
     def _preview(self, labels_BT: Tensor, kept_BL: Tensor | None, resize: int | None) -> Tensor:
@@ -733,14 +734,14 @@ class Pipeline:
             batch.kept_BL,
         )
         parts = codes_BL.split(1 if apart else len(codes_BL))
-        images = [image for part in parts for image in as_pictures(self.decode(part, resize))]
+        images = [image for part in parts for image in as_pil(self.decode(part, resize))]
         return Samples(images, codes_BL.cpu(), labels_BL.cpu())
 
 
 def check_resize(resize: int | None) -> None:
     """Raises UserError where no image can have so many pixels a side."""
-    if resize is not None and not 1 <= resize <= LARGEST_SIZE:
-        raise UserError(f"resize: got {resize}, expected 1 to {LARGEST_SIZE} pixels a side")
+    if resize is not None and not 1 <= resize <= MAX_IMAGE_SIZE:
+        raise UserError(f"resize: got {resize}, expected 1 to {MAX_IMAGE_SIZE} pixels a side")
 
 
 def _check_integers(name: str, given: Tensor) -> None:

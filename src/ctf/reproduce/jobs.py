@@ -21,8 +21,10 @@ from torch import Tensor
 from ctf.common import config, storage
 from ctf.common.distributed import World
 from ctf.common.progress import OpenProgress
-from ctf.data.images import ImageSet, Splits, as_pictures
-from ctf.data.tokens import Tokens, TokensConfig
+from ctf.data.extraction import TokensConfig
+from ctf.data.image_set import ImageSet, Splits
+from ctf.data.tokens import Tokens
+from ctf.data.transforms import as_pil
 from ctf.evaluation import evaluate, reference_sets, scores
 from ctf.evaluation.extractors import Extractor, open_extractor
 from ctf.evaluation.reference_sets import Collection
@@ -467,7 +469,7 @@ def _details(
             rows_B = np.arange(start, min(start + tokenizer_training.EVALUATION_BATCH, count))
             classes_B = torch.from_numpy(val.classes_N[rows_B])
             codes_BL = drawn(val.codes(rows_B), classes_B)
-            images = as_pictures(tokenizer.decode(codes_BL.to(place.device)))
+            images = as_pil(tokenizer.decode(codes_BL.to(place.device)))
             yield np.stack([np.asarray(image) for image in images])
 
     held_out = _held_out(place)

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ctf.data.images import PLAIN, ImageSet, View
+from ctf.data.image_set import ImageSet
+from ctf.data.transforms import PLAIN, View
 
 
 class Subset(ImageSet):

@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from ctf.common.errors import UserError
-from ctf.data.decode import FORMATS, Unusable, decode
-from ctf.data.images import as_pictures, crop
+from ctf.data.decode import FORMATS, UnreadableImage, decode
+from ctf.data.transforms import as_pil, crop
 from ctf.kernels.sampling_cpu import is_exact
 from ctf.models.sampling import Sampling
 from ctf.pipelines import export, pipeline
@@ -264,7 +264,7 @@ class Worker:
                     jobs[0].tell(Done(self._encode(task)))
                 case Look() as task:
                     self._look(jobs[0], task)
-        except (UserError, Unusable) as error:
+        except (UserError, UnreadableImage) as error:
             if len(jobs) > 1:  # one's mistake is not the others'
                 for job in jobs:
                     self._do([job])
@@ -365,7 +365,7 @@ class Worker:
         settings = self._settings(task.chosen, 0, self.pipe.sampling)
         settings["codes"] = codes_1L[0].tolist()
         settings["keep"] = [True] * codes_1L.shape[1]
-        (image,) = as_pictures(self.pipe.decode(codes_1L.to(self.pipe.device)))
+        (image,) = as_pil(self.pipe.decode(codes_1L.to(self.pipe.device)))
         (coarse,) = self.pipe.preview(labels_1L)
         return {
             "original": export.png(crop(picture, self.pipe.tokenizer.config.image_size)),
@@ -387,7 +387,7 @@ class Worker:
                 return
             swapped_L = codes_L.clone()
             swapped_L[task.position] = code
-            (image,) = as_pictures(self.pipe.decode(swapped_L[None]))
+            (image,) = as_pil(self.pipe.decode(swapped_L[None]))
             members.append({"code": code, "probability": probability, "image": export.png(image)})
         job.tell(Done({"cluster": found.cluster, "position": task.position, "members": members}))
 
@@ -415,7 +415,7 @@ def _rows(
 
 
 def _open(data: bytes, largest: int) -> Image.Image:
-    """The picture in a file, RGB; raises `Unusable`, before it unpacks what is too large."""
+    """The picture in a file, RGB; raises `UnreadableImage`, before it unpacks what is too large."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter(
@@ -424,9 +424,9 @@ def _open(data: bytes, largest: int) -> Image.Image:
             with Image.open(io.BytesIO(data), formats=FORMATS) as file:
                 width, height = file.size
     except Image.DecompressionBombError:  # Pillow's own limit, which is higher
-        raise Unusable(f"too many pixels, expected {largest:,} or fewer in all") from None
+        raise UnreadableImage(f"too many pixels, expected {largest:,} or fewer in all") from None
     except Exception:  # decoders raise nearly everything when the data is damaged
-        raise Unusable("corrupt, truncated or of an unknown format") from None
+        raise UnreadableImage("corrupt, truncated or of an unknown format") from None
     if width * height > largest:
-        raise Unusable(f"{width} x {height} pixels, expected {largest:,} or fewer in all")
+        raise UnreadableImage(f"{width} x {height} pixels, expected {largest:,} or fewer in all")
     return decode(data, 1, (255, 255, 255))

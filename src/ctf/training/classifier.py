@@ -14,7 +14,8 @@ from ctf.common import rng, storage
 from ctf.common.config import to_json
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
-from ctf.data.images import ImageSet, Splits, as_tensor
+from ctf.data.image_set import ImageSet, Splits
+from ctf.data.transforms import as_tensor
 from ctf.evaluation.classifier import (
     BATCH,
     CHANNELS_PER_GROUP,

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ctf.common.errors import UserError
-from ctf.data.images import VIEWS
+from ctf.data.transforms import VIEWS
 from ctf.kernels.losses import SLICE
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.models.transformer import TransformerConfig, Trunk, zero_head

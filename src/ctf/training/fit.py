@@ -24,9 +24,10 @@ from ctf.common import claims, config, precision, storage
 from ctf.common.distributed import ALONE, World
 from ctf.common.errors import UserError
 from ctf.common.progress import OpenProgress, Progress, show_progress
-from ctf.data import tokens  # fmt: skip
-from ctf.data.images import VIEWS, Splits, as_tensor
+from ctf.data import extraction, tokens  # fmt: skip
+from ctf.data.image_set import Splits
 from ctf.data.tokens import Tokens
+from ctf.data.transforms import VIEWS, as_tensor
 from ctf.models import clusters
 from ctf.models.clusters import Clusters, ClustersConfig
 from ctf.models.coarse import CoarseModel
@@ -277,7 +278,7 @@ def extract_tokens(
     world: World = ALONE,
     precision: precision.Precision = "auto",
 ) -> None:
-    tokens.extract(
+    extraction.extract(
         tokenizer, tokenizer_hash(run), images, run / "tokens", recipe.tokens,
         limit=limit, precision=precision, progress=progress, world=world,
     )  # fmt: skip

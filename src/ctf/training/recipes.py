@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 
 from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
-from ctf.data.tokens import TokensConfig
+from ctf.data.extraction import TokensConfig
 from ctf.models.clusters import ClustersConfig
 from ctf.models.sampling import Sampling
 from ctf.models.sizes import SIZES, TokenizerShape, TransformerShape

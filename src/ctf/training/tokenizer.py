@@ -23,7 +23,8 @@ from ctf.common import config, rng, storage
 from ctf.common.distributed import ALONE, World
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
-from ctf.data.images import ImageSet, Splits, View, as_tensor
+from ctf.data.image_set import ImageSet, Splits
+from ctf.data.transforms import View, as_tensor
 from ctf.evaluation import metrics
 from ctf.evaluation.features import PerceptualLoss
 from ctf.models.tokenizer import TokenizerConfig, VQModel

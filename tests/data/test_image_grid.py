@@ -1,4 +1,4 @@
-"""Contact sheets: every picture whole, enlarged by a whole factor, in its place."""
+"""Grids of images: every image complete, enlarged by an integer factor, in its place."""
 
 import numpy as np
 import pytest
@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ctf.data.sheet import GAP, SMALLEST_TILE, sheet
+from ctf.data.image_grid import GAP, MIN_TILE_WIDTH, image_grid
 from ctf.pipelines.export import WIDEST, contact_sheet
 
 
-def picture(number: int, width: int, height: int) -> Image.Image:
-    """Noise of its own, never white."""
+def noise(number: int, width: int, height: int) -> Image.Image:
+    """Noise that is nowhere white."""
     random = np.random.default_rng(number)
     return Image.fromarray(random.integers(0, 200, (height, width, 3), dtype=np.uint8))
 
@@ -22,19 +22,17 @@ def picture(number: int, width: int, height: int) -> Image.Image:
     height=st.sampled_from([5, 40]),
 )  # fmt: skip
 @settings(deadline=None, max_examples=25)
-def test_every_picture_is_in_its_place(
-    rows: list[tuple[str, int]], width: int, height: int
-) -> None:
-    pictures = [
-        (name, [picture(10 * row + i, width, height) for i in range(count)])
+def test_every_image_is_in_its_place(rows: list[tuple[str, int]], width: int, height: int) -> None:
+    named = [
+        (name, [noise(10 * row + i, width, height) for i in range(count)])
         for row, (name, count) in enumerate(rows)
     ]
-    pixels = np.asarray(sheet(pictures))
-    scale = -(-SMALLEST_TILE // width)
+    pixels = np.asarray(image_grid(named))
+    scale = -(-MIN_TILE_WIDTH // width)
     columns = max(count for _, count in rows)
     assert pixels.shape[1] >= GAP + columns * (width * scale + GAP)
     bottom = GAP
-    for name, of_row in pictures:
+    for name, of_row in named:
         bottom += (20 if name else 0) + height * scale + GAP
         for i, image in enumerate(of_row):
             left = GAP + i * (width * scale + GAP)
@@ -46,8 +44,8 @@ def test_every_picture_is_in_its_place(
 
 
 def test_a_long_name_is_not_cut() -> None:
-    image = [picture(0, 64, 64)]
-    short, long = (np.asarray(sheet([(name, image)])) for name in ("a", "a" * 60))
+    image = [noise(0, 64, 64)]
+    short, long = (np.asarray(image_grid([(name, image)])) for name in ("a", "a" * 60))
     assert long.shape[1] > short.shape[1]
     assert (long[:, -GAP:] == 255).all()
     assert (long[: GAP + 20, short.shape[1] :] < 255).any()
@@ -55,8 +53,8 @@ def test_a_long_name_is_not_cut() -> None:
 
 @pytest.mark.parametrize("count", [1, WIDEST, WIDEST + 1, 2 * WIDEST + 3])
 def test_rows_of_a_contact_sheet(count: int) -> None:
-    """However many pictures a class has, they are all there, in rows that fit on a screen."""
-    images = [picture(i, 64, 64) for i in range(2 * count)]
+    """All images of a class are shown, however many, in rows that fit on a screen."""
+    images = [noise(i, 64, 64) for i in range(2 * count)]
     pixels = np.asarray(contact_sheet(images, ["a", "b"], count))
     columns, rows = min(count, WIDEST), -(-count // WIDEST)
     assert pixels.shape[1] == GAP + columns * (64 + GAP)

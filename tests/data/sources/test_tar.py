@@ -1,4 +1,4 @@
-"""Pictures in .tar files: the same as in folders, read where they lie; damage is told."""
+"""Images in .tar files: the same as in folders, read in place; damage is reported."""
 
 import io
 import json
@@ -12,25 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctf.common.errors import UserError
-from ctf.data import images, tars
+from ctf.data import images
 from ctf.data.decode import decode
 from ctf.data.images import open_images
-from tests.conftest import Command, picture
+from ctf.data.sources import tar
+from ctf.data.transforms import VIEWS, crop
+from tests.conftest import Command
+from tests.data.helpers import SIZE, by_content, encoded_disc, refusal
 
-SIZE = 16
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("CTF_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def encoded(seed: int, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    picture(0.1 * seed, seed).save(buffer, kind)
-    return buffer.getvalue()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def pack(path: Path, members: dict[str, bytes], form: int = tarfile.PAX_FORMAT) -> Path:
@@ -43,30 +33,15 @@ def pack(path: Path, members: dict[str, bytes], form: int = tarfile.PAX_FORMAT) 
 
 
 def samples(count: int, start: int = 0) -> dict[str, bytes]:
-    """As webdataset writes them."""
-    found: dict[str, bytes] = {}
+    """Files of samples as webdataset writes them."""
+    files: dict[str, bytes] = {}
     for i in range(start, start + count):
-        found[f"{i:04d}.png"] = encoded(i)
-        found[f"{i:04d}.cls"] = b"%d\n" % (i % 3)
-    return found
+        files[f"{i:04d}.png"] = encoded_disc(i)
+        files[f"{i:04d}.cls"] = b"%d\n" % (i % 3)
+    return files
 
 
-def by_content(splits: images.Splits) -> dict[bytes, tuple[str, str]]:
-    """Of each picture, its class and the split that it is in."""
-    return {
-        pixels.tobytes(): (part.class_names[c], name)
-        for name, part in (("train", splits.train), ("val", splits.val))
-        for pixels, c in zip(part.read(np.arange(len(part))), part.classes_N, strict=True)
-    }
-
-
-def refusal(source: Path, **options: bool) -> str:
-    with pytest.raises(UserError) as caught:
-        open_images(source, SIZE, **options)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("top", [".", "", "pictures", "/deep/down"])
+@pytest.mark.parametrize("top", [".", "", "images", "/deep/down"])
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_a_tar_of_a_folder_is_that_folder(
     pictures: Path, tmp_path: Path, top: str, form: int
@@ -76,8 +51,8 @@ def test_a_tar_of_a_folder_is_that_folder(
         f"{front}{path.relative_to(pictures)}": path.read_bytes()
         for path in sorted(pictures.rglob("*.*"))
     }
-    members[f"{front}._hidden.png"] = members[f"{front}notes.txt"] = b"not a picture"
-    if top == "/deep/down":  # two folders around it: the second one is not taken away
+    members[f"{front}._hidden.png"] = members[f"{front}notes.txt"] = b"not an image"
+    if top == "/deep/down":  # two folders around it: only one is removed
         members = {name.replace("/deep/", "/"): data for name, data in members.items()}
     found = open_images(pack(tmp_path / "discs.tar", members, form), SIZE)
     expected = open_images(pictures, SIZE)
@@ -86,20 +61,20 @@ def test_a_tar_of_a_folder_is_that_folder(
     assert found.train.name == "discs"
 
 
-def test_long_names(tmp_path: Path) -> None:
+def test_long_names_are_read(tmp_path: Path) -> None:
     for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
-        members = {f"{'a' * 150}/{'b' * 150}-{i}-é.png": encoded(i) for i in range(3)}
+        members = {f"{'a' * 150}/{'b' * 150}-{i}-é.png": encoded_disc(i) for i in range(3)}
         splits = open_images(pack(tmp_path / f"{form}.tar", members, form), SIZE)
         assert len(by_content(splits)) == 3
         assert splits.train.class_names == ("a" * 150,)
 
 
 @pytest.mark.parametrize("beside", ["cls", "json", "names"])
-def test_labels_beside_pictures(tmp_path: Path, beside: str) -> None:
+def test_labels_of_samples_are_classes(tmp_path: Path, beside: str) -> None:
     members: dict[str, bytes] = {}
     for i in range(24):
-        members[f"{i:04d}.jpg"] = encoded(i, "JPEG")
-        members[f"{i:04d}.seg.png"] = encoded(99)  # another part of the sample
+        members[f"{i:04d}.jpg"] = encoded_disc(i, "JPEG")
+        members[f"{i:04d}.seg.png"] = encoded_disc(99)  # another part of the sample
         members |= {
             "cls": {f"{i:04d}.cls": b"%d" % (i % 12)},
             "json": {f"{i:04d}.json": json.dumps({"caption": "x", "label": i % 12}).encode()},
@@ -111,15 +86,14 @@ def test_labels_beside_pictures(tmp_path: Path, beside: str) -> None:
         names if beside == "names" else tuple(map(str, range(12)))
     )  # numbers as numbers, not "0", "1", "10", "11", "2"
     expected = {
-        np.asarray(images.crop(decode(members[f"{i:04d}.jpg"], 1, (0, 0, 0)), SIZE)).tobytes(): i
-        % 12
+        np.asarray(crop(decode(members[f"{i:04d}.jpg"], 1, (0, 0, 0)), SIZE)).tobytes(): i % 12
         for i in range(24)
     }
     found = by_content(splits)
     assert {k: splits.train.class_names.index(c) for k, (c, _) in found.items()} == expected
 
 
-def test_shards_in_a_folder_and_by_a_pattern(tmp_path: Path) -> None:
+def test_several_files_in_a_folder_or_by_a_pattern(tmp_path: Path) -> None:
     for shard in range(3):
         pack(tmp_path / f"train-{shard:02d}.tar", samples(8, start=8 * shard))
     pack(tmp_path / "val-00.tar", samples(4, start=100))
@@ -127,51 +101,57 @@ def test_shards_in_a_folder_and_by_a_pattern(tmp_path: Path) -> None:
     some = open_images(str(tmp_path / "train-*.tar"), SIZE)
     assert (len(everything), len(by_content(some))) == (28, 24)
     assert some.train.name == tmp_path.name
-    # The same names, and so the same pictures held out, but for what keeps the splits usable.
+    # The same names, and so the same images in val, except where needed to keep splits usable.
     assert by_content(some).items() <= everything.items()
     one = by_content(open_images(tmp_path / "train-01.tar", SIZE))
     assert {c for c, _ in one.values()} == {"0", "1", "2"}
 
 
-def test_folders_of_pictures_are_not_searched_for_shards(pictures: Path, tmp_path: Path) -> None:
+def test_archives_in_a_folder_of_images_are_ignored(pictures: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     shutil.copytree(pictures, mine)
     pack(mine / "backup.tar", samples(4))
     assert by_content(open_images(mine, SIZE)) == by_content(open_images(pictures, SIZE))
 
 
-def test_reads_in_any_order_and_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_read_from_disk_equal_those_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = pack(tmp_path / "a.tar", samples(12))
     memory = open_images(path, SIZE).train
     monkeypatch.setattr(images, "CACHE_BYTES", 0)
     disk = open_images(path, SIZE).train
     assert memory.fingerprint == disk.fingerprint
     indices = np.array([7, 0, 7, 3])
-    for view in (*images.VIEWS["flip"], images.VIEWS["ten-crop"][13]):
+    for view in (*VIEWS["flip"], VIEWS["ten-crop"][13]):
         assert np.array_equal(memory.read(indices, view), disk.read(indices, view))
 
 
-def test_the_index_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_the_index_is_cached_until_the_file_changes(tmp_path: Path, own_cache: Path) -> None:
+    def index_written() -> int:
+        (file,) = (own_cache / "tars").iterdir()
+        return file.stat().st_mtime_ns
+
     path = pack(tmp_path / "a.tar", samples(12))
     first = by_content(open_images(path, SIZE))
-    looked: list[Path] = []
-    look = tars._look
-    monkeypatch.setattr(tars, "_look", lambda path: looked.append(path) or look(path))
-    assert by_content(open_images(path, SIZE)) == first and not looked
+    written = index_written()
+    assert by_content(open_images(path, SIZE)) == first
+    assert index_written() == written
     pack(path, samples(15))
-    assert len(by_content(open_images(path, SIZE))) == 15 and looked == [path]
-    shutil.rmtree(cache)
-    assert len(by_content(open_images(path, SIZE))) == 15 and looked == [path, path]
+    assert len(by_content(open_images(path, SIZE))) == 15
+    assert index_written() > written
+    shutil.rmtree(own_cache)
+    assert len(by_content(open_images(path, SIZE))) == 15
 
 
-def test_the_last_of_one_name_counts(tmp_path: Path) -> None:
-    path = pack(tmp_path / "a.tar", {"1.png": encoded(1), "2.png": encoded(2)})
+def test_the_last_of_equal_names_counts(tmp_path: Path) -> None:
+    path = pack(tmp_path / "a.tar", {"1.png": encoded_disc(1), "2.png": encoded_disc(2)})
     with tarfile.open(path, "a") as archive:
         info = tarfile.TarInfo("1.png")
-        info.size = len(encoded(3))
-        archive.addfile(info, io.BytesIO(encoded(3)))
+        info.size = len(encoded_disc(3))
+        archive.addfile(info, io.BytesIO(encoded_disc(3)))
     expected = open_images(
-        pack(tmp_path / "a2.tar", {"1.png": encoded(3), "2.png": encoded(2)}), 16
+        pack(tmp_path / "a2.tar", {"1.png": encoded_disc(3), "2.png": encoded_disc(2)}), 16
     )
     assert by_content(open_images(path, SIZE)).keys() == by_content(expected).keys()
 
@@ -179,19 +159,19 @@ def test_the_last_of_one_name_counts(tmp_path: Path) -> None:
 # --- damage ---------------------------------------------------------------------------------------
 
 
-def test_bad_members_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_images_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     members = samples(12)
     del members["0003.cls"]
     members["0004.cls"] = b"\xff\xfe"
     members["0005.png"] = members["0005.png"][:100]
     members["0006.png"] = b""
     members["0007.png"] += b"\0" * 100_000
-    monkeypatch.setattr(tars, "LARGEST_PICTURE", 100_000)
+    monkeypatch.setattr(tar, "MAX_IMAGE_BYTES", 100_000)
     path = pack(tmp_path / "a.tar", members)
     first, *groups = refusal(path).split("\n")
-    assert first.startswith(f"{path}: 5 of 12 pictures cannot be used")
+    assert first.startswith(f"{path}: 5 of 12 images cannot be used")
     assert groups == [
-        "no class beside it (.cls or .json), as others have (2): 0003.png, 0004.png",
+        "no label (.cls or .json), unlike the others (2): 0003.png, 0004.png",
         "corrupt, truncated or of an unknown format (2): 0005.png, 0006.png",
         f"{len(members['0007.png']):,} bytes, more than 100,000 (1): 0007.png",
     ]
@@ -201,7 +181,7 @@ def test_bad_members_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("damage", ["cut off", "a header", "a block of zeros", "a negative size"])
-def test_damaged_files_are_told(tmp_path: Path, damage: str) -> None:
+def test_damaged_files_are_reported(tmp_path: Path, damage: str) -> None:
     path = pack(tmp_path / "a.tar", samples(12), tarfile.GNU_FORMAT)
     with tarfile.open(path) as archive:
         member = archive.getmember("0006.png")
@@ -220,43 +200,53 @@ def test_damaged_files_are_told(tmp_path: Path, damage: str) -> None:
     pack(tmp_path / "b.tar", samples(6, start=50))
     for source in (path, tmp_path):
         message = refusal(source)
-        assert "damaged, cut off, or no plain .tar file (" in message and "a.tar" in message
+        assert (
+            "damaged, truncated, or not an uncompressed .tar file (" in message
+            and "a.tar" in message
+        )
     splits = open_images(tmp_path, SIZE, skip_bad=True)
     assert len(by_content(splits)) in (12, 13) and splits.skipped[-1].name == "a.tar"
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x1f\x8b compressed" * 100, bytes(10240)])
-def test_files_that_are_no_tar(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_not_tar_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(content)
     message = refusal(path)
     assert message.startswith(f"{path}: ")
-    assert ("no plain .tar file" in message) == (content != bytes(10240))
-    assert ("no usable picture" in message) == (content == bytes(10240))
+    assert ("not an uncompressed .tar file" in message) == (content != bytes(10240))
+    assert ("no usable images" in message) == (content == bytes(10240))
 
 
 @given(st.lists(st.tuples(st.integers(0, 6 * 512), st.integers(0, 255)), max_size=6))
 @settings(deadline=None, max_examples=150)
-def test_no_damage_is_a_crash(
+def test_no_damage_raises(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]]
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
     data = bytearray(
-        pack(folder / "whole.tar", {f"{i}.gif": b"12345" for i in range(3)}).read_bytes()
+        pack(folder / "intact.tar", {f"{i}.gif": b"12345" for i in range(3)}).read_bytes()
     )
     for at, value in changes:
         data[at] = value
     (folder / "damaged.tar").write_bytes(data)
-    index = tars._look(folder / "damaged.tar")
+    index = tar.index_tar(folder / "damaged.tar")
     assert index.damage or len(index.names) == len(index.labels) == len(index.spans) <= 3
 
 
-def test_links_devices_and_paths_outside_are_left_alone(tmp_path: Path) -> None:
+def test_links_devices_and_paths_outside_are_ignored(tmp_path: Path) -> None:
     outside = tmp_path / "outside.png"
-    outside.write_bytes(encoded(1))
+    outside.write_bytes(encoded_disc(1))
     path = tmp_path / "in" / "a.tar"
     path.parent.mkdir()
-    pack(path, {"../../evil.png": encoded(2), "/etc/evil.png": encoded(3), "etc/b.png": encoded(4)})
+    pack(
+        path,
+        {
+            "../../evil.png": encoded_disc(2),
+            "/etc/evil.png": encoded_disc(3),
+            "etc/b.png": encoded_disc(4),
+        },
+    )
     with tarfile.open(path, "a") as archive:
         for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
             info = tarfile.TarInfo(f"link-{kind.decode()}.png")
@@ -268,7 +258,7 @@ def test_links_devices_and_paths_outside_are_left_alone(tmp_path: Path) -> None:
     assert {p for p in tmp_path.rglob("*") if "cache" not in p.parts} == before
 
 
-def test_every_command_takes_them(pictures: Path, run: Path, tmp_path: Path, ctf: Command) -> None:
+def test_commands_take_tar_files(pictures: Path, run: Path, tmp_path: Path, ctf: Command) -> None:
     members = {str(p.relative_to(pictures)): p.read_bytes() for p in sorted(pictures.rglob("*.*"))}
     path = pack(tmp_path / "discs.tar", members)
     small = ("--preset", "tiny", "--views", "flip")
@@ -280,4 +270,4 @@ def test_every_command_takes_them(pictures: Path, run: Path, tmp_path: Path, ctf
     assert result.out == ctf("tokenizer", "evaluate", run, "--images", pictures).out
     os.truncate(path, 10_000)
     result = ctf("tokens", "extract", path, "--run", made, *small)
-    assert result.code == 2 and "damaged, cut off" in result.err
+    assert result.code == 2 and "damaged, truncated" in result.err

@@ -1,0 +1,294 @@
+"""Extraction of tokens: encodes every image of a data set once, ahead of training.
+
+Shape suffixes: B batch, C channels, H, W height and width, L codes of an image, N images.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ctf.common import claims, memory, signals, storage
+from ctf.common.config import from_json, to_json
+from ctf.common.distributed import ALONE, World
+from ctf.common.errors import Stopped, UserError
+from ctf.common.precision import Precision, uses_bf16
+from ctf.common.progress import Progress
+from ctf.data import shards
+from ctf.data.image_set import ImageSet, Splits
+from ctf.data.tokens import MANIFEST, Manifest, Shard, Split, SplitManifest, is_damaged
+from ctf.data.transforms import VIEWS, as_tensor
+from ctf.kernels import tokenizer_cpu
+from ctf.models.tokenizer import VQModel
+
+
+@dataclasses.dataclass(frozen=True)
+class TokensConfig:
+    """Which views of the training images are encoded, and how; held-out images have one view.
+
+    Attributes:
+        views: name in `VIEWS` of the views of each training image.
+        batch_size: images encoded at a time.
+        shard_images: images of a shard. Each shard is an open file of the reader.
+        seed: of the selection of images if there is a limit.
+    """
+
+    views: Literal["plain", "flip", "ten-crop"] = "flip"
+    batch_size: int = 64
+    shard_images: int = 4096
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "shard_images"):
+            if getattr(self, name) < 1:
+                raise UserError(f"tokens: {name} is {getattr(self, name)}, expected 1 or more")
+
+
+@memory.kept()
+def extract(
+    tokenizer: VQModel,
+    tokenizer_hash: str,
+    images: Splits,
+    folder: Path,
+    config: TokensConfig,
+    *,
+    limit: int | None = None,
+    precision: Precision = "auto",
+    progress: Progress | None = None,
+    world: World = ALONE,
+) -> Manifest:
+    """Encode every view of every image into `folder`; intact shards are kept.
+
+    The files are the same to the bit, however often the extraction was killed and started again. On
+    SIGTERM it stops after the batch, and saves the begun shard as train-00000.begun.npy. Several
+    processes share the shards.
+
+    Args:
+        tokenizer: is left unchanged.
+        tokenizer_hash: identifies the tokenizer in the manifest.
+        images: training and held-out images.
+        folder: the folder of tokens; created if it does not exist.
+        config: views and sizes.
+        limit: encode only that many images of each split, the first of `balanced_order`.
+        precision: of the encoder's large convolutions. "bf16" is faster on devices that multiply
+            bfloat16, and changes a few codes. "auto" is "fp32".
+        progress: called with (encoded views, views of this process).
+        world: the processes that take part.
+
+    Raises:
+        UserError: the folder holds something else, the tokenizer is for another image size,
+            `limit` is below 1, or the device does not multiply bfloat16 as requested.
+        Stopped: one of the processes got SIGTERM; what was encoded is saved.
+    """
+    size = tokenizer.config.image_size
+    if images.train.image_size != size:
+        raise UserError(
+            f"got images of {images.train.image_size} pixels, but the tokenizer is for {size}; "
+            f"open them with --image-size {size}"
+        )
+    if limit is not None and limit < 1:
+        raise UserError(f"limit of training images is {limit}, expected 1 or more")
+    if limit is not None and limit >= len(images.train):
+        limit = None
+    device = next(tokenizer.parameters()).device
+    bf16 = precision == "bf16" and uses_bf16(precision, device)
+    sets: dict[Split, ImageSet] = {"train": images.train, "val": images.val}
+    order = {split: _select(image_set, limit, config.seed) for split, image_set in sets.items()}
+    codebook_size, length = tokenizer.config.codebook_size, tokenizer.grid**2
+    manifest = Manifest(
+        tokenizer=tokenizer_hash,
+        codebook_size=codebook_size,
+        image_size=size,
+        length=length,
+        dtype="uint16" if codebook_size <= 2**16 else "int32",
+        class_names=images.train.class_names,
+        limit=limit,
+        seed=None if limit is None else config.seed,
+        train=_split_manifest("train", images.train, order["train"], config, length),
+        val=_split_manifest("val", images.val, order["val"], config, length),
+        precision="bf16" if bf16 else "fp32",
+    )
+    world.first(lambda: _claim(folder, manifest))
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer_cpu.prepare(tokenizer, "encoder", torch.bfloat16 if bf16 else torch.float32)
+    with signals.asked() as stop:
+        extraction = _Extraction(tokenizer, folder, manifest, config.batch_size, stop)
+        extraction.run(sets, order, progress, world)
+    return manifest
+
+
+class _Extraction:
+    """The work of `extract` after the folder was claimed."""
+
+    def __init__(
+        self,
+        tokenizer: VQModel,
+        folder: Path,
+        manifest: Manifest,
+        batch_size: int,
+        stop: threading.Event,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.folder = folder
+        self.manifest = manifest
+        self.batch_size = batch_size
+        self.stop = stop
+
+    def run(
+        self,
+        sets: dict[Split, ImageSet],
+        order: dict[Split, np.ndarray],
+        progress: Progress | None,
+        world: World,
+    ) -> None:
+        """Encode this process's shards of both splits."""
+        total = sum(
+            shard.shape[0] * shard.shape[1]
+            for split in sets
+            for shard in self.manifest.split(split).shards[world.rank :: world.size]
+        )
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            if progress is not None:
+                progress(done, total)
+
+        complete = True
+        for split, image_set in sets.items():
+            if world.main:
+                self.write_classes(split, image_set.classes_N[order[split]])
+            start = 0
+            for number, shard in enumerate(self.manifest.split(split).shards):
+                rows = order[split][start : start + shard.shape[0]]
+                start += len(rows)
+                if number % world.size == world.rank:
+                    complete &= self.encode_shard(split, shard, image_set, rows, advance)
+        if world.any(not complete):  # waits for all processes
+            message = f"{self.folder}: stopped and saved; run the same command again to continue"
+            raise Stopped(message if world.main else "")
+
+    def write_classes(self, split: Split, classes_N: np.ndarray) -> None:
+        """Write the classes of a split, unless the file is intact."""
+        shard = self.manifest.classes(split)
+        if is_damaged(self.folder, shard, self.manifest):
+            shards.save(self.folder / shard.file, classes_N.astype(np.int64))
+
+    def encode_shard(
+        self,
+        split: Split,
+        shard: Shard,
+        image_set: ImageSet,
+        rows: np.ndarray,
+        advance: Callable[[int], None],
+    ) -> bool:
+        """Encode one shard, unless the file is intact; return whether it is complete."""
+        views = self.manifest.split(split).views
+        begun = (self.folder / shard.file).with_suffix(".begun.npy")
+        if not is_damaged(self.folder, shard, self.manifest):
+            begun.unlink(missing_ok=True)
+            advance(len(rows) * len(views))
+            return True
+        codes = np.empty(shard.shape, self.manifest.dtype)
+        encoded = _load_begun(begun, codes, self.manifest.codebook_size)
+        if encoded:
+            advance(encoded * len(views))
+        # Batches start with the shard, so that a resumed run encodes the same batches.
+        while encoded < len(rows) and not self.stop.is_set():
+            batch = slice(encoded, encoded + self.batch_size)
+            for v, pixels_BHWC in enumerate(image_set.read_views(rows[batch], views)):
+                codes[batch, v] = _encode(self.tokenizer, pixels_BHWC)
+                advance(len(pixels_BHWC))
+            encoded += len(rows[batch])
+        if encoded == len(rows):
+            shards.save(self.folder / shard.file, codes)
+            begun.unlink(missing_ok=True)
+            return True
+        if encoded:
+            shards.save(begun, codes[:encoded])
+        return False
+
+
+def _load_begun(path: Path, codes: np.ndarray, codebook_size: int) -> int:
+    """Copy the images of a begun shard into `codes`, and return how many there are."""
+    try:
+        begun = np.load(path)
+        shards.verify(path, (len(begun), *codes.shape[1:]), str(codes.dtype), codebook_size)
+        codes[: len(begun)] = begun
+    except (OSError, ValueError, EOFError, shards.DamagedFile):  # no file, or of another shard
+        return 0
+    return len(begun)
+
+
+@torch.inference_mode()
+def _encode(tokenizer: VQModel, pixels_BHWC: np.ndarray) -> np.ndarray:
+    """Encode uint8 pixels to codes (B, L)."""
+    device = next(tokenizer.parameters()).device
+    return tokenizer.encode(as_tensor(pixels_BHWC, device)).cpu().numpy()
+
+
+def _select(image_set: ImageSet, limit: int | None, seed: int) -> np.ndarray:
+    if limit is None:
+        return np.arange(len(image_set), dtype=np.int64)
+    return balanced_order(image_set.classes_N, seed)[:limit]
+
+
+def balanced_order(classes_N: np.ndarray, seed: int) -> np.ndarray:
+    """Return a random permutation of the images whose every prefix has balanced classes.
+
+    Each class is shuffled, and dealt out in rounds of one image from each class that has any left:
+    the counts of two classes differ by at most one until the smaller class is used up.
+
+    Returns:
+        Image numbers (N,), int64.
+    """
+    shuffled = np.random.default_rng(seed).permutation(len(classes_N))
+    by_class = np.argsort(classes_N[shuffled], kind="stable")
+    sizes = np.bincount(classes_N)
+    first = np.cumsum(sizes) - sizes  # where each class begins in `by_class`
+    round_N = np.empty(len(classes_N), np.int64)
+    round_N[by_class] = np.arange(len(classes_N)) - first[classes_N[shuffled[by_class]]]
+    return shuffled[np.argsort(round_N, kind="stable")].astype(np.int64)
+
+
+def _split_manifest(
+    split: Split, images: ImageSet, order: np.ndarray, config: TokensConfig, length: int
+) -> SplitManifest:
+    views = VIEWS[config.views if split == "train" else "plain"]
+    starts = range(0, len(order), config.shard_images)
+    return SplitManifest(
+        images=images.name,
+        fingerprint=images.fingerprint,
+        order=hashlib.sha256(order.astype("<i8").tobytes()).hexdigest(),
+        count=len(order),
+        views=views,
+        shards=tuple(
+            Shard(
+                f"{split}-{number:05d}.npy",
+                (min(config.shard_images, len(order) - start), len(views), length),
+            )
+            for number, start in enumerate(starts)
+        ),
+    )
+
+
+def _claim(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest, or check that the existing one is equal."""
+    path, what = folder / MANIFEST, "a folder of tokens"
+    if claims.is_ours(folder, MANIFEST, what=what):
+        # Parsed first: manifests of earlier versions have no precision.
+        stored = to_json(from_json(Manifest, storage.load_json(path), where=str(path)))
+        claims.check_same(folder, stored, to_json(manifest), what=what)
+    else:
+        storage.save_json(path, to_json(manifest))
+    storage.remove_temporaries(folder)

@@ -1,0 +1,86 @@
+"""Labelled images of one size, read by their number, and the two splits of a data set.
+
+Shape suffixes: B images of a batch, N images of a set, S = image_size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ctf.data.transforms import PLAIN, View
+
+
+class ImageSet(ABC):
+    """N labelled images of one size.
+
+    Attributes:
+        name: name of the data set.
+        class_names: name of each class, by class number.
+        classes_N: class number of each image, int64.
+        image_size: side S in pixels of the images that `read` returns.
+        fingerprint: SHA-256 (hex) that changes whenever `read` could return something else. For
+            files it covers the bytes, the relative path and the class of each, the image size and
+            the background, but no times: a copy of the files has the same fingerprint.
+        mirrors: whether mirrored images are as plausible as the originals.
+    """
+
+    mirrors = True
+
+    def __init__(
+        self,
+        name: str,
+        class_names: tuple[str, ...],
+        classes_N: NDArray[np.int64],
+        image_size: int,
+        fingerprint: str,
+    ) -> None:
+        self.name = name
+        self.class_names = class_names
+        self.classes_N = classes_N
+        self.image_size = image_size
+        self.fingerprint = fingerprint
+
+    def __len__(self) -> int:
+        return len(self.classes_N)
+
+    @abstractmethod
+    def read(self, indices: ArrayLike, view: View = PLAIN) -> NDArray[np.uint8]:
+        """Read images by their numbers.
+
+        Args:
+            indices: image numbers, (B,).
+            view: the crop to take of each.
+
+        Returns:
+            RGB pixels in 0..255, (B, S, S, 3).
+
+        Raises:
+            UserError: a file was damaged or removed after the set was opened.
+        """
+
+    def read_views(self, indices: ArrayLike, views: Sequence[View]) -> Iterator[NDArray[np.uint8]]:
+        """Yield `read` for each view; a set of files decodes each file once for all views."""
+        for view in views:
+            yield self.read(indices, view)
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that was left out: its name, relative to the source, and the reason."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training and held-out images, and what `skip_bad` left out of both."""
+
+    train: ImageSet
+    val: ImageSet
+    skipped: tuple[BadImage, ...] = ()

@@ -1,0 +1,126 @@
+"""The interface of image sources: encoded images, each with a name and a class.
+
+Shape suffix: N images.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ctf.common.errors import UserError
+from ctf.data.decode import SUFFIXES
+
+Stamp = tuple[int, int, int]  # size in bytes, and the times of the last content and inode changes
+
+
+class ImageSource(ABC):
+    """N encoded images that can be read in any order; opening a source decodes none of them.
+
+    Attributes:
+        path: where the source is, for messages.
+        title: its name in reports, and the name of the only class if there are no classes.
+        names: unique names that do not depend on where the source is stored; they decide which
+            images are held out.
+        class_names: name of each class, as in the source.
+        classes_N: class number of each image, int64; -1 if it has none and so cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        title: str,
+        names: list[str],
+        class_names: tuple[str, ...],
+        classes_N: NDArray[np.int64],
+    ) -> None:
+        self.path, self.title, self.names = path, title, names
+        self.class_names, self.classes_N = class_names, classes_N
+
+    @abstractmethod
+    def read(self, row: int) -> bytes:
+        """Read the encoded bytes of one image; thread-safe.
+
+        Raises:
+            UnreadableImage: they cannot be read, or the image has no class.
+        """
+
+    @abstractmethod
+    def stamps(self) -> NDArray[np.int64]:
+        """Return the `Stamp` of each image's file, (N, 3): it changes when the file changes."""
+
+
+def file_stamp(path: str | Path) -> Stamp:
+    """Return a file's `Stamp`, or (-1, -1, -1) if there is no such file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1, -1
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def has_image_suffix(name: str) -> bool:
+    """Whether a file name is that of an image; names of hidden files are not."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def classes_from_labels(labels: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Number the classes of labels, in numerical order if all are integers, else alphabetically.
+
+    Args:
+        labels: the label of each image, "" if it has none.
+
+    Returns:
+        Class names and the class of each image (N,), -1 where there is no label.
+    """
+    present = {label for label in labels if label}
+    numeric = all(label.isascii() and label.isdigit() for label in present)
+    names = sorted(present, key=lambda label: (int(label), label) if numeric else (0, label))
+    return tuple(names), _numbers(labels, names)
+
+
+def classes_from_folders(
+    path: Path, title: str, names: Sequence[str]
+) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Take the first folder of each name as its class; without any folders there is one class.
+
+    Raises:
+        UserError: some names have a folder and some have none.
+    """
+    folders = [name.partition("/")[0] if "/" in name else "" for name in names]
+    if not any(folders):
+        return (title,), np.zeros(len(names), np.int64)
+    if loose := [name for name, folder in zip(names, folders, strict=True) if not folder]:
+        raise loose_images_error(path, loose)
+    class_names = sorted({*folders})
+    return tuple(class_names), _numbers(folders, class_names)
+
+
+def _numbers(labels: Sequence[str], class_names: Sequence[str]) -> NDArray[np.int64]:
+    number = {name: i for i, name in enumerate(class_names)}
+    return np.array([number.get(label, -1) for label in labels], np.int64)
+
+
+def loose_images_error(path: Path, loose: Sequence[str]) -> UserError:
+    """Return the error for images that are next to class folders instead of inside one."""
+    return UserError(
+        f"{path}: images outside the class folders ({len(loose)}, e.g. {loose[0]}); "
+        "move them into the folder of their class"
+    )
+
+
+def archive_prefixes(files: Sequence[Path], base: Path | None) -> list[str]:
+    """Return what tells the images of several archives apart: "train-00/" for train-00.tar.
+
+    Args:
+        files: the archives.
+        base: the folder that they are in; None for a single file, whose prefix is empty.
+    """
+    if base is None:
+        return [""] * len(files)
+    return [file.relative_to(base).with_suffix("").as_posix() + "/" for file in files]

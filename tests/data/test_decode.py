@@ -1,0 +1,260 @@
+"""Decoding of every format and mode to upright RGB images."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ctf.data.decode import UnreadableImage, decode
+from tests.data.helpers import GREY, RED, RGB, WHITE, encode
+
+
+def decoded(data: bytes, background: tuple[int, int, int] = WHITE) -> np.ndarray:
+    return np.asarray(decode(data, 8, background)).astype(int)
+
+
+def png(pixels: np.ndarray, depth: int, colour_type: int, trns: bytes = b"") -> bytes:
+    """A PNG from rows of bytes (H, row length), in variants that Pillow does not write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    samples = {0: 1, 2: 3, 4: 2, 6: 4}[colour_type]
+    width = pixels.shape[1] * 8 // depth // samples
+    head = struct.pack(">IIBBBBB", width, len(pixels), depth, colour_type, 0, 0, 0)
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    parts = chunk(b"IHDR", head) + (chunk(b"tRNS", trns) if trns else b"")
+    parts += chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def png16(values: np.ndarray, colour_type: int, trns: bytes = b"") -> bytes:
+    rows = values.astype(">u2").reshape(len(values), -1)
+    return png(rows.view(np.uint8), 16, colour_type, trns)
+
+
+def tiff16(values: np.ndarray, photometric: int, orientation: int = 1) -> bytes:
+    """A little-endian TIFF of 16 bits per sample, values (H, W) or (H, W, C)."""
+    height, width = values.shape[:2]
+    samples = values.size // (height * width)
+    pixels = values.astype("<u2").tobytes()
+    depths = struct.pack(f"<{samples}H", *[16] * samples)
+    tags = [
+        (256, 4, 1, width), (257, 4, 1, height),
+        (258, 3, samples, 16 if samples == 1 else 8 + len(pixels)),
+        (259, 3, 1, 1), (262, 3, 1, photometric), (273, 4, 1, 8), (274, 3, 1, orientation),
+        (277, 3, 1, samples), (278, 4, 1, height), (279, 4, 1, len(pixels)),
+    ]  # fmt: skip
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *t) for t in tags)
+    start = 8 + len(pixels) + len(depths)
+    return b"II*\0" + struct.pack("<I", start) + pixels + depths + directory + b"\0" * 4
+
+
+def without_adobe(jpeg: bytes) -> bytes:
+    at = jpeg.index(b"\xff\xee")
+    return jpeg[:at] + jpeg[at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big") :]
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options", "tolerance"),
+    [
+        ("PNG", {}, 0), ("BMP", {}, 0), ("TIFF", {}, 0), ("TIFF", {"compression": "tiff_lzw"}, 0),
+        ("WEBP", {"lossless": True}, 0), ("WEBP", {"quality": 95}, 12), ("GIF", {}, 60),
+        ("JPEG", {"quality": 98, "subsampling": 0}, 5),
+    ],
+)  # fmt: skip
+def test_colours_survive_every_format(
+    file_format: str, options: dict[str, object], tolerance: int
+) -> None:
+    difference = abs(decoded(encode(Image.fromarray(RGB), file_format, **options)) - RGB)
+    assert difference.max() <= tolerance
+    assert difference.mean() <= tolerance / 4
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF", "GIF", "JPEG", "WEBP"])
+def test_grey_is_repeated_to_three_channels(file_format: str) -> None:
+    options = {"JPEG": {"quality": 100}, "WEBP": {"lossless": True}}.get(file_format, {})
+    image = decoded(encode(Image.fromarray(GREY), file_format, **options))
+    assert abs(image - GREY[..., None]).max() <= (1 if file_format == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF", "GIF"])
+def test_one_bit_images(file_format: str) -> None:
+    image = decoded(encode(Image.fromarray(GREY >= 128).convert("1"), file_format))
+    assert np.array_equal(image, np.repeat((GREY >= 128)[..., None] * 255, 3, axis=2))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "GIF", "BMP", "TIFF"])
+def test_palette_images(file_format: str) -> None:
+    few = Image.fromarray(RGB).quantize(16)
+    assert np.array_equal(decoded(encode(few, file_format)), np.asarray(few.convert("RGB")))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "GIF"])
+def test_palette_with_a_transparent_entry(file_format: str) -> None:
+    few = Image.fromarray(RGB).quantize(16)
+    index = np.asarray(few)
+    hidden = index[0, 0]
+    expected = np.where((index == hidden)[..., None], RED, np.asarray(few.convert("RGB")))
+    image = decoded(encode(few, file_format, transparency=int(hidden)), RED)
+    assert np.array_equal(image, expected)
+
+
+def test_palette_with_partial_transparency() -> None:
+    few = Image.fromarray(RGB).quantize(4)
+    alpha = np.array([0, 51, 128, 255])[np.asarray(few)][..., None]
+    expected = (np.asarray(few.convert("RGB")) * alpha + np.array(RED) * (255 - alpha)) / 255
+    image = decoded(encode(few, "PNG", transparency=bytes([0, 51, 128, 255])), RED)
+    assert abs(image - expected).max() <= 1
+
+
+@pytest.mark.parametrize(("mode", "file_format"), [
+    ("RGBA", "PNG"), ("RGBA", "WEBP"), ("RGBA", "TIFF"), ("LA", "PNG"),
+])  # fmt: skip
+def test_alpha_is_composited_over_the_background(mode: str, file_format: str) -> None:
+    alpha = np.broadcast_to(np.linspace(0, 255, 24).astype(np.uint8)[:, None], (24, 32))
+    plain = RGB if mode == "RGBA" else np.repeat(GREY[..., None], 3, axis=2)
+    image = Image.fromarray(plain).convert(mode)
+    image.putalpha(Image.fromarray(np.ascontiguousarray(alpha)))
+    options = {"lossless": True, "exact": True} if file_format == "WEBP" else {}
+    data = encode(image, file_format, **options)
+    share = alpha[..., None] / 255
+    for colour in (WHITE, RED):
+        expected = plain * share + np.array(colour) * (1 - share)
+        assert abs(decoded(data, colour) - expected).max() <= 1
+    assert np.array_equal(decoded(data, RED)[0], np.broadcast_to(RED, (32, 3)))
+
+
+DEEP = np.linspace(0, 65535, 24 * 32).astype(np.int64).reshape(24, 32)
+
+
+def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
+    expected = np.round(DEEP / 257)[..., None]
+    assert expected.max() == 255
+    assert np.array_equal(decoded(png16(DEEP, 0)), np.repeat(expected, 3, axis=2))
+    assert np.array_equal(decoded(tiff16(DEEP, 1)), np.repeat(expected, 3, axis=2))
+    white_is_zero = decoded(tiff16(65535 - DEEP, 0))
+    assert np.array_equal(white_is_zero, np.repeat(expected, 3, axis=2))
+
+
+def test_16_bit_grey_with_alpha_and_with_a_transparent_value() -> None:
+    alpha = np.full_like(DEEP, 0x8080)
+    image = decoded(png16(np.stack([DEEP, alpha], -1), 4), RED)
+    share = 128 / 255
+    expected = (DEEP / 257)[..., None] * share + np.array(RED) * (1 - share)
+    assert abs(image - expected).max() <= 1.5
+
+    hidden = int(DEEP[5, 7])  # its neighbours become the same 8-bit value, and stay visible
+    deep = DEEP.copy()
+    deep[5, 8] = hidden + 1
+    image = decoded(png16(deep, 0, struct.pack(">H", hidden)), RED)
+    assert tuple(image[5, 7]) == RED
+    assert tuple(image[5, 8]) == (round((hidden + 1) / 257),) * 3
+
+
+@pytest.mark.parametrize("container", ["png", "tiff"])
+def test_16_bit_colour_is_scaled(container: str) -> None:
+    deep = np.stack([DEEP, DEEP[::-1], DEEP[:, ::-1]], -1)
+    data = png16(deep, 2) if container == "png" else tiff16(deep, 2)
+    assert abs(decoded(data) - deep / 257).max() <= 1
+
+
+def test_16_bit_colour_with_alpha_and_with_a_transparent_colour() -> None:
+    deep = np.stack([DEEP, DEEP[::-1], DEEP[:, ::-1]], -1)
+    half = np.full((24, 32, 1), 0x8080)
+    expected = deep / 257 * (128 / 255) + np.array(RED) * (127 / 255)
+    assert abs(decoded(png16(np.concatenate([deep, half], -1), 6), RED) - expected).max() <= 1.5
+    image = decoded(png16(deep, 2, struct.pack(">3H", *deep[3, 4])), RED)
+    assert tuple(image[3, 4]) == RED
+    assert abs(image[9] - deep[9] / 257).max() <= 1
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_few_bit_grey_with_a_transparent_value(depth: int) -> None:
+    top = 2**depth - 1
+    row = np.arange(8) % (top + 1)
+    bits = "".join(f"{value:0{depth}b}" for value in row)
+    packed = np.frombuffer(int(bits, 2).to_bytes(depth, "big"), np.uint8)
+    image = decoded(png(np.tile(packed, (8, 1)), depth, 0, struct.pack(">H", 1)), RED)
+    expected = np.where(row[:, None] == 1, RED, (row * 255 // top)[:, None])
+    assert np.array_equal(image, np.broadcast_to(expected, (8, 8, 3)))
+
+
+def test_cmyk_jpegs_inverted_by_adobe_or_not() -> None:
+    cmyk = np.concatenate([255 - RGB, np.zeros_like(RGB[..., :1])], axis=-1)
+    image = Image.frombytes("CMYK", (32, 24), cmyk.tobytes())
+    options = {"quality": 98, "subsampling": 0}
+    adobe = encode(image, "JPEG", **options)
+    inverted = Image.frombytes("CMYK", (32, 24), (255 - cmyk).tobytes())
+    plain = without_adobe(encode(inverted, "JPEG", **options))
+    assert b"Adobe" in adobe
+    assert b"Adobe" not in plain
+    assert abs(decoded(adobe) - RGB).max() <= 6
+    assert abs(decoded(plain) - RGB).max() <= 6
+    assert np.array_equal(decoded(encode(image, "TIFF")), RGB)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation: int) -> None:
+    """The pixels to store for each orientation so that RGB is shown, from the EXIF standard."""
+    stored = {
+        1: RGB, 2: RGB[:, ::-1], 3: RGB[::-1, ::-1], 4: RGB[::-1],
+        5: RGB.swapaxes(0, 1), 6: np.rot90(RGB), 7: RGB[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(RGB, -1),
+    }[orientation]  # fmt: skip
+    image = Image.fromarray(np.ascontiguousarray(stored))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(decoded(encode(image, "PNG", exif=exif)), RGB)
+    assert np.array_equal(decoded(encode(image, "WEBP", lossless=True, exif=exif)), RGB)
+    tiff = encode(image, "TIFF", tiffinfo={274: orientation})
+    assert np.array_equal(decoded(tiff), RGB)
+    jpeg = encode(image, "JPEG", quality=98, subsampling=0, exif=exif)
+    assert abs(decoded(jpeg) - RGB).max() <= 5
+    grey = decoded(tiff16(stored[..., 0].astype(np.int64) * 257, 1, orientation))
+    assert np.array_equal(grey, np.repeat(GREY[..., None], 3, axis=2))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's warning
+def test_damaged_exif_data_is_ignored() -> None:
+    for garbage in (b"Exif\0\0MM", b"Exif\0\0II*\0\xff\0\0\0", b"nonsense"):
+        data = encode(Image.fromarray(RGB), "PNG", exif=garbage)
+        assert np.array_equal(decoded(data), RGB)
+
+
+def test_animations_become_their_first_frame() -> None:
+    frames = [Image.fromarray(RGB).quantize(8), Image.new("P", (32, 24))]
+    gif = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert np.array_equal(decoded(gif), np.asarray(frames[0].convert("RGB")))
+    others = [Image.new("RGB", (32, 24), "blue")]
+    for file_format, options in (("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})):
+        data = encode(
+            Image.fromarray(RGB), file_format, save_all=True, append_images=others, **options
+        )
+        assert np.array_equal(decoded(data), RGB)
+
+
+def test_pixels_without_a_known_range_are_unreadable() -> None:
+    for array in (DEEP.astype(np.int32), DEEP.astype(np.float32)):
+        with pytest.raises(UnreadableImage, match="range is not known"):
+            decode(encode(Image.fromarray(array), "TIFF"), 8, WHITE)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.95])
+def test_truncated_files_of_every_format_are_unreadable(file_format: str, share: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    data = encode(Image.fromarray(noise), file_format)
+    with pytest.raises(UnreadableImage, match="corrupt"):
+        decode(data[: int(len(data) * share)], 8, WHITE)
+
+
+def test_a_png_with_a_flipped_byte_is_unreadable() -> None:
+    data = bytearray(encode(Image.fromarray(RGB), "PNG"))
+    data[len(data) // 2] ^= 0xFF
+    with pytest.raises(UnreadableImage, match="corrupt"):
+        decode(bytes(data), 8, WHITE)

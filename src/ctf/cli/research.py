@@ -233,28 +233,30 @@ def reproduce(
         device: where to compute; auto takes a GPU if there is one
         dry_run: list the cells that would be computed, and write nothing
     """
-    from ctf.reproduce import experiments, report
+    from ctf.reproduce import experiments, report, runner
+    from ctf.reproduce.plan import plan_of
 
     if jobs < 1:
         raise UserError(f"jobs: got {jobs}, expected 1 or more")
-    plan = experiments.plan_of(budget)
-    place = open_device(device)
-    desk = experiments.open_desk(plan, out / budget, results / budget, place, open_progress)
+    space = runner.open_workspace(
+        plan_of(budget), out / budget, results / budget, open_device(device), open_progress
+    )
     if what == "status":
-        rows = experiments.status(desk)
+        rows = runner.status(space)
         print_table(("cell", "state", "seconds"), rows)
         done = sum(state.startswith("done") for _, state, _ in rows)
         console.print(f"{done} of {len(rows)} cells are done")
         return
-    names = experiments.chosen(plan, "all" if what == "report" else what, only)
-    missing = [] if what == "report" else [name for name in names if desk.result(name) is None]
+    cells = experiments.select(space.plan, "all" if what == "report" else what, only)
+    missing = [] if what == "report" else [c for c in cells.values() if space.result(c) is None]
     if dry_run:
-        console.print(f"would compute {', '.join(missing) or 'nothing'}", soft_wrap=True)
+        names = ", ".join(cell.name for cell in missing)
+        console.print(f"would compute {names or 'nothing'}", soft_wrap=True)
         return
     same = ("reproduce", what, "--budget", budget, "--out", out, "--results", results)
     again = [*map(str, same), "--device", device, *(["--only", only] if only else [])]
     helpers = jobs - 1 if missing else 0
-    with signals.at_once(desk.work), experiments.helpers(helpers, again, desk.work):
-        experiments.run(desk, plan, missing)
-    report.write(desk, plan)
-    console.print(f"{desk.results / 'report.md'}: {len(missing)} cells computed", soft_wrap=True)
+    with signals.at_once(space.work), runner.helpers(helpers, again, space.work):
+        runner.compute(space, missing, lambda: report.write(space))
+    report.write(space)
+    console.print(f"{space.results / 'report.md'}: {len(missing)} cells computed", soft_wrap=True)

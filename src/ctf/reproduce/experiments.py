@@ -1,122 +1,332 @@
-"""What `ctf reproduce` does: the cells of a table or figure in turn, and the report of all."""
+"""The tables and figures of the paper (arXiv 2503.16194) as data: what is trained and scored.
+
+Shapes: V codes, K clusters.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
-import torch
-
-from ctf.common import storage
 from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
-from ctf.common.progress import OpenProgress
-from ctf.data.images import open_images
-from ctf.reproduce import figure1, figure2, report, table1, table2, table3
-from ctf.reproduce.cells import RESULT, Cell, Desk
-from ctf.reproduce.jobs import Place
-from ctf.reproduce.plan import BUDGETS, Plan
-from ctf.reproduce.subset import split_off
+from ctf.models.clusters import ClustersConfig, Method
+from ctf.models.sizes import TransformerShape
+from ctf.reproduce.cells import Cell, with_needs
+from ctf.reproduce.plan import Plan
+from ctf.reproduce.sampling_cells import DetailsCell, ScoreCell, SearchCell, SpeedCell
+from ctf.reproduce.training_cells import (
+    ClustersCell,
+    CoarseCell,
+    FineCell,
+    TokenizerCell,
+    TokensCell,
+)
+from ctf.training.recipes import with_steps
 
-# In the order in which they are computed by "all": what matters most first.
-PARTS: dict[str, Callable[[Plan], list[Cell]]] = {
-    "table1": table1.cells,
-    "table3": table3.cells,
-    "figure1": figure1.cells,
-    "figure2": figure2.cells,
-    "table2": table2.cells,
-}
+UNIFORM = 1e6  # a temperature at which all members of a cluster are equally likely
 
+Model = TypeVar("Model", CoarseCell, FineCell)
 
-def cells(plan: Plan, what: str) -> dict[str, Cell]:
-    """The cells of a table or figure, or of "all", by name, each after those that it needs."""
-    parts = PARTS if what == "all" else {what: PARTS[what]}
-    found: dict[str, Cell] = {}
-    for part in parts.values():
-        for cell in part(plan):
-            if found.setdefault(cell.name, cell) != cell:
-                raise AssertionError(f"two cells are called {cell.name}")
-    return found
+# --- What the tables share ------------------------------------------------------------------------
 
 
-def open_desk(
-    plan: Plan, work: Path, results: Path, device: torch.device, open_progress: OpenProgress
-) -> Desk:
-    """Raises UserError: see `open_images`."""
-    images = open_images(plan.source, plan.image_size)
-    train, kept_back = split_off(images.train, plan.kept_back)
-    images = dataclasses.replace(images, train=train)
-    place = Place(plan.source, images, kept_back, plan.features, device)
-    return Desk(cells(plan, "all"), work, results, place, open_progress)
+def tokenizer(plan: Plan, codes: int) -> TokenizerCell:
+    """The tokenizer with V codes."""
+    shape = dataclasses.replace(plan.tokenizer, codebook_size=codes)
+    return TokenizerCell(f"tokenizer-{codes}", shape, plan.tokenizer_training, plan.reserved)
 
 
-def chosen(plan: Plan, what: str, only: str | None) -> list[str]:
-    """Names of the cells to compute, in order.
+def clusters(
+    plan: Plan, codes: int, count: int | None = None, method: Method = "kmeans"
+) -> ClustersCell:
+    """K clusters of V codes, by default the usual number."""
+    count = codes if method == "identity" else count or plan.clusters_of(codes)
+    suffix = {"identity": "identity", "kmeans": f"{count}"}.get(method, f"{count}-{method}")
+    tokens = TokensCell(f"tokens-{codes}", tokenizer(plan, codes))
+    config = ClustersConfig(method=method, count=count)
+    return ClustersCell(f"clusters-{codes}-{suffix}", tokens, config)
+
+
+def baseline(plan: Plan, codes: int, seed: int) -> CoarseCell:
+    """The full-vocabulary baseline: a coarse model of identity clusters."""
+    training = dataclasses.replace(plan.training, seed=seed)
+    shape = plan.baselines[plan.codebooks.index(codes)]
+    identity = clusters(plan, codes, method="identity")
+    return CoarseCell(f"baseline-{codes}-s{seed}", identity, shape, training)
+
+
+def coarse(plan: Plan, clusters: ClustersCell, seed: int) -> CoarseCell:
+    """The coarse model of CTF."""
+    name = f"{clusters.name.replace('clusters', 'coarse')}-s{seed}"
+    training = dataclasses.replace(plan.training, seed=seed)
+    return CoarseCell(name, clusters, plan.backbone, training)
+
+
+def fine(plan: Plan, clusters: ClustersCell, seed: int) -> FineCell:
+    """The fine model of CTF."""
+    name = f"{clusters.name.replace('clusters', 'fine')}-s{seed}"
+    training = dataclasses.replace(plan.fine_training, seed=seed)
+    return FineCell(name, clusters, plan.fine, training)
+
+
+def search(plan: Plan, codes: int, *, ctf: bool) -> SearchCell:
+    """The search for the sampling settings of a V, on the models of the first seed."""
+    seed, usual = plan.seeds[0], clusters(plan, codes)
+    first = coarse(plan, usual, seed) if ctf else baseline(plan, codes, seed)
+    second = fine(plan, usual, seed) if ctf else None
+    name = f"search-{'ctf' if ctf else 'baseline'}-{codes}"
+    return SearchCell(name, first, second, plan.search_samples, plan.search_points)
+
+
+def score(
+    plan: Plan,
+    name: str,
+    coarse: CoarseCell,
+    fine: FineCell | None,
+    settings: Mapping[str, float] | None = None,
+) -> ScoreCell:
+    """A score at the settings of the search for CTF or the baseline, some of them replaced."""
+    codes = coarse.clusters.tokens.tokenizer.shape.codebook_size
+    first_sample = coarse.training.seed * plan.samples
+    tuned = search(plan, codes, ctf=fine is not None)
+    return ScoreCell(name, coarse, fine, plan.samples, first_sample, dict(settings or {}), tuned)
+
+
+def variant(cell: Model, suffix: str, **changes: Any) -> Model:
+    """A model of its own with other values in some fields."""
+    return dataclasses.replace(cell, name=f"{cell.name}-{suffix}", **changes)
+
+
+# --- Table 1 and Figure 2: the baseline against CTF -----------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The baseline and CTF, trained alike for `steps` steps."""
+
+    codes: int
+    seed: int
+    steps: int
+    baseline: ScoreCell
+    ctf: ScoreCell
+
+
+def pair(plan: Plan, codes: int, seed: int, share: float = 1.0) -> Pair:
+    """Both at a share of the training steps; at the full length they are rows of Table 1."""
+    usual, steps = clusters(plan, codes), round(share * plan.training.steps)
+    base = _shortened(baseline(plan, codes, seed), share)
+    first = _shortened(coarse(plan, usual, seed), share)
+    second = _shortened(fine(plan, usual, seed), share)
+
+    def name(which: str) -> str:
+        full = f"table1-{which}-{codes}-s{seed}"
+        return full if share == 1 else f"figure2-{which}-{steps}"
+
+    scores = score(plan, name("baseline"), base, None), score(plan, name("ctf"), first, second)
+    return Pair(codes, seed, steps, *scores)
+
+
+def _shortened(cell: Model, share: float) -> Model:
+    if share == 1:
+        return cell
+    steps = round(share * cell.training.steps)
+    return variant(cell, f"{steps}steps", training=with_steps(cell.training, steps))
+
+
+def table1(plan: Plan, codes: int) -> list[Pair]:
+    """The pairs of a V: one for each seed."""
+    seeds = plan.seeds if codes == plan.largest else plan.seeds[:1]
+    return [pair(plan, codes, seed) for seed in seeds]
+
+
+def figure2(plan: Plan) -> list[Pair]:
+    """Quality over training: a pair for each length, each with a schedule of its own."""
+    return [pair(plan, plan.largest, plan.seeds[0], share) for share in (*plan.lengths, 1.0)]
+
+
+# --- Table 2: the speed of sampling ---------------------------------------------------------------
+
+
+def table2(plan: Plan) -> SpeedCell:
+    """Both samplers in turn, at the largest V."""
+    name = f"table2-{plan.largest}"
+    base, ctf = (search(plan, plan.largest, ctf=ctf) for ctf in (False, True))
+    assert ctf.fine is not None
+    return SpeedCell(name, base.coarse, ctf.coarse, ctf.fine, (base, ctf))
+
+
+# --- Table 3: one choice at a time ----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A row of Table 3; `setting` is the sampling setting whose value is by the search."""
+
+    label: str
+    cell: ScoreCell
+    setting: str | None = None
+
+
+def table3(plan: Plan) -> dict[str, list[Choice]]:
+    """The rows of each part. What a row does not change is as in the CTF of Table 1."""
+    codes, seed, usual = plan.largest, plan.seeds[0], pair(plan, plan.largest, plan.seeds[0])
+    ctf, base = usual.ctf, baseline(plan, codes, seed)
+    first, second = ctf.coarse, fine(plan, ctf.coarse.clusters, seed)
+
+    def row(
+        label: str,
+        name: str,
+        coarse: CoarseCell = first,
+        fine: FineCell | None = second,
+        settings: Mapping[str, float] | None = None,
+    ) -> Choice:
+        return Choice(label, score(plan, f"table3-{name}", coarse, fine, settings))
+
+    def setting(name: str, *values: float) -> list[Choice]:
+        short = name.replace("_", "-")
+        rows = [row(f"{value:g}", f"{short}-{value:g}", settings={name: value}) for value in values]
+        return [*rows, Choice("found by the search", ctf, name)]
+
+    def clustered(
+        label: str, name: str, count: int | None = None, method: Method = "kmeans"
+    ) -> Choice:
+        other = clusters(plan, codes, count, method)
+        return row(label, name, coarse(plan, other, seed), fine(plan, other, seed))
+
+    counts = {k: clustered(f"{k}", f"k{k}", k) for k in plan.other_clusters}
+    counts[plan.clusters_of(codes)] = Choice(f"{plan.clusters_of(codes)}", ctf)
+    sizes = {plan.fine: Choice(_size(plan.fine), ctf)}
+    for shape in plan.other_fines:
+        other = variant(second, _size(shape), shape=shape)
+        sizes[shape] = row(_size(shape), f"fine{_size(shape)}", fine=other)
+    full = variant(second, "full", softmax="full")
+    corrupted = variant(second, "corrupted", corruption=0.1)
+    warm = variant(first, "warm", warm_start=base)
+    grouped = variant(base, "iar", group_loss=plan.group_loss)
+    return {
+        "a: number of clusters K": [counts[k] for k in sorted(counts)],
+        "b: size of the fine model": [
+            sizes[shape] for shape in sorted(sizes, key=lambda shape: (shape.width, shape.layers))
+        ],
+        "c: guidance scale": setting("guidance", 1.0, 1.75, 3.25),
+        "d: top-k of the fine model": [
+            row("1", "fine-top-k-1", settings={"fine_top_k": 1}),
+            row("4", "fine-top-k-4", settings={"fine_top_k": 4}),
+            Choice("all", ctf),
+        ],
+        "e: temperature, coarse": setting("temperature", 1.0, 1.1),
+        "f: temperature, fine": setting("fine_temperature", 0.5, 1.1),
+        "control": [clustered("random clusters of the same sizes", "random", method="random")],
+        "beyond the paper": [
+            clustered("clusters by average linkage", "average", method="average"),
+            clustered("clusters of equal sizes (IAR)", "balanced", method="balanced"),
+            row(
+                "a random member instead of the fine model (MASC)",
+                "member",
+                settings={"fine_temperature": UNIFORM},
+            ),
+            row("fine softmax over all codes", "full", fine=full),
+            # The temperature that the search found is for a choice among members alone.
+            row(
+                "the same, at fine temperature 1",
+                "full-fine-temperature-1",
+                fine=full,
+                settings={"fine_temperature": 1.0},
+            ),
+            row("fine model trained on 10% wrong labels", "corrupted", fine=corrupted),
+            row("coarse model started from the baseline", "warm", warm),
+            row("baseline with the cluster loss of IAR", "iar", grouped, None),
+            Choice("baseline", usual.baseline),
+        ],
+    }
+
+
+def _size(shape: TransformerShape) -> str:
+    return f"{shape.width}x{shape.layers}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """That a row of Table 3 is better than another one."""
+
+    text: str
+    score: Literal["FID", "IS"]
+    better: Choice
+    worse: Choice
+
+
+def claims(plan: Plan) -> list[Claim]:
+    """What the paper concludes from Table 3."""
+    counts, sizes, guidances, top_ks, temperatures, _, control, beyond = table3(plan).values()
+    usual, member = top_ks[-1], beyond[2]
+    return [
+        Claim("more clusters than a few are better", "FID", usual, counts[0]),
+        Claim("a larger fine model is better", "FID", sizes[-1], sizes[0]),
+        Claim("guidance raises IS", "IS", guidances[-2], guidances[0]),
+        Claim("sampling details beats taking the most likely", "FID", usual, top_ks[0]),
+        Claim("a temperature above 1 is better", "FID", temperatures[-2], temperatures[0]),
+        Claim("random clusters make it fail", "FID", usual, control[0]),
+        Claim("the fine model beats a random member", "FID", usual, member),
+    ]
+
+
+# --- Figure 1: codes of a cluster look alike ------------------------------------------------------
+
+
+def figure1(plan: Plan) -> list[ClustersCell]:
+    """The clusters whose redundancy is shown, the usual ones of the largest V first."""
+    usual = [clusters(plan, codes) for codes in reversed(plan.codebooks)]
+    counts = [clusters(plan, plan.largest, count) for count in plan.other_clusters]
+    methods: tuple[Method, ...] = ("average", "balanced")
+    return [*usual, *counts, *(clusters(plan, plan.largest, method=m) for m in methods)]
+
+
+def details(plan: Plan) -> dict[str, DetailsCell]:
+    """The fine stage alone, on true labels, by what the codes are."""
+    model = fine(plan, clusters(plan, plan.largest), plan.seeds[0])
+
+    def cell(
+        name: str, codes: Literal["true", "random", "model"], temperature: float = 1.0
+    ) -> DetailsCell:
+        name = f"details-{plan.largest}-{name}"
+        return DetailsCell(name, model, codes, temperature, plan.details)
+
+    return {
+        "true codes": cell("true", "true"),
+        "random members": cell("random", "random"),
+        "fine model, temperature 1": cell("fine-1", "model"),
+        "fine model, temperature 0.8": cell("fine-0.8", "model", 0.8),
+        "fine model, most likely": cell("likeliest", "model", 0.0),
+    }
+
+
+# --- All together ---------------------------------------------------------------------------------
+
+
+def select(plan: Plan, what: str = "all", only: str | None = None) -> dict[str, Cell]:
+    """Return the cells of a table or figure by name, in the order of computation.
+
+    Args:
+        what: "all", "table1", "table2", "table3", "figure1" or "figure2".
+        only: One of the cells; None: all.
 
     Raises:
-        UserError: there is no cell `only`.
+        UserError: There is no such cell.
     """
-    names = list(cells(plan, what))
+    pairs = [each for codes in reversed(plan.codebooks) for each in table1(plan, codes)]
+    experiments: dict[str, Sequence[Cell]] = {  # what matters most first
+        "table1": [cell for each in pairs for cell in (each.baseline, each.ctf)],
+        "table3": [row.cell for rows in table3(plan).values() for row in rows],
+        "figure1": [*figure1(plan), *details(plan).values()],
+        "figure2": [cell for each in figure2(plan) for cell in (each.baseline, each.ctf)],
+        "table2": [table2(plan)],
+    }
+    chosen = experiments.values() if what == "all" else [experiments[what]]
+    cells = with_needs(cell for group in chosen for cell in group)
     if only is None:
-        return names
-    if only not in names:
-        raise UserError(f"unknown cell {only!r}{did_you_mean(only, names)}")
-    return [only]
-
-
-def run(desk: Desk, plan: Plan, names: list[str]) -> None:
-    """Computes cells and writes the report anew after each."""
-    desk.compute(names, lambda: report.write(desk, plan))
-
-
-@contextlib.contextmanager
-def helpers(count: int, arguments: Sequence[str], work: Path) -> Iterator[None]:
-    """So many processes beside this one that run `ctf` with these arguments, e.g. to share cells.
-
-    What they say goes to WORK/helper-1.log and so on. They are told to stop where this one stops.
-    """
-    with contextlib.ExitStack() as stack:
-        started = []
-        for number in range(1, count + 1):
-            work.mkdir(parents=True, exist_ok=True)
-            log = stack.enter_context(open(work / f"helper-{number}.log", "w", encoding="utf-8"))
-            command = [sys.executable, "-m", "ctf", *arguments]
-            started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
-        try:
-            yield
-        except BaseException:
-            for process in started:
-                process.terminate()
-            raise
-        finally:
-            for process in started:
-                process.wait()
-
-
-def status(desk: Desk) -> list[tuple[str, str, str]]:
-    """Of each cell: its name, how it stands, and the seconds that it took."""
-    rows = []
-    for name in desk.cells:
-        folder, result = desk.work / name, desk.result(name)
-        if result is not None:
-            how = "done" if (folder / RESULT).is_file() else "done, its files are elsewhere"
-            rows.append((name, how, f"{result['seconds']:.0f}"))
-        elif (folder / RESULT).is_file():
-            stored = storage.load_object(folder / RESULT)
-            rows.append(
-                (name, "made" if stored["asked"] == desk.asked(name) else "of another plan", "")
-            )
-        else:
-            rows.append((name, "begun" if folder.is_dir() else "left", ""))
-    return rows
-
-
-def plan_of(budget: str) -> Plan:
-    """Raises UserError for an unknown budget."""
-    if budget not in BUDGETS:
-        raise UserError(f"unknown budget {budget!r}{did_you_mean(budget, BUDGETS)}")
-    return BUDGETS[budget]
+        return cells
+    if only not in cells:
+        raise UserError(f"unknown cell {only!r}{did_you_mean(only, cells)}")
+    return {only: cells[only]}

@@ -1,43 +1,43 @@
-"""The report of all cells: RESULTS/report.md, its plots, and the claims beside what came out.
-
-Nothing in it is written by hand: what is not computed yet is said to be missing.
-"""
+"""The report of all cells: RESULTS/report.md with its plots, made of stored results alone."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
 import statistics
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ctf.bench.tables import markdown, spread
 from ctf.common import storage
 from ctf.models.sampling import in_words
-from ctf.reproduce import figure1, figure2, table1, table2, table3
-from ctf.reproduce import plan as planned
-from ctf.reproduce.cells import Cell, Desk
-from ctf.reproduce.plan import Plan
+from ctf.reproduce import experiments
+from ctf.reproduce.cells import Outcome, Workspace
+from ctf.reproduce.experiments import UNIFORM, Claim, Pair
+from ctf.reproduce.plan import BUDGETS, Plan
+from ctf.reproduce.sampling_cells import ScoreCell
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MISSING = "not computed yet"
 OVERLAP = "no: the intervals overlap"
-GOAL = 0.2  # how much lower FID is to be, as in the paper
+SUFFIXES = {"lite0": "-Lite0", "fashion": "-fashion"}  # of the scores by each feature network
 
-# The paper's tables (arXiv 2503.16194), ImageNet at 256 pixels; FID / IS.
+# What the paper reports (arXiv 2503.16194), on ImageNet at 256 pixels. Model, parameters, FID, IS.
 PAPER_TABLE1 = (
-    ("LlamaGen-B", "111 M", "5.46 / 193.6"),
-    ("+ CTF", "87 M", "4.15 / 255.0"),
-    ("LlamaGen-L", "343 M", "3.80 / 248.3"),
-    ("+ CTF", "310 M", "2.97 / 291.5"),
-    ("LlamaGen-XL", "775 M", "3.39 / 227.1"),
-    ("+ CTF", "734 M", "2.76 / 299.7"),
+    ("LlamaGen-B", "111 M", 5.46, 193.6),
+    ("+ CTF", "87 M", 4.15, 255.0),
+    ("LlamaGen-L", "343 M", 3.80, 248.3),
+    ("+ CTF", "310 M", 2.97, 291.5),
+    ("LlamaGen-XL", "775 M", 3.39, 227.1),
+    ("+ CTF", "734 M", 2.76, 299.7),
 )
 PAPER_TABLE2 = "B 13.75 to 12.83, L 7.50 to 8.71, XL 5.32 to 6.26 images a second (A100, batch 64)"
 PAPER_FIGURE1 = (
-    "within clusters a picture keeps its structure and content; in random ones it falls apart"
+    "within clusters an image keeps its structure and content; in random ones it falls apart"
 )
 PAPER_FIGURE2 = "CTF is ahead at every epoch, by FID and IS"
-PAPER_TABLE3 = {
+PAPER_TABLE3 = {  # by the part; FID / IS
     "a: number of clusters K": "128: 11.23 / 98.4; 512: 5.51 / 273.5; 1024: 5.38 / 269.1",
     "b: size of the fine model": "111 M: 5.51 / 273.5; 343 M: 5.33 / 285.2; 775 M: 5.27 / 289.1",
     "c: guidance scale": "1.75: 4.24 / 247.0; 2.0: 5.33 / 285.2; 2.25: 6.71 / 313.1",
@@ -46,212 +46,203 @@ PAPER_TABLE3 = {
     "f: temperature, fine": "0.9: 5.55 / 288.0; 1.0: 4.16 / 259.5; 1.1: 4.15 / 255.0",
     "control": "a random clustering makes the method fail",
 }
+# How much lower FID is with CTF than without, in the paper: 19 to 24 %.
+PAPER_MARGINS = [
+    1 - ctf[2] / base[2] for base, ctf in zip(PAPER_TABLE1[::2], PAPER_TABLE1[1::2], strict=True)
+]
+
+
+def write(space: Workspace) -> None:
+    """Write RESULTS/report.md and its plots of all results that are stored."""
+    space.results.mkdir(parents=True, exist_ok=True)
+    parts = [
+        "# The paper in miniature",
+        *_head(space),
+        "## What holds here",
+        markdown(("claim", "here", "holds"), _claims(space)),
+        *_tokenizers(space),
+        *_table1(space),
+        *_table2(space),
+        *_table3(space),
+        *_figure1(space),
+        *_figure2(space),
+    ]
+    with storage.atomic(space.results / "report.md") as temporary:
+        temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _head(space: Workspace) -> list[str]:
+    plan, cells = space.plan, experiments.select(space.plan)
+    results = [result for cell in cells.values() if (result := space.result(cell)) is not None]
+    seconds = [result["seconds"] for result in results] or [0.0]
+    budget = "".join(f" --budget {name}" for name, known in BUDGETS.items() if known == plan)
+    machines = {
+        ", ".join(f"{key} {value}" for key, value in result["where"].items()) for result in results
+    }
+    return [
+        f"Made by `ctf reproduce all{budget}`; do not edit. {len(results)} of {len(cells)} cells "
+        f"are computed, together in {sum(seconds) / 3600:.1f} hours of one thread, the longest in "
+        f"{max(seconds) / 60:.0f} minutes. The raw numbers of each are in cells/; `--only CELL`, "
+        "with another --out and --results, computes one again.",
+        f"Images: {plan.source} at {plan.image_size} pixels; {plan.reserved:,} of the training "
+        "split are reserved for the searches, and no model is trained on them. Each score is of "
+        f"{plan.samples:,} samples against the held-out images. In brackets: 95 % intervals of "
+        "the sampling, not of the training. FID-Lite0 and IS-Lite0 are by EfficientNet-Lite0, "
+        "FID-fashion and IS-fashion by the shipped classifier; neither is the FID of the paper. "
+        "The tokenizers were trained with a perceptual loss by that same EfficientNet-Lite0, which "
+        "flatters all FID-Lite0 here alike. Each model was trained on "
+        f"{plan.training.steps * plan.training.batch_size:,} images at most: its training is far "
+        "from convergence, and which model learns faster matters much. GFLOP and seconds are those "
+        "of training, without the tokenizer.",
+        *[f"Machine: {machine}." for machine in sorted(machines)],
+    ]
+
+
+# --- Scores ---------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Scored:
     """A score with what its models cost."""
 
-    found: dict[str, Any]
+    outcome: Outcome
     parameters: int
     flops: int
     seconds: float
 
     def value(self, name: str) -> float:
-        return float(self.found["scores"][name]["value"])
+        """A score by its name, e.g. FID-Lite0."""
+        return float(self.outcome["scores"][name]["value"])
 
     def interval(self, name: str) -> tuple[float, float]:
-        score = self.found["scores"][name]
+        """The 95 % interval of a score."""
+        score = self.outcome["scores"][name]
         return float(score["low"]), float(score["high"])
 
 
-def row(desk: Desk, cells: Sequence[Cell]) -> Row | None:
-    """That of the last cell, a score; None where it or one before it is not computed yet."""
-    job: Any = cells[-1].job
-    found = desk.result(cells[-1].name)
-    if found is None:
+def scored(space: Workspace, cell: ScoreCell) -> Scored | None:
+    """Return a score; None where it or one of its models is not computed yet."""
+    outcome = space.outcome(cell)
+    if outcome is None:
         return None
-    names = [job.coarse, job.fine]
-    if found["found"]["settings"].get("fine_temperature", 1.0) >= table3.UNIFORM:
-        names.remove(job.fine)  # members are equally likely: its model is for nothing
-    of: Any = {cell.name: cell.job for cell in cells}
-    start = of[job.coarse].warm_start
-    results = {name: desk.result(name) for name in (*names, start) if name is not None}
-    parts: dict[str, dict[str, Any]] = {
-        name: result["found"] for name, result in results.items() if result is not None
-    }
-    if len(parts) < len(results):
+    # Where all members are equally likely, the fine model does nothing.
+    uniform = outcome["settings"].get("fine_temperature", 1.0) >= UNIFORM
+    models = [cell.coarse] if cell.fine is None or uniform else [cell.coarse, cell.fine]
+    costs = [space.outcome(model) for model in models]
+    # The model that another was started from cost its training, and is not part of the sampler.
+    start = cell.coarse.warm_start
+    started = [*costs, space.outcome(start)] if start is not None else costs
+    if None in started:
         return None
-    return Row(
-        found["found"],
-        # What a model was started from has cost its training, and is not a part of it.
-        parameters=sum(part["parameters"] for name, part in parts.items() if name != start),
-        flops=sum(part["flops"] for part in parts.values()),
-        seconds=sum(part["seconds_of_training"] for part in parts.values()),
+    known = [cost for cost in started if cost is not None]
+    return Scored(
+        outcome,
+        sum(cost["parameters"] for cost in known[: len(models)]),
+        sum(cost["flops"] for cost in known),
+        sum(cost["seconds_of_training"] for cost in known),
     )
-
-
-def write(desk: Desk, plan: Plan) -> None:
-    """Writes RESULTS/report.md and its plots of all cells that are there."""
-    desk.results.mkdir(parents=True, exist_ok=True)
-    done = sum(desk.result(name) is not None for name in desk.cells)
-    seconds = [(desk.result(name) or {}).get("seconds", 0.0) for name in desk.cells]
-    wheres = {
-        ", ".join(f"{key} {value}" for key, value in result["where"].items())
-        for name in desk.cells
-        if (result := desk.result(name)) is not None
-    }
-    budget = "".join(
-        f" --budget {name}" for name, known in planned.BUDGETS.items() if known == plan
-    )
-    lines = [
-        "# The paper in miniature",
-        "",
-        f"Made by `ctf reproduce all{budget}`; do not edit. {done} of {len(desk.cells)} cells are "
-        f"computed, together in {sum(seconds) / 3600:.1f} hours of one thread, the longest in "
-        f"{max(seconds) / 60:.0f} minutes. The raw numbers of each are in cells/; `--only CELL`, "
-        "with another --out and --results, makes one again.",
-        "",
-        f"Pictures: {plan.source} at {plan.image_size} pixels; of the training split "
-        f"{plan.kept_back:,} are kept from all trainings, for the searches. Each score is of "
-        f"{plan.samples:,} samples against the held-out pictures. In brackets: 95 % intervals of "
-        "the sampling, not of the training. FID-Lite0 and IS-Lite0 are by EfficientNet-Lite0, "
-        "FID-fashion and IS-fashion by the shipped classifier; neither is the FID of the paper. "
-        "The tokenizers were trained with a perceptual loss by that same EfficientNet-Lite0, which "
-        "flatters all FID-Lite0 here alike. Each model has seen "
-        f"{plan.training.steps * plan.training.batch_size:,} pictures at the most: its training "
-        "is far from where it would end, and which model learns faster counts for much. "
-        "GFLOP and seconds are those of training, without the tokenizer.",
-        "",
-        *[f"Machine: {where}." for where in sorted(wheres)],
-        "",
-        *_claims(desk, plan),
-        *_tokenizers(desk, plan),
-        *_table1(desk, plan),
-        *_table2(desk, plan),
-        *_table3(desk, plan),
-        *_figure1(desk, plan),
-        *_figure2(desk, plan),
-    ]
-    with storage.atomic(desk.results / "report.md") as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-# --- Parts ----------------------------------------------------------------------------------------
-
-SUFFIXES = {"lite0": "-Lite0", "fashion": "-fashion"}  # of the scores by each network
 
 
 def _names(plan: Plan, *scores: str) -> list[str]:
-    """These scores by each network of the plan, e.g. FID-Lite0; the first is what was tuned by."""
+    """These scores by each feature network, e.g. FID-Lite0; the search minimised the first."""
     return [f"{score}{SUFFIXES[network]}" for network in plan.features for score in scores]
 
 
-def _fid(plan: Plan) -> str:
-    """What the settings were tuned by."""
-    return _names(plan, "FID")[0]
-
-
-def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    return [
-        f"| {' | '.join(header)} |",
-        "|---" * len(header) + "|",
-        *(f"| {' | '.join(cells)} |" for cells in body),
-        "",
-    ]
-
-
-def _scores(plan: Plan, found: Row | None) -> list[str]:
-    names = _names(plan, "FID", "IS")
-    if found is None:
-        return [MISSING, *[""] * (len(names) + 3)]
-    cells = []
-    for name in names:
-        score = found.found["scores"][name]
-        cells.append(f"{score['value']:.4g} ({score['low']:.4g} to {score['high']:.4g})")
-    accuracy = found.found["accuracy"]
-    cells.append("" if accuracy is None else f"{accuracy['value']:.1%}")
-    cells.append(f"{found.parameters / 1e6:.2f} M")
-    cells.append(f"{found.flops / 1e9:.0f}")
-    cells.append(f"{found.seconds:.0f}")
-    return cells
-
-
-def _header(plan: Plan) -> list[str]:
-    """Of what `_scores` gives."""
+def _columns(plan: Plan) -> list[str]:
     return [*_names(plan, "FID", "IS"), "class accuracy", "parameters", "GFLOP", "seconds"]
 
 
-def _tokenizers(desk: Desk, plan: Plan) -> list[str]:
-    body = []
+def _row(space: Workspace, cell: ScoreCell) -> list[str]:
+    """The columns of a score."""
+    if (score := scored(space, cell)) is None:
+        return _missing(len(_columns(space.plan)))
+    accuracy = score.outcome["accuracy"]
+    return [
+        *(
+            "{value:.4g} ({low:.4g} to {high:.4g})".format(**score.outcome["scores"][name])
+            for name in _names(space.plan, "FID", "IS")
+        ),
+        "" if accuracy is None else f"{accuracy['value']:.1%}",
+        f"{score.parameters / 1e6:.2f} M",
+        f"{score.flops / 1e9:.0f}",
+        f"{score.seconds:.0f}",
+    ]
+
+
+def _missing(columns: int) -> list[str]:
+    return [MISSING, *[""] * (columns - 1)]
+
+
+# --- Tables and figures ---------------------------------------------------------------------------
+
+
+def _tokenizers(space: Workspace) -> list[str]:
+    plan, rows = space.plan, []
+    header = ("V", "PSNR", "SSIM", "codes used", *_names(plan, "rFID"), "seconds")
     for codes in plan.codebooks:
-        result = desk.result(planned.tokenizer(plan, codes).name)
-        if result is None:
-            body.append([str(codes), MISSING, *[""] * (len(plan.features) + 3)])
+        outcome = space.outcome(experiments.tokenizer(plan, codes))
+        if outcome is None:
+            rows.append([str(codes), *_missing(len(header) - 1)])
             continue
-        found = result["found"]
-        distances = [f"{found[name]['value']:.4g}" for name in _names(plan, "rFID")]
-        body.append(
+        distances = [f"{outcome[name]['value']:.4g}" for name in _names(plan, "rFID")]
+        rows.append(
             [
-                str(codes), f"{found['psnr']:.2f} dB", f"{found['ssim']:.3f}",
-                f"{found['usage']:.1%}", *distances, f"{found['seconds_of_training']:.0f}",
+                str(codes), f"{outcome['psnr']:.2f} dB", f"{outcome['ssim']:.3f}",
+                f"{outcome['usage']:.1%}", *distances, f"{outcome['seconds_of_training']:.0f}",
             ]
         )  # fmt: skip
-    header = ("V", "PSNR", "SSIM", "codes used", *_names(plan, "rFID"), "seconds")
+    return ["## Tokenizers", "Trained alike; on the held-out images.", markdown(header, rows)]
+
+
+def _table1(space: Workspace) -> list[str]:
+    plan, rows, searches = space.plan, [], []
+    for codes in plan.codebooks:
+        names = {False: "baseline", True: f"CTF, K = {plan.clusters_of(codes)}"}
+        for each in experiments.table1(plan, codes):
+            for ctf, name in names.items():
+                cell = each.ctf if ctf else each.baseline
+                rows.append([str(codes), str(each.seed), name, *_row(space, cell)])
+        found = {
+            name: space.outcome(experiments.search(plan, codes, ctf=name == "CTF"))
+            for name in ("baseline", "CTF")
+        }
+        settings = [f"{name} {in_words(o['best'])}" for name, o in found.items() if o is not None]
+        if len(settings) == 2:
+            searches.append(f"Found by the search at V = {codes}: {'; '.join(settings)}.")
+    paper = [(model, size, f"{fid:.2f} / {score}") for model, size, fid, score in PAPER_TABLE1]
     return [
-        "## Tokenizers",
-        "",
-        "Trained alike; on the held-out pictures.",
-        "",
-        *_table(header, body),
-    ]
-
-
-def _table1(desk: Desk, plan: Plan) -> list[str]:
-    body = []
-    for codes in plan.codebooks:
-        for seed in table1.seeds(plan, codes):
-            for ctf in (False, True):
-                found = row(desk, table1.row(plan, codes, seed, ctf=ctf))
-                name = f"CTF, K = {plan.count(codes)}" if ctf else "baseline"
-                body.append([str(codes), str(seed), name, *_scores(plan, found)])
-    lines = [
         "## Table 1: the baseline against CTF",
-        "",
-        "Same tokenizer, same optimiser, same pictures seen by each model; the baseline has at "
+        "Same tokenizer, same optimiser, same training images for each model; the baseline has at "
         "least as many parameters as both models of CTF together. Guidance and temperatures are "
-        "by the same search with the same number of points for both, on other seeds and against "
-        "the pictures that were kept back.",
-        "",
-        *_table(("V", "seed", "model", *_header(plan)), body),
+        "from the same search with the same number of points for both, on other seeds and against "
+        "the reserved images.",
+        markdown(("V", "seed", "model", *_columns(plan)), rows),
+        *searches,
+        markdown(("the paper's, ImageNet 256", "parameters", "FID / IS"), paper),
+        *_plot_margins(space),
     ]
-    for codes in plan.codebooks:
-        settings = [
-            desk.result(planned.search(plan, codes, ctf=ctf)[-1].name) for ctf in (False, True)
-        ]
-        if None not in settings:
-            said = "; ".join(
-                f"{name} {in_words(result['found']['best'])}"
-                for name, result in zip(("baseline", "CTF"), settings, strict=True)
-                if result is not None
-            )
-            lines += [f"Found by the search at V = {codes}: {said}.", ""]
-    paper = _table(("the paper's, ImageNet 256", "parameters", "FID / IS"), PAPER_TABLE1)
-    return [*lines, *paper, *_gap_plot(desk, plan)]
 
 
-def _margins(desk: Desk, plan: Plan, codes: int, name: str) -> list[float]:
-    """Of each seed that is computed: how much lower CTF's score is than the baseline's, 0 to 1."""
-    found = []
-    for seed in table1.seeds(plan, codes):
-        base, ctf = (row(desk, table1.row(plan, codes, seed, ctf=ctf)) for ctf in (False, True))
-        if base is not None and ctf is not None:
-            found.append(1 - ctf.value(name) / base.value(name))
-    return found
+def _scored_pair(space: Workspace, pair: Pair) -> tuple[Scored, Scored] | None:
+    """Baseline and CTF; None where one is missing."""
+    base, ctf = scored(space, pair.baseline), scored(space, pair.ctf)
+    return None if base is None or ctf is None else (base, ctf)
 
 
-def _gap_plot(desk: Desk, plan: Plan) -> list[str]:
-    known = [codes for codes in plan.codebooks if _margins(desk, plan, codes, _fid(plan))]
+def _table1_pairs(space: Workspace, codes: int) -> list[tuple[Scored, Scored]]:
+    """Those of the seeds that are computed."""
+    pairs = [_scored_pair(space, each) for each in experiments.table1(space.plan, codes)]
+    return [pair for pair in pairs if pair is not None]
+
+
+def _margins(space: Workspace, codes: int, name: str) -> list[float]:
+    """How much lower CTF's score is than the baseline's, 0 to 1, for each seed."""
+    return [1 - ctf.value(name) / base.value(name) for base, ctf in _table1_pairs(space, codes)]
+
+
+def _plot_margins(space: Workspace) -> list[str]:
+    plan = space.plan
+    known = [codes for codes in plan.codebooks if _table1_pairs(space, codes)]
     if not known:
         return []
     from matplotlib.figure import Figure
@@ -259,291 +250,218 @@ def _gap_plot(desk: Desk, plan: Plan) -> list[str]:
     figure = Figure(figsize=(5.5, 3.5), layout="constrained")
     axes = figure.subplots()
     for name in _names(plan, "FID"):
-        margins = [_margins(desk, plan, codes, name) for codes in known]
-        if all(margins):
-            means = [100 * statistics.mean(values) for values in margins]
-            (line,) = axes.plot(known, means, marker="o", label=name)
-            for codes, values in zip(known, margins, strict=True):
-                points = [100 * value for value in values]
-                axes.plot([codes] * len(points), points, ".", color=line.get_color(), alpha=0.5)
+        percent = [[100 * margin for margin in _margins(space, codes, name)] for codes in known]
+        (line,) = axes.plot(known, list(map(statistics.mean, percent)), marker="o", label=name)
+        for codes, values in zip(known, percent, strict=True):
+            axes.plot([codes] * len(values), values, ".", color=line.get_color(), alpha=0.5)
     axes.axhline(0, color="grey", lw=0.8)
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(plan.codebooks), [str(codes) for codes in plan.codebooks])
     axes.set_xlabel("codes in the codebook, V")
     axes.set_ylabel("CTF's FID is lower by, %")
     axes.legend()
-    _save(figure, desk.results / "table1.png")
-    return ["![How much lower CTF's FID is, by the size of the codebook](table1.png)", ""]
+    return [_image(space, figure, "table1.png", "How much lower CTF's FID is, by codebook size")]
 
 
-def _table2(desk: Desk, plan: Plan) -> list[str]:
-    lines = ["## Table 2: the speed of sampling", ""]
-    result = desk.result(table2.cells(plan)[-1].name)
-    if result is None:
-        return [*lines, MISSING, ""]
-    seconds = result["found"]["seconds"]
-    body = []
-    for batch, ratios in _speedups(result).items():
-        each = [
-            _spread([int(batch) / taken for taken in seconds[name][batch]])
+def _image(space: Workspace, figure: Figure, name: str, text: str) -> str:
+    with storage.atomic(space.results / name) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    return f"![{text}]({name})"
+
+
+def _table2(space: Workspace) -> list[str]:
+    title, cell = "## Table 2: the speed of sampling", experiments.table2(space.plan)
+    if (outcome := space.outcome(cell)) is None:
+        return [title, MISSING]
+    rows = []
+    for batch, ratios in _speedups(outcome).items():
+        rates = [
+            spread([int(batch) / seconds for seconds in outcome["seconds"][name][batch]], " to ")
             for name in ("baseline", "CTF")
         ]
-        body.append([batch, *each, _spread(ratios)])
+        rows.append([batch, *rates, spread(ratios, " to ")])
     return [
-        *lines,
-        "Images a second, from classes to pictures, each with its tuned guidance. Medians, in "
-        f"brackets the least and the most of {result['asked']['rounds']} rounds in turn; the last "
-        "column is of each round's own ratio.",
-        "",
-        *_table(("batch", "baseline", "CTF", "how many times as fast"), body),
+        title,
+        "Images a second, from classes to images, each with its tuned guidance. Medians, in "
+        f"brackets the minimum and the maximum of {cell.rounds} rounds in turn; the last column is "
+        "the ratio within each round.",
+        markdown(("batch", "baseline", "CTF", "how many times as fast"), rows),
         f"The paper: {PAPER_TABLE2}.",
-        "",
     ]
 
 
-def _speedups(result: dict[str, Any]) -> dict[str, list[float]]:
-    """For each batch, how many times as fast as the baseline CTF was in each round."""
-    seconds = result["found"]["seconds"]
-    return {
-        batch: [a / b for a, b in zip(seconds["baseline"][batch], times, strict=True)]
-        for batch, times in seconds["CTF"].items()
-    }
+def _speedups(outcome: Outcome) -> dict[str, list[float]]:
+    """How many times as fast as the baseline CTF was in each round, by batch."""
+    base, ctf = outcome["seconds"]["baseline"], outcome["seconds"]["CTF"]
+    return {b: [x / y for x, y in zip(base[b], ctf[b], strict=True)] for b in ctf}
 
 
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def _table3(desk: Desk, plan: Plan) -> list[str]:
-    lines = [
+def _table3(space: Workspace) -> list[str]:
+    plan = space.plan
+    parts = [
         "## Table 3: one choice at a time",
-        "",
-        f"V = {plan.largest}. Everything else as the CTF of Table 1, with its tuned settings; "
-        "those were not searched again for each line.",
-        "",
+        f"V = {plan.largest}. Everything else is as in the CTF of Table 1, with its tuned "
+        "settings; no row has a search of its own.",
     ]
-    parts: dict[str, list[list[str]]] = {}
-    for line in table3.lines(plan):
-        found, choice = row(desk, line.cells), line.choice
-        if found is not None and line.setting is not None:
-            choice = f"{found.found['settings'][line.setting]:g}, {choice}"
-        parts.setdefault(line.part, []).append([choice, *_scores(plan, found)])
-    for part, body in parts.items():
-        lines += [f"### {part}", "", *_table(("choice", *_header(plan)), body)]
-        if part in PAPER_TABLE3:
-            lines += [f"The paper (FID / IS): {PAPER_TABLE3[part]}.", ""]
-    return lines
+    for title, choices in experiments.table3(plan).items():
+        rows = []
+        for choice in choices:
+            label, outcome = choice.label, space.outcome(choice.cell)
+            if outcome is not None and choice.setting is not None:
+                label = f"{outcome['settings'][choice.setting]:g}, {label}"
+            rows.append([label, *_row(space, choice.cell)])
+        parts += [f"### {title}", markdown(("choice", *_columns(plan)), rows)]
+        if title in PAPER_TABLE3:
+            parts.append(f"The paper (FID / IS): {PAPER_TABLE3[title]}.")
+    return parts
 
 
-def _figure1(desk: Desk, plan: Plan) -> list[str]:
-    body = []
-    shown: dict[str, Cell] = {}
-    for cell in figure1.cells(plan):
-        if cell.name.startswith("clusters"):
-            shown[cell.name] = cell
-    for name in shown:
-        result = desk.result(name)
-        if result is None:
-            body.append([name, MISSING, "", ""])
+def _figure1(space: Workspace) -> list[str]:
+    cells, rows = experiments.figure1(space.plan), []
+    for cell in cells:
+        if (outcome := space.outcome(cell)) is None:
+            rows.append([cell.name, *_missing(3)])
             continue
-        found = result["found"]
-        swaps = found["swap_psnr"]
-        sizes = "{min} / {median:g} / {max}".format(**found["sizes"])
-        body.append([name, sizes, *(f"{swaps[way]:.1f} dB" for way in ("clusters", "random"))])
-    header = ("clusters", "sizes: least / median / most", "swapped within", "in random clusters")
-    lines = [
-        "## Figure 1: codes of a cluster draw nearly the same",
-        "",
-        "PSNR of held-out pictures whose codes were all swapped for random members of their "
-        "clusters, against the pictures of the true codes.",
-        "",
-        *_table(header, body),
-        f"The paper: {PAPER_FIGURE1}.",
-        "",
-    ]
-    name = planned.clusters(plan, plan.largest, plan.count(plan.largest))[-1].name
-    picture = desk.work / name / "run" / "clusters" / "swaps.png"
-    if picture.is_file():
-        with storage.atomic(desk.results / "figure1.png") as temporary:
-            shutil.copyfile(picture, temporary)
-    if (desk.results / "figure1.png").is_file():
-        lines += ["![Pictures whose codes were swapped](figure1.png)", ""]
-    names = _names(plan, "FID")
-    body = []
-    for way, cell in figure1.details(plan).items():
-        result = desk.result(cell.name)
-        if result is None:
-            body.append([way, MISSING, *[""] * (len(names) - 1)])
-        else:
-            body.append([way, *(f"{result['found'][name]['value']:.4g}" for name in names)])
+        sizes = "{min} / {median:g} / {max}".format(**outcome["sizes"])
+        swaps = [f"{outcome['swap_psnr'][way]:.1f} dB" for way in ("clusters", "random")]
+        rows.append([cell.name, sizes, *swaps])
+    swaps_png, copy = space.run(cells[0]) / "clusters" / "swaps.png", space.results / "figure1.png"
+    if swaps_png.is_file():
+        with storage.atomic(copy) as temporary:
+            shutil.copyfile(swaps_png, temporary)
+    names, details = _names(space.plan, "FID"), []
+    for label, detail in experiments.details(space.plan).items():
+        outcome = space.outcome(detail)
+        values = _missing(len(names))
+        if outcome is not None:
+            values = [f"{outcome[name]['value']:.4g}" for name in names]
+        details.append([label, *values])
+    header = ("clusters", "sizes: min / median / max", "swapped within", "in random clusters")
     return [
-        *lines,
-        "The fine stage alone: held-out pictures, codes drawn anew from their true labels.",
-        "",
-        *_table(("codes", *names), body),
+        "## Figure 1: codes of a cluster look nearly the same",
+        "PSNR of held-out images whose codes were all swapped for random members of their "
+        "clusters, against the images of the true codes.",
+        markdown(header, rows),
+        f"The paper: {PAPER_FIGURE1}.",
+        *(["![Images whose codes were swapped](figure1.png)"] if copy.is_file() else []),
+        "The fine stage alone: held-out images, codes resampled from their true labels.",
+        markdown(("codes", *names), details),
     ]
 
 
-def _figure2(desk: Desk, plan: Plan) -> list[str]:
-    lines = [
+def _figure2(space: Workspace) -> list[str]:
+    plan, rows = space.plan, []
+    points: dict[str, list[Scored]] = {"baseline": [], "CTF": []}
+    for each in experiments.figure2(plan):
+        for label, cell in (("baseline", each.baseline), ("CTF", each.ctf)):
+            rows.append([str(each.steps), label, *_row(space, cell)])
+            if (score := scored(space, cell)) is not None:
+                points[label].append(score)
+    return [
         "## Figure 2: quality over training",
-        "",
-        "Each point is a training of its own length, at the settings that were tuned at the full "
-        "length.",
-        "",
-    ]
-    points: dict[bool, list[tuple[int, Row]]] = {False: [], True: []}
-    body = []
-    for share in (*plan.lengths, 1.0):
-        steps = round(share * plan.training.steps)
-        for ctf in (False, True):
-            found = row(desk, figure2.point(plan, share, ctf=ctf))
-            if found is not None:
-                points[ctf].append((steps, found))
-            body.append([str(steps), "CTF" if ctf else "baseline", *_scores(plan, found)])
-    lines += [
-        *_table(("steps", "model", *_header(plan)), body),
+        "Each point is a training run of its own length, with the settings that were tuned at the "
+        "full length.",
+        markdown(("steps", "model", *_columns(plan)), rows),
         f"The paper: {PAPER_FIGURE2}.",
-        "",
+        *(_plot_training(space, points) if all(points.values()) else []),
     ]
-    if not (points[False] and points[True]):
-        return lines
+
+
+def _plot_training(space: Workspace, points: dict[str, list[Scored]]) -> list[str]:
     from matplotlib.figure import Figure
 
-    names = _names(plan, "FID")
+    names = _names(space.plan, "FID")
     figure = Figure(figsize=(4.5 * len(names), 3.5), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
-        for ctf, label in ((False, "baseline"), (True, "CTF")):
-            axes.plot(
-                [found.flops / 1e12 for _, found in points[ctf]],
-                [found.value(name) for _, found in points[ctf]],
-                marker="o",
-                label=label,
-            )
+        for label, scores in points.items():
+            flops = [score.flops / 1e12 for score in scores]
+            axes.plot(flops, [score.value(name) for score in scores], marker="o", label=label)
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("TFLOP of training, by calculation")
         axes.set_ylabel(f"{name}, lower is better")
         axes.legend()
-    _save(figure, desk.results / "figure2.png")
-    return [*lines, "![FID over the FLOPs of training](figure2.png)", ""]
-
-
-def _save(figure: Any, path: Path) -> None:
-    with storage.atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    return [_image(space, figure, "figure2.png", "FID over the FLOPs of training")]
 
 
 # --- What holds -----------------------------------------------------------------------------------
 
+Row = tuple[str, str, str]  # claim, what was found here, and whether the claim holds
 
-def _claims(desk: Desk, plan: Plan) -> list[str]:
-    """Each claim of the paper, what was found here, and whether it holds."""
-    body = [
-        *(_better(desk, plan, name, lower=True) for name in _names(plan, "FID")),
-        *(_better(desk, plan, name, lower=False) for name in _names(plan, "IS")),
-        *(_grows(desk, plan, name) for name in _names(plan, "FID")),
-        _sooner(desk, plan),
-        _as_fast(desk, plan),
-        *_between_lines(desk, plan),
-    ]
+
+def _claims(space: Workspace) -> list[Row]:
+    plan = space.plan
     return [
-        "## What holds here",
-        "",
-        *_table(("claim", "here", "holds"), [list(line) for line in body]),
+        *(_is_better(space, name, lower=True) for name in _names(plan, "FID")),
+        *(_is_better(space, name, lower=False) for name in _names(plan, "IS")),
+        *(_margin_grows(space, name) for name in _names(plan, "FID")),
+        _is_ahead_early(space),
+        _is_as_fast(space),
+        *(_is_ahead(space, claim) for claim in experiments.claims(plan)),
     ]
 
 
-def _better(desk: Desk, plan: Plan, name: str, *, lower: bool) -> tuple[str, str, str]:
-    codes = plan.largest
+def _is_better(space: Workspace, name: str, *, lower: bool) -> Row:
+    codes = space.plan.largest
     claim = f"{name} is {'lower' if lower else 'higher'} with CTF, V = {codes}"
     if lower:
-        claim += f"; the goal is by {GOAL:.0%}"
-    apart, changes = [], []
-    for seed in table1.seeds(plan, codes):
-        base, ctf = (row(desk, table1.row(plan, codes, seed, ctf=ctf)) for ctf in (False, True))
-        if base is None or ctf is None:
-            continue
-        changes.append(ctf.value(name) / base.value(name) - 1)
-        (low, high), (base_low, base_high) = ctf.interval(name), base.interval(name)
-        apart.append(high < base_low if lower else low > base_high)
-    if not changes:
+        claim += f"; in the paper by {min(PAPER_MARGINS):.0%} to {max(PAPER_MARGINS):.0%}"
+    pairs = _table1_pairs(space, codes)
+    if not pairs:
         return claim, MISSING, ""
-    seeds = f"{len(changes)} of {len(table1.seeds(plan, codes))} seeds"
+    changes = [-margin for margin in _margins(space, codes, name)]
+    seeds = f"{len(pairs)} of {len(experiments.table1(space.plan, codes))} seeds"
     here = f"{', '.join(f'{change:+.1%}' for change in changes)} ({seeds})"
-    if not all(apart):
-        return claim, here, "no: the intervals of a pair overlap, or it is the other way"
-    if lower and statistics.mean(changes) > -GOAL:
-        return claim, here, "yes, but by less than the goal"
+    if not all(_order(ctf, base, name) > 0 for base, ctf in pairs):
+        return claim, here, "no: the intervals of a pair overlap, or the baseline is better"
+    if lower and statistics.mean(changes) > -min(PAPER_MARGINS):
+        return claim, here, "yes, but by less than in the paper"
     return claim, here, "yes"
 
 
-def _grows(desk: Desk, plan: Plan, name: str) -> tuple[str, str, str]:
-    claim = f"{name} is the lower with CTF, the larger the codebook"
-    margins = [_margins(desk, plan, codes, name) for codes in plan.codebooks]
-    if len(margins) < 2 or not all(margins):
+def _order(one: Scored, other: Scored, name: str) -> int:
+    """1 where the first is better beyond both intervals, -1 where it is worse, else 0."""
+    (low, high), (other_low, other_high) = one.interval(name), other.interval(name)
+    higher = (low > other_high) - (high < other_low)
+    return higher if name.startswith("IS") else -higher
+
+
+def _margin_grows(space: Workspace, name: str) -> Row:
+    claim = f"the larger the codebook, the more CTF lowers {name}"
+    margins = {codes: _margins(space, codes, name) for codes in space.plan.codebooks}
+    if len(margins) < 2 or not all(margins.values()):
         return claim, MISSING, ""
-    means = [statistics.mean(values) for values in margins]
-    here = ", ".join(
-        f"V = {codes}: {-mean:+.1%}" for codes, mean in zip(plan.codebooks, means, strict=True)
-    )
-    return claim, here, "yes" if means == sorted(means) else "no"
+    means = {codes: statistics.mean(values) for codes, values in margins.items()}
+    here = ", ".join(f"V = {codes}: {-mean:+.1%}" for codes, mean in means.items())
+    return claim, here, "yes" if [*means.values()] == sorted(means.values()) else "no"
 
 
-def _sooner(desk: Desk, plan: Plan) -> tuple[str, str, str]:
+def _is_ahead_early(space: Workspace) -> Row:
     claim = "CTF is ahead at every length of training (Fig. 2)"
-    ahead = []
-    for share in (*plan.lengths, 1.0):
-        base, ctf = (row(desk, figure2.point(plan, share, ctf=ctf)) for ctf in (False, True))
-        if base is None or ctf is None:
-            return claim, MISSING, ""
-        ahead.append(ctf.value(_fid(plan)) < base.value(_fid(plan)))
-    return claim, f"at {sum(ahead)} of {len(ahead)}, by {_fid(plan)}", "yes" if all(ahead) else "no"
-
-
-def _as_fast(desk: Desk, plan: Plan) -> tuple[str, str, str]:
-    claim = "sampling is no slower, though a stage was added"
-    result = desk.result(table2.cells(plan)[-1].name)
-    if result is None:
+    pairs = [_scored_pair(space, each) for each in experiments.figure2(space.plan)]
+    fid = _names(space.plan, "FID")[0]
+    ahead = [pair[1].value(fid) < pair[0].value(fid) for pair in pairs if pair is not None]
+    if len(ahead) < len(pairs):
         return claim, MISSING, ""
-    ratios = {batch: statistics.median(each) for batch, each in _speedups(result).items()}
+    return claim, f"at {sum(ahead)} of {len(ahead)}, by {fid}", "yes" if all(ahead) else "no"
+
+
+def _is_as_fast(space: Workspace) -> Row:
+    claim = "sampling is no slower, though there is one more stage"
+    outcome: Any = space.outcome(experiments.table2(space.plan))
+    if outcome is None:
+        return claim, MISSING, ""
+    ratios = {batch: statistics.median(each) for batch, each in _speedups(outcome).items()}
     here = ", ".join(f"batch {batch}: {ratio:.2f} times as fast" for batch, ratio in ratios.items())
     return claim, here, "yes" if min(ratios.values()) >= 1 else "no"
 
 
-def _between_lines(desk: Desk, plan: Plan) -> list[tuple[str, str, str]]:
-    """Line against line of Table 3, first the one that the claim has as the better."""
-    of: dict[str, list[table3.Line]] = {}
-    for line in table3.lines(plan):
-        of.setdefault(line.part, []).append(line)
-    counts, sizes, guidances, top_ks, temperatures, _, control, beyond = of.values()
-    usual = top_ks[-1]
-    (member,) = (line for line in beyond if line.choice == table3.MEMBER)
-    fid, inception = _names(plan, "FID", "IS")[:2]
-    pairs = (
-        ("more clusters than a few are better", fid, usual, counts[0]),
-        ("a larger fine model is better", fid, sizes[-1], sizes[0]),
-        ("guidance raises IS", inception, guidances[-2], guidances[0]),
-        ("drawing details beats taking the likeliest", fid, usual, top_ks[0]),
-        ("a temperature above 1 is better", fid, temperatures[-2], temperatures[0]),
-        ("random clusters make it fail", fid, usual, control[0]),
-        ("the fine model beats a random member", fid, usual, member),
-    )
-    return [_ahead(desk, *pair) for pair in pairs]
-
-
-def _ahead(
-    desk: Desk, claim: str, name: str, better: table3.Line, worse: table3.Line
-) -> tuple[str, str, str]:
-    """Whether a line is ahead of another, beyond the intervals of both."""
-    found, other = row(desk, better.cells), row(desk, worse.cells)
-    if found is None or other is None:
-        return claim, MISSING, ""
-    here = f"{name} {found.value(name):.4g}, {other.value(name):.4g} with {worse.choice}"
-    (low, high), (other_low, other_high) = found.interval(name), other.interval(name)
-    if name.startswith("IS"):
-        ahead, behind = low > other_high, high < other_low
-    else:
-        ahead, behind = high < other_low, low > other_high
-    return claim, here, "yes" if ahead else "no: the contrary" if behind else OVERLAP
+def _is_ahead(space: Workspace, claim: Claim) -> Row:
+    better, worse = scored(space, claim.better.cell), scored(space, claim.worse.cell)
+    if better is None or worse is None:
+        return claim.text, MISSING, ""
+    name = _names(space.plan, claim.score)[0]
+    here = f"{name} {better.value(name):.4g}, {worse.value(name):.4g} with {claim.worse.label}"
+    holds = {1: "yes", 0: OVERLAP, -1: "no: the opposite"}
+    return claim.text, here, holds[_order(better, worse, name)]

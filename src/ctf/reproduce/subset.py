@@ -1,4 +1,4 @@
-"""Pictures of a set that no training sees: a search of settings is against these."""
+"""Training images that no model is trained on: searches compare with them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ctf.data.transforms import PLAIN, View
 
 
 class Subset(ImageSet):
-    """Those pictures of a set that are numbered `rows` (M,), in that order."""
+    """The images of a set with the numbers `rows` (M,), int64, in that order."""
 
     def __init__(self, images: ImageSet, rows: NDArray[np.int64]) -> None:
         super().__init__(
@@ -27,20 +27,22 @@ class Subset(ImageSet):
         self._images, self._rows = images, rows
 
     def read(self, indices: ArrayLike, view: View = PLAIN) -> NDArray[np.uint8]:
+        """Read images, as `ImageSet.read`."""
         return self._images.read(self._rows[np.asarray(indices)], view)
 
     def read_views(self, indices: ArrayLike, views: Sequence[View]) -> Iterator[NDArray[np.uint8]]:
+        """Read views of images, as `ImageSet.read_views`."""
         return self._images.read_views(self._rows[np.asarray(indices)], views)
 
 
 def split_off(images: ImageSet, count: int) -> tuple[Subset, Subset]:
-    """All but `count` pictures, and these, evenly spread: a folder's are sorted by class.
+    """Return all but `count` images, and these, evenly spread: a folder is sorted by class.
 
     Raises:
-        ValueError: there would be none left.
+        ValueError: One of the two would be empty.
     """
     if not 0 < count < len(images):
-        raise ValueError(f"{count} pictures of {len(images)}")
+        raise ValueError(f"cannot split {count} of {len(images)} images off")
     rows = np.arange(count) * len(images) // count
     rest = np.delete(np.arange(len(images)), rows)
     return Subset(images, rest), Subset(images, rows)

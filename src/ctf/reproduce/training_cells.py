@@ -1,0 +1,192 @@
+"""Cells that train: tokenizer, tokens, clusters, coarse and fine model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ctf.common import config, storage
+from ctf.common.distributed import World
+from ctf.data.extraction import TokensConfig
+from ctf.data.tokens import Tokens
+from ctf.evaluation import scores
+from ctf.models.clusters import Clusters, ClustersConfig
+from ctf.models.sizes import TokenizerShape, TransformerShape
+from ctf.models.transformer import TransformerConfig
+from ctf.pipelines.folder import CLUSTERS, load_clusters, load_tokenizer
+from ctf.reproduce.cells import Cell, Outcome, Workspace, link, stored_as
+from ctf.training import cost, fit, loop
+from ctf.training import tokenizer as tokenizer_training
+from ctf.training.recipes import GroupLoss, Recipe, preset
+from ctf.training.tokenizer import TokenizerTraining
+from ctf.training.transformers import TrainingConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerCell(Cell):
+    """Trains a tokenizer; `reserved` training images are left out, for the searches."""
+
+    shape: TokenizerShape
+    training: TokenizerTraining
+    reserved: int = stored_as("kept_back")
+
+    def compute(self, space: Workspace) -> Outcome:
+        """Return the reconstruction's metrics and distances, and the cost."""
+        run, world = space.run(self), World(device=space.device)
+        recipe = _recipe(tokenizer=self.shape, tokenizer_training=self.training)
+        with space.open_progress("tokenizer") as progress:
+            tokenizer = fit.train_tokenizer(run, space.images, recipe, world, progress)
+        with space.open_progress("reconstruction") as progress:
+            outcome: Outcome = dict(
+                tokenizer_training.evaluate(
+                    tokenizer, space.images.val, space.device, progress=progress
+                )
+            )
+        held_out = space.held_out()
+        for extractor in space.extractors():
+            name = f"rFID{extractor.suffix}"
+            with space.open_progress(name) as progress:
+                distance = scores.reconstruction_distance(tokenizer, held_out, extractor, progress)
+            outcome[name] = config.to_json(distance)
+        images = self.training.steps * self.training.batch_size
+        return {
+            **outcome,
+            "parameters": sum(p.numel() for p in tokenizer.parameters()),
+            "flops": 3 * sum(cost.tokenizer_flops(tokenizer.config)) * images,
+            "images_seen": images,
+            "seconds_of_training": _training_seconds(run / "tokenizer"),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class TokensCell(Cell):
+    """Encodes the training and the held-out images with a tokenizer."""
+
+    tokenizer: TokenizerCell
+
+    def compute(self, space: Workspace) -> Outcome:
+        """Return the number of images."""
+        run, images = space.run(self), space.images
+        link(run, space.run(self.tokenizer), "tokenizer")
+        tokenizer = load_tokenizer(run / "tokenizer", space.device)
+        with space.open_progress("tokens") as progress:
+            fit.extract_tokens(run, tokenizer, images, _recipe(), None, progress)
+        return {"pictures": len(images.train) + len(images.val)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClustersCell(Cell):
+    """Clusters the codebook of a tokenizer and measures redundancy (Fig. 1b)."""
+
+    tokens: TokensCell
+    clusters: ClustersConfig
+
+    def compute(self, space: Workspace) -> Outcome:
+        """Return the report of the stage."""
+        run = space.run(self)
+        link(run, space.run(self.tokens), "tokenizer", "tokens")
+        fit.fit_clusters(run, load_tokenizer(run / "tokenizer"), self.clusters)
+        return storage.load_object(run / "clusters" / "report.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class CoarseCell(Cell):
+    """Trains a coarse model; with identity clusters it is the full-vocabulary baseline.
+
+    Attributes:
+        warm_start: A baseline to start from.
+    """
+
+    clusters: ClustersCell
+    shape: TransformerShape
+    training: TrainingConfig
+    group_loss: GroupLoss = dataclasses.field(default_factory=GroupLoss)
+    warm_start: CoarseCell | None = None
+
+    def compute(self, space: Workspace) -> Outcome:
+        """Return the loss and the cost."""
+        clusters = link_clusters(self, run := space.run(self), space)
+        recipe = _recipe(
+            coarse=self.shape, coarse_training=self.training, group_loss=self.group_loss
+        )
+        start = None if self.warm_start is None else space.run(self.warm_start)
+        with space.open_progress("coarse") as progress:
+            world = World(device=space.device)
+            fit.train_model(run, "coarse", clusters, recipe, world, progress, start)
+        shape = _config(run / "coarse")
+        flops = cost.transformer_flops(shape, shape.length, clusters.count)
+        return _trained(run / "coarse", self.training, shape.length, flops)
+
+
+@dataclasses.dataclass(frozen=True)
+class FineCell(Cell):
+    """Trains a fine model."""
+
+    clusters: ClustersCell
+    shape: TransformerShape
+    training: TrainingConfig
+    softmax: Literal["members", "full"] = "members"
+    corruption: float = 0.0
+
+    def compute(self, space: Workspace) -> Outcome:
+        """Return the loss and the cost."""
+        clusters = link_clusters(self, run := space.run(self), space)
+        recipe = _recipe(
+            fine=self.shape,
+            fine_training=self.training,
+            fine_softmax=self.softmax,
+            fine_corruption=self.corruption,
+        )
+        with space.open_progress("fine") as progress:
+            fit.train_model(run, "fine", clusters, recipe, World(device=space.device), progress)
+        shape, outputs = _config(run / "fine"), clusters.codebook_size
+        if self.softmax == "members":
+            outputs = _mean_members(run, clusters)
+        flops = cost.transformer_flops(shape, shape.length + 1, outputs)
+        return _trained(run / "fine", self.training, shape.length, flops)
+
+
+def link_clusters(cell: CoarseCell | FineCell, run: Path, space: Workspace) -> Clusters:
+    """Make `run` a run with the tokenizer, tokens and clusters of a model; load the clusters."""
+    link(run, space.run(cell.clusters), "tokenizer", "tokens", "clusters")
+    return load_clusters(run / "clusters" / CLUSTERS)
+
+
+def _recipe(**values: Any) -> Recipe:
+    """The preset "small" with values replaced, and plain views of the images."""
+    return dataclasses.replace(preset("small"), tokens=TokensConfig(views="plain"), **values)
+
+
+def _mean_members(run: Path, clusters: Clusters) -> int:
+    """Size of a token's cluster, on average over held-out images."""
+    val = Tokens(run / "tokens", "val", fit.tokenizer_hash(run))
+    codes_BL = val.codes(np.arange(min(len(val), fit.STUDY_PICTURES)))
+    return round(float(clusters.sizes_K[clusters.labels_V[codes_BL]].double().mean()))
+
+
+def _config(stage: Path) -> TransformerConfig:
+    stored = storage.load_object(stage / "config.json")["model"]
+    return config.from_json(TransformerConfig, stored, "model")
+
+
+def _trained(stage: Path, training: TrainingConfig, length: int, flops: int) -> Outcome:
+    """Loss and cost of a trained transformer; `flops` are those of an image."""
+    images = training.steps * training.batch_size
+    tensors, _ = storage.load_tensors(stage / "model.safetensors")
+    curve = [line for line in loop.read_metrics(stage) if line["split"] == "val"]
+    return {
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "flops": flops * images,
+        "images_seen": images,
+        "tokens_seen": images * length,
+        "loss": curve[-1]["loss"],
+        "curve": [[line["step"], line["loss"]] for line in curve],
+        "seconds_of_training": _training_seconds(stage),
+    }
+
+
+def _training_seconds(stage: Path) -> float:
+    return float(loop.last_metrics(stage, "val")["seconds"])

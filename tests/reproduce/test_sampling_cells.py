@@ -1,0 +1,57 @@
+"""Searches, and the fine stage alone."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from ctf.data.image_set import ImageSet
+from ctf.data.images import open_images
+from ctf.reproduce import experiments, report, runner
+from ctf.reproduce.cells import Workspace
+from tests.conftest import CLASSES
+from tests.reproduce.conftest import CODES
+
+
+def test_searches_have_images_of_their_own(space: Workspace) -> None:
+    """They are of all classes, and no model is trained on them."""
+    everything = open_images(space.plan.source, space.plan.image_size).train
+    train, reserved = space.images.train, space.reserved
+    assert len(reserved) == space.plan.reserved
+    assert len(train) + len(reserved) == len(everything)
+    assert {*reserved.classes_N} == {*range(len(CLASSES))}
+
+    def images(part: ImageSet) -> list[bytes]:
+        return [image.tobytes() for image in part.read(range(len(part)))]
+
+    assert sorted(images(train) + images(reserved)) == sorted(images(everything))
+    assert not {*images(train)} & {*images(reserved)}
+    tokens = space.outcome(experiments.clusters(space.plan, CODES).tokens)
+    assert tokens == {"pictures": len(train) + len(space.images.val)}
+
+
+def test_details_do_not_depend_on_the_networks_that_score_them(
+    copied: Workspace, tmp_path: Path
+) -> None:
+    cells = experiments.details(copied.plan)
+    runner.compute(copied, [*cells.values()])
+    outcomes = {label: copied.outcome(cell) for label, cell in cells.items()}
+    assert all({*outcome} == {"FID-fashion"} for outcome in outcomes.values() if outcome)
+    values = {label: o["FID-fashion"]["value"] for label, o in outcomes.items() if o is not None}
+    assert len({*values.values()}) == len(cells)
+    report.write(copied)
+    text = (copied.results / "report.md").read_text()
+    assert all(f"| {label} | {value:.4g} |" in text for label, value in values.items())
+    other = dataclasses.replace(
+        copied,
+        work=tmp_path / "work",
+        results=tmp_path / "again",
+        plan=dataclasses.replace(copied.plan, features=("lite0", "fashion")),
+    )
+    ours = shutil.ignore_patterns(*(cell.name for cell in cells.values()))
+    shutil.copytree(copied.work, other.work, symlinks=True, ignore=ours)
+    cell = cells["random members"]
+    runner.compute(other, [cell])
+    again = other.outcome(cell)
+    assert again is not None
+    assert again["FID-fashion"] == outcomes["random members"]["FID-fashion"]  # type: ignore[index]
+    assert again["FID-Lite0"]["value"] > 0

@@ -5,9 +5,47 @@ pipe = Pipeline.from_pretrained("fashion-mnist")
 pipe.sample(classes=["sneaker", "bag"], seed=0).images[0].save("sneaker.png")
 """
 
-from ctf.common.errors import UserError
-from ctf.common.version import __version__
-from ctf.models.sampling import Sampling
-from ctf.pipelines.pipeline import Pipeline, Samples
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Pipeline", "Samples", "Sampling", "UserError", "__version__"]
+from ctf.common.version import __version__
+
+if TYPE_CHECKING:
+    from ctf.common.errors import UserError
+    from ctf.data.images import open_images
+    from ctf.models.sampling import Sampling
+    from ctf.pipelines.generation import Samples
+    from ctf.pipelines.pipeline import Pipeline
+    from ctf.training.fit import fit, resolve
+
+__all__ = [
+    "Pipeline",
+    "Samples",
+    "Sampling",
+    "UserError",
+    "__version__",
+    "fit",
+    "open_images",
+    "resolve",
+]
+
+# Imported when they are first used, so that `import ctf` does not import torch.
+_MODULES = {
+    "Pipeline": "ctf.pipelines.pipeline",
+    "Samples": "ctf.pipelines.generation",
+    "Sampling": "ctf.models.sampling",
+    "UserError": "ctf.common.errors",
+    "fit": "ctf.training.fit",
+    "open_images": "ctf.data.images",
+    "resolve": "ctf.training.fit",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'ctf' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -20,7 +20,7 @@ from ctf.models.fine import FineModel
 from ctf.models.sizes import TransformerShape
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.models.transformer import KVCache, TransformerConfig
-from ctf.pipelines import pipeline
+from ctf.pipelines.pipeline import Pipeline
 from tests.conftest import Command
 
 CPU = torch.device("cpu")
@@ -237,7 +237,7 @@ def test_a_dry_run_says_what_would_be_measured(ctf: Command, tmp_path: Path) -> 
 
 
 def test_likelihoods_are_those_of_the_teacher_forced_models(run: Path) -> None:
-    pipe = pipeline.load(run, CPU)
+    pipe = Pipeline.from_pretrained(run)
     codes_NL = torch.randint(pipe.clusters.codebook_size, (3, pipe.coarse.config.length))
     classes_N = torch.tensor([0, 1, 0])
     labels_NL = pipe.clusters.labels_V[codes_NL]

@@ -277,7 +277,7 @@ def test_values_that_cannot_be(
         (["--temperature", "0"], "temperature: got 0"),
         (["--fine-top-p", "2"], "fine_top_p: got 2"),
         (["--guidance", "nan"], "guidance: got nan"),
-        (["--count", "2000"], "6000 pictures on one sheet; expected 1024 or less"),
+        (["--count", "2000"], "6000 images on one sheet, expected 1024 or fewer"),
         (["--seed", str(2**70)], "seed"),
         (["--out", "sheet.jpg"], "sheet.jpg: expected a name ending in .png, or a folder"),
     ],

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ctf.data.image_grid import GAP, MIN_TILE_WIDTH, image_grid
-from ctf.pipelines.export import WIDEST, contact_sheet
+from ctf.pipelines.export import MAX_COLUMNS, contact_sheet
 
 
 def noise(number: int, width: int, height: int) -> Image.Image:
@@ -51,14 +51,14 @@ def test_a_long_name_is_not_cut() -> None:
     assert (long[: GAP + 20, short.shape[1] :] < 255).any()
 
 
-@pytest.mark.parametrize("count", [1, WIDEST, WIDEST + 1, 2 * WIDEST + 3])
+@pytest.mark.parametrize("count", [1, MAX_COLUMNS, MAX_COLUMNS + 1, 2 * MAX_COLUMNS + 3])
 def test_rows_of_a_contact_sheet(count: int) -> None:
     """All images of a class are shown, however many, in rows that fit on a screen."""
     images = [noise(i, 64, 64) for i in range(2 * count)]
     pixels = np.asarray(contact_sheet(images, ["a", "b"], count))
-    columns, rows = min(count, WIDEST), -(-count // WIDEST)
+    columns, rows = min(count, MAX_COLUMNS), -(-count // MAX_COLUMNS)
     assert pixels.shape[1] == GAP + columns * (64 + GAP)
     assert pixels.shape[0] == GAP + 2 * (20 + rows * (64 + GAP))
     last = pixels[-GAP - 64 : -GAP]
-    left = GAP + (count - 1) % WIDEST * (64 + GAP)
+    left = GAP + (count - 1) % MAX_COLUMNS * (64 + GAP)
     assert (last[:, left : left + 64] == np.asarray(images[-1])).all()

@@ -27,8 +27,8 @@ from ctf.evaluation.evaluate import Job, prepare, recognised
 from ctf.evaluation.reference_sets import open_scored
 from ctf.evaluation.report import Result
 from ctf.evaluation.sample_cache import Drawing
-from ctf.pipelines import pipeline
 from ctf.pipelines.folder import hash_pipeline
+from ctf.pipelines.pipeline import Pipeline
 from ctf.training.classifier import train_classifier
 from tests.conftest import CLASSES, SIDE, files
 from tests.evaluation.test_inception import random_weights
@@ -146,7 +146,7 @@ def test_the_samples_are_those_of_ctf_sample(done: tuple[Path, Result], run: Pat
     kept = open_scored(out.with_suffix("") / "samples.npz")
     pixels = np.concatenate(list(kept.batches()))
     assert kept.fingerprint == result.pictures and kept.classes_N is not None
-    pipe, number = pipeline.load(run, CPU), 77
+    pipe, number = Pipeline.from_pretrained(run), 77
     (image,) = pipe.sample([int(kept.classes_N[number])], 3 + number, top_k=9).images
     assert abs(np.asarray(image).astype(int) - pixels[number]).max() <= 1
 

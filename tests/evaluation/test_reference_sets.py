@@ -309,7 +309,7 @@ def test_folders_of_imagenet_have_names(tmp_path: Path) -> None:
 
 def test_what_ctf_sample_wrote_knows_its_classes(pipe: Pipeline, tmp_path: Path) -> None:
     root = tmp_path / "drawn"
-    export.write(pipe, root, ["red", "blue"], 3)
+    export.write(pipe, root, export.Settings((2, 0), 3, 0, pipe.sampling))
     found = open_scored(root)
     assert found.count == 6 and found.classes_N is not None and found.class_names is None
     assert found.classes_N.tolist() == [2, 2, 2, 0, 0, 0]

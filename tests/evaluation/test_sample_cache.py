@@ -15,7 +15,8 @@ from ctf.common.errors import UserError
 from ctf.data.image_set import ImageSet
 from ctf.data.images import open_images
 from ctf.evaluation.sample_cache import Drawing, draw, draw_blocks
-from ctf.pipelines.pipeline import BATCH, Pipeline
+from ctf.pipelines.generation import BATCH_SIZE
+from ctf.pipelines.pipeline import Pipeline
 from tests.gallery import Gallery
 
 
@@ -94,10 +95,10 @@ def test_samples_are_drawn_and_kept(images: ImageSet, tmp_path: Path) -> None:
 
 
 def test_a_pipeline_draws_each_from_its_own_seed(pipe: Pipeline, tmp_path: Path) -> None:
-    asked = Drawing(BATCH + 3, seed=11, balance="uniform", resize=16)
+    asked = Drawing(BATCH_SIZE + 3, seed=11, balance="uniform", resize=16)
     found = draw(pipe, asked, tmp_path, ignore)
     pixels = np.concatenate(list(found.batches()))
-    for i in (0, BATCH - 1, BATCH, BATCH + 2):
+    for i in (0, BATCH_SIZE - 1, BATCH_SIZE, BATCH_SIZE + 2):
         alone = pipe.sample([int(asked.classes(3)[i])], 11 + i, resize=16).images[0]
         assert abs(np.asarray(alone).astype(int) - pixels[i]).max() <= 1  # kernels may round
 
@@ -164,7 +165,7 @@ def test_killed_at_every_step_it_ends_the_same(
 
         codes.append(run_in_child(work))
         kept = {name for name in files(folder) if not name.endswith(".tmp")}
-        assert kept <= {"samples.npz", *(f"{start:08d}.npy" for start in range(0, 200, BATCH))}
+        assert kept <= {"samples.npz", *(f"{start:08d}.npy" for start in range(0, 200, BATCH_SIZE))}
         if "samples.npz" in kept:
             assert (folder / "samples.npz").read_bytes() == whole["samples.npz"]
         gallery = Gallery(images)
@@ -181,7 +182,7 @@ def test_killed_at_every_step_it_ends_the_same(
 def test_interrupted_in_the_middle_of_a_block(images: ImageSet, tmp_path: Path) -> None:
     class Interrupted(Gallery):
         def sample(self, **given: Any) -> Any:
-            if given["seed"] == 2 * BATCH:
+            if given["seed"] == 2 * BATCH_SIZE:
                 raise KeyboardInterrupt
             return super().sample(**given)
 
@@ -189,7 +190,9 @@ def test_interrupted_in_the_middle_of_a_block(images: ImageSet, tmp_path: Path) 
         draw(Interrupted(images), ASKED, tmp_path, ignore)
     gallery, seen = Gallery(images), []
     found = draw(gallery, ASKED, tmp_path, lambda *given: seen.append(given))
-    assert gallery.sampled[0] == (2 * BATCH % 10, 2 * BATCH) and len(gallery.sampled) == 72
+    assert (
+        gallery.sampled[0] == (2 * BATCH_SIZE % 10, 2 * BATCH_SIZE) and len(gallery.sampled) == 72
+    )
     assert seen == [(64, 200), (128, 200), (192, 200), (200, 200)]
     assert np.array_equal(np.concatenate(list(found.batches())), expected(images, ASKED))
 

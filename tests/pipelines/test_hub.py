@@ -28,7 +28,8 @@ from ctf.models import clusters
 from ctf.models.coarse import CoarseModel
 from ctf.pipelines import card, hub, pipeline
 from ctf.pipelines.folder import PIPELINE_FILES
-from ctf.pipelines.pipeline import Pipeline, Samples
+from ctf.pipelines.generation import Samples
+from ctf.pipelines.pipeline import Pipeline
 from tests.conftest import Command, files
 from tests.hub_server import TOKEN, Files, Hub, Repository, git_sha1
 
@@ -145,7 +146,7 @@ def test_no_name_leads_out_of_the_cache(name: str) -> None:
     "name", ["discs", "./org/discs", "/org/discs", "a/b/c", "org/../x", "a--b/c"]
 )
 def test_what_is_no_name_of_the_hub_is_not_asked_for(server: Hub, name: str) -> None:
-    with pytest.raises(UserError, match="neither a folder nor a shipped one nor org/name") as error:
+    with pytest.raises(UserError, match="not a folder, a shipped pipeline or org/name") as error:
         Pipeline.from_pretrained(name)
     mistake(error)
     assert server.requests == []
@@ -156,7 +157,7 @@ def test_one_revision_at_a_time(server: Hub, run: Path) -> None:
         Pipeline.from_pretrained(f"{ID}@v1", revision="v2")
     mistake(error)
     for here in (run, "fashion-mnist"):
-        with pytest.raises(UserError, match="is here, not on the Hub, and has no revision 'v2'"):
+        with pytest.raises(UserError, match="a local pipeline has no revisions, got 'v2'"):
             Pipeline.from_pretrained(here, revision="v2")
     assert server.requests == []
 
@@ -376,7 +377,7 @@ def test_a_repository_of_something_else(server: Hub) -> None:
     server.create("org/words", {"config.json": b"{}", "model.safetensors": b"x"})
     with pytest.raises(UserError) as error:
         Pipeline.from_pretrained("org/words")
-    assert mistake(error) == "org/words is no pipeline: the repository has no pipeline.json"
+    assert mistake(error) == "org/words is not a pipeline: the repository has no pipeline.json"
 
 
 def test_not_there(discs: Repository, server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,17 +424,17 @@ def test_pushed_and_pulled(logged_in: Hub, pipe: Pipeline, tmp_path: Path) -> No
 
 
 def test_pushing_the_same_again_uploads_nothing(logged_in: Hub, pipe: Pipeline) -> None:
-    pipe.push_to_hub("me/discs", picture=False)
+    pipe.push_to_hub("me/discs", image=False)
     before = logged_in.repositories["me/discs"].files()
     logged_in.requests.clear()
-    pipe.push_to_hub("me/discs", picture=False)
+    pipe.push_to_hub("me/discs", image=False)
     assert logged_in.repositories["me/discs"].files() == before
     assert [path for method, path in logged_in.requests if method == "PUT"] == []
 
 
 def test_pushed_to_a_branch_in_half_precision(logged_in: Hub, pipe: Pipeline) -> None:
-    pipe.push_to_hub("me/discs", private=True, picture=False)
-    pipe.push_to_hub("me/discs@small", half=True, picture=False)
+    pipe.push_to_hub("me/discs", private=True, image=False)
+    pipe.push_to_hub("me/discs@small", half=True, image=False)
     repository = logged_in.repositories["me/discs"]
     assert repository.private and set(repository.branches) == {"main", "small"}
     sizes = [len(repository.files(branch)[WEIGHTS]) for branch in ("main", "small")]
@@ -445,7 +446,7 @@ def test_pushed_to_a_branch_in_half_precision(logged_in: Hub, pipe: Pipeline) ->
 def test_what_an_older_push_left_is_removed(logged_in: Hub, pipe: Pipeline, saved: Files) -> None:
     mine = {"notes.txt": b"mine"}
     logged_in.create("me/discs", {**saved, **mine, "samples.png": b"old", "README.md": b"old"})
-    pipe.push_to_hub("me/discs", picture=False)
+    pipe.push_to_hub("me/discs", image=False)
     pushed = logged_in.repositories["me/discs"].files()
     assert sorted(pushed) == sorted((*PIPELINE_FILES, "README.md", "notes.txt"))
     assert pushed["README.md"] != b"old"
@@ -465,7 +466,7 @@ def test_pushes_that_are_refused(
     assert "refuses to be written to (401)\ncheck the name, and that your token" in refusal("me/x")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert "others/discs: the Hub refuses to be written to (403)" in refusal("others/discs")
-    assert '"license" must be one of apache-2.0' in refusal("me/x", license="mine", picture=False)
+    assert '"license" must be one of apache-2.0' in refusal("me/x", license="mine", image=False)
     server.faults.status = 500
     assert "answered 500" in refusal("me/x")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
@@ -507,7 +508,7 @@ def test_the_card(logged_in: Hub, pipe: Pipeline, tmp_path: Path) -> None:
     assert "](samples.png)" in text
     (tmp_path / "samples.png").write_bytes(pushed["samples.png"])
     with Image.open(tmp_path / "samples.png") as drawn:
-        assert np.array_equal(np.asarray(drawn), np.asarray(card.picture(pipe)))
+        assert np.array_equal(np.asarray(drawn), np.asarray(card.sample_sheet(pipe)))
 
 
 def test_the_python_of_the_card_runs(
@@ -594,7 +595,7 @@ def test_push_with_a_card_of_ones_own(
         (("sample", "org/nothing"), "shows no such repository (401)"),
         (("sample", f"{ID}@v9"), f"{ID} has no revision 'v9'"),
         (("sample", f"{ID}@../v9"), "got revision '../v9'"),
-        (("sample", "org/words"), "org/words is no pipeline"),
+        (("sample", "org/words"), "org/words is not a pipeline"),
         (("tokenizer", "evaluate", "org/part", "--images", "x"), f"has no {WEIGHTS}"),
         (("push", ID, "--to", "discs", "--dry-run"), "got 'discs', expected org/name"),
         (("push", ID, "--to", "me/discs"), "refuses to be written to (401)"),

@@ -18,13 +18,12 @@ from torch.nn import functional as F
 
 from ctf.common.errors import UserError
 from ctf.data import imagenet, transforms
-from ctf.models import clusters
+from ctf.models import clusters, sizes
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.tokenizer import VQModel
 from ctf.pipelines import llamagen
 from ctf.pipelines.pipeline import Pipeline
-from ctf.training import recipes
 from tests import original
 from tests.conftest import Command
 
@@ -155,7 +154,7 @@ def test_nothing_else_is_replaced(run: Path, ctf: Command) -> None:
     assert result.code == 2 and "a pipeline of another configuration" in result.err
     assert (run / "pipeline.json").read_bytes() == before
     result = ctf("convert", "llamagen", "--vq", VQ, "--image-size", 8, "--out", run)
-    assert result.code == 2 and "another tokenizer" in result.err
+    assert result.code == 2 and "a tokenizer of another configuration" in result.err
 
 
 def test_tokenizer_alone(tmp_path: Path, ctf: Command) -> None:
@@ -218,7 +217,7 @@ def millions(module: torch.nn.Module) -> float:
     [("B", 111, 87), ("L", 343, 310), ("XL", 775, 734), ("XXL", 1411, 1362), ("3B", 3097, 2995)],
 )
 def test_transformers_are_those_of_the_paper(size: str, full: int, coarse: int) -> None:
-    shape = recipes.SIZES[size]
+    shape = sizes.SIZES[size]
     config = shape.config(16, 1000)
     parts = clusters.Clusters.from_labels(torch.arange(16384) % 512)
     with torch.device("meta"):
@@ -234,7 +233,7 @@ def test_transformers_are_those_of_the_paper(size: str, full: int, coarse: int) 
 
 @pytest.mark.parametrize(("name", "size"), [("VQ-16", 72), ("VQ-8", 70)])
 def test_tokenizers_are_those_of_llamagen(name: str, size: int) -> None:
-    config = recipes.TOKENIZERS[name]
+    config = sizes.TOKENIZERS[name]
     with torch.device("meta"):
         model = VQModel(config)
     assert millions(model) == pytest.approx(size, abs=1)

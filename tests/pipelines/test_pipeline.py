@@ -17,9 +17,10 @@ from ctf.common import storage
 from ctf.common.errors import UserError
 from ctf.models import clusters
 from ctf.models.sampling import Sampling
-from ctf.pipelines import pipeline
+from ctf.pipelines import generation
 from ctf.pipelines.folder import PIPELINE_FILES, save_clusters
-from ctf.pipelines.pipeline import Pipeline, Samples
+from ctf.pipelines.generation import Samples
+from ctf.pipelines.pipeline import Pipeline
 from tests.conftest import CLASSES, SIDE, files
 
 LENGTH = 16  # of the run's 4 x 4 tokens
@@ -79,10 +80,10 @@ def test_an_image_depends_on_its_seed_class_and_settings_alone(
 ) -> None:
     classes = [0, 1, 2, 2, 1, 0, 0]
     together = pipe.sample(classes, seed=10, **settings)
-    monkeypatch.setattr(pipeline, "BATCH", 3)
+    monkeypatch.setattr(generation, "BATCH_SIZE", 3)
     reported: list[tuple[int, int]] = []
     in_batches = pipe.sample(
-        classes, seed=10, report=lambda *given: reported.append(given), **settings
+        classes, seed=10, progress=lambda *given: reported.append(given), **settings
     )
     assert reported == [(3, 7), (6, 7), (7, 7)]
     alone = [pipe.sample([c], seed=10 + i, **settings) for i, c in enumerate(classes)]
@@ -233,7 +234,7 @@ def test_names_of_the_package() -> None:
 
 
 def test_no_pipeline_of_that_name(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no pipeline 'fashion', neither a folder nor a shipped"):
+    with pytest.raises(UserError, match="no pipeline 'fashion': not a folder, a shipped"):
         Pipeline.from_pretrained("fashion")
     with pytest.raises(UserError, match=r"pipeline\.json: not found; is .* a folder made by ctf"):
         Pipeline.from_pretrained(tmp_path)
@@ -278,7 +279,7 @@ def test_models_of_other_clusters(parts: Path, pipe: Pipeline, stage: str) -> No
     config = json.loads((parts / other / "config.json").read_text())
     config["clusters"] = clusters.fingerprint(clusters.Clusters.from_labels(labels_V))
     (parts / other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=f"{stage}: trained for other clusters than those beside"):
+    with pytest.raises(UserError, match=f"{stage}: trained with other clusters than those of"):
         Pipeline.from_pretrained(parts)
 
 

@@ -21,8 +21,10 @@ from ctf.models import clusters
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.transformer import KVCache
-from ctf.pipelines import pipeline
-from ctf.pipelines.pipeline import Event, Pipeline, Samples
+from ctf.pipelines import generation
+from ctf.pipelines.editing import Event
+from ctf.pipelines.generation import Samples
+from ctf.pipelines.pipeline import Pipeline
 from tests.conftest import Command
 
 GRID, LENGTH = 4, 16  # of the run's tokens
@@ -111,7 +113,7 @@ OTHER_BL = torch.arange(len(CLASSES) * LENGTH).view(-1, LENGTH) * 5 % 64  # code
         {},
         {"guidance": 3.0, "guidance_window": (0.3, 0.8), "fine_guidance": 2.0, "resize": 20},
         {"guidance_schedule": "cosine", "top_k": 1, "fine_top_k": 1},
-        {"codes": OTHER_BL, "keep": as_mask(0xF0F0_1234_0000_FFFF), "temperature": 1.2},
+        {"codes": OTHER_BL, "known": as_mask(0xF0F0_1234_0000_FFFF), "temperature": 1.2},
     ],
 )
 def test_streamed_is_sampled(pipe: Pipeline, given: dict[str, Any], preview: bool) -> None:
@@ -149,7 +151,7 @@ def test_previews_are_of_mean_vectors(pipe: Pipeline, whole: Samples) -> None:
 
 
 def test_previews_show_what_is_kept(pipe: Pipeline, whole: Samples) -> None:
-    events = list(pipe.stream(CLASSES, codes=whole.codes, keep=ALL))
+    events = list(pipe.stream(CLASSES, codes=whole.codes, known=ALL))
     for event in events:
         assert (pixels(event.images) == pixels(whole.images)).all()
 
@@ -202,7 +204,7 @@ def test_streams_side_by_side(pipe: Pipeline, whole: Samples) -> None:
 
 
 def test_one_batch_at_most_is_streamed(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "BATCH", 3)
+    monkeypatch.setattr(generation, "BATCH_SIZE", 3)
     assert len(list(pipe.stream(CLASSES[:3], SEED, preview=False))) == GRID + 1
     with pytest.raises(UserError, match="got 4 images to stream, expected 3 or fewer"):
         pipe.stream(CLASSES, SEED)
@@ -225,16 +227,18 @@ def test_a_seed_for_each_image(pipe: Pipeline, whole: Samples) -> None:
 
 
 def test_apart_pixels_follow_from_codes_alone(pipe: Pipeline, whole: Samples) -> None:
-    apart = pipe.sample(CLASSES, SEED, apart=True)
+    apart = pipe.sample(CLASSES, SEED, decode_separately=True)
     assert same_but_rounding(apart, whole)
     for i, number in enumerate(CLASSES):
-        alone = pipe.sample([number], SEED + i, apart=True)
+        alone = pipe.sample([number], SEED + i, decode_separately=True)
         assert (np.asarray(alone.images[0]) == np.asarray(apart.images[i])).all()
-        given = pipe.sample([0], 0, codes=apart.codes[i], keep=ALL, apart=True)
+        given = pipe.sample([0], 0, codes=apart.codes[i], known=ALL, decode_separately=True)
         assert (np.asarray(given.images[0]) == np.asarray(apart.images[i])).all()
 
 
-@pytest.mark.parametrize("given", [{}, {"codes": OTHER_BL, "keep": as_mask(0xF0F0_1234_0000_FFFF)}])
+@pytest.mark.parametrize(
+    "given", [{}, {"codes": OTHER_BL, "known": as_mask(0xF0F0_1234_0000_FFFF)}]
+)
 @pytest.mark.parametrize("at", [0, 1, 6, LENGTH - 1])
 def test_images_that_are_not_wanted_leave_the_batch(
     pipe: Pipeline, steps: list[int], given: dict[str, Any], at: int
@@ -249,7 +253,7 @@ def test_images_that_are_not_wanted_leave_the_batch(
         asked.append(1)
         return [0, 1, 2, 3] if len(asked) <= at else [1, 3]
 
-    *_, last = pipe.stream(CLASSES, SEED, wanted=wanted, preview=False, **given)
+    *_, last = pipe.stream(CLASSES, SEED, active=wanted, preview=False, **given)
     hook.remove()
     assert len(asked) == LENGTH
     assert last.numbers == (1, 3) and last.samples is not None
@@ -267,7 +271,7 @@ def test_nobody_wants_any(pipe: Pipeline, steps: list[int]) -> None:
         return CLASSES if left[0] >= 0 else []
 
     before = caches()
-    assert list(pipe.stream([0, 1, 2], SEED, wanted=wanted)) == []
+    assert list(pipe.stream([0, 1, 2], SEED, active=wanted)) == []
     assert len(steps) == 3 and caches() == before
 
 
@@ -276,7 +280,7 @@ def test_previews_of_given_labels(pipe: Pipeline, whole: Samples) -> None:
     for event in events[:-1]:
         shown = pipe.preview(event.coarse)
         assert (pixels(shown) == pixels(event.images)).all()
-    kept = pipe.preview(whole.coarse[:, :3], codes=whole.codes, keep=ALL, resize=20)
+    kept = pipe.preview(whole.coarse[:, :3], codes=whole.codes, known=ALL, resize=20)
     assert (pixels(kept) == pixels(pipe.sample(CLASSES, SEED, resize=20).images)).all()
     for labels, message in (
         (whole.coarse[0], "coarse: got shape (16,), expected (B, T) with 1 to 16 labels"),
@@ -339,11 +343,11 @@ def test_members_of_other_models(pipe: Pipeline, baseline: Pipeline, whole: Samp
 @given(masks)
 @settings(max_examples=25, deadline=None)
 def test_kept_codes_stay_to_the_last(pipe: Pipeline, keep_BL: Tensor) -> None:
-    drawn = pipe.sample(CLASSES, SEED, codes=OTHER_BL, keep=keep_BL)
+    drawn = pipe.sample(CLASSES, SEED, codes=OTHER_BL, known=keep_BL)
     assert torch.equal(drawn.codes[keep_BL], OTHER_BL[keep_BL])
     assert torch.equal(drawn.coarse, pipe.clusters.labels_V[drawn.codes])
     # What is not kept says nothing, and need not even be a code.
-    other = pipe.sample(CLASSES, SEED, codes=OTHER_BL.masked_fill(~keep_BL, -1), keep=keep_BL)
+    other = pipe.sample(CLASSES, SEED, codes=OTHER_BL.masked_fill(~keep_BL, -1), known=keep_BL)
     assert same(drawn, other)
 
 
@@ -353,30 +357,30 @@ def test_an_image_around_its_own_codes_is_itself(
     pipe: Pipeline, whole: Samples, keep_BL: Tensor
 ) -> None:
     """Each position has its own random numbers, whatever is kept before it."""
-    again = pipe.sample(CLASSES, SEED, codes=whole.codes, keep=keep_BL)
+    again = pipe.sample(CLASSES, SEED, codes=whole.codes, known=keep_BL)
     assert same_but_rounding(again, whole)
 
 
 @given(masks)
 @settings(max_examples=10, deadline=None)
 def test_an_image_with_kept_codes_is_the_same_in_any_batch(pipe: Pipeline, keep_BL: Tensor) -> None:
-    together = pipe.sample(CLASSES, SEED, codes=OTHER_BL, keep=keep_BL)
+    together = pipe.sample(CLASSES, SEED, codes=OTHER_BL, known=keep_BL)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "BATCH", 3)
-        in_batches = pipe.sample(CLASSES, SEED, codes=OTHER_BL, keep=keep_BL)
+        patch.setattr(generation, "BATCH_SIZE", 3)
+        in_batches = pipe.sample(CLASSES, SEED, codes=OTHER_BL, known=keep_BL)
     assert same_but_rounding(together, in_batches)
     for i, number in enumerate(CLASSES):
-        alone = pipe.sample([number], SEED + i, codes=OTHER_BL[i : i + 1], keep=keep_BL[i])
+        alone = pipe.sample([number], SEED + i, codes=OTHER_BL[i : i + 1], known=keep_BL[i])
         assert torch.equal(alone.codes[0], together.codes[i])
 
 
 def test_all_or_nothing_kept(
     pipe: Pipeline, baseline: Pipeline, whole: Samples, steps: list[int]
 ) -> None:
-    assert same(pipe.sample(CLASSES, SEED, codes=OTHER_BL, keep=~ALL), whole)
+    assert same(pipe.sample(CLASSES, SEED, codes=OTHER_BL, known=~ALL), whole)
     assert len(steps) == LENGTH
     for drawing in (pipe, baseline):
-        drawn = drawing.sample(CLASSES, SEED, codes=OTHER_BL, keep=ALL)
+        drawn = drawing.sample(CLASSES, SEED, codes=OTHER_BL, known=ALL)
         assert torch.equal(drawn.codes, OTHER_BL)
         assert torch.equal(drawn.coarse, drawing.clusters.labels_V[OTHER_BL])
     assert len(steps) == LENGTH
@@ -384,17 +388,17 @@ def test_all_or_nothing_kept(
 
 def test_one_upper_half_completed_in_many_ways(pipe: Pipeline, steps: list[int]) -> None:
     """Masks and codes for all images, in every shape and type that is as good as another."""
-    drawn = pipe.sample(["red"] * 8, SEED, codes=OTHER_BL[0], keep=UPPER)
+    drawn = pipe.sample(["red"] * 8, SEED, codes=OTHER_BL[0], known=UPPER)
     assert len(steps) == LENGTH // 2
     assert bool((drawn.codes[:, UPPER] == OTHER_BL[0, UPPER]).all())
     assert len(drawn.codes.unique(dim=0)) > 1
-    for codes, keep in (
+    for codes, known in (
         (OTHER_BL[:1], UPPER[None]),
         (OTHER_BL[0].byte(), UPPER.expand(8, -1)),
         (OTHER_BL[:1].to(torch.uint16).expand(8, -1), UPPER[None]),
     ):
-        assert same(pipe.sample(["red"] * 8, SEED, codes=codes, keep=keep), drawn)
-    other = pipe.sample(["red"] * 8, SEED + 100, codes=OTHER_BL[0], keep=UPPER)
+        assert same(pipe.sample(["red"] * 8, SEED, codes=codes, known=known), drawn)
+    other = pipe.sample(["red"] * 8, SEED + 100, codes=OTHER_BL[0], known=UPPER)
     assert torch.equal(other.codes[:, UPPER], drawn.codes[:, UPPER])
     assert not torch.equal(other.codes, drawn.codes)
 
@@ -404,7 +408,7 @@ def test_codes_stay_where_the_fine_model_chooses_among_all(pipe: Pipeline) -> No
     model = FineModel(pipe.fine.config, pipe.clusters, "full").eval().requires_grad_(False)
     nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
     free = dataclasses.replace(pipe, fine=model)
-    drawn = free.sample(CLASSES, SEED, codes=OTHER_BL, keep=UPPER)
+    drawn = free.sample(CLASSES, SEED, codes=OTHER_BL, known=UPPER)
     labels = pipe.clusters.labels_V[drawn.codes]
     assert torch.equal(drawn.codes[:, UPPER], OTHER_BL[:, UPPER])
     assert torch.equal(drawn.coarse[:, UPPER], labels[:, UPPER])
@@ -414,20 +418,26 @@ def test_codes_stay_where_the_fine_model_chooses_among_all(pipe: Pipeline) -> No
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"codes": OTHER_BL}, "codes and keep: got one of them, expected both or neither"),
-        ({"keep": UPPER}, "codes and keep: got one of them"),
-        ({"codes": OTHER_BL, "keep": UPPER.long()}, "keep: got torch.int64, expected torch.bool"),
-        ({"codes": OTHER_BL.float(), "keep": UPPER}, "codes: got torch.float32, expected integers"),
-        ({"codes": UPPER, "keep": UPPER}, "codes: got torch.bool, expected integers"),
+        ({"codes": OTHER_BL}, "codes and known: got one of them, expected both or neither"),
+        ({"known": UPPER}, "codes and known: got one of them"),
+        ({"codes": OTHER_BL, "known": UPPER.long()}, "known: got torch.int64, expected torch.bool"),
         (
-            {"codes": OTHER_BL[:2], "keep": UPPER},
+            {"codes": OTHER_BL.float(), "known": UPPER},
+            "codes: got torch.float32, expected integers",
+        ),
+        ({"codes": UPPER, "known": UPPER}, "codes: got torch.bool, expected integers"),
+        (
+            {"codes": OTHER_BL[:2], "known": UPPER},
             "codes: got shape (2, 16), expected (4, 16), or (16,) for all images",
         ),
-        ({"codes": OTHER_BL[:, :15], "keep": UPPER}, "codes: got shape (4, 15)"),
-        ({"codes": OTHER_BL.view(4, 4, 4), "keep": UPPER}, "codes: got shape (4, 4, 4)"),
-        ({"codes": OTHER_BL, "keep": UPPER[None, :1]}, "keep: got shape (1, 1), expected (4, 16)"),
-        ({"codes": OTHER_BL + 1, "keep": ALL}, "codes: got 1 to 64, expected 0 to 63"),
-        ({"codes": OTHER_BL - 1, "keep": ALL}, "codes: got -1 to 62, expected 0 to 63"),
+        ({"codes": OTHER_BL[:, :15], "known": UPPER}, "codes: got shape (4, 15)"),
+        ({"codes": OTHER_BL.view(4, 4, 4), "known": UPPER}, "codes: got shape (4, 4, 4)"),
+        (
+            {"codes": OTHER_BL, "known": UPPER[None, :1]},
+            "known: got shape (1, 1), expected (4, 16)",
+        ),
+        ({"codes": OTHER_BL + 1, "known": ALL}, "codes: got 1 to 64, expected 0 to 63"),
+        ({"codes": OTHER_BL - 1, "known": ALL}, "codes: got -1 to 62, expected 0 to 63"),
     ],
 )
 def test_mistakes_in_what_is_kept(pipe: Pipeline, given: dict[str, Any], message: str) -> None:
@@ -450,10 +460,10 @@ def test_refined_with_the_same_seed_is_the_same(
     assert same(pipe.refine(CLASSES, drawn.coarse, SEED, resize=20, **given), drawn)
     # The coarse stage is over: its settings change nothing.
     assert same(pipe.refine(CLASSES, drawn.coarse, SEED, resize=20, **{**given, "top_k": 1}), drawn)
-    monkeypatch.setattr(pipeline, "BATCH", 3)
+    monkeypatch.setattr(generation, "BATCH_SIZE", 3)
     reported: list[tuple[int, int]] = []
     again = pipe.refine(
-        CLASSES, drawn.coarse, SEED, resize=20, report=lambda *n: reported.append(n), **given
+        CLASSES, drawn.coarse, SEED, resize=20, progress=lambda *n: reported.append(n), **given
     )
     assert same_but_rounding(again, drawn)
     assert reported == [(3, 4), (4, 4)]
@@ -512,7 +522,7 @@ def test_pictures_are_encoded_as_those_of_the_training(
     from_files = pipe.encode(opened)
     rows = {tuple(row) for row in expected.tolist()}
     assert {tuple(row) for row in from_files.tolist()} == rows
-    monkeypatch.setattr(pipeline, "BATCH", 7)
+    monkeypatch.setattr(generation, "BATCH_SIZE", 7)
     assert torch.equal(pipe.encode(opened), from_files)
 
 

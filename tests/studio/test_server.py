@@ -180,11 +180,13 @@ def test_redrawn_around_what_is_kept(client: httpx2.Client, pipe: Pipeline) -> N
     keep = [i < 6 for i in range(LENGTH)]
     body = {"classes": ["red"], "count": 3, "seed": 9, "codes": [codes], "keep": [keep]}
     answer = post(client, "/v1/generate", **body)
-    expected = pipe.sample(["red"] * 3, 9, codes=torch.tensor(codes), keep=torch.tensor(keep))
+    expected = pipe.sample(["red"] * 3, 9, codes=torch.tensor(codes), known=torch.tensor(keep))
     assert [p["codes"] for p in answer["pictures"]] == expected.codes.tolist()
     assert all(p["codes"][:6] == codes[:6] for p in answer["pictures"])
     rows = [said for name, said in events(client, **body) if name == "row"]
-    previews = list(pipe.stream(["red"] * 3, 9, codes=torch.tensor(codes), keep=torch.tensor(keep)))
+    previews = list(
+        pipe.stream(["red"] * 3, 9, codes=torch.tensor(codes), known=torch.tensor(keep))
+    )
     assert (np.asarray(image(rows[0]["images"][1])) == np.asarray(previews[0].images[1])).all()
 
 
@@ -263,7 +265,7 @@ def test_settings_draw_the_same_bytes(
     for i, drawn in enumerate(every_kind(client)):
         path = tmp_path / f"{i}.json"
         path.write_text(json.dumps(drawn["settings"]))
-        again = export.draw(pipe, export.load(path))
+        again = export.sample(pipe, export.load(path), decode_separately=True)
         assert export.png(again.images[0]) == base64.b64decode(drawn["image"])
         assert again.codes[0].tolist() == drawn["codes"]
 

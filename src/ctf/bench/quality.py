@@ -25,7 +25,6 @@ from ctf.evaluation.metrics import Accuracy
 from ctf.evaluation.sample_cache import Drawing
 from ctf.kernels.sampling_cpu import Engine
 from ctf.models import sampling
-from ctf.pipelines import pipeline
 from ctf.pipelines.folder import find_pipeline
 from ctf.pipelines.pipeline import Pipeline
 
@@ -69,7 +68,7 @@ def compare(
         UserError: the pipeline was trained on other pictures.
     """
     folder = find_pipeline(name)
-    plain = pipeline.load(folder, device)
+    plain = Pipeline.from_pretrained(folder, device)
     source = str(plain.origin.get("images"))
     if source not in INCLUDED:
         raise UserError(f"{name}: was trained on {source}, expected one of {', '.join(INCLUDED)}")
@@ -79,7 +78,7 @@ def compare(
         codes_NL, classes_N = _encoded(plain, pictures, count, progress)
     found = []
     for engine in engines:
-        pipe = pipeline.load(folder, device, engine)
+        pipe = Pipeline.from_pretrained(folder, device, engine=engine)
         coarse, fine = cross_entropy(pipe, codes_NL, classes_N)
         accuracy = None
         if pipe.class_names == fashion_mnist.CLASSES:

@@ -211,7 +211,7 @@ def sample(
         device: where to compute; auto takes a GPU if there is one
         dry_run: check everything and say what would be drawn, and write nothing
     """
-    from ctf.pipelines import export as samples
+    from ctf.pipelines import export
     from ctf.pipelines.pipeline import Pipeline
 
     chosen = sampling.given()
@@ -226,13 +226,14 @@ def sample(
         raise UserError("got no model, expected e.g. ctf sample fashion-mnist")
     pipe = Pipeline.from_pretrained(model, open_device(device), engine=engine)
     numbers = parse_classes(classes, pipe)
+    used = dataclasses.replace(pipe.sampling, **chosen)
+    requested = export.Settings(tuple(numbers), count, seed, used, resize)
     if dry_run:
-        samples.check(out, count, len(numbers), seed)
-        used = dataclasses.replace(pipe.sampling, **chosen)
+        export.check(out, requested)
         console.print(f"would draw {count} pictures of each of {len(numbers)} classes: {used}")
         return
     with open_progress("sample") as progress:
-        written = samples.write(pipe, out, numbers, count, seed, progress, resize, **chosen)
+        written = export.write(pipe, out, requested, progress=progress)
     console.print(written, soft_wrap=True)
 
 
@@ -245,14 +246,14 @@ def _sample_again(
     engine: Engine,
     dry_run: bool,
 ) -> None:
-    from ctf.pipelines import export as samples
-    from ctf.pipelines import pipeline
+    from ctf.pipelines import export
+    from ctf.pipelines.pipeline import Pipeline
 
     if more:
         raise UserError(
             f"--settings {path} says all there is to choose; got --{more[0].replace('_', '-')}, too"
         )
-    settings = samples.load(path)
+    settings = export.load(path)
     name = settings.model if model is None else model
     if name is None:
         raise UserError(
@@ -261,13 +262,13 @@ def _sample_again(
     folder = find_pipeline(name)
     if settings.weights not in (None, hash_pipeline(folder)):
         raise UserError(f"{path}: its pictures were drawn by another pipeline than {name}")
-    pipe = pipeline.load(folder, device, engine)
-    samples.check(out, settings.count, len(settings.classes), settings.seed)
+    pipe = Pipeline.from_pretrained(folder, device, engine=engine)
+    export.check(out, settings)
     if dry_run:
         console.print(f"would draw the pictures of {path}: {settings.sampling}", soft_wrap=True)
         return
     with open_progress("sample") as progress:
-        written = samples.write_again(pipe, out, settings, progress)
+        written = export.write(pipe, out, settings, again=True, progress=progress)
     console.print(written, soft_wrap=True)
 
 
@@ -355,16 +356,17 @@ def push(
         device: where to draw it; auto takes a GPU if there is one
         dry_run: check everything but the Hub, and push nothing
     """
-    from ctf.pipelines import card, hub, pipeline
+    from ctf.pipelines import card, hub
+    from ctf.pipelines.pipeline import Pipeline
 
     folder = find_pipeline(model)
-    pipe = pipeline.load(folder, open_device(device))
+    pipe = Pipeline.from_pretrained(folder, open_device(device))
     own = card.edited(folder)
-    drawn = picture and (own is None or card.PICTURE in own)
+    drawn = picture and (own is None or card.IMAGE in own)
     if dry_run:
         said = "a new README.md" if own is None else f"{folder / card.FILE}"
         console.print(
-            f"would push the pipeline, {said}{f' and {card.PICTURE}' * drawn} to {hub.target(to)}",
+            f"would push the pipeline, {said}{f' and {card.IMAGE}' * drawn} to {hub.target(to)}",
             soft_wrap=True,
         )
         return
@@ -372,7 +374,7 @@ def push(
         to,
         half=half,
         license=license,
-        picture=drawn,
+        image=drawn,
         card=own,
         private=private or None,
         progress=open_progress,

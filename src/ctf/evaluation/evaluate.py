@@ -39,7 +39,7 @@ from ctf.evaluation.scores import (
     scores,
 )
 from ctf.evaluation.search import FAR, search, searched
-from ctf.pipelines import pipeline
+from ctf.pipelines.arguments import check_seed
 from ctf.pipelines.folder import PIPELINE_FILES, find_pipeline, hash_pipeline
 from ctf.pipelines.pipeline import Pipeline
 
@@ -293,7 +293,7 @@ def prepare(
         source, size = reference, min(pictures.size)
     else:
         folder = find_pipeline(model)
-        pipe = pipeline.load(folder, device)
+        pipe = Pipeline.from_pretrained(folder, device)
         name = folder.resolve().name if Path(model).is_dir() else model
         drawing = _drawing(pipe, samples, settings or {}, seed, balance, resize)
         if search_samples is not None:
@@ -351,7 +351,7 @@ def _drawing(
     if samples is None:
         drawing = drawing.shared(count)
     drawing.classes(count)
-    pipeline.check_seed(seed, FAR + drawing.samples)
+    check_seed(seed, FAR + drawing.samples)
     return drawing
 
 

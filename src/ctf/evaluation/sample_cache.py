@@ -20,7 +20,7 @@ from ctf.common.progress import Progress
 from ctf.common.rng import generator
 from ctf.evaluation import reference_sets
 from ctf.evaluation.reference_sets import Collection
-from ctf.pipelines.pipeline import BATCH
+from ctf.pipelines.generation import BATCH_SIZE
 
 Balance = Literal["balanced", "uniform"]
 
@@ -85,14 +85,14 @@ def draw(pipe: Sampler, drawing: Drawing, folder: Path, progress: Progress) -> C
     path, blocks = folder / "samples.npz", folder / "blocks"
     classes_N = drawing.classes(len(pipe.class_names))
     if not path.is_file():
-        starts = range(0, len(classes_N), BATCH)
+        starts = range(0, len(classes_N), BATCH_SIZE)
         files = [blocks / f"{start:08d}.npy" for start in starts]
         for start, file in zip(starts, files, strict=True):
             if not file.is_file():
                 block = _draw_block(pipe, drawing, classes_N, start)
                 with storage.atomic(file) as temporary, open(temporary, "wb") as opened:
                     np.save(opened, block)
-            progress(min(start + BATCH, len(classes_N)), len(classes_N))
+            progress(min(start + BATCH_SIZE, len(classes_N)), len(classes_N))
         height, width, channels = np.load(files[0], mmap_mode="r").shape[1:]
         shape = (len(classes_N), height, width, channels)
         reference_sets.save_pictures(path, (np.load(file) for file in files), shape, classes_N)
@@ -105,7 +105,7 @@ def draw(pipe: Sampler, drawing: Drawing, folder: Path, progress: Progress) -> C
 def draw_blocks(pipe: Sampler, drawing: Drawing) -> Iterator[np.ndarray]:
     """All samples, a block at a time, uint8 (B, H, W, 3); nothing is kept."""
     classes_N = drawing.classes(len(pipe.class_names))
-    for start in range(0, len(classes_N), BATCH):
+    for start in range(0, len(classes_N), BATCH_SIZE):
         yield _draw_block(pipe, drawing, classes_N, start)
 
 
@@ -113,6 +113,6 @@ def _draw_block(pipe: Sampler, drawing: Drawing, classes_N: np.ndarray, start: i
     settings = dict(drawing.settings)
     if drawing.resize is not None:
         settings["resize"] = drawing.resize
-    classes = classes_N[start : start + BATCH].tolist()
+    classes = classes_N[start : start + BATCH_SIZE].tolist()
     images = pipe.sample(classes=classes, seed=drawing.seed + start, **settings).images
     return np.stack([np.asarray(image) for image in images])

@@ -24,7 +24,7 @@ from ctf.pipelines.export import class_sheet
 from ctf.pipelines.pipeline import LICENSE, Pipeline
 
 FILE = "README.md"
-PICTURE = "samples.png"
+IMAGE = "samples.png"
 HERE = "path/to/this/folder"  # what a pipeline is called that is nowhere but in a folder
 CLASSES, COLUMNS = 5, 4  # of the picture
 MOST_NAMES = 20  # of classes
@@ -44,7 +44,7 @@ def write(folder: Path, card: str, sheet: Image.Image | None = None) -> None:
     with storage.atomic(folder / FILE) as temporary:
         temporary.write_text(card, encoding="utf-8")
     if sheet is not None:
-        with storage.atomic(folder / PICTURE) as temporary:
+        with storage.atomic(folder / IMAGE) as temporary:
             sheet.save(temporary, format="PNG")
 
 
@@ -66,15 +66,15 @@ def _sealed(card: str) -> str:
     return f"{card}\n<!-- Made by ctf, and kept once it is edited: {digest} -->\n"
 
 
-def picture(pipe: Pipeline, progress: Progress | None = None) -> Image.Image:
+def sample_sheet(pipe: Pipeline, progress: Progress | None = None) -> Image.Image:
     """A sheet of samples: seeds from 0, a few classes spread evenly over all."""
     count = len(pipe.class_names)
     rows = min(CLASSES, count)
     numbers = [i * count // rows for i in range(rows)]
-    return class_sheet(pipe, numbers, COLUMNS, progress=progress)[0]
+    return class_sheet(pipe, numbers, COLUMNS, progress)
 
 
-def text(pipe: Pipeline, name: str = HERE, *, with_picture: bool = False) -> str:
+def text(pipe: Pipeline, name: str = HERE, *, with_image: bool = False) -> str:
     """The card of a pipeline that `from_pretrained` takes by this name, in Markdown."""
     origin = pipe.origin
     dataset = HUB_DATASETS.get(str(origin.get("images")))
@@ -87,8 +87,8 @@ def text(pipe: Pipeline, name: str = HERE, *, with_picture: bool = False) -> str
     )
     title = "A pipeline of ctf" if name == HERE else name.rpartition("/")[2]
     parts = [f"---\n{header.to_yaml()}\n---", f"# {title}"]
-    if with_picture:
-        parts.append(f"![Pictures drawn by this pipeline, a row for each class]({PICTURE})")
+    if with_image:
+        parts.append(f"![Pictures drawn by this pipeline, a row for each class]({IMAGE})")
     parts += [_what(pipe), _use(pipe, name), _parts(pipe), _metrics(pipe), _classes(pipe)]
     parts += [_license(pipe), _making(pipe)]
     return _sealed("\n\n".join(part for part in parts if part) + "\n")

@@ -1,5 +1,4 @@
-"""What is drawn, as files: a contact sheet, or a folder of pictures with codes and settings; and
-settings as files, that draw the same pictures again.
+"""Samples as files: a contact sheet or a folder of images, and the settings to sample them again.
 
 Shapes: L tokens of an image.
 """
@@ -21,26 +20,29 @@ from ctf.common.errors import UserError
 from ctf.common.progress import Progress
 from ctf.data.image_grid import image_grid
 from ctf.models.sampling import Sampling
-from ctf.pipelines.pipeline import Pipeline, Samples, check_seed
+from ctf.pipelines.arguments import check_seed
+from ctf.pipelines.generation import Samples
+from ctf.pipelines.pipeline import Pipeline
 
-WIDEST = 16  # pictures in a row of a sheet
-MOST_ON_A_SHEET = 1024
+MAX_COLUMNS = 16  # of a contact sheet
+MAX_ON_SHEET = 1024  # images
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All that pictures follow from: settings.json beside samples, and what the studio saves.
+    """The content of settings.json, in a folder of samples or saved by the studio.
 
     Args:
-        classes: their numbers.
-        count: pictures of each class.
-        seed: picture i is drawn from seed + i.
-        sampling: settings of both stages.
-        resize: pixels a side, instead of the tokenizer's.
-        model: what the pipeline was called where they were drawn.
-        weights: which pipeline that was, see `hash_pipeline`.
-        codes, keep: (L,), what is given of every picture, see `Pipeline.sample`.
-        coarse: (L,), labels whose details are drawn, see `Pipeline.refine`.
+        classes: Their numbers.
+        count: Images of each class.
+        seed: Image i is sampled from seed + i.
+        sampling: Settings of both stages.
+        resize: Pixels per side, instead of the tokenizer's.
+        model: The name of the pipeline.
+        weights: Its hash, see `hash_pipeline`.
+        codes: (L,), see `Pipeline.sample`; the same for all images.
+        keep: (L,), which of `codes` are known.
+        coarse: (L,), labels to sample the fine stage for, see `Pipeline.refine`.
     """
 
     classes: tuple[int, ...]
@@ -58,89 +60,102 @@ class Settings:
         if self.coarse is not None and (self.codes is not None or self.keep is not None):
             raise UserError("settings: got coarse and codes, expected one of them")
         for name in ("codes", "coarse"):
-            given = getattr(self, name)
-            if given is not None and not all(-(2**63) <= number < 2**63 for number in given):
+            if not all(-(2**63) <= number < 2**63 for number in getattr(self, name) or ()):
                 raise UserError(f"settings: {name}: expected whole numbers of 64 bits")
 
     def to_json(self) -> dict[str, Any]:
-        """For `load`, without what is not set."""
-        plain = config.to_json(self)
-        return {k: v for k, v in plain.items() if v is not None or k == "resize"}
+        """Return the content of the file: all fields but optional ones that are None."""
+        content = config.to_json(self)
+        return {k: v for k, v in content.items() if v is not None or k == "resize"}
+
+    def class_per_image(self) -> list[int]:
+        """Return the class of each image, `count` times each."""
+        return [number for number in self.classes for _ in range(self.count)]
 
 
 def load(path: Path) -> Settings:
-    """Raises UserError where there is no such file, or not one of settings."""
+    """Load a settings file.
+
+    Raises:
+        UserError: The file is missing, or is not a settings file.
+    """
     return config.from_json(Settings, storage.load_object(path), str(path))
 
 
-def draw(pipe: Pipeline, settings: Settings, progress: Progress | None = None) -> Samples:
-    """The pictures of some settings, each decoded by itself: the same bytes, whatever it was drawn
-    beside.
+def sample(
+    pipe: Pipeline,
+    settings: Settings,
+    *,
+    decode_separately: bool = False,
+    progress: Progress | None = None,
+) -> Samples:
+    """Sample the images of some settings.
+
+    Args:
+        pipe: The pipeline; its name and hash are not compared with the settings.
+        settings: What to sample.
+        decode_separately: For the same bytes as the studio's, see `Pipeline.sample`.
+        progress: Called with the numbers of images sampled and to sample.
 
     Raises:
-        UserError: the settings are none of this pipeline; see `Pipeline.sample`.
+        UserError: The settings do not fit the pipeline; see `Pipeline.sample`.
     """
-    numbers = [number for number in settings.classes for _ in range(settings.count)]
-    more: dict[str, Any] = {"resize": settings.resize, "apart": True, "report": progress}
-    more |= {f.name: getattr(settings.sampling, f.name) for f in dataclasses.fields(Sampling)}
+    classes, seed = settings.class_per_image(), settings.seed
+    options: dict[str, Any] = {
+        "resize": settings.resize,
+        "decode_separately": decode_separately,
+        "progress": progress,
+        **vars(settings.sampling),
+    }
     if settings.coarse is not None:
-        return pipe.refine(numbers, torch.tensor(settings.coarse), settings.seed, **more)
+        return pipe.refine(classes, torch.tensor(settings.coarse), seed, **options)
     codes = None if settings.codes is None else torch.tensor(settings.codes)
-    keep = None if settings.keep is None else torch.tensor(settings.keep)
-    return pipe.sample(numbers, settings.seed, codes=codes, keep=keep, **more)
+    known = None if settings.keep is None else torch.tensor(settings.keep)
+    return pipe.sample(classes, seed, codes=codes, known=known, **options)
 
 
 def png(image: Image.Image) -> bytes:
-    """A picture as a file: the same bytes for the same pixels."""
+    """Return an image as a PNG file: the same bytes for the same pixels."""
     file = io.BytesIO()
     image.save(file, format="PNG")
     return file.getvalue()
 
 
 def class_sheet(
-    pipe: Pipeline,
-    classes: Sequence[int | str],
-    count: int,
-    seed: int = 0,
-    progress: Progress | None = None,
-    resize: int | None = None,
-    **settings: Any,
-) -> tuple[Image.Image, Samples]:
-    """`count` pictures of each class on one sheet, a row or more for each, and the samples.
-
-    Picture i of the sheet, row by row, is drawn from seed + i.
-    """
-    numbers = pipe.class_numbers(classes)
-    wanted = [number for number in numbers for _ in range(count)]
-    drawn = pipe.sample(wanted, seed, resize=resize, report=progress, **settings)
-    return contact_sheet(drawn.images, [pipe.class_names[n] for n in numbers], count), drawn
+    pipe: Pipeline, classes: Sequence[int], count: int, progress: Progress | None = None
+) -> Image.Image:
+    """Sample a contact sheet with `count` images of each class, from seed 0 on."""
+    settings = Settings(tuple(classes), count, 0, pipe.sampling)
+    samples = sample(pipe, settings, progress=progress)
+    return contact_sheet(samples.images, [pipe.class_names[number] for number in classes], count)
 
 
 def contact_sheet(images: Sequence[Image.Image], names: Sequence[str], count: int) -> Image.Image:
-    """`count` of the images for each of the names, in order."""
+    """Arrange `count` images for each name, in order, in rows below it."""
     rows = []
     for i, name in enumerate(names):
         of_class = images[i * count : (i + 1) * count]
-        for start in range(0, count, WIDEST):
-            rows.append((name if start == 0 else "", of_class[start : start + WIDEST]))
+        for start in range(0, count, MAX_COLUMNS):
+            rows.append((name if start == 0 else "", of_class[start : start + MAX_COLUMNS]))
     return image_grid(rows)
 
 
-def check(out: Path, count: int, classes: int, seed: int) -> None:
-    """Finds what would keep `write` from writing `count` pictures of each of some classes.
+def check(out: Path, settings: Settings) -> None:
+    """Check what can be checked before sampling.
 
     Raises:
-        UserError: nothing or too much to draw, an `out` of no use, or one that holds something
-            else.
+        UserError: Too few or too many images; `out` holds something else, or has another suffix
+            than .png.
     """
-    if count < 1:
-        raise UserError(f"count is {count}, expected 1 or more pictures of each class")
-    check_seed(seed, classes * count)
+    images = len(settings.classes) * settings.count
+    if settings.count < 1:
+        raise UserError(f"count is {settings.count}, expected 1 or more images of each class")
+    check_seed(settings.seed, images)
     if out.suffix.lower() == ".png":
-        if classes * count > MOST_ON_A_SHEET:
+        if images > MAX_ON_SHEET:
             raise UserError(
-                f"{classes * count} pictures on one sheet; expected {MOST_ON_A_SHEET} or "
-                "less: choose a folder for --out"
+                f"{images} images on one sheet, expected {MAX_ON_SHEET} or fewer: "
+                "choose a folder for --out"
             )
     elif out.suffix:
         raise UserError(f"{out}: expected a name ending in .png, or a folder")
@@ -151,73 +166,59 @@ def check(out: Path, count: int, classes: int, seed: int) -> None:
 def write(
     pipe: Pipeline,
     out: Path,
-    classes: Sequence[int | str],
-    count: int,
-    seed: int = 0,
+    settings: Settings,
+    *,
+    again: bool = False,
     progress: Progress | None = None,
-    resize: int | None = None,
-    **settings: Any,
 ) -> str:
-    """Draws `count` pictures of each class into `out`; returns what was written, in words.
+    """Sample the images of some settings and write them.
 
-    out: a file that ends in .png: a contact sheet. Otherwise a folder: 000000.png, ... with
-    codes.npz (codes, coarse, classes, seeds) and settings.json, which says how to draw them again.
+    Args:
+        pipe: The pipeline.
+        out: A name ending in .png for a contact sheet; otherwise a folder for 000000.png, ...,
+            codes.npz (codes, coarse, classes, seeds) and settings.json.
+        settings: What to sample.
+        again: Reproduce the files of `settings` as the studio has them: images are decoded
+            separately, and a single one is written as it is instead of a contact sheet.
+        progress: Called with the numbers of images sampled and to sample.
+
+    Returns:
+        What was written, for the user.
 
     Raises:
-        UserError: see `check` and `Pipeline.sample`.
+        UserError: See `check` and `Pipeline.sample`.
     """
-    check(out, count, len(classes), seed)
-    if out.suffix.lower() == ".png":
-        picture, _ = class_sheet(pipe, classes, count, seed, progress, resize, **settings)
-        return _write_picture(out, picture)
-    chosen = pipe.class_numbers(classes)
-    numbers = [number for number in chosen for _ in range(count)]
-    drawn = pipe.sample(numbers, seed, resize=resize, report=progress, **settings)
-    used = dataclasses.replace(pipe.sampling, **settings)
-    return _write_folder(out, drawn, Settings(tuple(chosen), count, seed, used, resize))
-
-
-def write_again(
-    pipe: Pipeline, out: Path, settings: Settings, progress: Progress | None = None
-) -> str:
-    """Draws the pictures of some settings into `out`; returns what was written, in words.
-
-    out: as in `write`, but a single picture becomes the .png file itself.
-
-    Raises:
-        UserError: see `check` and `draw`.
-    """
-    check(out, settings.count, len(settings.classes), settings.seed)
-    drawn = draw(pipe, settings, progress)
+    check(out, settings)
+    samples = sample(pipe, settings, decode_separately=again, progress=progress)
     if out.suffix.lower() != ".png":
-        return _write_folder(out, drawn, settings)
-    if len(drawn.images) == 1:
-        return _write_picture(out, drawn.images[0])
-    names = [pipe.class_names[number] for number in settings.classes]
-    return _write_picture(out, contact_sheet(drawn.images, names, settings.count))
+        _write_folder(out, samples, settings)
+        return f"{out}: {len(samples.images)} images, codes.npz, settings.json"
+    image = samples.images[0]
+    if not again or len(samples.images) > 1:
+        names = [pipe.class_names[number] for number in settings.classes]
+        image = contact_sheet(samples.images, names, settings.count)
+    _write_png(out, image)
+    return f"{out}: {image.width} x {image.height} pixels"
 
 
-def _write_picture(out: Path, picture: Image.Image) -> str:
-    with storage.atomic(out) as temporary:
-        temporary.write_bytes(png(picture))
-    return f"{out}: {picture.width} x {picture.height} pixels"
-
-
-def _write_folder(out: Path, drawn: Samples, settings: Settings) -> str:
-    # First: it marks the folder as ours, if writing should be cut short.
+def _write_folder(out: Path, samples: Samples, settings: Settings) -> None:
+    # First, so that the folder is recognised as one of samples if writing is interrupted.
     storage.save_json(out / "settings.json", settings.to_json())
-    for older in out.glob("[0-9]*.png"):  # of another call, which drew more
-        if older.stem.isdigit() and int(older.stem) >= len(drawn.images):
-            older.unlink()
-    for i, image in enumerate(drawn.images):
-        with storage.atomic(out / f"{i:06d}.png") as temporary:
-            temporary.write_bytes(png(image))
+    for old in out.glob("[0-9]*.png"):  # of an earlier call with more images
+        if old.stem.isdigit() and int(old.stem) >= len(samples.images):
+            old.unlink()
+    for i, image in enumerate(samples.images):
+        _write_png(out / f"{i:06d}.png", image)
     with storage.atomic(out / "codes.npz") as temporary, open(temporary, "wb") as file:
         np.savez_compressed(
             file,
-            codes=drawn.codes.numpy(),
-            coarse=drawn.coarse.numpy(),
-            classes=np.array([n for n in settings.classes for _ in range(settings.count)]),
-            seeds=np.arange(settings.seed, settings.seed + len(drawn.images)),
+            codes=samples.codes.numpy(),
+            coarse=samples.coarse.numpy(),
+            classes=np.array(settings.class_per_image()),
+            seeds=np.arange(settings.seed, settings.seed + len(samples.images)),
         )
-    return f"{out}: {len(drawn.images)} pictures, codes.npz, settings.json"
+
+
+def _write_png(path: Path, image: Image.Image) -> None:
+    with storage.atomic(path) as temporary:
+        temporary.write_bytes(png(image))

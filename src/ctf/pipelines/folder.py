@@ -1,34 +1,33 @@
-"""A pipeline on disk: its files, where they are found, and the models in them."""
+"""A pipeline on disk: its files, where to find them, and how to load and save each part."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ctf.common import config, storage
+from ctf.common import claims, config, storage
 from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
-from ctf.models import clusters
-from ctf.models.clusters import Clusters
+from ctf.kernels import sampling_cpu
+from ctf.models.clusters import Clusters, fingerprint
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.sampling import Sampling
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.models.transformer import TransformerConfig
 
-CLUSTERS = "clusters.safetensors"
+if TYPE_CHECKING:
+    from ctf.pipelines.pipeline import Pipeline
+
 SHIPPED = Path(__file__).parents[1] / "shipped"
-
-
 SETTINGS = "pipeline.json"
-
-
-PIPELINE_FILES = (  # that make a pipeline; all that is ever downloaded
+CLUSTERS = "clusters.safetensors"
+PIPELINE_FILES = (  # all that is ever downloaded
     SETTINGS,
     f"clusters/{CLUSTERS}",
     *(
@@ -38,43 +37,50 @@ PIPELINE_FILES = (  # that make a pipeline; all that is ever downloaded
     ),
 )
 
+M = TypeVar("M", bound=nn.Module)
+Transformer = TypeVar("Transformer", CoarseModel, FineModel)
+
 
 @dataclasses.dataclass(frozen=True)
 class PipelineSettings:
-    """What a pipeline says of itself besides its models: the file pipeline.json."""
+    """The content of pipeline.json: the fields of `Pipeline` that are not models."""
 
     class_names: tuple[str, ...]
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    origin: dict[str, Any] = dataclasses.field(default_factory=dict)  # pictures, recipe, metrics
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+# --- Finding --------------------------------------------------------------------------------------
 
 
 def shipped_pipelines() -> list[str]:
-    """Names of the pipelines that come with the package."""
+    """Return the names of the pipelines that come with the package."""
     return sorted(path.parent.name for path in SHIPPED.glob(f"*/{SETTINGS}"))
 
 
 def find_pipeline(name: str | Path, revision: str | None = None, **download: Any) -> Path:
-    """The given folder, that of a shipped pipeline, or that of a downloaded one, in this order.
+    """Return the folder of a pipeline, after downloading it if necessary.
 
     Args:
-        name: a folder, a shipped name, or org/name[@revision] on the Hub.
-        revision: on the Hub, if not in the name.
-        download: see `hub.download`.
+        name: A folder, the name of a shipped pipeline, or org/name[@revision] on the Hub, in this
+            order.
+        revision: On the Hub, if it is not in the name.
+        download: See `hub.download`.
 
     Raises:
-        UserError: there is none of the three.
+        UserError: There is no such pipeline.
     """
-    here = Path(name).is_dir()
-    if here or str(name) in shipped_pipelines():
+    is_folder = Path(name).is_dir()
+    if is_folder or str(name) in shipped_pipelines():
         if revision is not None:
-            raise UserError(f"{name}: is here, not on the Hub, and has no revision {revision!r}")
-        return Path(name) if here else SHIPPED / str(name)
-    from ctf.pipelines import hub  # which takes its time, and is needed here alone
+            raise UserError(f"{name}: a local pipeline has no revisions, got {revision!r}")
+        return Path(name) if is_folder else SHIPPED / str(name)
+    from ctf.pipelines import hub  # imports huggingface_hub, which is slow
 
     address = hub.parse(str(name), revision)
     if address is None:
         raise UserError(
-            f"no pipeline {str(name)!r}, neither a folder nor a shipped one nor org/name on the Hub"
+            f"no pipeline {str(name)!r}: not a folder, a shipped pipeline or org/name on the Hub"
             f"{did_you_mean(str(name), shipped_pipelines())}"
         )
     folder = hub.download(address, PIPELINE_FILES, **download)
@@ -83,127 +89,212 @@ def find_pipeline(name: str | Path, revision: str | None = None, **download: Any
 
 
 def _check_complete(folder: Path, address: object) -> None:
-    """Raises UserError where what was downloaded from `address` lacks a file of a pipeline."""
+    """Raise a UserError if a file of the pipeline downloaded from `address` is missing."""
     missing = [file for file in PIPELINE_FILES if not (folder / file).is_file()]
-    if {file.partition("/")[0] for file in missing} == {"fine"}:
-        parts = load_clusters(folder / "clusters" / CLUSTERS)
-        missing = missing if parts.largest > 1 else []  # a baseline has no fine model
     if SETTINGS in missing:
-        raise UserError(f"{address} is no pipeline: the repository has no {SETTINGS}")
+        raise UserError(f"{address} is not a pipeline: the repository has no {SETTINGS}")
+    if {file.partition("/")[0] for file in missing} == {"fine"}:
+        clusters = load_clusters(folder / "clusters" / CLUSTERS)
+        missing = missing if clusters.largest > 1 else []  # the baseline has no fine model
     if missing:
         raise UserError(
             f"{address}: the repository has no {', '.join(missing)}\n"
-            "expected all files of a pipeline, as ctf push uploads them"
+            "expected all files of a pipeline, as uploaded by ctf push"
         )
 
 
 def hash_pipeline(folder: Path) -> str:
-    """What names the pipeline in a folder: a hash of the files that make it."""
+    """Return a hash of the files of a pipeline, which identifies it."""
     files = {file: folder / file for file in PIPELINE_FILES}
     return storage.hash_json(
         {file: storage.hash_file(path) for file, path in files.items() if path.is_file()}
     )
 
 
+# --- Loading --------------------------------------------------------------------------------------
+
+
+def load_parts(folder: Path, device: torch.device) -> dict[str, Any]:
+    """Load the fields of the `Pipeline` in a folder.
+
+    Raises:
+        UserError: A part is missing, damaged, or from a different run.
+    """
+    settings = load_settings(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer", device)
+    clusters = load_clusters(folder / "clusters" / CLUSTERS).to(device)
+    if clusters.codebook_size != tokenizer.config.codebook_size:
+        raise UserError(
+            f"{folder}: clusters of {clusters.codebook_size} codes, but the tokenizer has "
+            f"{tokenizer.config.codebook_size}: parts of different runs"
+        )
+    models: dict[str, Any] = {
+        "coarse": load_coarse(folder / "coarse", clusters, device),
+        "fine": load_fine(folder / "fine", clusters, device) if clusters.largest > 1 else None,
+    }
+    for name, model in models.items():
+        expected = (tokenizer.grid, len(settings.class_names))
+        if model is not None and (model.config.grid, model.config.classes) != expected:
+            raise UserError(
+                f"{folder / name}: made for a grid of {model.config.grid} and "
+                f"{model.config.classes} classes, expected {expected[0]} and {expected[1]}: "
+                "parts of different runs"
+            )
+    return {"tokenizer": tokenizer, "clusters": clusters, **models, **vars(settings)}
+
+
 def load_settings(folder: Path) -> PipelineSettings:
+    """Load pipeline.json."""
     path = folder / SETTINGS
     return config.from_json(PipelineSettings, storage.load_json(path), str(path))
 
 
 def load_coarse(
     folder: Path,
-    parts: Clusters,
+    clusters: Clusters,
     device: torch.device,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> CoarseModel:
-    """The coarse model in `folder`, for these clusters, ready to draw.
+    """Load the coarse model in `folder` for sampling.
 
     Args:
-        tensors: the weights to take instead of the folder's.
+        folder: Of the model.
+        clusters: Those that it was trained with.
+        device: Of the model.
+        tensors: Weights to use instead of the folder's.
+
+    Raises:
+        UserError: The model is missing, damaged, or was trained with other clusters.
     """
-    shape, _ = _load_config(folder, parts)
-    with storage.without_weights():  # the weights come from the file
-        model = CoarseModel(shape, parts.count)
-    return _ready(model, folder, device, tensors)
+    model_config, _ = _load_config(folder, clusters)
+    with storage.without_weights():
+        model = CoarseModel(model_config, clusters.count)
+    return _load_transformer(model, folder, device, tensors)
 
 
 def load_fine(
     folder: Path,
-    parts: Clusters,
+    clusters: Clusters,
     device: torch.device,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> FineModel:
-    """The fine model in `folder`, for these clusters, ready to draw; `tensors` as above."""
-    shape, stored = _load_config(folder, parts)
+    """Load the fine model in `folder` for sampling; see `load_coarse`."""
+    model_config, stored = _load_config(folder, clusters)
     softmax = stored.get("softmax")
     if softmax not in ("members", "full"):
         raise UserError(f"{folder}: got softmax {softmax!r}, expected that of a fine model")
     with storage.without_weights():
-        model = FineModel(shape, parts, softmax)
-    return _ready(model, folder, device, tensors)
+        model = FineModel(model_config, clusters, softmax)
+    return _load_transformer(model, folder, device, tensors)
 
 
-def _load_config(folder: Path, parts: Clusters) -> tuple[TransformerConfig, dict[str, Any]]:
+def _load_config(folder: Path, clusters: Clusters) -> tuple[TransformerConfig, dict[str, Any]]:
     path = folder / "config.json"
     stored = storage.load_object(path)
-    if stored.get("clusters") != clusters.fingerprint(parts):
-        raise UserError(f"{folder}: trained for other clusters than those beside it")
-    shape = config.from_json(TransformerConfig, stored.get("model"), f"{path}: model")
-    return shape, stored
+    if stored.get("clusters") != fingerprint(clusters):
+        raise UserError(f"{folder}: trained with other clusters than those of the pipeline")
+    model_config = config.from_json(TransformerConfig, stored.get("model"), f"{path}: model")
+    return model_config, stored
 
 
-def _ready(
-    model: Any, folder: Path, device: torch.device, tensors: Mapping[str, Tensor] | None
-) -> Any:
-    path = folder / "model.safetensors"
-    if tensors is None:
-        tensors, _ = storage.load_tensors(path)
-    storage.load_strict(model, {k: v.float() for k, v in tensors.items()}, path)
-    model.trunk.rope.to_empty(device="cpu")  # no weights of the file; it fills itself
+def _load_transformer(
+    model: Transformer, folder: Path, device: torch.device, tensors: Mapping[str, Tensor] | None
+) -> Transformer:
+    _load_weights(model, folder, tensors)
+    model.trunk.rope.to_empty(device="cpu")  # not stored: it computes its values when needed
     return model.to(device).eval().requires_grad_(False)
 
 
-M = TypeVar("M", bound=nn.Module)
+def _load_weights(
+    model: nn.Module, folder: Path, tensors: Mapping[str, Tensor] | None = None
+) -> None:
+    path = folder / "model.safetensors"
+    if tensors is None:
+        tensors, _ = storage.load_tensors(path)
+    storage.load_strict(model, {name: t.float() for name, t in tensors.items()}, path)
 
 
 def load_tokenizer(folder: Path, device: torch.device | str = "cpu") -> VQModel:
-    """The tokenizer in `folder` (config.json, model.safetensors), ready to encode and decode."""
+    """Load the tokenizer in `folder` for encoding and decoding."""
     path = folder / "config.json"
     stored = storage.load_object(path)
-    model_config = config.from_json(TokenizerConfig, stored.get("model"), f"{path}: model")
-    tensors, _ = storage.load_tensors(folder / "model.safetensors")
-    with storage.without_weights():  # the weights come from the file
-        model = VQModel(model_config)
-    storage.load_strict(
-        model, {k: v.float() for k, v in tensors.items()}, folder / "model.safetensors"
-    )
+    with storage.without_weights():
+        model = VQModel(config.from_json(TokenizerConfig, stored.get("model"), f"{path}: model"))
+    _load_weights(model, folder)
     return to_channels_last(model, torch.device(device)).eval().requires_grad_(False)
 
 
 def to_channels_last(module: M, device: torch.device) -> M:
+    """Move a module to a device, its convolutions in the memory format that is fastest there."""
     return module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def save_clusters(clusters: Clusters, path: Path, metadata: dict[str, str] | None = None) -> None:
-    tensors = {"labels_V": clusters.labels_V, "members_KS": clusters.members_KS}
-    storage.save_tensors(path, tensors, metadata)
-
-
 def load_clusters(path: Path) -> Clusters:
-    """Raises UserError where the file is not there, is damaged, or its parts do not agree."""
+    """Load clusters.
+
+    Raises:
+        UserError: The file is missing, damaged or inconsistent.
+    """
     return read_clusters(path)[0]
 
 
 def read_clusters(path: Path) -> tuple[Clusters, dict[str, str]]:
+    """Load clusters and the metadata of the file; see `load_clusters`."""
     tensors, metadata = storage.load_tensors(path)
     try:
         if set(tensors) != {"labels_V", "members_KS"}:
-            raise ValueError(f"holds tensors {', '.join(sorted(tensors))}")
+            raise ValueError(f"its tensors are {', '.join(sorted(tensors))}")
         clusters = Clusters.from_labels(tensors["labels_V"])
         if not torch.equal(clusters.members_KS, tensors["members_KS"]):
-            raise ValueError("members do not agree with labels")
+            raise ValueError("members do not match labels")
     except ValueError as error:
         raise UserError(
             f"{path}: not a file of clusters: {error}; delete it and run ctf clusters fit again"
         ) from None
     return clusters, metadata
+
+
+# --- Saving ---------------------------------------------------------------------------------------
+
+
+def save(pipe: Pipeline, folder: Path, dtype: torch.dtype | None) -> None:
+    """Write a pipeline's folder.
+
+    Args:
+        pipe: What to write.
+        folder: A new one, or one with a pipeline, which is overwritten.
+        dtype: Of the weights; None to store them as they are.
+
+    Raises:
+        UserError: The folder holds something else; weights were quantised to int8.
+    """
+    claims.is_ours(folder, SETTINGS, what="a pipeline")
+    coarse_config = {"clusters": fingerprint(pipe.clusters)}
+    models: dict[str, tuple[nn.Module, dict[str, Any]]] = {
+        "tokenizer": (pipe.tokenizer, {}),
+        "coarse": (pipe.coarse, coarse_config),
+    }
+    if pipe.fine is not None:
+        models["fine"] = (pipe.fine, {**coarse_config, "softmax": pipe.fine.softmax})
+    if not all(sampling_cpu.is_exact(model) for model, _ in models.values()):
+        raise UserError(
+            "a pipeline loaded with the engine int8 cannot be saved: its weights are quantised\n"
+            "load it with the engine auto or eager instead"
+        )
+    # First, so that the folder is recognised as a pipeline's if writing is interrupted.
+    settings = PipelineSettings(pipe.class_names, pipe.sampling, pipe.origin)
+    storage.save_json(folder / SETTINGS, config.to_json(settings))
+    for name, (model, extra) in models.items():
+        model_config = config.to_json(model.config)
+        storage.save_json(folder / name / "config.json", {"model": model_config, **extra})
+        weights = model.state_dict()
+        if dtype is not None:
+            weights = {key: tensor.to(dtype) for key, tensor in weights.items()}
+        storage.save_tensors(folder / name / "model.safetensors", weights)
+    save_clusters(pipe.clusters, folder / "clusters" / CLUSTERS)
+
+
+def save_clusters(clusters: Clusters, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write clusters into a file."""
+    tensors = {"labels_V": clusters.labels_V, "members_KS": clusters.members_KS}
+    storage.save_tensors(path, tensors, metadata)

@@ -31,8 +31,13 @@ from ctf.models.coarse import CoarseModel
 from ctf.models.sampling import Sampling
 from ctf.models.sizes import LLAMAGEN_SIZES, TransformerShape
 from ctf.models.tokenizer import TokenizerConfig, VQModel
-from ctf.pipelines import pipeline
-from ctf.pipelines.folder import SETTINGS, PipelineSettings, load_settings, to_channels_last
+from ctf.pipelines.folder import (
+    SETTINGS,
+    PipelineSettings,
+    load_settings,
+    save,
+    to_channels_last,
+)
 from ctf.pipelines.pipeline import Pipeline
 
 IMAGE_SIZE = 256  # pixels a side, where nothing says otherwise
@@ -123,7 +128,7 @@ def convert(
     }
     _check_vacant(out, pipe)
     if not dry_run:
-        pipeline.save(pipe, out, dtype=None)
+        save(pipe, out, dtype=None)
     return (
         f"{out}: tokenizer of {_size_of(pipe.tokenizer)}; transformer of {_millions(pipe.coarse)}, "
         f"{pipe.coarse.config.classes} classes, guidance {pipe.sampling.guidance}"

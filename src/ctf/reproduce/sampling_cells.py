@@ -25,7 +25,6 @@ from ctf.evaluation.sample_cache import Drawing
 from ctf.evaluation.search import search
 from ctf.models.clusters import Clusters, swap
 from ctf.models.fine import FineModel
-from ctf.pipelines import pipeline
 from ctf.pipelines.folder import SETTINGS, load_fine, load_tokenizer
 from ctf.pipelines.pipeline import Pipeline
 from ctf.reproduce.cells import Cell, Outcome, Workspace, link, stored_as
@@ -41,7 +40,7 @@ def _pipeline(
     link(folder, space.run(coarse), "tokenizer", "clusters", "coarse", SETTINGS)
     if fine is not None:
         link(folder, space.run(fine), "fine")
-    return pipeline.load(folder, space.device, "auto")
+    return Pipeline.from_pretrained(folder, space.device, engine="auto")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -178,7 +178,9 @@ def _crossed(pipe: Pipeline, answers: list[Asked]) -> int:
     """How many answers are not what the pipeline draws for their class and seed."""
     if not answers:
         return 0
-    drawn = pipe.sample([a.number for a in answers], [a.seed for a in answers], apart=True)
+    drawn = pipe.sample(
+        [a.number for a in answers], [a.seed for a in answers], decode_separately=True
+    )
     wrong = 0
     for asked, codes_L, image in zip(answers, drawn.codes, drawn.images, strict=True):
         (picture,) = asked.answer["pictures"]

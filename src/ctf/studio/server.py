@@ -24,9 +24,9 @@ from ctf.common.errors import UserError
 from ctf.common.version import __version__
 from ctf.kernels.sampling_cpu import Engine
 from ctf.models.sampling import Sampling
-from ctf.pipelines import pipeline
+from ctf.pipelines.arguments import check_seed
 from ctf.pipelines.folder import find_pipeline, hash_pipeline
-from ctf.pipelines.pipeline import Pipeline
+from ctf.pipelines.pipeline import LICENSE, Pipeline
 from ctf.studio import schema
 from ctf.studio.guard import LOOPBACK, Guard, mistake
 from ctf.studio.worker import (
@@ -161,7 +161,7 @@ def _check_range(name: str, given: Tensor, stop: int) -> None:
 
 
 def _seeds(seed: int, count: int) -> tuple[int, ...]:
-    pipeline.check_seed(seed, count)
+    check_seed(seed, count)
     return tuple(range(seed, seed + count))
 
 
@@ -181,7 +181,7 @@ def _info(worker: Worker) -> dict[str, Any]:
         "has_fine_stage": pipe.fine is not None,
         "sampling": vars(pipe.sampling),
         "parameters": worker.parameters,
-        "license": pipe.origin.get(pipeline.LICENSE),
+        "license": pipe.origin.get(LICENSE),
         "images": worker.most,
     }
 
@@ -390,7 +390,7 @@ def load(
         shown = folder.resolve().name if Path(name).is_dir() else name
         if any(worker.name == shown for worker in workers):
             raise UserError(f"got two models called {shown}, expected different names")
-        pipe = pipeline.load(folder, device, engine)
+        pipe = Pipeline.from_pretrained(folder, device, engine=engine)
         workers.append(Worker(shown, pipe, hash_pipeline(folder), limits))
     return workers
 

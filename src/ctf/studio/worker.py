@@ -26,7 +26,8 @@ from ctf.data.decode import FORMATS, UnreadableImage, decode
 from ctf.data.transforms import as_pil, crop
 from ctf.kernels.sampling_cpu import is_exact
 from ctf.models.sampling import Sampling
-from ctf.pipelines import export, pipeline
+from ctf.pipelines import export
+from ctf.pipelines.generation import BATCH_SIZE, Samples
 from ctf.pipelines.pipeline import Pipeline
 
 log = logging.getLogger("ctf.studio")
@@ -201,7 +202,7 @@ class Worker:
             self._forget()
             if len(self._waiting) >= self.limits.waiting:
                 images = sum(job.size for job in self._waiting)
-                raise Busy(max(1, round(self._seconds * (1 + images / pipeline.BATCH))))
+                raise Busy(max(1, round(self._seconds * (1 + images / BATCH_SIZE))))
             ahead = len(self._waiting) + self._running
             self._waiting.append(job)
             self._changed.notify()
@@ -286,10 +287,10 @@ class Worker:
             [number for task in tasks for number in task.classes],
             [seed for task in tasks for seed in task.seeds],
             codes=codes_NL,
-            keep=keep_NL,
-            apart=True,
+            known=keep_NL,
+            decode_separately=True,
             preview=False,
-            wanted=lambda: [i for i, job in enumerate(owners) if job.wanted],
+            active=lambda: [i for i, job in enumerate(owners) if job.wanted],
             **_as_keywords(tasks[0].sampling),
         ):
             if event.samples is not None:
@@ -303,7 +304,7 @@ class Worker:
                 previews = self.pipe.preview(
                     event.coarse[watched],
                     codes=None if codes_NL is None else codes_NL[numbers],
-                    keep=None if keep_NL is None else keep_NL[numbers],
+                    known=None if keep_NL is None else keep_NL[numbers],
                 )
                 shown = dict(zip(watched, map(export.png, previews), strict=True))
             for job, _, rows in _rows(jobs, tasks, event.numbers):
@@ -316,7 +317,7 @@ class Worker:
             [number for task in tasks for number in task.classes],
             torch.cat([task.coarse_BL for task in tasks]),
             [seed for task in tasks for seed in task.seeds],
-            apart=True,
+            decode_separately=True,
             **_as_keywords(tasks[0].sampling),
         )
         everyone = tuple(range(len(drawn.images)))
@@ -324,7 +325,7 @@ class Worker:
             job.tell(Done(self._pictures(task, drawn, rows)))
 
     def _pictures(
-        self, task: Generate | Refine, drawn: pipeline.Samples, rows: Sequence[int]
+        self, task: Generate | Refine, drawn: Samples, rows: Sequence[int]
     ) -> dict[str, Any]:
         pictures = []
         for i, row in enumerate(rows):

@@ -49,7 +49,7 @@ def demo(out: Path, minutes: float, device: torch.device, console: Console) -> N
 
 def _sheet(pipe: Pipeline, path: Path) -> Path:
     with storage.atomic(path) as temporary:
-        class_sheet(pipe, range(len(pipe.class_names)), COLUMNS)[0].save(temporary, format="PNG")
+        class_sheet(pipe, range(len(pipe.class_names)), COLUMNS).save(temporary, format="PNG")
     return path
 
 

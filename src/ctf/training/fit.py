@@ -34,7 +34,6 @@ from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.tokenizer import VQModel
 from ctf.models.transformer import TransformerConfig
-from ctf.pipelines import pipeline
 from ctf.pipelines.folder import SETTINGS, PipelineSettings, load_settings, load_tokenizer
 from ctf.pipelines.pipeline import Pipeline
 from ctf.training import cost, loop, transformers
@@ -127,7 +126,7 @@ def fit(
         with log.timed(kind), open_progress(kind) as progress:
             train_model(run, kind, parts, recipe, world, progress, execution=execution)
     _describe(run, images, recipe, log.seconds)
-    return pipeline.load(run, device)
+    return Pipeline.from_pretrained(run, device)
 
 
 def resolve(

@@ -23,7 +23,7 @@ from torch import Tensor
 from ctf.common import storage
 from ctf.common.errors import UserError
 from ctf.models.fine import FineModel
-from ctf.pipelines import card, pipeline
+from ctf.pipelines import card
 from ctf.pipelines.folder import (
     CLUSTERS,
     load_clusters,
@@ -115,10 +115,10 @@ class _Pictures:
         models = [self.run / name / "model.safetensors" for name in ("coarse", "fine")]
         if self._is_new("samples", models):
             try:
-                pipe = pipeline.load(self.run, torch.device("cpu"))
+                pipe = Pipeline.from_pretrained(self.run)
             except UserError:
                 return  # not whole yet
-            self._add("samples", card.picture(pipe))
+            self._add("samples", card.sample_sheet(pipe))
 
     def _is_new(self, name: str, paths: list[Path]) -> bool:
         """Whether files are there that were not when it was asked before."""
@@ -146,7 +146,7 @@ class _TrainingSamples:
         ):
             return
         try:
-            picture = card.picture(in_training(self.run))
+            picture = card.sample_sheet(in_training(self.run))
         except UserError:
             return  # a part is missing, or the training has just replaced this state
         self.drawn = step

@@ -1,0 +1,290 @@
+"""Following, previewing and editing images; each function here is a method of `Pipeline`, too.
+
+Shapes: B images, T labels sampled so far, L tokens of an image, S members of a cluster, C code
+dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Generator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile
+from torch import Tensor
+
+from ctf.common.deprecation import renamed_keywords
+from ctf.common.errors import UserError
+from ctf.common.progress import Progress
+from ctf.data.decode import to_rgb
+from ctf.data.transforms import as_pil, as_tensor, crop
+from ctf.models import sampling
+from ctf.pipelines import arguments, generation
+from ctf.pipelines.arguments import Request
+from ctf.pipelines.generation import Batch, Samples
+
+if TYPE_CHECKING:
+    from ctf.pipelines.pipeline import Pipeline
+
+WHITE = (255, 255, 255)  # behind transparent images
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What `Pipeline.stream` yields after each row of coarse labels, and once more at the end.
+
+    rows, total: Rows of labels sampled so far, and in all.
+    coarse: (B, rows * grid), int64 in [0, K), the labels so far, row by row.
+    images: B PIL images, RGB: previews (none without `preview`); in the last event, the results.
+    samples: What `Pipeline.sample` returns, in the last event; otherwise None.
+    numbers: Which images of the call these B are.
+    """
+
+    rows: int
+    total: int
+    coarse: Tensor
+    images: list[Image.Image]
+    samples: Samples | None = None
+    numbers: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """What `Pipeline.members` returns: the codes that a token with its coarse label can have.
+
+    cluster: The label, in [0, K).
+    codes: (S,), int64 in [0, V), the most likely first.
+    probabilities: (S,), float64.
+    """
+
+    cluster: int
+    codes: Tensor
+    probabilities: Tensor
+
+
+@renamed_keywords(apart="decode_separately", report="progress")
+def refine(
+    pipe: Pipeline,
+    classes: Sequence[int | str],
+    coarse: Tensor,
+    seed: int | Sequence[int] = 0,
+    *,
+    resize: int | None = None,
+    decode_separately: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Samples:
+    """Sample the fine stage alone, for given coarse labels.
+
+    With the `coarse` that `Pipeline.sample` returned, and the same classes, seed and settings, the
+    codes are the same as well; another seed gives other codes of the same clusters. Without a fine
+    stage (the full-vocabulary baseline), they are the same for any seed.
+
+    `coarse` is (B, L) of integers in [0, K), or (L,) or (1, L) for all images. The other arguments
+    are those of `Pipeline.sample`.
+
+    Raises:
+        UserError: As for `Pipeline.sample`; labels of another shape, type or range.
+    """
+    request = arguments.check_request(
+        pipe, classes, seed, settings, resize=resize, decode_separately=decode_separately
+    )
+    labels_NL = arguments.coarse_labels(pipe, coarse, len(request.classes))
+    return generation.generate(pipe, request, lambda batch: labels_NL[batch.numbers], progress)
+
+
+@renamed_keywords(keep="known", apart="decode_separately", wanted="active")
+def stream(
+    pipe: Pipeline,
+    classes: Sequence[int | str],
+    seed: int | Sequence[int] = 0,
+    *,
+    codes: Tensor | None = None,
+    known: Tensor | None = None,
+    resize: int | None = None,
+    decode_separately: bool = False,
+    preview: bool = True,
+    active: Callable[[], Collection[int]] | None = None,
+    **settings: Any,
+) -> Generator[Event, None, None]:
+    """Sample as `Pipeline.sample` does, and yield an `Event` after each row of coarse labels.
+
+    The last event has `samples`, which equal what `Pipeline.sample` returns. When the generator is
+    closed, or its loop left, sampling stops and its memory is freed.
+
+    A preview (see `Pipeline.preview`) costs a pass of the decoder per row; with `preview=False`,
+    events have the labels only. If `active` is given, it is called before each step and returns the
+    indices in `classes` of the images that are still needed: the others leave the batch, and if
+    there are none, the generator ends. At most `Pipeline.largest_batch` images can be streamed at a
+    time. The other arguments are those of `Pipeline.sample`.
+
+    Raises:
+        UserError: As for `Pipeline.sample`; more images than fit into one batch. It is raised by
+            the call, not by the first event.
+    """
+    request = arguments.check_request(
+        pipe, classes, seed, settings,
+        codes=codes, known=known, resize=resize, decode_separately=decode_separately,
+    )  # fmt: skip
+    if len(request.classes) > (most := generation.max_batch(pipe, request.sampling)):
+        raise UserError(
+            f"got {len(request.classes)} images to stream, expected {most} or fewer: one batch; "
+            "Pipeline.sample takes any number"
+        )
+    (batch,) = generation.batches(pipe, request)
+    return _events(pipe, request, batch, preview, active)
+
+
+def _events(
+    pipe: Pipeline,
+    request: Request,
+    batch: Batch,
+    preview: bool,
+    active: Callable[[], Collection[int]] | None,
+) -> Generator[Event, None, None]:
+    grid, length = pipe.coarse.config.grid, pipe.coarse.config.length
+    labels_BT = batch.classes_B.new_empty(len(batch.numbers), 0)
+    steps = _coarse_steps(pipe, request, batch)
+    for done in range(1, length + 1):
+        if active is not None:
+            indices = active()
+            rows = [row for row, number in enumerate(batch.numbers) if number in indices]
+            if not rows:
+                return
+            if len(rows) < len(batch.numbers):
+                # A new generator for the rest; it processes the labels so far in one pass.
+                batch = batch.select(rows, labels_BT)
+                steps.close()
+                steps = _coarse_steps(pipe, request, batch)
+        labels_BT = next(labels for labels in steps if labels.shape[1] == done)
+        if done % grid == 0:
+            images = []
+            if preview:
+                images = as_pil(_preview(pipe, labels_BT, batch.known_BL, request.resize))
+            numbers = tuple(batch.numbers)
+            yield Event(done // grid, grid, labels_BT.clone().cpu(), images, None, numbers)
+    samples = generation.finish(pipe, request, batch, labels_BT)
+    yield Event(grid, grid, samples.coarse, samples.images, samples, tuple(batch.numbers))
+
+
+def _coarse_steps(pipe: Pipeline, request: Request, batch: Batch) -> Generator[Tensor, None, None]:
+    return sampling.stream_coarse(
+        pipe.coarse,
+        batch.classes_B,
+        batch.uniforms_B2L[:, 0],
+        request.sampling,
+        batch.known_labels_BL,
+    )
+
+
+@renamed_keywords(keep="known")
+def preview(
+    pipe: Pipeline,
+    coarse: Tensor,
+    *,
+    codes: Tensor | None = None,
+    known: Tensor | None = None,
+    resize: int | None = None,
+) -> list[Image.Image]:
+    """Decode coarse labels alone: each token has the mean code vector of its cluster.
+
+    Args:
+        coarse: The first T labels of each image, 1 <= T <= L: (B, T) of integers in [0, K). All
+            later tokens have the mean vector of all clusters.
+        codes: See `Pipeline.sample`.
+        known: See `Pipeline.sample`; a known code is shown instead of its label.
+        resize: See `Pipeline.sample`.
+
+    Raises:
+        UserError: Labels of another shape, type or range; as for `Pipeline.sample`.
+    """
+    arguments.check_resize(resize)
+    length = pipe.coarse.config.length
+    if coarse.ndim != 2 or not len(coarse) or not 1 <= coarse.shape[1] <= length:
+        raise UserError(
+            f"coarse: got shape {tuple(coarse.shape)}, expected (B, T) with 1 to {length} "
+            "labels of each image"
+        )
+    arguments.check_integers("coarse", coarse)
+    arguments.check_range("coarse", coarse, pipe.clusters.count)
+    known_BL = arguments.known_codes(pipe, codes, known, len(coarse))
+    return as_pil(_preview(pipe, coarse.to(pipe.device).long(), known_BL, resize))
+
+
+@torch.inference_mode()
+def _preview(pipe: Pipeline, labels_BT: Tensor, known_BL: Tensor, resize: int | None) -> Tensor:
+    """Decode the first T labels and all known codes into images in [-1, 1]."""
+    codebook_VC = pipe.tokenizer.codebook()
+    means_KC = codebook_VC.new_zeros(pipe.clusters.count, codebook_VC.shape[1])
+    means_KC.index_add_(0, pipe.clusters.labels_V, codebook_VC)
+    means_KC /= pipe.clusters.sizes_K[:, None]
+    # Not normalised again: members are close, so it makes no difference to the known part, and
+    # the shorter the vectors of the unknown part are, the less they disturb it.
+    vectors_BLC = means_KC.mean(0).repeat(*known_BL.shape, 1)
+    vectors_BLC[:, : labels_BT.shape[1]] = means_KC[labels_BT]
+    vectors_BLC = torch.where((known_BL >= 0)[..., None], codebook_VC[known_BL], vectors_BLC)
+    return generation.decode_vectors(pipe, vectors_BLC, resize)
+
+
+@renamed_keywords(chosen="class_id")
+@torch.inference_mode()
+def members(
+    pipe: Pipeline, class_id: int | str, coarse: Tensor, position: int, **settings: Any
+) -> Members:
+    """Return the codes that the fine stage chooses from for a token, and their probabilities.
+
+    The probabilities include guidance, temperature, top-k and top-p of the fine stage. They may
+    add up to less than 1 for a fine model with a softmax over all codes.
+
+    Args:
+        pipe: The models.
+        class_id: The class of the image, a number or name.
+        coarse: (L,) of integers in [0, K), the labels of the whole image.
+        position: Index of the token, in [0, L).
+        settings: See `Pipeline.sample`.
+
+    Raises:
+        UserError: As for `Pipeline.sample`; labels or a position of another shape, type or range.
+    """
+    request = arguments.check_request(pipe, [class_id], 0, settings)
+    labels_1L = arguments.coarse_labels(pipe, coarse, 1)
+    if not 0 <= position < labels_1L.shape[1]:
+        raise UserError(f"position: got {position}, expected 0 to {labels_1L.shape[1] - 1}")
+    label = int(labels_1L[0, position])
+    members_S = pipe.clusters.members_KS[label, : int(pipe.clusters.sizes_K[label])]
+    if pipe.fine is None:
+        return Members(label, members_S.cpu(), torch.ones(1, dtype=torch.float64))
+    settings_ = request.sampling
+    classes_1 = torch.tensor(request.classes, device=pipe.device)
+    logits_1K = pipe.fine(labels_1L, classes_1)[:, position]
+    if settings_.fine_guidance != 1:
+        no_class_1 = torch.full_like(classes_1, pipe.fine.no_class)
+        uncond_1K = pipe.fine(labels_1L, no_class_1)[:, position]
+        logits_1K = sampling.guide(logits_1K, uncond_1K, settings_.fine_guidance)
+    logits_1K = sampling.keep_top_k(
+        logits_1K.double() / settings_.fine_temperature, settings_.fine_top_k
+    )
+    probabilities_K = sampling.keep_top_p(logits_1K, settings_.fine_top_p).softmax(-1)[0]
+    probabilities_S = probabilities_K[pipe.fine.choices(members_S)]
+    order_S = probabilities_S.argsort(descending=True, stable=True)
+    return Members(label, members_S[order_S].cpu(), probabilities_S[order_S].cpu())
+
+
+@torch.no_grad()
+def encode(pipe: Pipeline, images: Sequence[Image.Image]) -> Tensor:
+    """Encode images of any size and mode, cropped as in training: codes (B, L), int64.
+
+    Raises:
+        UserError: There are no images.
+    """
+    if not images:
+        raise UserError("got 0 images to encode, expected 1 or more")
+    size = pipe.tokenizer.config.image_size
+    # Pillow's copies are plain images, without the format of the file.
+    rgb = [to_rgb(cast(ImageFile.ImageFile, image.copy()), WHITE) for image in images]
+    pixels_BHWC = np.stack([np.asarray(crop(image, size)) for image in rgb])
+    parts = np.split(pixels_BHWC, range(generation.BATCH_SIZE, len(images), generation.BATCH_SIZE))
+    codes = [pipe.tokenizer.encode(as_tensor(part, pipe.device)) for part in parts]
+    return torch.cat(codes).cpu()

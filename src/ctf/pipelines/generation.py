@@ -1,0 +1,149 @@
+"""From checked arguments to images, batch by batch: coarse stage, fine stage, decoder.
+
+Shapes: N images of a call, B of a batch, L tokens of an image, C code dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ctf.common import memory
+from ctf.common.progress import Progress
+from ctf.data.transforms import as_pil
+from ctf.models import sampling
+from ctf.models.sampling import Sampling
+from ctf.pipelines.arguments import Request
+
+if TYPE_CHECKING:
+    from ctf.pipelines.pipeline import Pipeline
+
+BATCH_SIZE = 64  # images per batch at most
+DECODER_ELEMENTS = 2**23  # at most, in the largest layer of the decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What `Pipeline.sample` and `Pipeline.refine` return: N images.
+
+    images: N PIL images, RGB.
+    codes: (N, L), int64 in [0, V), row by row.
+    coarse: (N, L), int64 in [0, K), their coarse labels.
+    """
+
+    images: list[Image.Image]
+    codes: Tensor
+    coarse: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """B images that are sampled together.
+
+    numbers: Which of the call's images these are.
+    classes_B: int64, on the pipeline's device.
+    uniforms_B2L: The random numbers of both stages, see `sampling.uniforms`.
+    known_BL: int64, the codes that are known, and -1 where one is to be sampled.
+    known_labels_BL: Their coarse labels, and -1.
+    """
+
+    numbers: Sequence[int]
+    classes_B: Tensor
+    uniforms_B2L: Tensor
+    known_BL: Tensor
+    known_labels_BL: Tensor
+
+    def select(self, rows: list[int], labels_BT: Tensor) -> Batch:
+        """Return some rows of the batch, with the labels sampled so far as known labels."""
+        known_labels_BL = self.known_labels_BL.clone()
+        known_labels_BL[:, : labels_BT.shape[1]] = labels_BT
+        return Batch(
+            [self.numbers[row] for row in rows],
+            self.classes_B[rows],
+            self.uniforms_B2L[rows],
+            self.known_BL[rows],
+            known_labels_BL[rows],
+        )
+
+
+def batches(pipe: Pipeline, request: Request) -> Iterator[Batch]:
+    """Yield the images of a request in batches that fit into memory."""
+    count, size = len(request.classes), max_batch(pipe, request.sampling)
+    for start in range(0, count, size):
+        rows = slice(start, start + size)
+        known_BL = request.known_NL[rows]
+        yield Batch(
+            range(count)[rows],
+            torch.tensor(request.classes[rows], device=pipe.device),
+            sampling.uniforms(request.seeds[rows], pipe.coarse.config.length),
+            known_BL,
+            torch.where(known_BL < 0, -1, pipe.clusters.labels_V[known_BL]),
+        )
+
+
+def max_batch(pipe: Pipeline, settings: Sampling) -> int:
+    """Return BATCH_SIZE, or less if the cache of keys and values would take half the memory."""
+    config, (_, dtype) = pipe.coarse.config, pipe.coarse.trunk.cached_as()
+    cache_bytes = 2 * config.layers * config.length * config.width * dtype.itemsize
+    halves = 1 if settings.guidance == 1 else 2
+    return min(BATCH_SIZE, max(1, memory.available(pipe.device) // 2 // (halves * cache_bytes)))
+
+
+def generate(
+    pipe: Pipeline,
+    request: Request,
+    coarse: Callable[[Batch], Tensor],
+    progress: Progress | None = None,
+) -> Samples:
+    """Sample all images of a request.
+
+    Args:
+        pipe: The models.
+        request: What to sample.
+        coarse: Returns the coarse labels of a batch: int64 (B, L).
+        progress: Called with the number of images sampled so far and N after each batch.
+    """
+    done: list[Samples] = []
+    for batch in batches(pipe, request):
+        done.append(finish(pipe, request, batch, coarse(batch)))
+        if progress is not None:
+            progress(batch.numbers[-1] + 1, len(request.classes))
+    return Samples(
+        [image for samples in done for image in samples.images],
+        torch.cat([samples.codes for samples in done]),
+        torch.cat([samples.coarse for samples in done]),
+    )
+
+
+def finish(pipe: Pipeline, request: Request, batch: Batch, labels_BL: Tensor) -> Samples:
+    """Sample the codes of coarse labels and decode them."""
+    codes_BL = sampling.sample_fine(
+        pipe.fine,
+        pipe.clusters,
+        labels_BL,
+        batch.classes_B,
+        batch.uniforms_B2L[:, 1],
+        request.sampling,
+        batch.known_BL,
+    )
+    parts = codes_BL.split(1 if request.decode_separately else len(codes_BL))
+    images = [image for part in parts for image in as_pil(pipe.decode(part, request.resize))]
+    return Samples(images, codes_BL.cpu(), labels_BL.cpu())
+
+
+@torch.inference_mode()
+def decode_vectors(pipe: Pipeline, vectors_BLC: Tensor, resize: int | None) -> Tensor:
+    """Decode code vectors into images in [-1, 1]: (B, 3, H, W), resized before clipping."""
+    config = pipe.tokenizer.config
+    at_a_time = max(1, DECODER_ELEMENTS // (config.channels * config.image_size**2))
+    parts = vectors_BLC.split(at_a_time)
+    images_BCHW = torch.cat([pipe.tokenizer.decode_vectors(part) for part in parts])
+    if resize is not None:
+        images_BCHW = F.interpolate(images_BCHW, size=(resize, resize), mode="bicubic")
+    return images_BCHW.clamp(-1, 1)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ctf.bench import llamagen_reference, measuring, report, train
 from ctf.common.errors import UserError
-from ctf.common.precision import multiplies_bf16
+from ctf.common.precision import supports_bf16
 from ctf.models.coarse import CoarseModel
 from ctf.models.sizes import TransformerShape
 from ctf.models.transformer import TransformerConfig
@@ -80,7 +80,7 @@ def test_every_way_is_timed_in_every_round(small: train.Asked, tmp_path: Path) -
     assert flops["plain"] == flops["baseline"]
     assert flops["baseline"] - flops["coarse"] == 4 * 6 * 16 * 32 * (64 - 8)
     columns, lines = train.rows(result, "B")
-    low = multiplies_bf16(CPU)
+    low = supports_bf16(CPU)
     assert len(lines) == 5 + 2 * low and all(len(line) == len(columns) for line in lines)
     assert ("in bfloat16 the baseline is" in train.verdict(result, "B")) == low
     plainly, ours = (result.of("B", name) for name in ("plain", "baseline"))
@@ -93,7 +93,7 @@ def test_every_way_is_timed_in_every_round(small: train.Asked, tmp_path: Path) -
 def test_without_bfloat16_there_are_no_rows_of_it(
     small: train.Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "multiplies_bf16", lambda _: False)
+    monkeypatch.setattr(train, "supports_bf16", lambda _: False)
     result = train.run(dataclasses.replace(small, rounds=1), tmp_path, CPU, silent)
     assert len(train.rows(result, "B")[1]) == 5
     assert "bfloat16" not in train.verdict(result, "B")

@@ -460,7 +460,7 @@ def test_a_full_disk(
     for out in ("sheet.png", "folder"):
         refused(
             ctf("sample", run, "--count", 1, "--out", tmp_path / out),
-            "the disk is full; what was there before is untouched",
+            "the disk is full; the previous file is unchanged",
         )
     assert files(tmp_path) == {}
 

@@ -16,7 +16,7 @@ import torch
 import ctf as ctf_package
 from ctf.cli import main as cli
 from ctf.common import storage
-from ctf.common.distributed import ALONE, World, joined
+from ctf.common.distributed import ALONE, World, init_world
 from ctf.common.errors import UserError
 from ctf.kernels import sampling_cpu
 from tests.conftest import Command, files, sets, without_times
@@ -130,7 +130,7 @@ def stop(processes: int, step: int, out: Path, kind: str, *options: object) -> N
     train = ("train", kind, out, *RECIPE, *options)
     done = torchrun(processes, step, *train, module="tests.interrupted")
     assert done.returncode == 0, done.stderr
-    said = f"{out / kind}: stopped after step {step + 1} and saved; run it again to go on"
+    said = f"{out / kind}: stopped after step {step + 1} and saved; run it again to resume"
     assert done.stdout.count(said) == 1 and "done" not in done.stdout
     newest = max((out / kind / "state").iterdir())
     assert newest.stem == f"step-{step + 1:08d}" and newest.is_dir() == ("--shard" in options)
@@ -174,7 +174,7 @@ def test_a_damaged_part_of_a_state(run: Path, together: Trained, tmp_path: Path)
     part.write_bytes(part.read_bytes()[:-10])
     done = torchrun(2, "train", "fine", out, *RECIPE, *options)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("going on from the state before it") == 1
+    assert done.stdout.count("resuming from the state before it") == 1
     same(out / "fine", together("fine", *options))
 
 
@@ -284,13 +284,13 @@ def test_shares() -> None:
 
 
 def test_alone_nothing_is_shared() -> None:
-    with joined(torch.device("cpu")) as world:
-        assert world == ALONE and world.main and not torch.distributed.is_initialized()
-        assert world.told(7) == 7 and float(world.sum(torch.tensor(2.5))) == 2.5
+    with init_world(torch.device("cpu")) as world:
+        assert world == ALONE and world.is_main and not torch.distributed.is_initialized()
+        assert world.broadcast(7) == 7 and float(world.sum(torch.tensor(2.5))) == 2.5
         assert float(world.mean(torch.tensor(2.5))) == 2.5 and world.any(True)
         assert world.gather(torch.ones(2, 3)).shape == (2, 3) and not world.any(False)
         with pytest.raises(UserError, match="mine"):
-            world.first(lambda: mistake("mine"))
+            world.on_main(lambda: mistake("mine"))
 
 
 def mistake(text: str) -> None:

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctf.common.errors import Stopped, UserError
-from ctf.common.precision import multiplies_bf16
+from ctf.common.precision import supports_bf16
 from ctf.data import tokens
 from ctf.data.extraction import TokensConfig, balanced_order, extract
 from ctf.data.image_set import Splits
@@ -28,7 +28,7 @@ from ctf.models.tokenizer import VQModel
 from tests.data.tiny_tokens import CONFIG, IMAGES, VIEWS_IN_ALL, Noise, contents, make_tokenizer
 
 needs_bf16 = pytest.mark.skipif(
-    not multiplies_bf16(torch.device("cpu")), reason="does not multiply bfloat16"
+    not supports_bf16(torch.device("cpu")), reason="does not multiply bfloat16"
 )
 
 
@@ -346,8 +346,8 @@ def test_manifests_of_earlier_versions_have_no_precision(
 def test_bf16_is_refused_on_devices_without_it(
     tokenizer: VQModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ctf.common.precision.multiplies_bf16", lambda _: False)
-    with pytest.raises(UserError, match="cpu does not multiply bfloat16 here"):
+    monkeypatch.setattr("ctf.common.precision.supports_bf16", lambda _: False)
+    with pytest.raises(UserError, match="this cpu has no bfloat16 products"):
         extract(tokenizer, "abc", IMAGES, tmp_path / "t", CONFIG, precision="bf16")
     assert not (tmp_path / "t").exists()
 

@@ -68,7 +68,7 @@ from ctf.common import memory
 grown = []
 def progress(done, total):
     if done % 200 == 0:
-        grown.append(memory.used()[1])
+        grown.append(memory.resident()[1])
 config = TokensConfig(shard_images=10, batch_size=10)
 extract(make_tokenizer(), "abc", Splits(Noise(2000, 0), IMAGES.val), Path({folder!r}), config,
                progress=progress)

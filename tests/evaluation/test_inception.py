@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ctf.common.storage import load_strict
+from ctf.common.weights import load_strict
 from ctf.evaluation import inception
 from ctf.evaluation.inception import Inception, fold_batch_norms, resize_bilinear
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ctf.common.precision import multiplies_bf16
+from ctf.common.precision import supports_bf16
 from ctf.kernels import sampling_cpu, train_cpu
 from ctf.models.transformer import TransformerConfig, Trunk
 
@@ -50,7 +50,7 @@ def test_a_trunk_in_training_has_the_gradients_of_autograd(
         torch.testing.assert_close(found[name] / scale, expected[name] / scale, atol=1e-5, rtol=0)
 
 
-@pytest.mark.skipif(not multiplies_bf16(torch.device("cpu")), reason="does not multiply bfloat16")
+@pytest.mark.skipif(not supports_bf16(torch.device("cpu")), reason="no bfloat16 products")
 @pytest.mark.parametrize("causal", [True, False])
 def test_in_bfloat16_gradients_are_near_those_of_single_precision(
     causal: bool, monkeypatch: pytest.MonkeyPatch

@@ -212,18 +212,18 @@ def test_sigterm_in_every_stage(
     out = tmp_path / "run"
     before = signal.getsignal(signal.SIGTERM)
     for module, name, said in (
-        (fit, "check", "run: stopped; run it again to go on"),
-        (loop, "_step", "run/tokenizer: stopped after step 1 and saved; run it again to go on"),
+        (fit, "check", "run: stopped; run it again to resume"),
+        (loop, "_step", "run/tokenizer: stopped after step 1 and saved; run it again to resume"),
         (
             tokens,
             "_encode",
             "run/tokens: stopped, and saved what was encoded; run it again to go on",
         ),
-        (clusters, "fit", "run: stopped; run it again to go on"),
-        (loop, "_step", "run/coarse: stopped after step 1 and saved; run it again to go on"),
-        (loop, "finish", "run: stopped; run it again to go on"),
-        (loop, "_step", "run/fine: stopped after step 1 and saved; run it again to go on"),
-        (fit, "_describe", "run: stopped; run it again to go on"),
+        (clusters, "fit", "run: stopped; run it again to resume"),
+        (loop, "_step", "run/coarse: stopped after step 1 and saved; run it again to resume"),
+        (loop, "finish", "run: stopped; run it again to resume"),
+        (loop, "_step", "run/fine: stopped after step 1 and saved; run it again to resume"),
+        (fit, "_describe", "run: stopped; run it again to resume"),
     ):
         function = getattr(module, name)
 
@@ -258,7 +258,7 @@ def test_sigterm_while_clusters_are_fitted(
         patch.setattr(clusters, "fit", stop)
         result = ctf(*given)
     assert result.code == 0
-    assert result.out == f"{tmp_path}/other/clusters: stopped; run it again to go on\n"
+    assert result.out == f"{tmp_path}/other/clusters: stopped; run it again to resume\n"
     assert not list((tmp_path / "other").glob("clusters/*"))
     result = ctf(*given)
     assert result.code == 0 and (tmp_path / "other" / "clusters" / "report.json").is_file()

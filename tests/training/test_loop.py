@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ctf.common import rng, storage
 from ctf.common.errors import Stopped, UserError
-from ctf.training import loop
+from ctf.training import loop, state
+from ctf.training.state import collect, restore, save_state
 from tests.conftest import without_times
 
 PICTURES = np.arange(20, 32)
@@ -57,14 +58,10 @@ class Line(nn.Module):
         return {"bias": float(self.line.bias.detach().sum())}
 
     def state(self) -> Mapping[str, Tensor]:
-        return {
-            **loop.prefixed(self.line.state_dict(), "line."),
-            **loop.optimizer_state(self.optimizer, "optimizer."),
-        }
+        return collect(line=self.line, optimizer=self.optimizer)
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        storage.load_strict(self.line, loop.with_prefix(tensors, "line."), "state")
-        loop.load_optimizer_state(self.optimizer, tensors, "optimizer.")
+        restore(tensors, line=self.line, optimizer=self.optimizer)
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +170,7 @@ def test_sigterm_saves_and_stops(
     loop.run(whole, tmp_path / "whole", 70, evaluate_every=20)
     before = signal.getsignal(signal.SIGTERM)
     for stop in stops:
-        said = rf"stopped: stopped after step {stop + 1} and saved; run it again to go on"
+        said = rf"stopped: stopped after step {stop + 1} and saved; run it again to resume"
         with pytest.raises(Stopped, match=said):
             loop.run(Terminated(stop), tmp_path / "stopped", 70, evaluate_every=20)
         assert signal.getsignal(signal.SIGTERM) == before
@@ -219,7 +216,7 @@ def test_what_is_counted_is_logged_per_second(
 def test_states_are_saved_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "SAVE_SECONDS", 3600.0)
     saved = []
-    monkeypatch.setattr(storage, "save_state", lambda folder, step, *_: saved.append(step))
+    monkeypatch.setattr(state, "save_state", lambda folder, step, *_: saved.append(step))
     loop.run(Line(), tmp_path, 70, evaluate_every=20)
     assert saved == [70]
 
@@ -266,7 +263,7 @@ def test_a_state_that_a_kill_left_beside_finished_weights_is_removed(tmp_path: P
     folder = tmp_path / "stage"
     loop.begin(folder, {"a": 1})
     (folder / ".model.safetensors.124.tmp").write_text("half")
-    storage.save_state(folder / "state", 20, {"x": torch.zeros(1)})
+    save_state(folder / "state", 20, {"x": torch.zeros(1)})
     storage.save_tensors(folder / "model.safetensors", {"x": torch.zeros(1)})
     assert not loop.begin(folder, {"a": 1})
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
@@ -396,35 +393,3 @@ def test_moving_average() -> None:
         assert float(ema["weight"]) == pytest.approx(expected, rel=1e-5)
     # Once the decay stands still, it lags decay / (1 - decay) steps behind a straight line.
     assert float(ema["weight"]) == pytest.approx(60 - 0.8 / 0.2, rel=1e-3)
-
-
-def test_optimiser_state_and_back(tmp_path: Path) -> None:
-    def make() -> tuple[nn.Module, torch.optim.AdamW]:
-        torch.manual_seed(0)
-        module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return module, loop.make_optimizer(module, 0.1, (0.9, 0.95), 0.05)
-
-    def train(module: nn.Module, optimizer: torch.optim.AdamW, steps: range) -> None:
-        for step in steps:
-            torch.manual_seed(step)
-            optimizer.zero_grad()
-            loss = module(torch.randn(2, 3, 5, 5)).square().mean()
-            loss.backward()
-            loop.update(optimizer, loss.detach(), 0.1, 1.0, step, "loss", PICTURES)
-
-    module, optimizer = make()
-    train(module, optimizer, range(3))
-    tensors = {
-        **loop.optimizer_state(optimizer, "o."),
-        **loop.prefixed(module.state_dict(), "m."),
-    }
-    storage.save_tensors(tmp_path / "state", tensors)
-    tensors, _ = storage.load_tensors(tmp_path / "state")
-    again, its_optimizer = make()
-    storage.load_strict(again, loop.with_prefix(tensors, "m."), "state")
-    loop.load_optimizer_state(its_optimizer, tensors, "o.")
-    for trained in ((module, optimizer), (again, its_optimizer)):
-        train(*trained, range(3, 6))
-    for mine, other in zip(module.parameters(), again.parameters(), strict=True):
-        assert torch.equal(mine, other)

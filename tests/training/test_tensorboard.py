@@ -13,8 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ctf.cli import main as cli
-from ctf.common import storage
-from ctf.training import loop
+from ctf.training import loop, state
 from ctf.training import tensorboard as events
 from tests.conftest import Command, files, fit_arguments
 
@@ -114,7 +113,7 @@ def test_samples_of_a_training(
     """Stopped after 20 steps of a stage, with a state saved: drawn by its averaged weights."""
 
     def stop_in(stage: str) -> None:
-        save = storage.save_state
+        save = state.save_state
 
         def save_and_stop(folder: Path, *given: Any) -> None:
             save(folder, *given)
@@ -123,7 +122,7 @@ def test_samples_of_a_training(
 
         with monkeypatch.context() as patch:
             patch.setattr(loop, "SAVE_SECONDS", -1.0)
-            patch.setattr(storage, "save_state", save_and_stop)
+            patch.setattr(state, "save_state", save_and_stop)
             assert cli.main(fit_arguments(pictures, tmp_path / "run")) == 130
 
     run = tmp_path / "run"
@@ -141,15 +140,15 @@ def test_samples_of_a_training(
     stop_in("coarse")
     assert drawn("coarse") == [20] and drawn("coarse") == [20] and drawn("fine") == []
     pipe = events.in_training(run)
-    state = storage.load_state(run / "coarse" / "state", 20)
-    assert torch.equal(pipe.coarse.head.weight, state["ema.head.weight"])
+    tensors = state.load_state(run / "coarse" / "state", 20)
+    assert torch.equal(pipe.coarse.head.weight, tensors["ema.head.weight"])
     assert pipe.fine is not None and not pipe.fine.head.weight.any()
     stop_in("fine")
     assert drawn("coarse") == [20] and drawn("fine") == [20]
     pipe = events.in_training(run)
-    state = storage.load_state(run / "fine" / "state", 20)
+    tensors = state.load_state(run / "fine" / "state", 20)
     assert pipe.fine is not None
-    assert torch.equal(pipe.fine.head.weight, state["ema.head.weight"])
+    assert torch.equal(pipe.fine.head.weight, tensors["ema.head.weight"])
     # A mirror that is started again shows no step twice.
     samples["fine"] = events._TrainingSamples(run, "fine", 20)
     assert drawn("fine") == [20]

@@ -15,7 +15,7 @@ from torch import Tensor
 from ctf.common import config, storage
 from ctf.common.distributed import ALONE
 from ctf.common.errors import UserError
-from ctf.common.precision import multiplies_bf16
+from ctf.common.precision import supports_bf16
 from ctf.data.tokens import MANIFEST, Manifest, Shard, SplitManifest, Tokens
 from ctf.data.transforms import VIEWS
 from ctf.kernels import sampling_cpu
@@ -25,6 +25,7 @@ from ctf.models.fine import FineModel
 from ctf.models.transformer import TransformerConfig
 from ctf.training import cost, loop, transformers
 from ctf.training.loop import PLAINLY, Execution
+from ctf.training.state import latest_state, save_state
 from ctf.training.transformers import Objective, Trainer, TrainingConfig
 from tests.conftest import without_times
 
@@ -98,7 +99,7 @@ KINDS: tuple[Kind, ...] = ("coarse", "fine")
 
 
 multiplying_bf16 = pytest.mark.skipif(
-    not multiplies_bf16(ALONE.device), reason="does not multiply bfloat16"
+    not supports_bf16(ALONE.device), reason="no bfloat16 products"
 )
 
 
@@ -300,7 +301,7 @@ def test_the_last_good_state_stays(
     trainer = make(folder, "coarse")
     with pytest.raises(UserError, match="step 10: loss is nan"):
         loop.run(trainer, tmp_path, 20, evaluate_every=5, progress=explode)
-    assert storage.latest_state(tmp_path / "state") == 10
+    assert latest_state(tmp_path / "state") == 10
 
 
 # --- resuming -------------------------------------------------------------------------------------
@@ -500,7 +501,7 @@ def test_a_state_goes_on_in_another_precision(folder: Path, tmp_path: Path) -> N
     )
     for step in range(10):
         first.step(step)
-    storage.save_state(tmp_path / "mixed" / "state", 10, first.state())
+    save_state(tmp_path / "mixed" / "state", 10, first.state())
     loop.run(then, tmp_path / "mixed", 20, evaluate_every=20)
     expected, found = (loop.last_metrics(tmp_path / x, "val")["loss"] for x in ("whole", "mixed"))
     assert found == pytest.approx(expected, rel=0.01) and found != expected
@@ -509,7 +510,7 @@ def test_a_state_goes_on_in_another_precision(folder: Path, tmp_path: Path) -> N
 def test_precision_that_the_processor_has_not(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ctf.common.precision.multiplies_bf16", lambda _: False)
-    with pytest.raises(UserError, match="precision bf16: cpu does not multiply bfloat16"):
+    monkeypatch.setattr("ctf.common.precision.supports_bf16", lambda _: False)
+    with pytest.raises(UserError, match="precision bf16: this cpu has no bfloat16 products"):
         make(folder, "coarse", execution=Execution(precision="bf16"))
     assert not make(folder, "coarse", execution=Execution(precision="auto")).in_bf16

@@ -136,8 +136,8 @@ def wait(device: torch.device) -> None:
 def working_memory(way: Callable[[], Any], device: torch.device) -> int:
     """Bytes that a call holds at the most beyond what is held before."""
     gc.collect()
-    memory.give_back()  # what was freed and is still there would be used again, and not be seen
-    before = memory.held(device)
-    memory.forget_peak(device)
+    memory.trim()  # what was freed and is still there would be used again, and not be seen
+    before = memory.allocated(device)
+    memory.reset_peak(device)
     way()
     return max(0, memory.peak(device) - before)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ctf.common import memory, rng, storage
 from ctf.common.config import to_json
 from ctf.common.errors import UserError
-from ctf.common.precision import Precision, multiplies_bf16
+from ctf.common.precision import Precision, supports_bf16
 from ctf.data import shards
 from ctf.data.extraction import TokensConfig, extract
 from ctf.data.image_set import ImageSet, Splits
@@ -162,14 +162,14 @@ def read(folder: Path, batch: int = 256, steps: int = 2000) -> dict[str, float]:
         seconds to open it, codes read in a second, and the megabytes that this process grew by: in
         memory of its own, and with maps of files (Linux; else 0).
     """
-    private, resident = memory.used()
+    private, resident = memory.resident()
     began = time.perf_counter()
     tokens = Tokens(folder, "train")
     opened = time.perf_counter()
     for step in range(steps):
         tokens.codes(loop.batch_indices(len(tokens), batch, 0, step))
     seconds = time.perf_counter() - opened
-    private_after, resident_after = memory.used()
+    private_after, resident_after = memory.resident()
     return {
         "images": len(tokens),
         "open_seconds": opened - began,
@@ -213,7 +213,7 @@ class _Noise(ImageSet):
 
 def precisions(device: torch.device) -> tuple[Precision, ...]:
     """Those that the device can extract in."""
-    return ("fp32", "bf16") if multiplies_bf16(device) else ("fp32",)
+    return ("fp32", "bf16") if supports_bf16(device) else ("fp32",)
 
 
 @torch.inference_mode()

@@ -35,7 +35,7 @@ from ctf.bench.work import Machine
 from ctf.common import memory, storage
 from ctf.common.distributed import World
 from ctf.common.errors import UserError
-from ctf.common.precision import multiplies_bf16
+from ctf.common.precision import supports_bf16
 from ctf.common.progress import Progress
 from ctf.data.tokens import Tokens
 from ctf.models.clusters import Clusters, identity
@@ -159,7 +159,7 @@ def _round(
                 "baseline": lambda: _coarse(kind, identity(CODES), *given),
                 "coarse": lambda: _coarse(kind, _clusters(), *given),
             }
-            if device.type == "cpu" and multiplies_bf16(device):
+            if device.type == "cpu" and supports_bf16(device):
                 low = Execution(precision="bf16")
                 ways |= {
                     f"baseline{BF16}": lambda: _coarse(kind, identity(CODES), *given, low),
@@ -174,7 +174,7 @@ def _round(
             timings = {}
             for name in turned:
                 with (
-                    contextlib.nullcontext() if name == "plain" else memory.kept()
+                    contextlib.nullcontext() if name == "plain" else memory.keep_freed()
                 ):  # as `loop.run`
                     timings[name] = _timed(name, ways[name], device)
         return Group(machine, tuple(timings[name] for name in ways))
@@ -192,9 +192,9 @@ class _Way:
 
 def _timed(name: str, make: Callable[[], _Way], device: torch.device) -> Timing:
     gc.collect()
-    memory.give_back()
-    held = memory.held(device)
-    memory.forget_peak(device)
+    memory.trim()
+    held = memory.allocated(device)
+    memory.reset_peak(device)
     way = make()
     way.step(0)
     marks: dict[str, float] = {}

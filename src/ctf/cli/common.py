@@ -195,9 +195,9 @@ def open_pictures(
             )
 
     if world is not None:
-        world.first(opened)  # what it finds out is kept, so that the others know it, too
+        world.on_main(opened)  # what it finds out is kept, so that the others know it, too
     pictures = opened()
-    if pictures.skipped and (world is None or world.main):
+    if pictures.skipped and (world is None or world.is_main):
         names = ", ".join(f"{bad.name} ({bad.reason})" for bad in pictures.skipped)
         console.print(f"{len(pictures.skipped)} pictures left out: {names}", soft_wrap=True)
     return pictures
@@ -206,7 +206,7 @@ def open_pictures(
 def open_progress(name: str, world: Any = None) -> Any:
     from ctf.common.progress import show_progress
 
-    if world is not None and not world.main:
+    if world is not None and not world.is_main:
         return contextlib.nullcontext()
     return show_progress(name)
 
@@ -226,7 +226,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def say(world: Any, text: str) -> None:
-    if world.main:
+    if world.is_main:
         console.print(text, soft_wrap=True)
 
 

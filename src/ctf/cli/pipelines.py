@@ -117,7 +117,7 @@ def fit(
     if dry_run:
         console.print(fitting.describe(pictures, recipe, minutes, execution=how), soft_wrap=True)
         return
-    with signals.at_once(out):
+    with signals.stop_on_sigterm(out):
         fitting.fit(
             pictures, out, recipe, minutes=minutes, device=place,
             open_progress=open_progress, execution=how,

@@ -256,7 +256,7 @@ def reproduce(
     same = ("reproduce", what, "--budget", budget, "--out", out, "--results", results)
     again = [*map(str, same), "--device", device, *(["--only", only] if only else [])]
     helpers = jobs - 1 if missing else 0
-    with signals.at_once(space.work), runner.helpers(helpers, again, space.work):
+    with signals.stop_on_sigterm(space.work), runner.helpers(helpers, again, space.work):
         runner.compute(space, missing, lambda: report.write(space))
     report.write(space)
     console.print(f"{space.results / 'report.md'}: {len(missing)} cells computed", soft_wrap=True)

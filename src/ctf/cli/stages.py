@@ -61,13 +61,13 @@ def tokenizer_train(
     from ctf.common import distributed
     from ctf.training import fit as fitting
 
-    with distributed.joined(open_device(device)) as world:
+    with distributed.init_world(open_device(device)) as world:
         pictures = open_pictures(images, image_size, background, skip_bad, preset, world)
         recipe = fitting.resolve(preset, pictures, steps=steps, overrides=set)
         if dry_run:
             say(world, fitting.describe(pictures, recipe, None, world.size))
             return
-        with signals.at_once(out), open_progress("tokenizer", world) as progress:
+        with signals.stop_on_sigterm(out), open_progress("tokenizer", world) as progress:
             fitting.train_tokenizer(out, pictures, recipe, world, progress)
         say(world, f"{out / 'tokenizer'}: done")
 
@@ -158,7 +158,7 @@ def tokens_extract(
     from ctf.common import distributed
     from ctf.training import fit as fitting
 
-    with distributed.joined(open_device(device)) as world:
+    with distributed.init_world(open_device(device)) as world:
         tokenizer = load_tokenizer(run / "tokenizer", world.device)
         pictures = open_pictures(
             images, tokenizer.config.image_size, background, skip_bad, world=world
@@ -167,7 +167,7 @@ def tokens_extract(
         if dry_run:
             say(world, fitting.describe(pictures, recipe, None, world.size))
             return
-        with signals.at_once(run / "tokens"), open_progress("tokens", world) as progress:
+        with signals.stop_on_sigterm(run / "tokens"), open_progress("tokens", world) as progress:
             fitting.extract_tokens(
                 run, tokenizer, pictures, recipe, limit, progress, world, precision
             )
@@ -230,7 +230,7 @@ def clusters_fit(
     if out is not None:
         fitting.branch(run, out)
         run = out
-    with signals.at_once(run / "clusters"):
+    with signals.stop_on_sigterm(run / "clusters"):
         fitting.fit_clusters(run, tokenizer, chosen)
     clusters_show(run)
 
@@ -269,8 +269,8 @@ def _train(
     if options.size is not None:
         recipe = dataclasses.replace(recipe, **{kind: SIZES[options.size]})  # type: ignore[arg-type]
     recipe = fitting.adjust(recipe, options.steps, options.set)
-    with distributed.joined(open_device(options.device)) as world:
-        execution = options.on(world.device, shard=options.shard, say=world.main)
+    with distributed.init_world(open_device(options.device)) as world:
+        execution = options.on(world.device, shard=options.shard, say=world.is_main)
         if options.dry_run:
             if baseline_of is not None:
                 say(world, f"would make {run} with the tokenizer and tokens of {baseline_of}")
@@ -284,9 +284,9 @@ def _train(
             return
         if baseline_of is not None:
             of = baseline_of
-            world.first(lambda: fitting.make_baseline(of, run))
+            world.on_main(lambda: fitting.make_baseline(of, run))
         parts = load_clusters(run / "clusters" / CLUSTERS)
-        with signals.at_once(run / kind), open_progress(kind, world) as progress:
+        with signals.stop_on_sigterm(run / kind), open_progress(kind, world) as progress:
             fitting.train_model(run, kind, parts, recipe, world, progress, start, execution)
         say(world, f"{run / kind}: done")
 

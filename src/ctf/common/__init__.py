@@ -1,1 +1,1 @@
-"""What every room uses: errors, files that are written atomically, configuration, processes."""
+"""Shared by all rooms: atomic files, folders and whose they are, configuration, processes."""

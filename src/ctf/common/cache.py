@@ -1,7 +1,7 @@
-"""What is kept so that it need not be computed again: arrays in the user's cache folder.
+"""Results that are expensive to compute, as arrays in the user's cache folder.
 
-$CTF_CACHE, else $XDG_CACHE_HOME/ctf, else ~/.cache/ctf. It can be deleted at any time, and where it
-cannot be written, everything works without it.
+The folder is $CTF_CACHE, else $XDG_CACHE_HOME/ctf, else ~/.cache/ctf. It may be deleted at any
+time. If it cannot be written, everything works without it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ctf.common.errors import UserError
 
 
 def load(name: str) -> dict[str, Any] | None:
-    """The arrays of that name; None where there are none, or where they are damaged."""
+    """Return the arrays saved under a name; None if there are none or the file is damaged."""
     try:
         with np.load(_path(name), allow_pickle=False) as stored:
             return dict(stored)
@@ -30,7 +30,7 @@ def load(name: str) -> dict[str, Any] | None:
 
 
 def save(name: str, arrays: Mapping[str, Any]) -> None:
-    """Keeps arrays under a name like "references/1.npz", if that is possible."""
+    """Save arrays under a name such as "references/1.npz", if the folder can be written."""
     with (
         contextlib.suppress(UserError, OSError),
         storage.atomic(_path(name)) as temporary,
@@ -40,12 +40,12 @@ def save(name: str, arrays: Mapping[str, Any]) -> None:
 
 
 def from_texts(texts: Sequence[str]) -> NDArray[np.uint8]:
-    """Names of files and the like, none with a zero byte in it, as one array."""
+    """Pack file names and the like, which contain no zero bytes, into one array."""
     return np.frombuffer(b"\0".join(os.fsencode(text) for text in texts), np.uint8)
 
 
 def to_texts(array: NDArray[np.uint8], count: int) -> list[str]:
-    """The inverse of `from_texts`, for that many of them."""
+    """Unpack the `count` texts that `from_texts` packed."""
     return os.fsdecode(array.tobytes()).split("\0") if count else []
 
 

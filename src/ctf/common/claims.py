@@ -45,7 +45,7 @@ def claim(
             storage.save_json(folder / marker, config)
         storage.remove_temporaries(folder)
 
-    world.first(claim_alone)
+    world.on_main(claim_alone)
 
 
 def is_ours(folder: Path, *markers: str, what: str) -> bool:

@@ -1,15 +1,15 @@
-"""What ends a command without a traceback: the user's to mend (exit code 2), or done as asked."""
+"""The two ways in which a command ends early without a traceback."""
 
 
 class UserError(Exception):
-    """What was got, what was expected, what to do: one or two lines.
+    """A mistake that the user can fix: what was got, what was expected, what to do (exit code 2).
 
-    Where several processes find the same, the first one speaks, and the others' are empty.
+    One or two lines. If several processes make the same mistake, only the first has a message.
     """
 
 
 class Stopped(BaseException):
-    """Work that was asked to end and can go on later: what to say, or "" as above.
+    """Work that was stopped on request and can be resumed; the message says how (exit code 0).
 
-    Not an Exception, since a signal may raise it within anything that expects those.
+    Not an Exception, since a signal may raise it inside a block that catches those.
     """

@@ -1,4 +1,4 @@
-"""In which precision products are computed: single, or bfloat16 where a device multiplies it."""
+"""Whether matrix products are computed in float32 or, on devices that support it, bfloat16."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ctf.common.errors import UserError
 Precision = Literal["auto", "fp32", "bf16"]
 
 
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a device has products in bfloat16 of its own, which are faster than others."""
+def supports_bf16(device: torch.device) -> bool:
+    """Return whether a device has instructions for bfloat16 products, which are then faster."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
@@ -21,15 +21,15 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def uses_bf16(precision: Precision, device: torch.device) -> bool:
-    """Whether products on this device are computed in bfloat16.
+    """Return whether products on this device are computed in bfloat16.
 
     Raises:
-        UserError: they should be, and the device has no such products.
+        UserError: bf16 was requested on a device that does not support it.
     """
-    able = multiplies_bf16(device)
-    if precision == "bf16" and not able:
+    supported = supports_bf16(device)
+    if precision == "bf16" and not supported:
         raise UserError(
-            f"precision bf16: {device.type} does not multiply bfloat16 here; "
-            "use --precision fp32, or auto"
+            f"precision bf16: this {device.type} has no bfloat16 products; "
+            "use --precision fp32 or auto"
         )
-    return able and (precision == "bf16" or (precision, device.type) == ("auto", "cuda"))
+    return supported and (precision == "bf16" or (precision, device.type) == ("auto", "cuda"))

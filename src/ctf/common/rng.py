@@ -1,4 +1,4 @@
-"""Randomness that depends on a key alone, e.g. (seed, step): resumable, in any order."""
+"""Random numbers that depend only on a key such as (seed, step), so any step can be repeated."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 
 
 def generator(*key: int) -> np.random.Generator:
-    """Randomness that depends on the key alone, e.g. (seed, rank, step)."""
+    """Return a generator that depends only on the key, e.g. (seed, rank, step)."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
 def seed_dropout(*key: int) -> None:
-    """Dropout has no generator argument: sets torch's global one from the key alone."""
+    """Seed torch's global generator from the key: dropout takes no generator of its own."""
     torch.manual_seed(int(generator(*key).integers(2**63)))

@@ -1,4 +1,4 @@
-"""SIGTERM, as schedulers send it: the work comes to a good place, and the command leaves with 0."""
+"""SIGTERM, as schedulers send it: the work is saved, and the command exits with 0."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from ctf.common.errors import Stopped
 
 
 @contextlib.contextmanager
-def asked() -> Iterator[threading.Event]:
-    """Whether SIGTERM came meanwhile, which then does not end the process.
+def termination_requested() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM sets, instead of ending the process.
 
-    If the work came to its end nevertheless, `at_once` around it gets the signal.
+    If the block runs to its end nevertheless, the handler from before gets the signal.
     """
-    asked = threading.Event()
+    event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked  # only the main thread may listen
+        yield event  # only the main thread can handle signals
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
     try:
-        yield asked
+        yield event
     finally:
         signal.signal(signal.SIGTERM, before)
-    if asked.is_set() and callable(before):
+    if event.is_set() and callable(before):
         signal.raise_signal(signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def at_once(folder: Path) -> Iterator[None]:
-    """Lets SIGTERM raise `Stopped` wherever it comes; what is whole on the disk stays so.
+def stop_on_sigterm(folder: Path) -> Iterator[None]:
+    """Make SIGTERM raise `Stopped` at once; files that were written completely stay.
 
-    Of several processes none listens: those that wait for one that left would wait for long.
+    With several processes it is not handled: the others would wait for one that has left.
     """
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if not alone or threading.current_thread() is not threading.main_thread():
@@ -43,8 +43,8 @@ def at_once(folder: Path) -> Iterator[None]:
         return
 
     def stop(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would disturb the leaving
-        raise Stopped(f"{folder}: stopped; run it again to go on")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would disturb the exit
+        raise Stopped(f"{folder}: stopped; run it again to resume")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

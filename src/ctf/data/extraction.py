@@ -52,7 +52,7 @@ class TokensConfig:
                 raise UserError(f"tokens: {name} is {getattr(self, name)}, expected 1 or more")
 
 
-@memory.kept()
+@memory.keep_freed()
 def extract(
     tokenizer: VQModel,
     tokenizer_hash: str,
@@ -116,11 +116,11 @@ def extract(
         val=_split_manifest("val", images.val, order["val"], config, length),
         precision="bf16" if bf16 else "fp32",
     )
-    world.first(lambda: _claim(folder, manifest))
+    world.on_main(lambda: _claim(folder, manifest))
 
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer_cpu.prepare(tokenizer, "encoder", torch.bfloat16 if bf16 else torch.float32)
-    with signals.asked() as stop:
+    with signals.termination_requested() as stop:
         extraction = _Extraction(tokenizer, folder, manifest, config.batch_size, stop)
         extraction.run(sets, order, progress, world)
     return manifest
@@ -166,7 +166,7 @@ class _Extraction:
 
         complete = True
         for split, image_set in sets.items():
-            if world.main:
+            if world.is_main:
                 self.write_classes(split, image_set.classes_N[order[split]])
             start = 0
             for number, shard in enumerate(self.manifest.split(split).shards):
@@ -176,7 +176,7 @@ class _Extraction:
                     complete &= self.encode_shard(split, shard, image_set, rows, advance)
         if world.any(not complete):  # waits for all processes
             message = f"{self.folder}: stopped and saved; run the same command again to continue"
-            raise Stopped(message if world.main else "")
+            raise Stopped(message if world.is_main else "")
 
     def write_classes(self, split: Split, classes_N: np.ndarray) -> None:
         """Write the classes of a split, unless the file is intact."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ctf.common import storage
 from ctf.common.config import from_json
 from ctf.common.errors import UserError
+from ctf.common.weights import load_strict
 from ctf.data.transforms import as_tensor
 
 SHIPPED = Path(__file__).parents[1] / "shipped" / "fashion-mnist-classifier"
@@ -163,7 +164,7 @@ def load_classifier(folder: Path, device: torch.device | str = "cpu") -> Classif
     model = Classifier(config.width, size, names)
     tensors, _ = storage.load_tensors(folder / "model.safetensors")
     weights = {k: v.float() for k, v in tensors.items()}
-    storage.load_strict(model, weights, folder / "model.safetensors")
+    load_strict(model, weights, folder / "model.safetensors")
     return place(model, torch.device(device)).eval().requires_grad_(False)
 
 

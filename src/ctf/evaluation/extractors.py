@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ctf.common import storage
 from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
+from ctf.common.weights import load_strict
 from ctf.data.transforms import as_tensor, crop
 from ctf.evaluation.classifier import SHIPPED, shipped_classifier
 from ctf.evaluation.features import LITE0_SIZE, lite0_weights, load_lite0
@@ -249,7 +250,7 @@ def _load_inception(path: Path) -> tuple[Inception, str]:
         raise other
     network = Inception()
     try:
-        storage.load_strict(network, fold_batch_norms(stored), path)
+        load_strict(network, fold_batch_norms(stored), path)
     except (KeyError, RuntimeError):
         raise other from None
     return network.requires_grad_(False), sha256

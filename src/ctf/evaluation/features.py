@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ctf.common import storage
 from ctf.common.errors import UserError
+from ctf.common.weights import load_strict
 
 LITE0_SIZE = 224
 LITE0_WIDTH = 1280  # of the pooled features
@@ -124,7 +125,7 @@ def load_lite0() -> Lite0:
     weights = lite0_weights()
     network = Lite0()
     stored = storage.load_pt(weights)
-    storage.load_strict(network, _fold_batch_norms(stored), weights)
+    load_strict(network, _fold_batch_norms(stored), weights)
     for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             delattr(module, name)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ctf.common import claims, config, storage
 from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
+from ctf.common.weights import init_empty_weights, load_strict
 from ctf.kernels import sampling_cpu
 from ctf.models.clusters import Clusters, fingerprint
 from ctf.models.coarse import CoarseModel
@@ -167,7 +168,7 @@ def load_coarse(
         UserError: The model is missing, damaged, or was trained with other clusters.
     """
     model_config, _ = _load_config(folder, clusters)
-    with storage.without_weights():
+    with init_empty_weights():
         model = CoarseModel(model_config, clusters.count)
     return _load_transformer(model, folder, device, tensors)
 
@@ -183,7 +184,7 @@ def load_fine(
     softmax = stored.get("softmax")
     if softmax not in ("members", "full"):
         raise UserError(f"{folder}: got softmax {softmax!r}, expected that of a fine model")
-    with storage.without_weights():
+    with init_empty_weights():
         model = FineModel(model_config, clusters, softmax)
     return _load_transformer(model, folder, device, tensors)
 
@@ -211,14 +212,14 @@ def _load_weights(
     path = folder / "model.safetensors"
     if tensors is None:
         tensors, _ = storage.load_tensors(path)
-    storage.load_strict(model, {name: t.float() for name, t in tensors.items()}, path)
+    load_strict(model, {name: t.float() for name, t in tensors.items()}, path)
 
 
 def load_tokenizer(folder: Path, device: torch.device | str = "cpu") -> VQModel:
     """Load the tokenizer in `folder` for encoding and decoding."""
     path = folder / "config.json"
     stored = storage.load_object(path)
-    with storage.without_weights():
+    with init_empty_weights():
         model = VQModel(config.from_json(TokenizerConfig, stored.get("model"), f"{path}: model"))
     _load_weights(model, folder)
     return to_channels_last(model, torch.device(device)).eval().requires_grad_(False)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ctf.common import claims, config, storage
 from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
+from ctf.common.weights import init_empty_weights
 from ctf.data.imagenet import imagenet_classes
 from ctf.models import clusters
 from ctf.models.coarse import CoarseModel
@@ -352,7 +353,7 @@ def _transformer(stored: Stored, path: Path, size: str, grid: int) -> CoarseMode
             f"{path}: trained for {side} x {side} codes, expected {grid} x {grid}; "
             "choose another --image-size"
         )
-    with storage.without_weights():
+    with init_empty_weights():
         model = CoarseModel(shape, count)
     _fill(model, {ours: _gpt_name(ours) for ours in model.state_dict()}, stored, path, hint)
     model.trunk.rope.to_empty(device=torch.device("cpu"))
@@ -409,7 +410,7 @@ def _tokenizer(stored: Stored, path: Path, image_size: int) -> VQModel:
         latent_channels=latent,
         groups=GROUPS,
     )
-    with storage.without_weights():
+    with init_empty_weights():
         model = VQModel(shape)
     _fill(model, {ours: _vq_name(ours, shape) for ours in model.state_dict()}, stored, path, "")
     return model

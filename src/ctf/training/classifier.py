@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctf.common import rng, storage
+from ctf.common import rng
 from ctf.common.config import to_json
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
@@ -26,6 +26,7 @@ from ctf.evaluation.classifier import (
     place,
 )
 from ctf.training import loop
+from ctf.training.state import collect, restore
 
 
 class ClassifierTrainer:
@@ -69,14 +70,10 @@ class ClassifierTrainer:
         return {"accuracy": held_out_accuracy(self.model, self.images.val)}
 
     def state(self) -> Mapping[str, Tensor]:
-        return {
-            **loop.prefixed(self.model.state_dict(), "model."),
-            **loop.optimizer_state(self.optimizer, "optimizer."),
-        }
+        return collect(model=self.model, optimizer=self.optimizer)
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        storage.load_strict(self.model, loop.with_prefix(tensors, "model."), "state")
-        loop.load_optimizer_state(self.optimizer, tensors, "optimizer.")
+        restore(tensors, model=self.model, optimizer=self.optimizer)
 
 
 def augment(

@@ -24,6 +24,7 @@ from ctf.common import claims, config, precision, storage
 from ctf.common.distributed import ALONE, World
 from ctf.common.errors import UserError
 from ctf.common.progress import OpenProgress, Progress, show_progress
+from ctf.common.weights import load_strict
 from ctf.data import extraction, tokens  # fmt: skip
 from ctf.data.image_set import Splits
 from ctf.data.tokens import Tokens
@@ -36,7 +37,7 @@ from ctf.models.tokenizer import VQModel
 from ctf.models.transformer import TransformerConfig
 from ctf.pipelines.folder import SETTINGS, PipelineSettings, load_settings, load_tokenizer
 from ctf.pipelines.pipeline import Pipeline
-from ctf.training import cost, loop, transformers
+from ctf.training import cost, loop, state, transformers
 from ctf.training import tokenizer as tokenizer_training
 from ctf.training.clusters import fit_clusters as write_clusters
 from ctf.training.loop import PLAINLY, Execution
@@ -256,7 +257,7 @@ def train_tokenizer(
         UserError: `run` holds something else, or see `loop.begin`.
     """
 
-    world.first(lambda: claims.is_ours(run, FIT, TOKENIZER, what="a run of ctf"))
+    world.on_main(lambda: claims.is_ours(run, FIT, TOKENIZER, what="a run of ctf"))
     return tokenizer_training.train(
         recipe.tokenizer.config(images.train.image_size),
         recipe.tokenizer_training,
@@ -384,7 +385,7 @@ def make_trainer(
         if source is not None and not resumed:
             first = weights(source, parts, train, coarse, world.device)
             first = {name: tensor.cpu() for name, tensor in first.items()}
-            storage.load_strict(coarse, first, "the first weights")
+            load_strict(coarse, first, "the first weights")
         objective = transformers.coarse_objective(parts)
         if (weight := recipe.group_loss.weight) > 0:
             if parts.largest > 1:
@@ -447,8 +448,8 @@ def train_model(
         recipe.sampling,
         {"images": train.manifest.train.images, "recipe": config.to_json(recipe)},
     )
-    world.first(lambda: storage.save_json(run / SETTINGS, config.to_json(settings)))
-    begun = world.told(storage.latest_state(folder / "state") if world.main else 0)
+    world.on_main(lambda: storage.save_json(run / SETTINGS, config.to_json(settings)))
+    begun = world.broadcast(state.latest_state(folder / "state") if world.is_main else 0)
     trainer = make_trainer(run, kind, parts, recipe, world, source, execution, resumed=bool(begun))
     loop.run(
         trainer,

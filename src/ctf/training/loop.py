@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from ctf.common import claims, memory, signals, storage
-from ctf.common.distributed import ALONE, World, laid_out, whole
+from ctf.common.distributed import ALONE, World, full_tensor
 from ctf.common.errors import Stopped, UserError
 from ctf.common.precision import Precision
 from ctf.common.progress import Progress
 from ctf.common.rng import generator
+from ctf.training import state
 
 LOG_EVERY = 20  # steps averaged into one line of metrics.jsonl
 COUNTED = ("images", "tokens")  # of what a step returns: logged per second, not as a mean
@@ -111,7 +112,7 @@ def run(
     began = last_saved = time.monotonic()
     if evaluate_first and start == 0:
         log.append(0, "val", trainable.evaluate(), 0.0)
-    with signals.asked() as asked, memory.kept():
+    with signals.termination_requested() as requested, memory.keep_freed():
         for step in range(start, steps):
             _step(trainable, step, sums)
             done = step + 1
@@ -127,15 +128,15 @@ def run(
                 if done % _whole_lines(evaluate_every) == 0 or done == steps:
                     log.append(done, "val", trainable.evaluate(), seconds)
                 save = world.any(time.monotonic() - last_saved > SAVE_SECONDS) or done == steps
-            stop = world.any(asked.is_set()) and done < steps
+            stop = world.any(requested.is_set()) and done < steps
             if save or stop:
                 line = {f"loop.{k}": torch.tensor(v, dtype=torch.double) for k, v in sums.items()}
                 tensors = {**trainable.state(), **line}
-                storage.save_state(folder / "state", done, tensors, world)
+                state.save_state(folder / "state", done, tensors, world)
                 last_saved = time.monotonic()
             if stop:
-                said = f"{folder}: stopped after step {done} and saved; run it again to go on"
-                raise Stopped(said if world.main else "")
+                message = f"{folder}: stopped after step {done} and saved; run it again to resume"
+                raise Stopped(message if world.is_main else "")
 
 
 def _step(trainable: Trainable, step: int, sums: dict[str, float]) -> None:
@@ -163,12 +164,14 @@ def _means(sums: Mapping[str, float], count: int) -> dict[str, float]:
 def _load_state(trainable: Trainable, folder: Path, world: World) -> tuple[int, dict[str, float]]:
     """Loads the newest state, if there is one: the steps it is after, and the sums of its line."""
     # The first process decides, since it is the one that drops a damaged state.
-    start = world.told(storage.latest_state(folder) if world.main else 0)
+    start = world.broadcast(state.latest_state(folder) if world.is_main else 0)
     if not start:
         return 0, {}
-    tensors = storage.load_state(folder, start, trainable.state())
+    tensors = state.load_state(folder, start, trainable.state())
     trainable.load_state(tensors)
-    return start, {name: float(sum_) for name, sum_ in with_prefix(tensors, "loop.").items()}
+    return start, {
+        name: float(sum_) for name, sum_ in state.without_prefix(tensors, "loop.").items()
+    }
 
 
 def finish(
@@ -181,13 +184,13 @@ def finish(
 
     Weights that are cut into parts among processes are put together.
     """
-    found = {name: whole(tensor) for name, tensor in tensors.items()}
+    found = {name: full_tensor(tensor) for name, tensor in tensors.items()}
 
     def write() -> None:
         storage.save_tensors(folder / "model.safetensors", found, metadata)
         shutil.rmtree(folder / "state", ignore_errors=True)
 
-    world.first(write)
+    world.on_main(write)
 
 
 def begin(folder: Path, config: Mapping[str, Any], world: World = ALONE) -> bool:
@@ -200,7 +203,7 @@ def begin(folder: Path, config: Mapping[str, Any], world: World = ALONE) -> bool
     if not is_finished(folder):
         return True
     # A kill may have come between the weights and the end of the states.
-    world.first(lambda: shutil.rmtree(folder / "state", ignore_errors=True))
+    world.on_main(lambda: shutil.rmtree(folder / "state", ignore_errors=True))
     return False
 
 
@@ -211,7 +214,7 @@ def is_finished(folder: Path) -> bool:
 def seconds_per_step(trainable: Trainable, *, warm_up: int = 2, timed: int = 6) -> float:
     """Median duration of a step in seconds. The trainable is changed: use one to throw away."""
     durations = []
-    with memory.kept():
+    with memory.keep_freed():
         for step in range(warm_up + timed):
             began = time.perf_counter()
             trainable.step(step)
@@ -244,12 +247,12 @@ class _Metrics:
         line = {"step": step, "split": split, **metrics, "seconds": round(seconds, 3)}
 
         def write() -> None:
-            with storage.writing(self.path):
+            with storage.user_errors(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
 
-        self.world.first(write)
+        self.world.on_main(write)
 
     def forget_after(self, step: int) -> float:
         """Drops lines of steps that will be made again; returns the seconds spent up to `step`."""
@@ -263,7 +266,7 @@ class _Metrics:
                 lines = (json.dumps(line) + "\n" for line in kept)
                 temporary.write_text("".join(lines), encoding="utf-8")
 
-        self.world.first(forget)
+        self.world.on_main(forget)
         return float(kept[-1]["seconds"]) if kept else 0.0
 
 
@@ -376,7 +379,7 @@ def update(
     value = float(loss)
     if not math.isfinite(value):
         raise world.error(_not_finite(step, name, value, pictures))
-    norm = whole(nn.utils.clip_grad_norm_(parameters, clip))
+    norm = full_tensor(nn.utils.clip_grad_norm_(parameters, clip))
     if not math.isfinite(float(norm)):
         raise world.error(_not_finite(step, f"gradient norm of the {name}", float(norm), pictures))
     for group in optimizer.param_groups:
@@ -400,34 +403,3 @@ def update_ema(ema: Mapping[str, Tensor], module: nn.Module, decay: float, step:
     own = dict(module.named_parameters())
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.values()), [own[name] for name in ema], 1 - decay)
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
-    """The optimiser's moments and counts as named tensors."""
-    state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
-    return {f"{prefix}{i}.{key}": v for i, entry in state.items() for key, v in entry.items()}
-
-
-def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str
-) -> None:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in with_prefix(tensors, prefix).items():
-        index, key = name.split(".")
-        parameter = parameters[int(index)]
-        if value.shape == parameter.shape:
-            # In the parameter's own memory format: the fused kernels walk through both alike.
-            value = torch.empty_like(parameter).copy_(laid_out(value, parameter))
-        state.setdefault(int(index), {})[key] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those tensors whose names start with the prefix, without it."""
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {prefix + name: value for name, value in tensors.items()}

@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ctf.common import storage
 from ctf.common.errors import UserError
 from ctf.models.fine import FineModel
 from ctf.pipelines import card
@@ -33,7 +32,7 @@ from ctf.pipelines.folder import (
     load_tokenizer,
 )
 from ctf.pipelines.pipeline import Pipeline
-from ctf.training import loop, runs
+from ctf.training import loop, runs, state
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -182,13 +181,11 @@ def _averaged(stage: Path) -> dict[str, Tensor] | None:
     """The averaged weights of the newest state; None where the stage is finished."""
     if loop.is_finished(stage):
         return None
-    return loop.with_prefix(storage.load_state(stage / "state", _newest(stage)), "ema.")
+    return state.without_prefix(state.load_state(stage / "state", _newest(stage)), "ema.")
 
 
 def _newest(stage: Path) -> int:
-    """The steps that the newest state is after, 0 where there is none."""
-    names = [path.stem.removeprefix("step-") for path in (stage / "state").glob("step-*")]
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    return state.newest_step(stage / "state")
 
 
 def _begin(folder: Path, step: int = 0) -> SummaryWriter:

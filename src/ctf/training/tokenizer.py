@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctf.common import config, rng, storage
+from ctf.common import config, rng
 from ctf.common.distributed import ALONE, World
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
@@ -30,6 +30,7 @@ from ctf.evaluation.features import PerceptualLoss
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.pipelines.folder import load_tokenizer, to_channels_last
 from ctf.training import loop
+from ctf.training.state import Part, collect, restore
 
 EVALUATION_BATCH = 64  # images
 
@@ -234,30 +235,24 @@ class TokenizerTrainer:
         return float(len(dead_R))
 
     def evaluate(self) -> Mapping[str, float]:
-        if not self.world.main:
+        if not self.world.is_main:
             return {}  # of which nothing would be written
         limit = self.training.evaluate_images
         return evaluate(self.model, self.images.val, self.world.device, limit)
 
     def state(self) -> Mapping[str, Tensor]:
-        tensors = {
-            **loop.prefixed(self.model.state_dict(), "model."),
-            **loop.optimizer_state(self.optimizer, "optimizer."),
-            "usage_V": self.usage_V,
-        }
-        if self.discriminator is not None:
-            tensors |= loop.prefixed(self.discriminator.state_dict(), "discriminator.")
-            tensors |= loop.optimizer_state(self.discriminator_optimizer, "judge_optimizer.")
-        return tensors
+        return {**collect(**self._parts()), "usage_V": self.usage_V}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        storage.load_strict(self.model, loop.with_prefix(tensors, "model."), "state")
-        loop.load_optimizer_state(self.optimizer, tensors, "optimizer.")
+        restore(tensors, **self._parts())
         self.usage_V.copy_(tensors["usage_V"])
+
+    def _parts(self) -> dict[str, Part]:
+        parts: dict[str, Part] = {"model": self.model, "optimizer": self.optimizer}
         if self.discriminator is not None:
-            own = loop.with_prefix(tensors, "discriminator.")
-            storage.load_strict(self.discriminator, own, "state")
-            loop.load_optimizer_state(self.discriminator_optimizer, tensors, "judge_optimizer.")
+            parts["discriminator"] = self.discriminator
+            parts["judge_optimizer"] = self.discriminator_optimizer
+        return parts
 
 
 class PatchDiscriminator(nn.Module):

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from ctf.common import rng, storage
+from ctf.common import rng
 from ctf.common.distributed import World
 from ctf.common.errors import UserError
 from ctf.common.precision import uses_bf16
@@ -32,6 +32,7 @@ from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.training import loop
 from ctf.training.loop import PLAINLY, Execution
+from ctf.training.state import collect, restore
 
 IGNORED = -100  # a target that nothing is asked of
 
@@ -184,7 +185,7 @@ class Trainer:
         each = self.share.stop - self.share.start
         self.micro_batch = min(each, execution.micro_batch or each)
         model.to(world.device).train()
-        world.give(model)
+        world.broadcast_module(model)
         self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
         trained = Loss(model, taught or objective)
         self.evaluated = Loss(self.averaged, objective)
@@ -283,13 +284,7 @@ class Trainer:
         return {"loss": float(self.world.sum(total)) / count}
 
     def state(self) -> Mapping[str, Tensor]:
-        return {
-            **loop.prefixed(self.model.state_dict(), "model."),
-            **loop.prefixed(self.averaged.state_dict(), "ema."),
-            **loop.optimizer_state(self.optimizer, "optimizer."),
-        }
+        return collect(model=self.model, ema=self.averaged, optimizer=self.optimizer)
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        storage.load_strict(self.model, loop.with_prefix(tensors, "model."), "state")
-        storage.load_strict(self.averaged, loop.with_prefix(tensors, "ema."), "state")
-        loop.load_optimizer_state(self.optimizer, tensors, "optimizer.")
+        restore(tensors, model=self.model, ema=self.averaged, optimizer=self.optimizer)

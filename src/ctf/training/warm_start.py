@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ctf.common import rng, storage
 from ctf.common.errors import UserError
+from ctf.common.weights import load_strict
 from ctf.data.tokens import Tokens
 from ctf.models.clusters import Clusters
 from ctf.models.coarse import CoarseModel
@@ -98,7 +99,7 @@ def weights(
     first["trunk.label_embedding.weight"] = sums_KD / parts.sizes_K.to(device)[:, None]
     first["head.weight"] = codes_VD.new_zeros(parts.count, codes_VD.shape[1])
     new = copy.deepcopy(model).to(device).eval()
-    storage.load_strict(new, first, "the model to start from")
+    load_strict(new, first, "the model to start from")
     first["head.weight"] = _fit_head(new, labels_V, old, chosen_C, tokens)
     return first
 

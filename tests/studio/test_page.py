@@ -1,5 +1,6 @@
 """The studio's page in a real browser, and what it looks like: build/screenshots."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from ctf.studio import server
-from ctf.studio.worker import Limits, Worker
+from ctf.studio.tasks import Limits
+from ctf.studio.worker import Worker
 from tests.conftest import Command, picture
 from tests.serving import serving
 
@@ -34,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def worker() -> Worker:
-    (loaded,) = server.load(["fashion-mnist"], torch.device("cpu"), "auto", Limits())
+    (loaded,) = server.start_workers(["fashion-mnist"], torch.device("cpu"), "auto", Limits())
     return loaded
 
 
@@ -139,7 +141,7 @@ def same_from_the_command_line(page: Any, tmp_path: Path, ctf: Command) -> dict[
 def test_a_picture_grows_before_it_is_done(page: Any, worker: Worker) -> None:
     expect(page.get_by_role("heading", name="Watch a picture being made")).to_be_visible()
     # So slowly that no row is missed.
-    hook = worker.pipe.coarse.head.register_forward_hook(lambda *_: time.sleep(0.03))
+    hook = worker.model.pipe.coarse.head.register_forward_hook(lambda *_: time.sleep(0.03))
     try:
         page.get_by_role("button", name="Draw the first ones").click()
         seen: dict[str, str] = {}
@@ -228,7 +230,7 @@ def test_a_cluster_is_looked_into(page: Any, worker: Worker, tmp_path: Path, ctf
     expect(heading).to_have_text(re.compile(r"Cluster \d+ · \d+ codes?"))
     cluster, count = map(int, re.findall(r"\d+", heading.inner_text()))
     members = page.locator(".members button")
-    assert members.count() == count == int(worker.pipe.clusters.sizes_K[cluster])
+    assert members.count() == count == int(worker.model.pipe.clusters.sizes_K[cluster])
     assert page.locator(".members [aria-pressed=true]").count() == 1
     first = source(page)
     other = page.locator(".members [aria-pressed=false]").first
@@ -274,7 +276,7 @@ def test_a_link_carries_the_settings(tab: Tab, page: Any, address: str) -> None:
 
 
 def test_two_pipelines_on_the_same_seeds(tab: Tab, worker: Worker) -> None:
-    twin = Worker("other", worker.pipe, worker.weights, Limits())
+    twin = Worker(dataclasses.replace(worker.model, name="other"), Limits())
     with serving([worker, twin], Limits()) as address:
         page = tab.open(address)
         page.get_by_label("Both").check(force=True)
@@ -297,7 +299,7 @@ def test_mistakes_are_told(page: Any) -> None:
 
 
 def test_stop(page: Any, worker: Worker) -> None:
-    hook = worker.pipe.coarse.head.register_forward_hook(lambda *_: time.sleep(0.05))
+    hook = worker.model.pipe.coarse.head.register_forward_hook(lambda *_: time.sleep(0.05))
     try:
         page.get_by_role("button", name="Generate").click()
         expect(page.locator(".film button").nth(4)).to_be_visible()

@@ -299,13 +299,14 @@ def studio(
         device: where to compute; auto takes a GPU if there is one
     """
     try:
-        from ctf.studio import guard, server, worker
+        from ctf.studio import guard, server
+        from ctf.studio.tasks import Limits
     except ImportError:
         raise UserError("the studio is not installed: pip install 'ctf[studio]'") from None
 
     token = token or os.environ.get("CTF_STUDIO_TOKEN") or None
     place = open_device(device)
-    limits = worker.Limits()
+    limits = Limits()
     alone = host in guard.LOOPBACK
     for origin in embed_in:
         if not re.fullmatch(r"https?://[\w.:*-]+", origin):
@@ -313,8 +314,8 @@ def studio(
     if not models:
         raise UserError("got no model, expected e.g. ctf studio fashion-mnist")
     listening = server.listen(host, port)
-    app = server.build(
-        server.load(models, place, engine, limits),
+    app = server.create_app(
+        server.start_workers(models, place, engine, limits),
         limits,
         hosts=guard.LOOPBACK if alone else None,
         token=token,
@@ -326,7 +327,7 @@ def studio(
     )
     if not alone and token is None:
         console.print("anyone who reaches this address can draw; --token asks them for a word")
-    server.server_of(app).run(sockets=[listening])
+    server.create_server(app).run(sockets=[listening])
 
 
 @command("push")

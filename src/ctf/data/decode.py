@@ -31,13 +31,17 @@ def read_bytes(path: Path) -> bytes:
         raise UnreadableImage(f"cannot be read: {error.strerror}") from None
 
 
-def decode(data: bytes, size: int, background: tuple[int, ...]) -> Image.Image:
+def decode(
+    data: bytes, size: int, background: tuple[int, ...], max_pixels: int | None = None
+) -> Image.Image:
     """Decode the content of an image file.
 
     Args:
         data: the encoded image.
         size: smallest allowed width and height in pixels.
         background: RGB colour behind transparent pixels.
+        max_pixels: largest allowed width x height, checked before pixels are decoded; Pillow's
+            limit by default.
 
     Returns:
         The upright image, RGB.
@@ -45,7 +49,8 @@ def decode(data: bytes, size: int, background: tuple[int, ...]) -> Image.Image:
     Raises:
         UnreadableImage: it is damaged, too small or too large, or of an unsupported format.
     """
-    limit = Image.MAX_IMAGE_PIXELS or sys.maxsize  # Pillow only warns below twice its limit
+    # Pillow only warns below twice its own limit.
+    limit = max_pixels or Image.MAX_IMAGE_PIXELS or sys.maxsize
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             if file.width * file.height > limit:

@@ -1,5 +1,4 @@
-"""The studio: a page to watch pictures being made, and an HTTP API beside it.
+"""The studio: a web page that shows how images are generated, and an HTTP API.
 
-It calls `ctf.pipelines` only. FastAPI and uvicorn come with `pip install
-'ctf[studio]'`.
+It uses `ctf.pipelines` only. FastAPI and uvicorn are installed by `pip install 'ctf[studio]'`.
 """

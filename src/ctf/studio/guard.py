@@ -1,12 +1,11 @@
-"""What stands in front of the studio: limits of bodies, the token, hosts, and strict headers."""
+"""ASGI middleware in front of the studio: checks of host, origin, token and size; headers."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
 import json
-from collections.abc import Collection, MutableMapping
-from typing import Any
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -14,28 +13,30 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ctf.studio.worker import Limits
+from ctf.studio.tasks import Limits
 
 UPLOAD = "/v1/encode"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-def mistake(
+def error_response(
     status: int, reason: str, where: str | None = None, headers: dict[str, str] | None = None
 ) -> Response:
-    """The answer to what cannot be done; in ASCII, as a reason may quote anything."""
-    said = {"reason": reason} if where is None else {"reason": reason, "where": where}
-    return Response(json.dumps(said), status, headers, "application/json")
+    """Return a response as in schema.Mistake, in ASCII, as a reason may quote anything."""
+    body = {"reason": reason} if where is None else {"reason": reason, "where": where}
+    return Response(json.dumps(body), status, headers, "application/json")
 
 
 class Guard:
-    """An ASGI application around the studio's.
+    """Refuse requests that the application must not see, and add headers to all responses.
 
     Args:
-        hosts: names that a request may call this one, or None for any. A page elsewhere, whose
-            name was made to point here, cannot read answers then.
-        token: what requests to /v1 must bear, or None.
-        embedders: origins of pages that may show this one in a frame.
+        app: The application.
+        limits: The limits on requests.
+        hosts: Host names that requests may use, or None for any. They stop DNS rebinding: a web
+            site whose name resolves to this machine could otherwise read responses.
+        token: The bearer token for requests to /v1, or None.
+        embedders: Origins of the pages that may embed this one in a frame.
     """
 
     def __init__(
@@ -65,9 +66,7 @@ class Guard:
             self.headers["X-Frame-Options"] = "DENY"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
+        """Serve a request."""
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -76,73 +75,68 @@ class Guard:
                 headers.setdefault("Cache-Control", "no-store")
             await send(message)
 
-        refused = self._refused(scope)
-        if refused is not None:
-            await refused(scope, receive, send_with_headers)
-            return
-        await self.app(scope, self._limited(scope, receive), send_with_headers)
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif refusal := self._refuse(scope):
+            await refusal(scope, receive, send_with_headers)
+        else:
+            await self.app(scope, self._limit(scope, receive), send_with_headers)
 
-    def _refused(self, scope: MutableMapping[str, Any]) -> Response | None:
+    def _refuse(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
-        host = headers.get("host", "")
-        if self.hosts is not None and _name(host) not in self.hosts:
-            return mistake(421, "this studio is for this machine alone: ask for localhost")
-        origin = headers.get("origin")
-        if origin is not None and scope["method"] != "GET" and _place(origin) != host:
-            return mistake(403, "asked by the page of another site")
-        if self.token is not None and scope["path"].startswith("/v1/"):
-            given = headers.get("authorization", "")
-            kind, _, word = given.partition(" ")
-            expected = self.token.encode()
-            same = hmac.compare_digest(word.strip().encode("latin-1", "replace"), expected)
-            if kind.lower() != "bearer" or not same:
-                bearer = {"WWW-Authenticate": "Bearer"}
-                return mistake(401, "expected Authorization: Bearer TOKEN", headers=bearer)
-        length = headers.get("content-length", "0")
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if self.hosts is not None and _split(f"//{host}")[0] not in self.hosts:
+            return error_response(421, "unknown host name: use localhost")
+        if origin is not None and scope["method"] != "GET" and _split(origin)[1] != host:
+            return error_response(403, "cross-origin request")
+        if scope["path"].startswith("/v1/") and not self._authorized(headers):
+            challenge = {"WWW-Authenticate": "Bearer"}
+            return error_response(401, "expected Authorization: Bearer TOKEN", headers=challenge)
+        length, limit = headers.get("content-length", "0"), self._max_bytes(scope)
         if not (length.isascii() and length.isdigit()):
-            return mistake(400, "Content-Length is no number")
-        if len(length) > 15 or int(length) > self._most(scope):
-            return mistake(413, f"more than {self._most(scope):,} bytes")
+            return error_response(400, "Content-Length is not a number")
+        if len(length) > 15 or int(length) > limit:
+            return error_response(413, f"body larger than {limit:,} bytes")
         return None
 
-    def _most(self, scope: MutableMapping[str, Any]) -> int:
-        upload = scope["path"] == UPLOAD
-        return self.limits.upload_bytes if upload else self.limits.body_bytes
+    def _authorized(self, headers: Headers) -> bool:
+        if self.token is None:
+            return True
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        got = token.strip().encode("latin-1", "replace")
+        return scheme.lower() == "bearer" and hmac.compare_digest(got, self.token.encode())
 
-    def _limited(self, scope: Scope, receive: Receive) -> Receive:
-        """`receive` for bodies that say nothing of their length, or come too slowly."""
+    def _max_bytes(self, scope: Scope) -> int:
+        return self.limits.upload_bytes if scope["path"] == UPLOAD else self.limits.body_bytes
+
+    def _limit(self, scope: Scope, receive: Receive) -> Receive:
+        """Wrap `receive`: bodies without Content-Length, and slow ones, have limits, too."""
         loop = asyncio.get_running_loop()
-        deadline, most = loop.time() + self.limits.upload_seconds, self._most(scope)
-        count, whole = 0, False
+        deadline, limit = loop.time() + self.limits.upload_seconds, self._max_bytes(scope)
+        size, complete = 0, False
 
         async def limited() -> Message:
-            nonlocal count, whole
-            if whole:
+            nonlocal size, complete
+            if complete:
                 return await receive()
             try:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408, "the request did not arrive in time") from None
-            count += len(message.get("body", b""))
-            if count > most:
-                raise HTTPException(413, f"more than {most:,} bytes")
-            whole = not message.get("more_body", False)
+                raise HTTPException(408, "the body did not arrive in time") from None
+            size += len(message.get("body", b""))
+            if size > limit:
+                raise HTTPException(413, f"body larger than {limit:,} bytes")
+            complete = not message.get("more_body", False)
             return message
 
         return limited
 
 
-def _name(host: str) -> str | None:
-    """Without the port."""
+def _split(url: str) -> tuple[str | None, str | None]:
+    """Return host name, and host name with port, of a URL; None where it is invalid."""
     try:
-        return urlsplit(f"//{host}").hostname
+        parts = urlsplit(url)
+        return parts.hostname, parts.netloc
     except ValueError:
-        return None
-
-
-def _place(origin: str) -> str:
-    try:
-        return urlsplit(origin).netloc
-    except ValueError:
-        return ""
+        return None, None

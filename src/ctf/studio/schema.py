@@ -1,4 +1,8 @@
-"""What requests and answers of the API are: their fields, ranges, and words for both."""
+"""Requests and responses of the API: their fields and ranges, as pydantic models.
+
+The names of classes and fields are those of the OpenAPI schema; like all names in the API, they do
+not change.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +10,30 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictBool, StrictInt
 
-MOST_TOKENS = 16_384  # of an image, more than any tokenizer here has
-WORD = 2**63
+MAX_TOKENS = 16_384  # per image, more than any tokenizer has
 
 ClassName = Annotated[str, Field(max_length=200)]
 ModelName = Annotated[str, Field(max_length=200)]
 Code = Annotated[StrictInt, Field(ge=-1, lt=2**31)]
-Codes = Annotated[list[Code], Field(min_length=1, max_length=MOST_TOKENS)]
-Mask = Annotated[list[StrictBool], Field(min_length=1, max_length=MOST_TOKENS)]
-Seed = Annotated[StrictInt, Field(ge=-WORD, lt=WORD)]
+Codes = Annotated[list[Code], Field(min_length=1, max_length=MAX_TOKENS)]
+Mask = Annotated[list[StrictBool], Field(min_length=1, max_length=MAX_TOKENS)]
+Seed = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
 Scale = Annotated[FiniteFloat, Field(ge=-100, le=100)]
 Temperature = Annotated[FiniteFloat, Field(ge=0.01, le=100)]
 TopK = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 TopP = Annotated[FiniteFloat, Field(gt=0, le=1)]
 Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
+Png = Annotated[str, Field(description="a PNG file in base64")]
 
 
 class Strict(BaseModel):
-    """Unknown fields are mistakes."""
+    """A request without unknown fields."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class SamplingSettings(Strict):
-    """How to draw; what is left out is as the pipeline was made with. See `ctf sample --help`."""
+    """Sampling settings, see `ctf sample --help`; the model's own by default."""
 
     guidance: Scale | None = None
     fine_guidance: Scale | None = None
@@ -42,19 +46,16 @@ class SamplingSettings(Strict):
     guidance_schedule: Literal["constant", "linear", "cosine"] | None = None
     guidance_window: tuple[Share, Share] | None = None
 
-    def given(self) -> dict[str, Any]:
-        return self.model_dump(exclude_none=True)
 
+class SamplingRequest(Strict):
+    """The fields of all requests that sample."""
 
-class Asked(Strict):
-    """What requests that draw have in common."""
-
-    model: ModelName | None = Field(None, description="by default the first")
+    model: ModelName | None = Field(None, description="name; by default the first model")
     settings: SamplingSettings = SamplingSettings()
 
 
-class GenerateRequest(Asked):
-    """Images to draw: `count` of each class, image i from seed + i."""
+class GenerateRequest(SamplingRequest):
+    """Images to sample: `count` of each class, image i from seed + i."""
 
     classes: list[StrictInt | ClassName] = Field(
         min_length=1, max_length=1024, description="numbers or names"
@@ -62,16 +63,16 @@ class GenerateRequest(Asked):
     count: Annotated[StrictInt, Field(ge=1, le=1024)] = 1
     seed: Seed = 0
     codes: list[Codes] | None = Field(
-        None, max_length=1024, description="codes that are given: a list for each image, or one"
+        None, max_length=1024, description="known codes: a list for each image, or one for all"
     )
     keep: list[Mask] | None = Field(
-        None, max_length=1024, description="which of them stay; the rest is drawn"
+        None, max_length=1024, description="which of the codes are known; the others are sampled"
     )
-    preview: StrictBool = Field(True, description="previews in the event stream")
+    preview: StrictBool = Field(True, description="send previews in the event stream")
 
 
-class RefineRequest(Asked):
-    """Coarse labels to draw details for, image i from seed + i."""
+class RefineRequest(SamplingRequest):
+    """Coarse labels to sample the fine stage for, image i from seed + i."""
 
     classes: list[StrictInt | ClassName] = Field(min_length=1, max_length=1024)
     coarse: list[Codes] = Field(
@@ -80,18 +81,17 @@ class RefineRequest(Asked):
     seed: Seed = 0
 
 
-class MembersRequest(Asked):
-    """A token of an image to look at."""
+class MembersRequest(SamplingRequest):
+    """A token of an image, whose cluster is requested."""
 
-    chosen: StrictInt | ClassName = Field(alias="class", description="number or name")
-    codes: Codes = Field(description="of the whole image")
-    position: Annotated[StrictInt, Field(ge=0, lt=MOST_TOKENS)]
-
-
-Png = Annotated[str, Field(description="a PNG file in base64")]
+    class_name: StrictInt | ClassName = Field(alias="class", description="number or name")
+    codes: Codes = Field(description="all codes of the image")
+    position: Annotated[StrictInt, Field(ge=0, lt=MAX_TOKENS)]
 
 
 class Picture(BaseModel):
+    """An image, and all that it was generated from."""
+
     model: str
     class_number: int
     class_name: str
@@ -100,60 +100,74 @@ class Picture(BaseModel):
     codes: list[int]
     coarse: list[int]
     settings: dict[str, Any] = Field(
-        description="saved as a file, `ctf sample --settings FILE --out a.png` draws the same bytes"
+        description="as a file, `ctf sample --settings FILE --out a.png` writes the same bytes"
     )
 
 
 class Pictures(BaseModel):
+    """Images, class by class."""
+
     pictures: list[Picture]
 
 
 class Encoded(BaseModel):
+    """An uploaded image: cropped, decoded from its coarse labels, decoded from its codes."""
+
     original: Png
     coarse: Png
     picture: Picture
 
 
 class Member(BaseModel):
+    """A code, its probability under the fine model, and the image with it."""
+
     code: int
     probability: float
     image: Png
 
 
 class ClusterMembers(BaseModel):
+    """The cluster of a token."""
+
     cluster: int
     position: int
-    members: list[Member] = Field(description="the likeliest first")
+    members: list[Member] = Field(description="most likely first")
 
 
 class ModelInfo(BaseModel):
+    """A model that the studio serves."""
+
     name: str
     class_names: list[str]
     image_size: int
-    grid: int = Field(description="tokens along each side")
+    grid: int = Field(description="tokens per side")
     codebook_size: int
     clusters: int
     has_fine_stage: bool
-    sampling: dict[str, Any] = Field(description="what settings are by default")
+    sampling: dict[str, Any] = Field(description="default settings")
     parameters: dict[str, int]
     license: str | None
-    images: int = Field(description="that a request may ask for")
+    images: int = Field(description="maximum per request")
 
 
 class Models(BaseModel):
+    """All models, and the limits on uploads."""
+
     models: list[ModelInfo]
     upload_bytes: int
     upload_pixels: int
 
 
 class Health(BaseModel):
+    """The state of the studio."""
+
     status: Literal["ok"]
     version: str
-    models: dict[str, dict[str, int]] = Field(description="requests that wait and that run")
+    models: dict[str, dict[str, int]] = Field(description="waiting and running requests")
 
 
 class Mistake(BaseModel):
-    """The answer to what cannot be done."""
+    """An error: its reason, and the field of the request at fault."""
 
     reason: str
     where: str | None = None

@@ -19,6 +19,7 @@ from PIL import Image
 from ctf.cli import main as cli
 from ctf.models import clusters
 from ctf.models.coarse import CoarseModel
+from ctf.models.sampling import Sampling
 from ctf.pipelines import export
 from ctf.pipelines.pipeline import Pipeline
 from tests.conftest import (
@@ -572,3 +573,10 @@ def test_a_classifier_of_ones_own_scores_a_pipeline(
     assert ctf(*arguments, *more).out == result.out  # it is done
     against = ctf(*arguments, *more[:-1], tmp_path / "again.json", "--against", report)
     assert against.code == 0 and "may be chance" in against.out
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_sampling_options_are_the_fields_of_sampling(ctf: Command, command: str) -> None:
+    shown = ctf(command, "--help").out
+    for field in dataclasses.fields(Sampling):
+        assert f"--{field.name.replace('_', '-')} " in shown

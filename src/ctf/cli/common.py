@@ -8,12 +8,13 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar, get_type_hints
 
 import tyro
 from rich.console import Console
 
 from ctf.common.errors import UserError
+from ctf.models.sampling import Sampling
 
 app = tyro.extras.SubcommandApp()
 groups = {
@@ -61,38 +62,16 @@ def command(name: str) -> Callable[[F], F]:
     return register
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplingOptions:
-    """How to draw; what is not given is as the pipeline was made with.
-
-    Args:
-        guidance: scale of classifier-free guidance in the coarse stage; 1 is none. This and all
-            below: by default what the pipeline was made with
-        fine_guidance: the same in the fine stage
-        temperature: of the coarse stage; below 1 for the likely, above 1 for variety
-        fine_temperature: of the fine stage
-        top_k: draw among the k likeliest labels; 1 is greedy, 0 is no limit
-        fine_top_k: the same among the members of each cluster
-        top_p: draw among the likeliest labels that have this probability together
-        fine_top_p: the same among the members of each cluster
-        guidance_window: guide between these fractions of the steps of the coarse stage only, e.g.
-            0.2 0.8; the others then cost less
-        guidance_schedule: how guidance grows from 1 over the steps of the coarse stage
-    """
-
-    guidance: float | None = None
-    fine_guidance: float | None = None
-    temperature: float | None = None
-    fine_temperature: float | None = None
-    top_k: int | None = None
-    fine_top_k: int | None = None
-    top_p: float | None = None
-    fine_top_p: float | None = None
-    guidance_window: tuple[float, float] | None = None
-    guidance_schedule: Literal["constant", "linear", "cosine"] | None = None
-
-    def given(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if value is not None}
+if TYPE_CHECKING:
+    SamplingOptions = dict[str, Any]  # fields of Sampling, those that are given
+else:
+    _hint = tyro.conf.arg(help_behavior_hint="(default: the pipeline's)")
+    SamplingOptions = TypedDict(
+        "SamplingOptions",
+        {name: Annotated[kind, _hint] for name, kind in get_type_hints(Sampling).items()},
+        total=False,
+    )
+    SamplingOptions.__doc__ = Sampling.__doc__
 
 
 @dataclasses.dataclass(frozen=True)

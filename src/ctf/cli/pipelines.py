@@ -214,19 +214,18 @@ def sample(
     from ctf.pipelines import export
     from ctf.pipelines.pipeline import Pipeline
 
-    chosen = sampling.given()
     if settings is not None:
         # The defaults are those of the arguments above.
         others = {"classes": (classes, "all"), "count": (count, 8), "seed": (seed, 0)}
         others["resize"] = (resize, None)
-        more = [*chosen, *(name for name, (got, default) in others.items() if got != default)]
+        more = [*sampling, *(name for name, (got, default) in others.items() if got != default)]
         _sample_again(settings, model, more, out, open_device(device), engine, dry_run)
         return
     if model is None:
         raise UserError("got no model, expected e.g. ctf sample fashion-mnist")
     pipe = Pipeline.from_pretrained(model, open_device(device), engine=engine)
     numbers = parse_classes(classes, pipe)
-    used = dataclasses.replace(pipe.sampling, **chosen)
+    used = dataclasses.replace(pipe.sampling, **sampling)
     requested = export.Settings(tuple(numbers), count, seed, used, resize)
     if dry_run:
         export.check(out, requested)
@@ -446,7 +445,7 @@ def evaluate(
             features=features,
             weights=weights,
             classifier=classifier,
-            settings=sampling.given(),
+            settings=sampling,
             seed=seed,
             balance=balance,
             resize=resize,

@@ -26,19 +26,25 @@ FINE_TOKENS = 2048  # of the fine model at a time, with both halves of guidance
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample; settings with `fine_` are the fine stage's own.
+    """Sampling settings; those that begin with `fine_` are the fine stage's.
+
+    The command line and the studio's API take their settings and descriptions from here.
 
     Args:
-        guidance: scale g of classifier-free guidance, uncond + g * (cond - uncond) on the
-            logits; 1 is none and costs nothing.
-        temperature: divides the (guided) logits; below 1 for the likely, above 1 for variety.
-        top_k: draw among the k most likely choices; 1 is greedy, 0 is no limit.
-        top_p: draw among the fewest most likely choices that together have this probability;
-            1 is no limit. Applied after top_k.
-        guidance_schedule: how the scale of the coarse stage gets from 1 to `guidance` over its
-            steps; see `guidance_scales`.
-        guidance_window: from which fraction of the steps of the coarse stage up to which there is
-            guidance; outside of it there is none, and it costs nothing.
+        guidance: scale g of classifier-free guidance, uncond + g * (cond - uncond) on the logits; 1
+            is none and costs nothing
+        fine_guidance: the same in the fine stage
+        temperature: divides the logits, after guidance; below 1 for less variety, above 1 for more
+        fine_temperature: the same in the fine stage
+        top_k: sample among the k most likely clusters; 1 is greedy, 0 is no limit
+        fine_top_k: the same among the members of each cluster
+        top_p: sample among the fewest most likely clusters with this total probability, after
+            top-k; 1 is no limit
+        fine_top_p: the same among the members of each cluster
+        guidance_schedule: how the scale of the coarse stage grows from 1 to g over its steps, see
+            `guidance_scales`
+        guidance_window: the part of the coarse steps that uses guidance, as two fractions, e.g.
+            0.2 0.8; steps without guidance cost less
 
     Raises:
         UserError: a value out of its range.

@@ -259,7 +259,7 @@ def test_tokens_by_two_of_which_one_gets_sigterm(run: Path, pictures: Path, tmp_
     extract = ("tokens", "extract", pictures, "--run", out, *small)
     done = torchrun(2, 1, *extract, module="tests.interrupted")
     assert done.returncode == 0, done.stderr
-    said = f"{out / 'tokens'}: stopped, and saved what was encoded; run it again to go on"
+    said = f"{out / 'tokens'}: stopped and saved; run it again to resume"
     assert done.stdout.count(said) == 1 and "done" not in done.stdout
     found = {path.name for path in (out / "tokens").glob("train-0*")}
     assert found >= {"train-00000.npy", "train-00001.begun.npy", "train-00002.npy"}

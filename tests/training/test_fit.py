@@ -21,7 +21,7 @@ from PIL import Image
 
 from ctf.cli import main as cli
 from ctf.common import config, storage
-from ctf.data import image_set, tokens
+from ctf.data import extraction, image_set
 from ctf.data.tokens import Tokens
 from ctf.models import clusters
 from ctf.models.clusters import Clusters
@@ -214,11 +214,7 @@ def test_sigterm_in_every_stage(
     for module, name, said in (
         (fit, "check", "run: stopped; run it again to resume"),
         (loop, "_step", "run/tokenizer: stopped after step 1 and saved; run it again to resume"),
-        (
-            tokens,
-            "_encode",
-            "run/tokens: stopped, and saved what was encoded; run it again to go on",
-        ),
+        (extraction, "as_tensor", "run/tokens: stopped and saved; run it again to resume"),
         (clusters, "fit", "run: stopped; run it again to resume"),
         (loop, "_step", "run/coarse: stopped after step 1 and saved; run it again to resume"),
         (loop, "finish", "run: stopped; run it again to resume"),

@@ -175,7 +175,7 @@ class _Extraction:
                 if number % world.size == world.rank:
                     complete &= self.encode_shard(split, shard, image_set, rows, advance)
         if world.any(not complete):  # waits for all processes
-            message = f"{self.folder}: stopped and saved; run the same command again to continue"
+            message = f"{self.folder}: stopped and saved; run it again to resume"
             raise Stopped(message if world.is_main else "")
 
     def write_classes(self, split: Split, classes_N: np.ndarray) -> None:

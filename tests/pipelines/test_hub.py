@@ -518,7 +518,7 @@ def test_the_python_of_the_card_runs(
     assert len(code.strip().splitlines()) == 3
     monkeypatch.chdir(tmp_path)
     exec(code, {})
-    with Image.open("picture.png") as drawn:
+    with Image.open("image.png") as drawn:
         expected = pipe.sample(["blue"], seed=0).images[0]
         assert np.array_equal(np.asarray(drawn), np.asarray(expected))
 
@@ -527,7 +527,7 @@ def test_nothing_is_invented(pipe: Pipeline) -> None:
     pipe.origin = {}
     text = card.text(pipe)
     assert "## Metrics" not in text and "## How it was made" not in text
-    assert "license:" not in text and "Nobody has stated one" in text
+    assert "license:" not in text and "Not stated." in text
     pipe.origin = {"converted_from": {"project": "LlamaGen", "size": "B"}, "metrics": 3}
     assert '"size": "B"' in card.text(pipe)
     pipe.class_names = tuple(f"class {i}" for i in range(1000))
@@ -541,16 +541,16 @@ def test_an_edited_card_is_kept_and_no_other(
 ) -> None:
     folder = tmp_path / "saved"
     pipe.save_pretrained(folder)
-    assert card.edited(folder) is None
+    assert card.load_edited(folder) is None
     other.origin = {**pipe.origin, "note": "other weights"}
     other.save_pretrained(folder)
     assert "other weights" in (folder / "README.md").read_text()
     mine = (folder / "README.md").read_text().replace("# A pipeline of ctf", "# Mine")
     (folder / "README.md").write_text(mine)
     pipe.save_pretrained(folder)
-    assert (folder / "README.md").read_text() == card.edited(folder) == mine
+    assert (folder / "README.md").read_text() == card.load_edited(folder) == mine
     (folder / "README.md").write_bytes(b"\xff")
-    with pytest.raises(UserError, match="not a text in UTF-8"):
+    with pytest.raises(UserError, match="not text in UTF-8"):
         pipe.save_pretrained(folder)
 
 

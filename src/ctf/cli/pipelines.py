@@ -361,7 +361,7 @@ def push(
 
     folder = find_pipeline(model)
     pipe = Pipeline.from_pretrained(folder, open_device(device))
-    own = card.edited(folder)
+    own = card.load_edited(folder)
     drawn = picture and (own is None or card.IMAGE in own)
     if dry_run:
         said = "a new README.md" if own is None else f"{folder / card.FILE}"

@@ -6,9 +6,19 @@ not change.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictBool, StrictInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    StrictBool,
+    StrictInt,
+    create_model,
+)
+
+from ctf.models.sampling import Sampling
 
 MAX_TOKENS = 16_384  # per image, more than any tokenizer has
 
@@ -18,12 +28,17 @@ Code = Annotated[StrictInt, Field(ge=-1, lt=2**31)]
 Codes = Annotated[list[Code], Field(min_length=1, max_length=MAX_TOKENS)]
 Mask = Annotated[list[StrictBool], Field(min_length=1, max_length=MAX_TOKENS)]
 Seed = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
-Scale = Annotated[FiniteFloat, Field(ge=-100, le=100)]
-Temperature = Annotated[FiniteFloat, Field(ge=0.01, le=100)]
-TopK = Annotated[StrictInt, Field(ge=0, lt=2**31)]
-TopP = Annotated[FiniteFloat, Field(gt=0, le=1)]
-Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
 Png = Annotated[str, Field(description="a PNG file in base64")]
+Fraction = Annotated[FiniteFloat, Field(ge=0, le=1)]
+
+# What the API accepts for the fields of `Sampling`, those that begin with `fine_` too.
+RANGES: dict[str, Any] = {
+    "guidance": Annotated[FiniteFloat, Field(ge=-100, le=100)],
+    "temperature": Annotated[FiniteFloat, Field(ge=0.01, le=100)],
+    "top_k": Annotated[StrictInt, Field(ge=0, lt=2**31)],
+    "top_p": Annotated[FiniteFloat, Field(gt=0, le=1)],
+    "guidance_window": tuple[Fraction, Fraction],
+}
 
 
 class Strict(BaseModel):
@@ -32,19 +47,18 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class SamplingSettings(Strict):
-    """Sampling settings, see `ctf sample --help`; the model's own by default."""
-
-    guidance: Scale | None = None
-    fine_guidance: Scale | None = None
-    temperature: Temperature | None = None
-    fine_temperature: Temperature | None = None
-    top_k: TopK | None = None
-    fine_top_k: TopK | None = None
-    top_p: TopP | None = None
-    fine_top_p: TopP | None = None
-    guidance_schedule: Literal["constant", "linear", "cosine"] | None = None
-    guidance_window: tuple[Share, Share] | None = None
+if TYPE_CHECKING:
+    SamplingSettings = Strict
+else:
+    SamplingSettings = create_model(
+        "SamplingSettings",
+        __base__=Strict,
+        __doc__="Sampling settings, see `ctf sample --help`; the model's own by default.",
+        **{
+            name: (RANGES.get(name.removeprefix("fine_"), kind) | None, None)
+            for name, kind in get_type_hints(Sampling).items()
+        },
+    )
 
 
 class SamplingRequest(Strict):

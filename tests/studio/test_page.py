@@ -1,4 +1,4 @@
-"""The studio's page in a real browser, and what it looks like: build/screenshots."""
+"""The page in a real browser. Screenshots of its states are written to build/screenshots."""
 
 import dataclasses
 import json
@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ctf.studio import server
 from ctf.studio.tasks import Limits
 from ctf.studio.worker import Worker
 from tests.conftest import Command, picture
-from tests.serving import serving
+from tests.serving import serving, wait_until
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = sync_api.expect
@@ -26,7 +27,7 @@ BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 GRID = 8
-TIMEOUT = 60_000  # milliseconds; on a busy machine everything takes its time
+TIMEOUT = 60_000  # milliseconds
 expect.set_options(timeout=TIMEOUT)
 
 pytestmark = pytest.mark.skipif(
@@ -36,90 +37,106 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def worker() -> Worker:
-    (loaded,) = server.start_workers(["fashion-mnist"], torch.device("cpu"), "auto", Limits())
-    return loaded
+    (worker,) = server.start_workers(["fashion-mnist"], torch.device("cpu"), "auto", Limits())
+    return worker
 
 
 @pytest.fixture(scope="module")
-def address(worker: Worker) -> Iterator[str]:
-    with serving([worker], Limits()) as found:
-        yield found
+def url(worker: Worker) -> Iterator[str]:
+    with serving([worker], Limits()) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with sync_api.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=BROWSER, args=arguments)
-        yield opened
-        opened.close()
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=arguments)
+        yield browser
+        browser.close()
 
 
-class Tab:
-    """A new window of its own at the studio; whatever goes wrong in the page fails the test."""
-
-    def __init__(self, browser: Any, viewport: dict[str, int], theme: str = "light") -> None:
-        self.context = browser.new_context(
-            viewport=viewport, color_scheme=theme, accept_downloads=True
-        )
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(TIMEOUT)
-        self.wrong: list[str] = []
-        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        self.page.on(
-            "console",
-            # The browser itself says where a request was refused; that is no mistake of the page.
-            lambda said: (
-                self.wrong.append(said.text)
-                if said.type == "error" and "Failed to load resource" not in said.text
-                else None
-            ),
-        )
-
-    def open(self, address: str) -> Any:
-        self.page.goto(address)
-        expect(self.page.locator("body[data-ready]")).to_be_visible()
-        return self.page
+@contextmanager
+def new_page(browser: Any, viewport: dict[str, int], theme: str = "light") -> Iterator[Any]:
+    """Open a window of its own; any error in the page fails the test."""
+    context = browser.new_context(viewport=viewport, color_scheme=theme, accept_downloads=True)
+    page = context.new_page()
+    page.set_default_timeout(TIMEOUT)
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on(
+        "console",
+        # The browser itself reports requests with an error status, which the page handles.
+        lambda message: (
+            errors.append(message.text)
+            if message.type == "error" and "Failed to load resource" not in message.text
+            else None
+        ),
+    )
+    yield page
+    context.close()
+    assert errors == []
 
 
-@pytest.fixture
-def tab(browser: Any) -> Iterator[Tab]:
-    opened = Tab(browser, WIDE)
-    yield opened
-    opened.context.close()
-    assert opened.wrong == []
+def open_studio(page: Any, url: str) -> None:
+    page.goto(url)
+    expect(page.locator("body[data-ready]")).to_be_visible()
 
 
 @pytest.fixture
-def page(tab: Tab, address: str) -> Any:
-    return tab.open(address)
+def empty_page(browser: Any) -> Iterator[Any]:
+    with new_page(browser, WIDE) as page:
+        yield page
 
 
-def folder() -> Path:
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    return SCREENSHOTS
+@pytest.fixture
+def page(empty_page: Any, url: str) -> Any:
+    open_studio(empty_page, url)
+    return empty_page
 
 
-def done(page: Any) -> None:
+@contextmanager
+def slow_steps(worker: Worker, seconds: float) -> Iterator[None]:
+    """Delay each step of the coarse model, so that its previews can be seen."""
+    head = worker.model.pipe.coarse.head
+    hook = head.register_forward_hook(lambda *_: time.sleep(seconds))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def expect_done(page: Any) -> None:
     expect(page.locator("#status")).to_have_text("Done")
 
 
-def draw(page: Any, *classes: str, count: int = 1, seed: int = 0) -> None:
+def generate(page: Any, *classes: str, count: int = 1, seed: int = 0) -> None:
     page.get_by_label("t-shirt", exact=True).uncheck(force=True)
     for name in classes:
         page.get_by_label(name, exact=True).check(force=True)
-    page.get_by_label("Of each").fill(str(count))
+    page.get_by_label("Per class").fill(str(count))
     page.get_by_label("Seed", exact=True).fill(str(seed))
     page.get_by_role("button", name="Generate").click()
-    done(page)
+    expect_done(page)
 
 
-def source(page: Any) -> str:
-    return str(page.locator("#picture").get_attribute("src"))
+def shown_image(page: Any) -> str:
+    return str(page.locator("#image").get_attribute("src"))
 
 
-def same_from_the_command_line(page: Any, tmp_path: Path, ctf: Command) -> dict[str, Any]:
-    """Saves the picture on the stage and its settings, and draws it again from those."""
+def thumbnails(page: Any) -> list[str]:
+    return [image.get_attribute("src") for image in page.locator(".thumbnail img").all()]
+
+
+def take_screenshot(page: Any, name: str, full_page: bool = False) -> None:
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=full_page)
+    width = page.viewport_size["width"]
+    assert page.locator("html").evaluate("e => e.scrollWidth") <= width, "wider than the window"
+
+
+def download_and_sample(page: Any, tmp_path: Path, ctf: Command) -> dict[str, Any]:
+    """Save the image and its settings; check that `ctf sample` makes the same file from these."""
     saved = []
     for button in ("#save-png", "#save-settings"):
         with page.expect_download() as download:
@@ -135,229 +152,220 @@ def same_from_the_command_line(page: Any, tmp_path: Path, ctf: Command) -> dict[
     return dict(json.loads(settings.read_text()))
 
 
-# --- what it does ---------------------------------------------------------------------------------
+# --- Behaviour ------------------------------------------------------------------------------------
 
 
-def test_a_picture_grows_before_it_is_done(page: Any, worker: Worker) -> None:
-    expect(page.get_by_role("heading", name="Watch a picture being made")).to_be_visible()
-    # So slowly that no row is missed.
-    hook = worker.model.pipe.coarse.head.register_forward_hook(lambda *_: time.sleep(0.03))
-    try:
-        page.get_by_role("button", name="Draw the first ones").click()
-        seen: dict[str, str] = {}
+def test_previews_are_shown_row_by_row(page: Any, worker: Worker) -> None:
+    expect(page.get_by_role("heading", name="Watch images being generated")).to_be_visible()
+    with slow_steps(worker, 0.03):
+        page.get_by_role("button", name="Start with these settings").click()
+        seen: set[str] = set()
         while page.locator("#tokens").count() == 0:
-            if page.locator("#picture").count() and (
-                now := page.locator("#picture").get_attribute("src")
-            ):
-                seen.setdefault(now, page.locator("#status").inner_text())
+            image = page.locator("#image")
+            if image.count() and (src := image.get_attribute("src")):
+                seen.add(src)
             time.sleep(0.02)
-    finally:
-        hook.remove()
-    done(page)
-    assert len(seen.keys() - {source(page)}) >= 4
-    # And the slider goes back over them, to the first.
-    assert page.locator(".film button").count() == GRID + 1
-    final = source(page)
+    expect_done(page)
+    final = shown_image(page)
+    assert len(seen - {final}) >= 4
+    # The slider goes back to the first.
+    assert page.locator(".filmstrip button").count() == GRID + 1
     page.locator("#step").focus()
     page.keyboard.press("Home")
-    assert source(page) in seen
+    assert shown_image(page) in seen
     expect(page.locator("#step-text")).to_contain_text("Row 1 of 8")
     page.keyboard.press("End")
-    assert source(page) == final
-    expect(page.locator("#empty")).to_be_hidden()
+    assert shown_image(page) == final
+    expect(page.locator("#start-page")).to_be_hidden()
 
 
-def test_downloads_are_drawn_again_by_the_command(page: Any, tmp_path: Path, ctf: Command) -> None:
-    draw(page, "bag", "sneaker", seed=7)
-    page.locator(".tile").nth(1).click()
+def test_downloads_can_be_sampled_by_the_command(page: Any, tmp_path: Path, ctf: Command) -> None:
+    generate(page, "bag", "sneaker", seed=7)
+    page.locator(".thumbnail").nth(1).click()
     expect(page.locator("#title")).to_have_text("bag")
-    settings = same_from_the_command_line(page, tmp_path, ctf)
+    settings = download_and_sample(page, tmp_path, ctf)
     assert (settings["seed"], settings["classes"], settings["model"]) == (8, [8], "fashion-mnist")
 
 
-def test_new_details_stand_beside_the_first(page: Any, tmp_path: Path, ctf: Command) -> None:
-    draw(page, "coat", seed=3)
-    first = source(page)
-    page.get_by_role("button", name="Same coarse, new details").click()
-    done(page)
-    assert source(page) != first
-    figures = page.locator("#frames figure")
+def test_the_fine_stage_is_resampled(page: Any, tmp_path: Path, ctf: Command) -> None:
+    generate(page, "coat", seed=3)
+    first = shown_image(page)
+    page.get_by_role("button", name="Resample fine stage").click()
+    expect_done(page)
+    assert shown_image(page) != first
+    figures = page.locator("#figures figure")
     expect(figures).to_have_count(2)
     assert figures.first.locator("img").get_attribute("src") == first
-    settings = same_from_the_command_line(page, tmp_path, ctf)
+    settings = download_and_sample(page, tmp_path, ctf)
     assert len(settings["coarse"]) == GRID**2
-    page.locator(".take").first.click()
-    assert source(page) == first
+    page.locator(".version").first.click()
+    assert shown_image(page) == first
 
 
-def test_redrawn_from_a_token(page: Any, tmp_path: Path, ctf: Command) -> None:
-    draw(page, "bag", seed=1)
-    page.get_by_label("Redraw from").check(force=True)
+def test_an_image_is_resampled_from_a_token_on(page: Any, tmp_path: Path, ctf: Command) -> None:
+    generate(page, "bag", seed=1)
+    page.get_by_label("Resample from here").check(force=True)
     page.locator("[data-token='32']").click()
-    done(page)
+    expect_done(page)
     expect(page.locator("#subtitle")).to_contain_text("from row 5, column 1")
-    settings = same_from_the_command_line(page, tmp_path, ctf)
+    settings = download_and_sample(page, tmp_path, ctf)
     assert settings["keep"] == [i < 32 for i in range(GRID**2)]
-    assert page.locator(".film button").count() == GRID + 1
+    assert page.locator(".filmstrip button").count() == GRID + 1
 
 
-def test_a_painted_region_is_redrawn(page: Any, tmp_path: Path, ctf: Command) -> None:
-    draw(page, "bag", seed=1)
-    page.get_by_label("Paint").check(force=True)
-    expect(page.get_by_role("button", name="Redraw painted")).to_be_disabled()
+def test_a_masked_region_is_inpainted(page: Any, tmp_path: Path, ctf: Command) -> None:
+    generate(page, "bag", seed=1)
+    page.get_by_label("Inpaint").check(force=True)
+    expect(page.get_by_role("button", name="Resample mask")).to_be_disabled()
     start, end = (page.locator(f"[data-token='{token}']").bounding_box() for token in (18, 21))
     page.mouse.move(start["x"] + 5, start["y"] + 5)
     page.mouse.down()
     page.mouse.move(end["x"] + 5, end["y"] + 5, steps=20)
     page.mouse.up()
-    expect(page.locator(".painted")).to_have_count(4)
+    expect(page.locator(".masked")).to_have_count(4)
     page.locator("[data-token='45']").focus()  # and one more by the keyboard
     page.keyboard.press("Space")
-    expect(page.locator(".painted")).to_have_count(5)
-    page.get_by_role("button", name="Redraw painted").click()
-    done(page)
-    settings = same_from_the_command_line(page, tmp_path, ctf)
-    assert [i for i, kept in enumerate(settings["keep"]) if not kept] == [18, 19, 20, 21, 45]
+    expect(page.locator(".masked")).to_have_count(5)
+    page.get_by_role("button", name="Resample mask").click()
+    expect_done(page)
+    settings = download_and_sample(page, tmp_path, ctf)
+    assert [i for i, known in enumerate(settings["keep"]) if not known] == [18, 19, 20, 21, 45]
 
 
-def test_a_cluster_is_looked_into(page: Any, worker: Worker, tmp_path: Path, ctf: Command) -> None:
-    draw(page, "dress", seed=2)
+def test_a_cluster_is_inspected_and_a_code_replaced(
+    page: Any, worker: Worker, tmp_path: Path, ctf: Command
+) -> None:
+    generate(page, "dress", seed=2)
     page.locator("[data-token='0']").focus()
-    for key in ("ArrowDown", "ArrowDown", "ArrowDown", "ArrowRight", "ArrowRight", "ArrowRight"):
+    for key in ["ArrowDown"] * 3 + ["ArrowRight"] * 3 + ["Enter"]:
         page.keyboard.press(key)
-    page.keyboard.press("Enter")
     heading = page.locator("#cluster h3")
     expect(heading).to_have_text(re.compile(r"Cluster \d+ · \d+ codes?"))
     cluster, count = map(int, re.findall(r"\d+", heading.inner_text()))
     members = page.locator(".members button")
     assert members.count() == count == int(worker.model.pipe.clusters.sizes_K[cluster])
     assert page.locator(".members [aria-pressed=true]").count() == 1
-    first = source(page)
+    first = shown_image(page)
     other = page.locator(".members [aria-pressed=false]").first
     other.hover()
-    shown = source(page)
-    assert shown != first
+    preview = shown_image(page)
+    assert preview != first
     other.click()
-    expect(page.locator("#subtitle")).to_contain_text("put in")
-    assert source(page) == shown
-    same_from_the_command_line(page, tmp_path, ctf)
+    expect(page.locator("#subtitle")).to_have_text(re.compile(r"code \d+ used"))
+    assert shown_image(page) == preview
+    download_and_sample(page, tmp_path, ctf)
 
 
-def test_a_picture_is_brought(page: Any, tmp_path: Path, ctf: Command) -> None:
+def test_an_uploaded_image_is_encoded_and_resampled(
+    page: Any, tmp_path: Path, ctf: Command
+) -> None:
     file = tmp_path / "mine.png"
     picture(0.3, 1).save(file)
-    page.get_by_label("Drawn as").select_option("bag")
+    page.get_by_label("Its class").select_option("bag")
     page.set_input_files("#file", file)
-    done(page)
-    expect(page.locator("#frames figcaption")).to_have_text(["reconstruction", "details redrawn"])
-    page.get_by_text("Codes and labels").click()
+    expect_done(page)
+    captions = ["reconstruction", "fine stage resampled"]
+    expect(page.locator("#figures figcaption")).to_have_text(captions)
+    page.get_by_text("Codes and coarse labels").click()
     expect(page.locator("#codes td")).to_have_count(2 * GRID**2)
-    page.locator(".take").first.click()
-    expect(page.locator(".film button")).to_have_count(3)
-    same_from_the_command_line(page, tmp_path, ctf)
+    page.locator(".version").first.click()
+    expect(page.locator(".filmstrip button")).to_have_count(3)
+    download_and_sample(page, tmp_path, ctf)
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"not an image")
     page.set_input_files("#file", broken)
     expect(page.get_by_role("alert")).to_contain_text("unknown format")
 
 
-def test_a_link_carries_the_settings(tab: Tab, page: Any, address: str) -> None:
+def test_a_link_has_the_settings(page: Any) -> None:
     page.get_by_label("Temperature", exact=True).first.fill("0.7")
-    draw(page, "sandal", count=2, seed=99)
-    link = page.url
-    drawn = [tile.get_attribute("src") for tile in page.locator(".tile img").all()]
+    generate(page, "sandal", count=2, seed=99)
     page.get_by_role("button", name="Copy link").click()
-    other = tab.context.new_page()
-    other.goto(link)
-    done(other)
-    assert [tile.get_attribute("src") for tile in other.locator(".tile img").all()] == drawn
+    other = page.context.new_page()
+    other.goto(page.url)
+    expect_done(other)
+    assert thumbnails(other) == thumbnails(page)
     expect(other.get_by_label("sandal", exact=True)).to_be_checked()
     expect(other.get_by_label("Temperature", exact=True).first).to_have_value("0.7")
 
 
-def test_two_pipelines_on_the_same_seeds(tab: Tab, worker: Worker) -> None:
-    twin = Worker(dataclasses.replace(worker.model, name="other"), Limits())
-    with serving([worker, twin], Limits()) as address:
-        page = tab.open(address)
+def test_two_models_are_compared_on_the_same_seeds(empty_page: Any, worker: Worker) -> None:
+    page, other = empty_page, Worker(dataclasses.replace(worker.model, name="other"), Limits())
+    with serving([worker, other], Limits()) as url:
+        open_studio(page, url)
         page.get_by_label("Both").check(force=True)
-        draw(page, "bag", count=2, seed=5)
+        generate(page, "bag", count=2, seed=5)
         expect(page.locator(".group")).to_have_count(2)
-        expect(page.locator("#frames figure")).to_have_count(2)
-        images = [tile.get_attribute("src") for tile in page.locator(".tile img").all()]
+        expect(page.locator("#figures figure")).to_have_count(2)
+        images = thumbnails(page)
         assert images[0] == images[1] != images[2] == images[3]  # the same weights
-        expect(page.locator("#subtitle")).to_contain_text("fashion-mnist · first · seed 5")
-        page.screenshot(path=folder() / "1280-light-compared.png", full_page=True)
+        expect(page.locator("#subtitle")).to_contain_text("fashion-mnist · sample · seed 5")
+        take_screenshot(page, "1280-light-compared", full_page=True)
 
 
-def test_mistakes_are_told(page: Any) -> None:
-    page.get_by_label("t-shirt", exact=True).uncheck(force=True)
+def test_invalid_input_is_explained(page: Any) -> None:
+    box = page.get_by_label("t-shirt", exact=True)
+    box.uncheck(force=True)
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_role("alert")).to_contain_text("Choose a class first")
-    page.screenshot(path=folder() / "1280-light-mistake.png")
-    page.get_by_role("button", name="Mend it").click()
+    take_screenshot(page, "1280-light-error")
+    page.get_by_role("button", name="Edit").click()
     expect(page.get_by_role("alert")).to_be_hidden()
+    expect(box).to_be_focused()
+    box.check(force=True)
+    page.get_by_label("Seed", exact=True).fill("0.5")
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_role("button", name="Edit").click()
+    expect(page.get_by_label("Seed", exact=True)).to_be_focused()
 
 
-def test_stop(page: Any, worker: Worker) -> None:
-    hook = worker.model.pipe.coarse.head.register_forward_hook(lambda *_: time.sleep(0.05))
-    try:
+def test_stop_cancels_the_request(page: Any, worker: Worker) -> None:
+    with slow_steps(worker, 0.05):
         page.get_by_role("button", name="Generate").click()
-        expect(page.locator(".film button").nth(4)).to_be_visible()
-        page.screenshot(path=folder() / "1280-light-growing.png")
+        expect(page.locator(".filmstrip button").nth(4)).to_be_visible()
+        take_screenshot(page, "1280-light-sampling")
         page.get_by_role("button", name="Stop").click()
         expect(page.locator("#status")).to_have_text("Stopped")
-        expect(page.locator("#empty")).to_be_visible()
-        deadline = time.monotonic() + 5
-        while worker.state()["running"]:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        hook.remove()
+        expect(page.locator("#start-page")).to_be_visible()
+        wait_until(lambda: not worker.state()["running"])
 
 
-def test_a_token_is_asked_for(browser: Any, worker: Worker) -> None:
-    with serving([worker], Limits(), token="open") as address:
-        tab = Tab(browser, WIDE)
-        tab.page.goto(address)
-        tab.page.get_by_role("textbox", name="Token").fill("open")
-        tab.page.get_by_role("button", name="Open").click()
-        expect(tab.page.locator("body[data-ready]")).to_be_visible()
-        tab.context.close()
+def test_the_page_asks_for_the_token(empty_page: Any, worker: Worker) -> None:
+    with serving([worker], Limits(), token="open") as url:
+        empty_page.goto(url)
+        empty_page.get_by_role("textbox", name="Token").fill("open")
+        empty_page.get_by_role("button", name="Continue").click()
+        expect(empty_page.locator("body[data-ready]")).to_be_visible()
 
 
-def test_the_api_has_a_page(tab: Tab, address: str) -> None:
-    tab.page.goto(f"{address}/docs")
-    expect(tab.page.get_by_role("heading", name="POST /v1/generate")).to_be_visible()
-    assert tab.page.locator("section").count() > 8
+def test_the_api_is_documented(empty_page: Any, url: str) -> None:
+    empty_page.goto(f"{url}/docs")
+    expect(empty_page.get_by_role("heading", name="POST /v1/generate")).to_be_visible()
+    assert empty_page.locator("section").count() > 8
+    take_screenshot(empty_page, "1280-light-api", full_page=True)
 
 
-# --- how it looks ---------------------------------------------------------------------------------
+# --- Looks ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["1280", "390"])
-def test_screenshots(browser: Any, address: str, viewport: dict[str, int], theme: str) -> None:
-    tab = Tab(browser, viewport, theme)
-    page = tab.open(address)
-
-    def shoot(name: str) -> None:
-        path = folder() / f"{viewport['width']}-{theme}-{name}.png"
-        page.screenshot(path=path, full_page=True)
-        # Nothing is wider than the window.
-        assert page.locator("html").evaluate("e => e.scrollWidth") <= viewport["width"]
-
-    shoot("empty")
-    draw(page, "bag", "ankle-boot", count=4, seed=0)
-    page.locator(".tile").nth(2).click()
-    shoot("drawn")
-    page.get_by_role("button", name="Same coarse, new details").click()
-    done(page)
-    page.locator("[data-token='20']").click()
-    expect(page.locator(".members")).to_be_visible()
-    shoot("cluster")
-    page.get_by_label("Paint").check(force=True)
-    for token in (18, 19, 26, 27):
-        page.locator(f"[data-token='{token}']").click()
-    shoot("paint")
-    tab.context.close()
-    assert tab.wrong == []
+def test_nothing_is_wider_than_the_window(
+    browser: Any, url: str, viewport: dict[str, int], theme: str
+) -> None:
+    name = f"{viewport['width']}-{theme}"
+    with new_page(browser, viewport, theme) as page:
+        open_studio(page, url)
+        take_screenshot(page, f"{name}-start", full_page=True)
+        generate(page, "bag", "ankle-boot", count=4, seed=0)
+        page.locator(".thumbnail").nth(2).click()
+        take_screenshot(page, f"{name}-samples", full_page=True)
+        page.get_by_role("button", name="Resample fine stage").click()
+        expect_done(page)
+        page.locator("[data-token='20']").click()
+        expect(page.locator(".members")).to_be_visible()
+        take_screenshot(page, f"{name}-cluster", full_page=True)
+        page.get_by_label("Inpaint").check(force=True)
+        for token in (18, 19, 26, 27):
+            page.locator(f"[data-token='{token}']").click()
+        take_screenshot(page, f"{name}-mask", full_page=True)

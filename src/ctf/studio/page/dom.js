@@ -1,8 +1,8 @@
-// Small helpers for the page's elements.
+// Small helpers.
 
 export const $ = (id) => document.getElementById(id);
 
-/** An element with properties, attributes (in `attributes`), and children. */
+/** Creates an element with properties, attributes (in `attributes`), and children. */
 export function el(tag, properties = {}, ...children) {
   const { attributes = {}, ...rest } = properties;
   const element = Object.assign(document.createElement(tag), rest);
@@ -11,18 +11,15 @@ export function el(tag, properties = {}, ...children) {
   return element;
 }
 
-export const png = (base64) => `data:image/png;base64,${base64}`;
+export const pngUrl = (base64) => `data:image/png;base64,${base64}`;
 
-/** Offers bytes as a file. */
-export function save(name, blob) {
-  const address = URL.createObjectURL(blob);
-  const anchor = el("a", { href: address, download: name });
-  anchor.click();
-  setTimeout(() => URL.revokeObjectURL(address), 10_000);
+/** Downloads a file. */
+export function download(name, content, type) {
+  const url = URL.createObjectURL(new Blob([content], { type }));
+  el("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }
 
-export function bytes(base64) {
-  return Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
-}
+export const decodeBase64 = (base64) => Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
 
 export const randomSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];

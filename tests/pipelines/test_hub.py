@@ -153,7 +153,7 @@ def test_what_is_no_name_of_the_hub_is_not_asked_for(server: Hub, name: str) -> 
 
 
 def test_one_revision_at_a_time(server: Hub, run: Path) -> None:
-    with pytest.raises(UserError, match="got the revision 'v2', too") as error:
+    with pytest.raises(UserError, match="got revision 'v2' as well") as error:
         Pipeline.from_pretrained(f"{ID}@v1", revision="v2")
     mistake(error)
     for here in (run, "fashion-mnist"):
@@ -213,7 +213,10 @@ def test_a_private_one(discs: Repository, tmp_path: Path) -> None:
     discs.private = True
     with pytest.raises(UserError) as error:
         Pipeline.from_pretrained(ID)
-    assert "shows no such repository (401)\ncheck the name; if it is a private" in mistake(error)
+    assert (
+        "shows no such repository (401)\ncheck the name; if the repository is private"
+        in mistake(error)
+    )
     Pipeline.from_pretrained(ID, token=TOKEN, cache_dir=tmp_path / "mine")
     assert (tmp_path / "mine" / "models--org--discs").is_dir()
     assert not Path(constants.HF_HUB_CACHE).exists()
@@ -244,11 +247,13 @@ def test_from_the_cache(
         "unreachable": "cannot be reached\ncheck the network: [Errno 111] Connection refused",
         "500": "answered 500: Internal Server Error",
     }
-    assert expected.get(way, "the network is not to be used\nrun it once without") in mistake(error)
+    assert expected.get(way, "network access is disabled\nrun the command once without") in mistake(
+        error
+    )
 
 
 def test_the_network_is_needed_to_download_anew(discs: Repository) -> None:
-    with pytest.raises(UserError, match="cannot be downloaded anew without the network"):
+    with pytest.raises(UserError, match="cannot be downloaded again without network access"):
         Pipeline.from_pretrained(ID, local_files_only=True, force_download=True)
 
 
@@ -285,13 +290,13 @@ def test_a_download_that_breaks_off_goes_on_with_the_next_call(
     discs: Repository, server: Hub, pipe: Pipeline
 ) -> None:
     server.faults.cuts[WEIGHTS] = (5000, 1000)
-    with pytest.raises(UserError, match=f"{ID}: the connection to the Hub .* broke off") as error:
+    with pytest.raises(UserError, match=f"{ID}: the connection to the Hub .* was lost") as error:
         Pipeline.from_pretrained(ID)
-    assert "run it again" in mistake(error)
+    assert "run the command again" in mistake(error)
     # Nothing half-written is left that could be taken for whole.
     cache = Path(constants.HF_HUB_CACHE)
     assert not list(cache.rglob(WEIGHTS)) and not list(cache.rglob("*.incomplete"))
-    with pytest.raises(UserError, match="not wholly in the cache"):
+    with pytest.raises(UserError, match="not completely, in the cache"):
         Pipeline.from_pretrained(ID, local_files_only=True)
     server.faults.cuts.clear()
     asked_before = server.downloads()
@@ -308,7 +313,7 @@ def test_a_wrong_hash(discs: Repository, server: Hub, pipe: Pipeline, damaged: s
     for _ in range(2):
         with pytest.raises(UserError) as error:
             Pipeline.from_pretrained(ID)
-        expected = f"{ID}: {damaged}: the content is not what its hash says; removed\nrun it again"
+        expected = f"{ID}: {damaged}: does not match its hash; deleted\nrun the command again"
         assert expected in mistake(error)
     server.faults.flipped.clear()
     server.downloads()
@@ -326,9 +331,9 @@ def test_hashes_are_compared_even_if_the_call_that_downloaded_was_killed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(hub, "_verify", killed)
+        patch.setattr(hub, "verify", killed)
         Pipeline.from_pretrained(ID)
-    with pytest.raises(UserError, match="not what its hash says"):
+    with pytest.raises(UserError, match="does not match its hash"):
         Pipeline.from_pretrained(ID, local_files_only=True)
 
 
@@ -336,9 +341,9 @@ def test_hashes_are_compared_once(
     discs: Repository, saved: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compared: list[str] = []
-    compare = hub._matches_its_hash
+    compare = hub.is_intact
     monkeypatch.setattr(
-        hub, "_matches_its_hash", lambda path: (compared.append(path.name), compare(path))[1]
+        hub, "is_intact", lambda path: (compared.append(path.name), compare(path))[1]
     )
     Pipeline.from_pretrained(ID)
     assert len(compared) == len(PIPELINE_FILES)
@@ -360,9 +365,9 @@ def test_gits_hash(tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     link = tmp_path / "link"
     link.symlink_to(name)
-    assert hub._matches_its_hash(link)
+    assert hub.is_intact(link)
     (tmp_path / name).write_bytes(content + b"!")
-    assert not hub._matches_its_hash(link)
+    assert not hub.is_intact(link)
 
 
 @pytest.mark.parametrize("missing", [WEIGHTS, "fine/config.json", "clusters/clusters.safetensors"])
@@ -385,7 +390,9 @@ def test_not_there(discs: Repository, server: Hub, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv("HF_TOKEN", token)
         with pytest.raises(UserError) as error:
             Pipeline.from_pretrained("org/nothing")
-        expected = f"org/nothing is no folder here, and the Hub shows no such repository ({status})"
+        expected = (
+            f"org/nothing: not a local folder, and the Hub shows no such repository ({status})"
+        )
         assert mistake(error).splitlines()[0] == expected
     with pytest.raises(UserError) as error:
         Pipeline.from_pretrained(f"{ID}@v9")
@@ -394,7 +401,7 @@ def test_not_there(discs: Repository, server: Hub, monkeypatch: pytest.MonkeyPat
     discs.gated = True
     with pytest.raises(UserError) as error:
         Pipeline.from_pretrained(ID)
-    assert f"ask for it at {server.address}/{ID}, and log in" in mistake(error)
+    assert f"request it at {server.address}/{ID}, and log in" in mistake(error)
 
 
 def test_no_room_for_the_cache(discs: Repository, tmp_path: Path) -> None:

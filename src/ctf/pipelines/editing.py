@@ -190,12 +190,9 @@ def preview(
 ) -> list[Image.Image]:
     """Decode coarse labels alone: each token has the mean code vector of its cluster.
 
-    Args:
-        coarse: The first T labels of each image, 1 <= T <= L: (B, T) of integers in [0, K). All
-            later tokens have the mean vector of all clusters.
-        codes: See `Pipeline.sample`.
-        known: See `Pipeline.sample`; a known code is shown instead of its label.
-        resize: See `Pipeline.sample`.
+    `coarse` are the first T labels of each image, 1 <= T <= L: (B, T) of integers in [0, K). All
+    later tokens have the mean vector of all clusters; known codes (see `Pipeline.sample`) are shown
+    as they are.
 
     Raises:
         UserError: Labels of another shape, type or range; as for `Pipeline.sample`.

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -145,5 +144,6 @@ def decode_vectors(pipe: Pipeline, vectors_BLC: Tensor, resize: int | None) -> T
     parts = vectors_BLC.split(at_a_time)
     images_BCHW = torch.cat([pipe.tokenizer.decode_vectors(part) for part in parts])
     if resize is not None:
-        images_BCHW = F.interpolate(images_BCHW, size=(resize, resize), mode="bicubic")
+        size = (resize, resize)
+        images_BCHW = torch.nn.functional.interpolate(images_BCHW, size=size, mode="bicubic")
     return images_BCHW.clamp(-1, 1)

@@ -121,7 +121,7 @@ def test_later_overrides_win() -> None:
         ("inner.count", "--set inner.count: expected KEY=VALUE"),
         ("inner.cuont=7", "--set inner.cuont: unknown key 'cuont': did you mean 'count'?"),
         ("iner.count=7", "--set iner.count: unknown key 'iner': did you mean 'inner'?"),
-        ("name.count=7", "--set name.count: 'name' is a value and has no keys"),
+        ("name.count=7", "--set name.count: 'name' is a single value, without keys"),
         ("inner.count=many", "--set inner.count: got 'many', expected int"),
         ("inner=7", "--set inner: got int, expected an object with keys"),
         ("kind=oval", "--set kind: unknown value 'oval'"),
@@ -136,4 +136,4 @@ def test_wrong_overrides(assignment: str, message: str) -> None:
 
 def test_did_you_mean() -> None:
     assert config.did_you_mean("tinny", ["tiny", "small"]) == ": did you mean 'tiny'?"
-    assert config.did_you_mean("x", ["tiny", "small"]) == ": there is tiny, small"
+    assert config.did_you_mean("x", ["tiny", "small"]) == ": expected tiny, small"

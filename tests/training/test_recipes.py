@@ -75,7 +75,7 @@ def test_sizes_that_do_not_divide(name: str) -> None:
 def test_unknown_preset() -> None:
     with pytest.raises(UserError, match=r"^unknown preset 'smal': did you mean 'small'\?$"):
         preset("smal")
-    with pytest.raises(UserError, match=r"^unknown preset 'x': there is tiny, small, base, image"):
+    with pytest.raises(UserError, match=r"^unknown preset 'x': expected tiny, small, base, image"):
         preset("x")
 
 
@@ -124,7 +124,7 @@ class _Shoes(image_set.ImageSet):
         (["coares.width=1"], "--set coares.width: unknown key 'coares': did you mean 'coarse'?"),
         (["coarse.width"], "--set coarse.width: expected KEY=VALUE"),
         (["coarse.width=wide"], "--set coarse.width: got 'wide', expected int"),
-        (["fine_softmax=x"], "--set fine_softmax: unknown value 'x': there is members, full"),
+        (["fine_softmax=x"], "--set fine_softmax: unknown value 'x': expected members, full"),
         (["coarse_training.steps=0"], "steps: got 0"),
         (["tokens.batch_size=0"], "batch_size is 0"),
         (["clusters.count=0"], "count is 0"),

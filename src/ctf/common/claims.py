@@ -71,13 +71,10 @@ def is_vacant(folder: Path) -> bool:
 
 
 def check_same(folder: Path, stored: Any, config: Any, *, what: str) -> None:
-    """Check that `folder` was made by `config`.
-
-    Args:
-        stored: The configuration that made the folder; like `config`, plain JSON values.
+    """Check that the folder's stored configuration equals `config`, both plain JSON values.
 
     Raises:
-        UserError: It was made by another one; names the first difference.
+        UserError: They differ; names the first difference.
     """
     if difference := first_difference(stored, config):
         raise UserError(

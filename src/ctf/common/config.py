@@ -1,4 +1,4 @@
-"""Frozen dataclasses <-> JSON. An unknown key is an error that says which one was meant."""
+"""Frozen dataclasses to JSON and back; unknown keys are errors that suggest the closest one."""
 
 from __future__ import annotations
 
@@ -16,23 +16,28 @@ T = TypeVar("T")
 
 
 def did_you_mean(got: str, known: Iterable[str]) -> str:
-    """`: did you mean 'x'?` or the list of what there is; to be put behind "unknown ... 'got'"."""
+    """Return the end of a message "unknown name 'got'": the closest known name, or all of them."""
     names = list(known)
     close = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
-    return f": did you mean {close[0]!r}?" if close else f": there is {', '.join(names)}"
+    return f": did you mean {close[0]!r}?" if close else f": expected {', '.join(names)}"
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A dataclass as plain dictionaries and lists, as `json.dumps` and `from_json` take it."""
+    """Return a dataclass as plain dictionaries and lists, for `json.dumps` and `from_json`."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return plain
 
 
 def from_json(kind: type[T], plain: Any, where: str) -> T:
-    """The inverse of `to_json`. `where` names the source in errors, e.g. the file.
+    """Build a dataclass from what `to_json` returned.
+
+    Args:
+        kind: The dataclass.
+        plain: Plain JSON values.
+        where: Their source, e.g. a file, for error messages.
 
     Raises:
-        UserError: an unknown key, a missing one, or a value of another type.
+        UserError: A key is unknown or missing, or a value is of another type.
     """
     if not isinstance(plain, dict):
         raise UserError(f"{where}: got {type(plain).__name__}, expected an object with keys")
@@ -51,10 +56,10 @@ def from_json(kind: type[T], plain: Any, where: str) -> T:
 
 
 def override(config: T, assignments: Sequence[str]) -> T:
-    """`config` with values replaced, e.g. `["coarse.width=128", "tokenizer.codebook_size=1024"]`.
+    """Return `config` with values replaced, e.g. by ["coarse.width=128", "tokens.views=plain"].
 
     Raises:
-        UserError: not `key=value`, an unknown key, or a value of another type.
+        UserError: An assignment is not KEY=VALUE, a key is unknown, or a value of another type.
     """
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
@@ -75,34 +80,37 @@ def _replace(config: Any, path: list[str], value: Any, where: str) -> Any:
     if len(path) > 1:
         inner = getattr(config, path[0])
         if not dataclasses.is_dataclass(inner):
-            raise UserError(f"{where}: {path[0]!r} is a value and has no keys")
+            raise UserError(f"{where}: {path[0]!r} is a single value, without keys")
         return dataclasses.replace(config, **{path[0]: _replace(inner, path[1:], value, where)})
     hint = typing.get_type_hints(type(config))[path[0]]
     return dataclasses.replace(config, **{path[0]: _parse(hint, value, where)})
 
 
 def _parse(hint: Any, value: Any, where: str) -> Any:
+    """Return a JSON value as the type of a field."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         if value in args:
             return value
         raise UserError(f"{where}: unknown value {value!r}{did_you_mean(str(value), args)}")
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _parse(next(a for a in args if a is not type(None)), value, where)
+    if origin in (typing.Union, types.UnionType):  # of one type and None
+        one = next(arg for arg in args if arg is not type(None))
+        return None if value is None else _parse(one, value, where)
     if dataclasses.is_dataclass(hint):
         return from_json(typing.cast(type, hint), value, where)
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_parse(args[0], v, where) for v in value)
     if origin is dict and isinstance(value, dict):
-        if args[1] is Any:
-            return value
         return {key: _parse(args[1], v, f"{where}: {key}") for key, v in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    is_bool = isinstance(value, bool)  # which is an int to isinstance
-    if isinstance(hint, type) and isinstance(value, hint) and is_bool == (hint is bool):
-        return value
-    name = getattr(hint, "__name__", str(hint))
-    raise UserError(f"{where}: got {value!r}, expected {name}")
+    if hint is Any or _is_a(hint, value):
+        return float(value) if hint is float else value
+    raise UserError(f"{where}: got {value!r}, expected {getattr(hint, '__name__', str(hint))}")
+
+
+def _is_a(hint: Any, value: Any) -> bool:
+    """Return whether a plain value is of a plain type; an int is a float, a bool is no int."""
+    if isinstance(value, bool):
+        return hint is bool
+    if hint is float:
+        return isinstance(value, (int, float))
+    return isinstance(hint, type) and isinstance(value, hint)

@@ -16,11 +16,12 @@ SPEED_SECONDS = 600.0
 
 
 class Progress(Protocol):
-    """A callback for the progress of one piece of work: how much is done, of how much in all."""
+    """A callback that is told how far a piece of work has come."""
 
     def __call__(
         self, done: int, total: int, metrics: Mapping[str, float] | None = None, /
-    ) -> None: ...
+    ) -> None:
+        """Receive how much is done, of how much in all, and the latest metrics if there are any."""
 
 
 # Opens the progress of one stage, given the stage's name, e.g. `show_progress`.

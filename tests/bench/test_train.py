@@ -15,7 +15,7 @@ from ctf.common.precision import supports_bf16
 from ctf.models.coarse import CoarseModel
 from ctf.models.sizes import TransformerShape
 from ctf.models.transformer import TransformerConfig
-from ctf.training import loop
+from ctf.training import optim
 from ctf.training.transformers import TrainingConfig
 from tests.conftest import Command
 
@@ -57,7 +57,7 @@ def test_the_plain_step_computes_what_ours_does() -> None:
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
     # A whole step of it: clipped gradients, then AdamW.
     t = TrainingConfig()
-    optimizer = loop.make_optimizer(model, 1e-3, t.betas, t.weight_decay)
+    optimizer = optim.make_optimizer(model, 1e-3, t.betas, t.weight_decay)
     norm = torch.linalg.vector_norm(torch.cat([grad.flatten() for grad in expected]))
     before = model.head.weight.detach().clone()
     assert float(

@@ -14,7 +14,7 @@ from ctf.bench import tokens
 from ctf.bench.tokens import CODEBOOK, IMAGENET
 from ctf.common.distributed import World
 from ctf.data.tokens import Tokens
-from ctf.training import loop
+from ctf.training import optim
 
 BATCH = 256
 
@@ -51,7 +51,7 @@ def test_an_epoch_is_a_permutation_for_any_number_of_processes(cache: Path) -> N
         processes = 8 if step < steps // 3 else 4
         for rank in range(processes):
             share = World(rank, processes).share(BATCH, "batch_size")
-            codes_BL = reader.codes(loop.batch_indices(IMAGENET, BATCH, 7, step)[share])
+            codes_BL = reader.codes(optim.batch_indices(IMAGENET, BATCH, 7, step)[share])
             seen[step, share] = codes_BL[:, 0] + CODEBOOK * codes_BL[:, 1]
     first, next_epoch = np.split(seen.ravel(), [IMAGENET])
     assert np.array_equal(np.sort(first), np.arange(IMAGENET))

@@ -21,7 +21,7 @@ from ctf.evaluation.classifier import (
     load_classifier,
     shipped_classifier,
 )
-from ctf.training import loop
+from ctf.training import loop, metrics_log
 from ctf.training.classifier import augment, held_out_accuracy, train_classifier
 
 TINY = ClassifierConfig(width=16, steps=40, batch_size=32, warm_up=5, evaluate_every=20)
@@ -62,7 +62,7 @@ def test_learns_a_separable_set(stripes: Splits, trained: Path) -> None:
     model = load_classifier(trained)
     assert model.class_names == ("across", "down", "checks")
     assert held_out_accuracy(model, stripes.val) > 0.95
-    assert loop.last_metrics(trained, "val")["accuracy"] > 0.95
+    assert metrics_log.last_metrics(trained, "val")["accuracy"] > 0.95
     assert {p.name for p in trained.iterdir()} == {
         "config.json",
         "metrics.jsonl",

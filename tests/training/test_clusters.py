@@ -68,15 +68,15 @@ def test_other_folders_are_refused(tmp_path: Path, tokenizer: VQModel, codes_BL:
         return fit_clusters(tmp_path, tokenizer, codes_BL, config, tokenizer_hash)
 
     (tmp_path / "report.json").write_text("mine")
-    with pytest.raises(UserError, match=r"report.json: exists, but clusters.safetensors"):
+    with pytest.raises(UserError, match=r"is not a folder of clusters \(no clusters.safetensors\)"):
         fit()
     assert (tmp_path / "report.json").read_text() == "mine"
     (tmp_path / "report.json").unlink()
     fit()
-    with pytest.raises(UserError, match="tokenizer: got abc, expected def"):
+    with pytest.raises(UserError, match='tokenizer was "abc", now "def"'):
         fit(tokenizer_hash="def")
-    with pytest.raises(UserError, match="count: got 8, expected 9"):
+    with pytest.raises(UserError, match="count was 8, now 9"):
         fit(dataclasses.replace(KMEANS, count=9))
     save_clusters(clusters.identity(64), tmp_path / CLUSTERS)
-    with pytest.raises(UserError, match="of a pipeline that was saved or converted"):
+    with pytest.raises(UserError, match="of a saved or converted pipeline"):
         fit()

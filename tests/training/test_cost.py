@@ -21,7 +21,7 @@ from ctf.models.sizes import SIZES
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.models.transformer import TransformerConfig
 from ctf.pipelines.folder import load_clusters
-from ctf.training import cost, loop
+from ctf.training import cost, optim
 from ctf.training.loop import Execution
 from ctf.training.recipes import IMAGENET, preset
 from ctf.training.tokenizer import PatchDiscriminator
@@ -193,7 +193,7 @@ def test_the_papers_recipes(name: str) -> None:
     assert math.floor(stages["coarse"].parameters / 1e6 + 0.5) == millions
     assert round(stages["fine"].parameters / 1e6) == 327
     assert recipe.clusters.count == 512
-    assert loop.learning_rate(10**6, t.steps, t.learning_rate, 0, t.schedule, 0.0) == 1e-4
+    assert optim.learning_rate(10**6, t.steps, t.learning_rate, 0, t.schedule, 0.0) == 1e-4
 
 
 def test_hours_are_the_sum_that_is_shown() -> None:

@@ -1,28 +1,26 @@
-"""The training loop: resumed to the bit, logged once, stopped before it is too late."""
+"""The training loop: resumed to the bit, each step logged once, stopped by SIGTERM."""
 
 import json
 import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ctf.common import rng, storage
 from ctf.common.errors import Stopped, UserError
-from ctf.training import loop, state
+from ctf.training import loop, metrics_log, optim, state
 from ctf.training.state import collect, restore, save_state
 from tests.conftest import without_times
 
-PICTURES = np.arange(20, 32)
+IMAGES = np.arange(20, 32)
 
 
 class Killed(Exception):
@@ -30,13 +28,13 @@ class Killed(Exception):
 
 
 class Line(nn.Module):
-    """A line through noisy points, with dropout, learned by AdamW: a `loop.Trainable`."""
+    """A linear map with dropout, trained by AdamW: a `loop.Trainable`."""
 
     def __init__(self, killed_after: float = math.inf) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.line = nn.Linear(3, 2)
-        self.optimizer = loop.make_optimizer(self.line, 0.1, (0.9, 0.95), 0.05)
+        self.optimizer = optim.make_optimizer(self.line, 0.1, (0.9, 0.95), 0.05)
         self.killed_after = killed_after
         self.steps_made: list[int] = []
         self.evaluations = 0
@@ -50,7 +48,9 @@ class Line(nn.Module):
         loss = (nn.functional.dropout(self.line(x)) - x.sum(1, keepdim=True)).square().mean()
         self.optimizer.zero_grad()
         loss.backward()
-        norm = loop.update(self.optimizer, loss.detach(), 0.1, 1.0, step, "loss", PICTURES)
+        norm = optim.update(
+            self.optimizer, loss.detach(), 0.1, 1.0, step=step, name="loss", images_B=IMAGES
+        )
         return {"loss": loss.detach(), "norm": norm, "number": float(step)}
 
     def evaluate(self) -> Mapping[str, float]:
@@ -164,18 +164,18 @@ class Terminated(Line):
 def test_sigterm_saves_and_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: list[int]
 ) -> None:
-    """After the step, in the middle of a line; what is logged in the end is the same."""
+    """After the step, in the middle of a line; in the end the log is the same."""
     monkeypatch.setattr(loop, "SAVE_SECONDS", 3600.0)
     whole, resumed = Line(), Line()
     loop.run(whole, tmp_path / "whole", 70, evaluate_every=20)
     before = signal.getsignal(signal.SIGTERM)
     for stop in stops:
-        said = rf"stopped: stopped after step {stop + 1} and saved; run it again to resume"
-        with pytest.raises(Stopped, match=said):
+        message = rf"stopped: stopped after step {stop + 1} and saved; run it again to resume"
+        with pytest.raises(Stopped, match=message):
             loop.run(Terminated(stop), tmp_path / "stopped", 70, evaluate_every=20)
         assert signal.getsignal(signal.SIGTERM) == before
     loop.run(resumed, tmp_path / "stopped", 70, evaluate_every=20)
-    assert resumed.steps_made[0] == stops[-1] + 1  # not a step is lost
+    assert resumed.steps_made[0] == stops[-1] + 1  # no step is lost
     for name, value in whole.state().items():
         assert torch.equal(resumed.state()[name], value), name
     assert without_times(tmp_path / "stopped") == without_times(tmp_path / "whole")
@@ -188,7 +188,7 @@ def test_sigterm_in_the_last_step_is_the_end(tmp_path: Path) -> None:
 
 
 class Counting(Line):
-    """Sees 512 tokens in half a second; its evaluations take long, which is not its speed."""
+    """Takes half a second for 512 tokens; its evaluations take long, which doesn't count."""
 
     now = 0.0
 
@@ -201,7 +201,7 @@ class Counting(Line):
         return super().evaluate()
 
 
-def test_what_is_counted_is_logged_per_second(
+def test_counts_are_logged_per_second_of_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: Counting.now)
@@ -221,23 +221,32 @@ def test_states_are_saved_now_and_then(tmp_path: Path, monkeypatch: pytest.Monke
     assert saved == [70]
 
 
-def test_full_disk_is_told(tmp_path: Path) -> None:
+def test_a_metrics_file_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written \(Is a directory\)"):
         loop.run(Line(), tmp_path, 20, evaluate_every=20)
 
 
-def test_seconds_per_step() -> None:
-    line = Line()
-    assert 0 < loop.seconds_per_step(line, warm_up=1, timed=3) < 5
+def test_seconds_per_step_is_the_median_after_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    class Slow(Line):
+        def step(self, step: int) -> Mapping[str, Tensor | float]:
+            nonlocal now
+            now += (100.0, 1.0, 3.0, 2.0)[step]
+            return super().step(step)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    line = Slow()
+    assert loop.seconds_per_step(line, warm_up=1, timed=3) == 2.0
     assert line.steps_made == [0, 1, 2, 3]
 
 
 def test_last_metrics(tmp_path: Path) -> None:
-    assert loop.last_metrics(tmp_path, "val") == {}
+    assert metrics_log.last_metrics(tmp_path, "val") == {}
     loop.run(Line(), tmp_path, 50, evaluate_every=20)
-    assert loop.last_metrics(tmp_path, "train")["number"] == 44.5
-    assert loop.last_metrics(tmp_path, "val").keys() == {"step", "split", "bias", "seconds"}
+    assert metrics_log.last_metrics(tmp_path, "train")["number"] == 44.5
+    assert metrics_log.last_metrics(tmp_path, "val").keys() == {"step", "split", "bias", "seconds"}
 
 
 # --- begin and finish -----------------------------------------------------------------------------
@@ -267,129 +276,3 @@ def test_a_state_that_a_kill_left_beside_finished_weights_is_removed(tmp_path: P
     storage.save_tensors(folder / "model.safetensors", {"x": torch.zeros(1)})
     assert not loop.begin(folder, {"a": 1})
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
-
-
-# --- one step -------------------------------------------------------------------------------------
-
-
-@given(
-    count=st.integers(1, 40),
-    batch_size=st.integers(1, 50),
-    seed=st.integers(0, 2**32),
-    epochs=st.integers(1, 4),
-)
-@settings(deadline=None, max_examples=50)
-def test_every_epoch_is_a_permutation(count: int, batch_size: int, seed: int, epochs: int) -> None:
-    steps = -(-count * epochs // batch_size)
-    drawn = np.concatenate(
-        [loop.batch_indices(count, batch_size, seed, step) for step in range(steps)]
-    )
-    assert len(drawn) == steps * batch_size
-    for epoch in range(epochs):
-        part = drawn[epoch * count : (epoch + 1) * count]
-        assert sorted(part.tolist()) == list(range(count))
-
-
-def test_epochs_and_seeds_differ() -> None:
-    orders = {
-        tuple(loop.batch_indices(50, 50, seed, epoch)) for seed in (0, 1) for epoch in (0, 1, 2)
-    }
-    assert len(orders) == 6
-
-
-def test_randomness_depends_on_the_key_alone() -> None:
-    first = rng.generator(0, 3, 5).random(4)
-    rng.generator(9).random(100)
-    assert (rng.generator(0, 3, 5).random(4) == first).all()
-    assert not np.isclose(rng.generator(0, 5, 3).random(4), first).any()
-    rng.seed_dropout(0, 4, 1)
-    mask = torch.rand(4)
-    torch.rand(100)
-    rng.seed_dropout(0, 4, 1)
-    assert torch.equal(torch.rand(4), mask)
-
-
-def test_learning_rate() -> None:
-    def at(step: int, schedule: loop.Schedule = "cosine") -> float:
-        return loop.learning_rate(step, 110, 2.0, 10, schedule, 0.1)
-
-    assert [at(step) for step in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])
-    assert at(10) == pytest.approx(2.0)
-    assert at(60) == pytest.approx(2.0 * (0.1 + 0.9 / 2))  # half way
-    assert at(35) == pytest.approx(2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2))
-    assert at(110) == at(1000) == pytest.approx(0.2)
-    assert [at(step, "constant") for step in (4, 10, 109)] == pytest.approx([1.0, 2.0, 2.0])
-    assert loop.learning_rate(0, 1, 2.0, 0, "cosine", 0.1) == pytest.approx(2.0)
-
-
-def test_only_matrices_decay() -> None:
-    module = nn.Sequential(nn.Embedding(3, 4), nn.Conv2d(1, 2, 3), nn.LayerNorm(4))
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.fill_(1.0)
-    optimizer = loop.make_optimizer(module, 0.5, (0.9, 0.95), 0.25)
-    sum((p * 0).sum() for p in module.parameters()).backward()  # type: ignore[union-attr]
-    optimizer.step()
-    for name, parameter in module.named_parameters():
-        expected = 1 - 0.5 * 0.25 if name in ("0.weight", "1.weight") else 1.0
-        assert torch.equal(parameter, torch.full_like(parameter, expected)), name
-
-
-def test_frozen_weights_are_not_the_optimisers() -> None:
-    module = nn.Linear(2, 2).requires_grad_(False)
-    module.bias.requires_grad_(True)
-    groups = loop.make_optimizer(module, 0.1, (0.9, 0.95), 0.1).param_groups
-    assert [len(group["params"]) for group in groups] == [0, 1]
-
-
-@pytest.mark.parametrize(("scale", "expected"), [(0.1, 0.5), (1.0, 1.0)])
-def test_long_gradients_are_clipped(scale: float, expected: float) -> None:
-    x = nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.SGD([x], lr=123.0)
-    loss = scale * (3 * x[0] + 4 * x[1])
-    loss.backward()
-    norm = loop.update(optimizer, loss.detach(), 0.5, 1.0, 0, "loss", PICTURES)
-    assert float(norm) == pytest.approx(5 * scale)  # before clipping
-    # By the given rate, along (3, 4) / 5, of the length that is left.
-    assert x.tolist() == pytest.approx([-0.5 * expected * 0.6, -0.5 * expected * 0.8])
-
-
-def exploding(x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    yield "loss is nan", x.sum() * torch.nan
-    yield "loss is inf", x.sum() + torch.inf
-    yield "gradient norm of the loss is", x.sub(x.detach()).abs().sqrt().sum()  # of 0: inf * 0
-
-
-@pytest.mark.parametrize("case", range(3))
-def test_it_stops_before_what_is_not_finite(case: int) -> None:
-    x = nn.Parameter(torch.tensor([1.0, 2.0]))
-    optimizer = torch.optim.AdamW([x], lr=0.1)
-    first = x.square().sum()
-    first.backward()
-    loop.update(optimizer, first.detach(), 0.1, 1.0, 0, "loss", PICTURES)
-    before = x.detach().clone(), {k: v.clone() for k, v in optimizer.state[x].items()}
-    message, loss = list(exploding(x))[case]
-    optimizer.zero_grad()
-    loss.backward()
-    named = r"on a batch of 12, the pictures 20, 21, 22, 23, 24, 25, 26, 27, \.\.\.; stopped"
-    with pytest.raises(UserError, match=f"step 17: {message}.*{named}.*\n.*learning rate"):
-        loop.update(optimizer, loss.detach(), 0.1, 1.0, 17, "loss", PICTURES)
-    assert torch.equal(x, before[0])
-    for name, value in before[1].items():
-        assert torch.equal(optimizer.state[x][name], value)
-
-
-def test_moving_average() -> None:
-    module = nn.Linear(1, 1, bias=False)
-    ema = {"weight": torch.zeros(1, 1)}
-    expected = 0.0
-    for step in range(60):
-        value = float(step) + 1
-        with torch.no_grad():
-            module.weight.fill_(value)
-        loop.update_ema(ema, module, 0.8, step)
-        decay = min(0.8, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * value
-        assert float(ema["weight"]) == pytest.approx(expected, rel=1e-5)
-    # Once the decay stands still, it lags decay / (1 - decay) steps behind a straight line.
-    assert float(ema["weight"]) == pytest.approx(60 - 0.8 / 0.2, rel=1e-3)

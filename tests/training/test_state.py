@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ctf.common import storage
-from ctf.training import loop, state
+from ctf.training import optim, state
 
 
 def test_the_newest_states_are_kept(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_an_optimizer_goes_on_with_its_moments(tmp_path: Path) -> None:
         torch.manual_seed(0)
         module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return module, loop.make_optimizer(module, 0.1, (0.9, 0.95), 0.05)
+        return module, optim.make_optimizer(module, 0.1, (0.9, 0.95), 0.05)
 
     def train(module: nn.Module, optimizer: torch.optim.AdamW, steps: range) -> None:
         for step in steps:
@@ -47,7 +47,9 @@ def test_an_optimizer_goes_on_with_its_moments(tmp_path: Path) -> None:
             optimizer.zero_grad()
             loss = module(torch.randn(2, 3, 5, 5)).square().mean()
             loss.backward()
-            loop.update(optimizer, loss.detach(), 0.1, 1.0, step, "loss", np.arange(2))
+            optim.update(
+                optimizer, loss.detach(), 0.1, 1.0, step=step, name="loss", images_B=np.arange(2)
+            )
 
     module, optimizer = make()
     train(module, optimizer, range(3))

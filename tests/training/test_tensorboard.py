@@ -13,7 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ctf.cli import main as cli
-from ctf.training import loop, state
+from ctf.training import loop, metrics_log, state
 from ctf.training import tensorboard as events
 from tests.conftest import Command, files, fit_arguments
 
@@ -37,7 +37,7 @@ def scalars(folder: Path) -> set[tuple[str, int, float]]:
 def expected(stage: Path) -> set[tuple[str, int, float]]:
     return {
         (f"{line['split']}/{name}", line["step"], float(np.float32(value)))
-        for line in loop.read_metrics(stage)
+        for line in metrics_log.read_metrics(stage)
         for name, value in line.items()
         if name not in ("step", "split", "seconds")
     }
@@ -56,7 +56,7 @@ def test_a_finished_run(copy: Path, ctf: Command) -> None:
         for stage in ("tokenizer", "coarse", "fine"):
             assert scalars(copy / "tensorboard" / stage) == expected(copy / stage)
     (first, *_, last) = read(copy / "tensorboard" / "coarse").Scalars("train/loss")
-    lines = [line for line in loop.read_metrics(copy / "coarse") if line["split"] == "train"]
+    lines = [line for line in metrics_log.read_metrics(copy / "coarse") if line["split"] == "train"]
     seconds = lines[-1]["seconds"] - lines[0]["seconds"]
     assert last.wall_time - first.wall_time == pytest.approx(seconds, abs=1e-3)
     pictures = read(copy / "tensorboard" / "pictures")

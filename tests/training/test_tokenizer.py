@@ -19,12 +19,13 @@ from ctf.data.image_set import ImageSet, Splits
 from ctf.data.transforms import PLAIN, View, as_tensor
 from ctf.evaluation import metrics
 from ctf.models.tokenizer import TokenizerConfig
-from ctf.training import loop, tokenizer
+from ctf.pipelines.folder import load_tokenizer
+from ctf.training import loop, optim
 from ctf.training.tokenizer import (
     PatchDiscriminator,
     TokenizerTrainer,
     TokenizerTraining,
-    evaluate,
+    reconstruction_metrics,
     train,
 )
 from tests.conftest import without_times
@@ -146,7 +147,7 @@ def test_half_of_the_pictures_are_mirrored() -> None:
     mirrored = []
     for step in range(4):  # each an epoch
         t.step(step)
-        indices = loop.batch_indices(30, 30, 0, step)
+        indices = optim.batch_indices(30, 30, 0, step)
         for image, index in zip(encoded[-1][0], indices, strict=True):
             plain, flipped = (
                 torch.equal(image, as_tensor(IMAGES.train.read([index], View(flip=flip)))[0])
@@ -158,7 +159,7 @@ def test_half_of_the_pictures_are_mirrored() -> None:
     t = trainer(flip=False)
     encoded = watch(t.model, "encode_vectors")
     t.step(0)
-    expected = as_tensor(IMAGES.train.read(loop.batch_indices(30, 4, 0, 0)))
+    expected = as_tensor(IMAGES.train.read(optim.batch_indices(30, 4, 0, 0)))
     assert torch.equal(encoded[0][0], expected)
 
 
@@ -360,7 +361,7 @@ def test_evaluation_by_hand() -> None:
     model = trainer().model
     images_BCHW = as_tensor(IMAGES.val.read(range(70)))  # more than one batch of it
     reported: list[tuple[int, int]] = []
-    got = evaluate(model, IMAGES.val, progress=lambda *given: reported.append(given))
+    got = reconstruction_metrics(model, IMAGES.val, progress=lambda *given: reported.append(given))
     assert reported == [(64, 70), (70, 70)]
     codes_BL = model.encode(images_BCHW)
     decoded_BCHW = model.decode(codes_BL)
@@ -373,12 +374,12 @@ def test_evaluation_by_hand() -> None:
     shares = counts / counts.sum()
     assert got["usage"] == len(counts) / MODEL.codebook_size
     assert got["perplexity"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
-    assert evaluate(model, IMAGES.val, limit=5)["images"] == 5
+    assert reconstruction_metrics(model, IMAGES.val, limit=5)["images"] == 5
 
 
 def test_loaded_is_what_was_trained(tmp_path: Path) -> None:
     trained = train(MODEL, dataclasses.replace(TRAINING, steps=2), IMAGES, tmp_path)
-    loaded = tokenizer.load(tmp_path)
+    loaded = load_tokenizer(tmp_path)
     assert loaded.config == MODEL
     assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.training
     for name, value in trained.state_dict().items():
@@ -414,7 +415,7 @@ def test_codes_are_placed_where_the_vectors_are() -> None:
     assert torch.equal(t.model.embedding.weight, before)
     t.step(9)
     with torch.no_grad():
-        batches = [t.model.encode_vectors(t._batch(i)[1]) for i in range(4)]
+        batches = [t.model.encode_vectors(t.batch(i)[1]) for i in range(4)]
         vectors_NC = torch.cat(batches).flatten(0, 1)
         nearest_V = (t.model.codebook() @ vectors_NC.T).max(1).values
     torch.testing.assert_close(nearest_V, torch.ones_like(nearest_V))

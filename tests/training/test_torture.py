@@ -30,9 +30,9 @@ def test_a_training_that_depends_on_its_process_is_found_out() -> None:
     done = python(
         "-c",
         "import os, sys\n"
-        "from ctf.training import loop\n"
-        "batches = loop.batch_indices\n"
-        "loop.batch_indices = lambda n, b, seed, step: batches(n, b, os.getpid(), step)\n"
+        "from ctf.training import optim\n"
+        "batches = optim.batch_indices\n"
+        "optim.batch_indices = lambda n, b, seed, step: batches(n, b, os.getpid(), step)\n"
         "from tests import torture\n"
         "sys.argv[1:] = ['--kills', '1']\n"
         "sys.exit(torture.main())\n",

@@ -23,8 +23,9 @@ from ctf.models.clusters import Clusters
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.transformer import TransformerConfig
-from ctf.training import cost, loop, transformers
-from ctf.training.loop import PLAINLY, Execution
+from ctf.training import cost, loop, optim, transformers
+from ctf.training.loop import DEFAULT_EXECUTION, Execution
+from ctf.training.metrics_log import last_metrics
 from ctf.training.state import latest_state, save_state
 from ctf.training.transformers import Objective, Trainer, TrainingConfig
 from tests.conftest import without_times
@@ -78,7 +79,7 @@ def make(
     kind: Kind,
     objective: Objective | None = None,
     dropout: float = 0.1,
-    execution: Execution = PLAINLY,
+    execution: Execution = DEFAULT_EXECUTION,
     **changes: Any,
 ) -> Trainer:
     t = dataclasses.replace(TRAINING, **changes)
@@ -189,7 +190,7 @@ def test_batches_are_pictures_in_a_view_with_their_class_or_none(folder: Path) -
     hidden = views = 0
     for step, (model, codes_BL, classes_B) in enumerate(calls):
         assert model is trainer.model
-        indices_B = loop.batch_indices(50, 50, 0, step)
+        indices_B = optim.batch_indices(50, 50, 0, step)
         expected_2BL = [train.codes(indices_B, view) for view in (0, 1)]
         view_2B = torch.stack([(codes_BL == e_BL).all(-1) for e_BL in expected_2BL])
         assert bool(view_2B.any(0).all())
@@ -260,7 +261,7 @@ def test_weights_follow_adamw_and_their_average_follows_them(folder: Path) -> No
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        rate = loop.learning_rate(step, 20, 5e-3, 4, "cosine", TRAINING.final_learning_rate)
+        rate = optim.learning_rate(step, 20, 5e-3, 4, "cosine", TRAINING.final_learning_rate)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -419,7 +420,7 @@ def first_losses(folder: Path, kind: Kind, execution: Execution, dropout: float)
 def test_a_batch_in_parts_is_the_batch(folder: Path, kind: Kind, micro_batch: int) -> None:
     whole, parts = (
         first_losses(folder, kind, execution, 0.0)
-        for execution in (PLAINLY, Execution(micro_batch))
+        for execution in (DEFAULT_EXECUTION, Execution(micro_batch))
     )
     assert parts == pytest.approx(whole, abs=0 if micro_batch >= 8 else 1e-4)
 
@@ -440,15 +441,17 @@ def test_parts_are_of_that_size(folder: Path) -> None:
 def test_activations_that_are_computed_again_are_the_same(folder: Path, kind: Kind) -> None:
     """With the same dropout, and with less kept for the backward pass."""
     again = Execution(checkpoint_activations=True)
-    assert first_losses(folder, kind, again, 0.1) == first_losses(folder, kind, PLAINLY, 0.1)
+    assert first_losses(folder, kind, again, 0.1) == first_losses(
+        folder, kind, DEFAULT_EXECUTION, 0.1
+    )
     kept = {}
-    for execution in (PLAINLY, again):
+    for execution in (DEFAULT_EXECUTION, again):
         trainer = make(folder, kind, execution=execution)
         _, codes_BL, classes_B = trainer._batch(0)
         kept[execution] = cost.saved_bytes(
             trainer.model, lambda t=trainer, c=codes_BL, k=classes_B: t.trained(c, k)
         )
-    assert kept[again] < 0.5 * kept[PLAINLY]
+    assert kept[again] < 0.5 * kept[DEFAULT_EXECUTION]
 
 
 def test_compiled_is_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,7 +470,7 @@ def test_compiled_is_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(torch, "compile", watched)
     compiled = Execution(compile=True, checkpoint_activations=True)
-    got, wanted = (first_losses(folder, "coarse", x, 0.0) for x in (compiled, PLAINLY))
+    got, wanted = (first_losses(folder, "coarse", x, 0.0) for x in (compiled, DEFAULT_EXECUTION))
     assert used and got == pytest.approx(wanted, abs=1e-4)
 
 
@@ -503,7 +506,7 @@ def test_a_state_goes_on_in_another_precision(folder: Path, tmp_path: Path) -> N
         first.step(step)
     save_state(tmp_path / "mixed" / "state", 10, first.state())
     loop.run(then, tmp_path / "mixed", 20, evaluate_every=20)
-    expected, found = (loop.last_metrics(tmp_path / x, "val")["loss"] for x in ("whole", "mixed"))
+    expected, found = (last_metrics(tmp_path / x, "val")["loss"] for x in ("whole", "mixed"))
     assert found == pytest.approx(expected, rel=0.01) and found != expected
 
 

@@ -34,7 +34,7 @@ from ctf.models.coarse import CoarseModel
 from ctf.models.sizes import SIZES, TOKENIZERS
 from ctf.models.tokenizer import AttentionBlock, ResidualBlock, VQModel
 from ctf.pipelines.pipeline import Pipeline
-from ctf.training import loop
+from ctf.training import optim
 
 IMAGENET = 1_281_167  # training pictures of ImageNet-1k
 LENGTH, CODEBOOK, CLASSES = 256, 16_384, 1000  # of VQ-16 at 256 pixels
@@ -167,7 +167,7 @@ def read(folder: Path, batch: int = 256, steps: int = 2000) -> dict[str, float]:
     tokens = Tokens(folder, "train")
     opened = time.perf_counter()
     for step in range(steps):
-        tokens.codes(loop.batch_indices(len(tokens), batch, 0, step))
+        tokens.codes(optim.batch_indices(len(tokens), batch, 0, step))
     seconds = time.perf_counter() - opened
     private_after, resident_after = memory.resident()
     return {

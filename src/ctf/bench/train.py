@@ -42,7 +42,7 @@ from ctf.models.clusters import Clusters, identity
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.sizes import SIZES
-from ctf.training import cost, loop
+from ctf.training import cost, optim
 from ctf.training.loop import Execution
 from ctf.training.transformers import Trainer, TrainingConfig, coarse_objective, fine_objective
 
@@ -218,10 +218,10 @@ def _timed(name: str, make: Callable[[], _Way], device: torch.device) -> Timing:
 def _plain(size: str, tokens: Tokens, asked: Asked, device: torch.device) -> _Way:
     config, t = SIZES[size].config(GRID, CLASSES), TrainingConfig(batch_size=asked.batch)
     model = CoarseModel(config, CODES).to(device).train()
-    optimizer = loop.make_optimizer(model, t.learning_rate, t.betas, t.weight_decay)
+    optimizer = optim.make_optimizer(model, t.learning_rate, t.betas, t.weight_decay)
 
     def step(number: int) -> float:
-        indices_B = loop.batch_indices(len(tokens), asked.batch, 0, number)
+        indices_B = optim.batch_indices(len(tokens), asked.batch, 0, number)
         classes_B = torch.from_numpy(tokens.classes_N[indices_B]).to(device)
         codes_BL = tokens.codes(indices_B).to(device)
         return float(llamagen_reference.train_step(model, optimizer, codes_BL, classes_B))

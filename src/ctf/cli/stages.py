@@ -105,7 +105,9 @@ def tokenizer_evaluate(
     tokenizer = load_tokenizer(find_pipeline(run) / "tokenizer", place)
     pictures = open_pictures(images, tokenizer.config.image_size, background, skip_bad)
     with open_progress("evaluate") as progress:
-        result = tokenizer_training.evaluate(tokenizer, pictures.val, place, progress=progress)
+        result = tokenizer_training.reconstruction_metrics(
+            tokenizer, pictures.val, place, progress=progress
+        )
     units = {"mse": ".5f", "psnr": ".2f", "ssim": ".4f", "usage": ".2%", "perplexity": ".0f"}
     for name, value in result.items():
         console.print(f"{name:<12} {value:{units.get(name, '.0f')}}{' dB' * (name == 'psnr')}")

@@ -18,7 +18,7 @@ from ctf.models.sizes import TokenizerShape, TransformerShape
 from ctf.models.transformer import TransformerConfig
 from ctf.pipelines.folder import CLUSTERS, load_clusters, load_tokenizer
 from ctf.reproduce.cells import Cell, Outcome, Workspace, link, stored_as
-from ctf.training import cost, fit, loop
+from ctf.training import cost, fit, metrics_log
 from ctf.training import tokenizer as tokenizer_training
 from ctf.training.recipes import GroupLoss, Recipe, preset
 from ctf.training.tokenizer import TokenizerTraining
@@ -41,7 +41,7 @@ class TokenizerCell(Cell):
             tokenizer = fit.train_tokenizer(run, space.images, recipe, world, progress)
         with space.open_progress("reconstruction") as progress:
             outcome: Outcome = dict(
-                tokenizer_training.evaluate(
+                tokenizer_training.reconstruction_metrics(
                     tokenizer, space.images.val, space.device, progress=progress
                 )
             )
@@ -176,7 +176,7 @@ def _trained(stage: Path, training: TrainingConfig, length: int, flops: int) -> 
     """Loss and cost of a trained transformer; `flops` are those of an image."""
     images = training.steps * training.batch_size
     tensors, _ = storage.load_tensors(stage / "model.safetensors")
-    curve = [line for line in loop.read_metrics(stage) if line["split"] == "val"]
+    curve = [line for line in metrics_log.read_metrics(stage) if line["split"] == "val"]
     return {
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "flops": flops * images,
@@ -189,4 +189,4 @@ def _trained(stage: Path, training: TrainingConfig, length: int, flops: int) -> 
 
 
 def _training_seconds(stage: Path) -> float:
-    return float(loop.last_metrics(stage, "val")["seconds"])
+    return float(metrics_log.last_metrics(stage, "val")["seconds"])

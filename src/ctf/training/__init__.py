@@ -1,1 +1,1 @@
-"""Training of every stage, one by one or all by `fit`."""
+"""Training: every stage from images to a pipeline, resumable to the bit, and what it costs."""

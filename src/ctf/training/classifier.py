@@ -1,4 +1,7 @@
-"""Training of the classifier that scores samples."""
+"""Training of the classifier that scores samples.
+
+Shapes: B batch, S image size, K classes.
+"""
 
 from __future__ import annotations
 
@@ -25,81 +28,95 @@ from ctf.evaluation.classifier import (
     load_classifier,
     place,
 )
-from ctf.training import loop
+from ctf.training import loop, optim
 from ctf.training.state import collect, restore
 
 
 class ClassifierTrainer:
-    """A classifier and its optimiser: a `loop.Trainable`."""
+    """A classifier and its optimizer: a `loop.Trainable`."""
 
     def __init__(self, images: Splits, config: ClassifierConfig, device: torch.device) -> None:
         self.images, self.config, self.device = images, config, device
         torch.manual_seed(config.seed)
         model = Classifier(config.width, images.train.image_size, images.train.class_names)
         self.model = place(model, device)
-        self.optimizer = loop.make_optimizer(
+        self.optimizer = optim.make_optimizer(
             self.model, config.learning_rate, config.betas, config.weight_decay
         )
 
     def step(self, step: int) -> Mapping[str, Tensor | float]:
+        """Take an optimizer step on the cross-entropy of augmented images."""
         c, train = self.config, self.images.train
-        indices = loop.batch_indices(len(train), c.batch_size, c.seed, step)
+        indices_B = optim.batch_indices(len(train), c.batch_size, c.seed, step)
         random = rng.generator(c.seed, 1, step)
-        pixels = augment(train.read(indices), random, flip=c.flip, shift=c.shift)
-        classes_B = torch.from_numpy(train.classes_N[indices]).to(self.device)
-        logits_BK, _ = self.model(as_tensor(pixels, self.device))
+        pixels_BSSC = augment(train.read(indices_B), random, flip=c.flip, shift=c.shift)
+        classes_B = torch.from_numpy(train.classes_N[indices_B]).to(self.device)
+        logits_BK, _ = self.model(as_tensor(pixels_BSSC, self.device))
         loss = F.cross_entropy(logits_BK, classes_B, label_smoothing=c.label_smoothing)
-        rate = loop.learning_rate(
+        rate = optim.learning_rate(
             step, c.steps, c.learning_rate, c.warm_up, "cosine", c.final_learning_rate
         )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = loop.update(
-            self.optimizer, loss.detach(), rate, c.clip, step, "classifier's loss", indices
-        )
-        right_B = logits_BK.detach().argmax(1) == classes_B
+        norm = optim.update(
+            self.optimizer, loss.detach(), rate, c.clip,
+            step=step, name="classifier's loss", images_B=indices_B,
+        )  # fmt: skip
+        correct_B = logits_BK.detach().argmax(1) == classes_B
         return {
             "loss": loss.detach(),
-            "accuracy": right_B.float().mean(),
+            "accuracy": correct_B.float().mean(),
             "gradient_norm": norm,
             "learning_rate": rate,
             "images": c.batch_size,
         }
 
     def evaluate(self) -> Mapping[str, float]:
+        """Return the accuracy on held-out images."""
         return {"accuracy": held_out_accuracy(self.model, self.images.val)}
 
     def state(self) -> Mapping[str, Tensor]:
+        """Return all tensors that resuming needs."""
         return collect(model=self.model, optimizer=self.optimizer)
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load what `state` returned."""
         restore(tensors, model=self.model, optimizer=self.optimizer)
 
 
 def augment(
     pixels_BSSC: np.ndarray, random: np.random.Generator, *, flip: bool, shift: int
 ) -> np.ndarray:
-    """Moves each picture by up to `shift` pixels each way, its border mirrored, and flips half of
-    them where `flip` is set. uint8 (B, S, S, 3) -> the same shape."""
+    """Shift each image by up to `shift` pixels each way, reflecting its border; mirror half.
+
+    Args:
+        pixels_BSSC: uint8 (B, S, S, 3).
+        random: Consumed.
+        flip: Whether to mirror at all.
+        shift: Pixels.
+
+    Returns:
+        Pixels of the same shape.
+    """
     batch, size = pixels_BSSC.shape[:2]
     offsets_2B1 = random.integers(-shift, shift + 1, (2, batch, 1))
     positions_2BS = np.abs(np.arange(size) + offsets_2B1)
     rows_BS, columns_BS = np.minimum(positions_2BS, 2 * (size - 1) - positions_2BS)
     flipped_B1 = random.random((batch, 1)) < 0.5 * flip
     columns_BS = np.where(flipped_B1, columns_BS[:, ::-1], columns_BS)
-    picture_B11 = np.arange(batch)[:, None, None]
-    moved: np.ndarray = pixels_BSSC[picture_B11, rows_BS[:, :, None], columns_BS[:, None, :]]
-    return moved
+    image_B11 = np.arange(batch)[:, None, None]
+    shifted: np.ndarray = pixels_BSSC[image_B11, rows_BS[:, :, None], columns_BS[:, None, :]]
+    return shifted
 
 
 def held_out_accuracy(model: Classifier, images: ImageSet) -> float:
-    """Fraction of a set's pictures whose class is recognised."""
-    right = 0
+    """Return the fraction of images that are classified correctly."""
+    correct = 0
     for start in range(0, len(images), BATCH):
         indices = np.arange(start, min(start + BATCH, len(images)))
         classified = classify(model, images.read(indices))
-        right += int((classified.classes_N == images.classes_N[indices]).sum())
-    return right / len(images)
+        correct += int((classified.classes_N == images.classes_N[indices]).sum())
+    return correct / len(images)
 
 
 def train_classifier(
@@ -110,19 +127,19 @@ def train_classifier(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Classifier:
-    """Trains a classifier into `folder`, or goes on where it was killed, or loads it if it is done.
+    """Train a classifier into `folder`, resume its training, or load it if it is finished.
 
     Writes config.json, metrics.jsonl, and model.safetensors in half precision.
 
     Raises:
-        UserError: the pictures have one class only, or the folder belongs to something else.
+        UserError: There is only one class, or the folder belongs to something else.
     """
     config = config or ClassifierConfig()
     names = images.train.class_names
     if len(names) < 2:
         raise UserError(
-            f"{images.train.name}: a classifier needs pictures of 2 classes or more, got "
-            f"{len(names)}\nput the pictures of each class into a folder of its own"
+            f"{images.train.name}: a classifier needs images of 2 classes or more, got "
+            f"{len(names)}\nput the images of each class into a folder of its own"
         )
     if config.width < 1 or config.width % CHANNELS_PER_GROUP:
         raise UserError(f"width {config.width}: expected a multiple of {CHANNELS_PER_GROUP}")
@@ -137,7 +154,7 @@ def train_classifier(
         loop.run(
             trainer, folder, config.steps, evaluate_every=config.evaluate_every, progress=progress
         )
-        # Half precision: half the size; 11 bits are plenty for weights that are not trained on.
+        # Half the size; the 11 bits of half precision are enough for weights that stay fixed.
         weights = {k: v.half() for k, v in trainer.model.state_dict().items()}
         loop.finish(folder, weights, {})
     return load_classifier(folder, device)

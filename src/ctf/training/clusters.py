@@ -1,4 +1,4 @@
-"""The clusters of a run: fitted, studied and written into its folder."""
+"""The clusters of a run: fitted to the tokenizer's codebook, studied, and written to its folder."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ctf.common import claims, storage
 from ctf.common.config import to_json
 from ctf.common.errors import UserError
 from ctf.evaluation.redundancy import SHEET_COLUMNS, redundancy_study, swap_sheet
-from ctf.models import clusters as partition
-from ctf.models.clusters import Clusters, ClustersConfig, random_like
+from ctf.models import clusters as clustering
+from ctf.models.clusters import Clusters, ClustersConfig
 from ctf.models.tokenizer import VQModel
 from ctf.pipelines.folder import CLUSTERS, read_clusters, save_clusters
 
@@ -24,38 +24,43 @@ def fit_clusters(
     config: ClustersConfig,
     tokenizer_hash: str,
 ) -> Clusters:
-    """Writes clusters.safetensors, report.json and swaps.png into `folder`; loads what is there.
+    """Write clusters.safetensors, report.json and swaps.png, those that `folder` doesn't have yet.
 
-    `codes_BL` are those of held-out pictures, for the report.
+    Args:
+        folder: Of the clusters alone.
+        tokenizer: Whose codes are clustered.
+        codes_BL: Codes of held-out images, for the redundancy study.
+        config: How to cluster.
+        tokenizer_hash: SHA-256 of the tokenizer's weights.
 
     Raises:
-        UserError: the folder holds something else, or clusters of another tokenizer or
-            configuration; or see `fit_kmeans`.
+        UserError: The folder holds something else, or clusters of another tokenizer or
+            configuration; or see `models.clusters.fit`.
     """
-    path, report_file, sheet_file = folder / CLUSTERS, folder / "report.json", folder / "swaps.png"
-    wanted = {"tokenizer": tokenizer_hash, **to_json(config)}
+    path, report, sheet = folder / CLUSTERS, folder / "report.json", folder / "swaps.png"
+    description = {"tokenizer": tokenizer_hash, **to_json(config)}
     storage.remove_temporaries(folder)
     if claims.is_ours(folder, CLUSTERS, what="a folder of clusters"):
         clusters, metadata = read_clusters(path)
         if "tokenizer" not in metadata:
             raise UserError(
-                f"{folder}: holds the {clusters.count} clusters of a pipeline that was saved or "
-                "converted\nput the new ones into another run: --out"
+                f"{folder} has the {clusters.count} clusters of a saved or converted pipeline\n"
+                "put the new ones into another run: --out"
             )
         stored = {"tokenizer": metadata["tokenizer"], **json.loads(metadata["config"])}
-        stored = {key: stored.get(key) for key in wanted}
-        claims.check_same(folder, stored, wanted, what="a folder of clusters")
+        stored = {key: stored.get(key) for key in description}
+        claims.check_same(folder, stored, description, what="a folder of clusters")
     else:
-        clusters = partition.fit(tokenizer.codebook(), config)
+        clusters = clustering.fit(tokenizer.codebook(), config)
         metadata = {"tokenizer": tokenizer_hash, "config": json.dumps(to_json(config))}
         save_clusters(clusters, path, metadata)
-    control = random_like(clusters, config.seed + 1)
-    if not report_file.exists():
+    control = clustering.random_like(clusters, config.seed + 1)
+    if not report.exists():
         study = redundancy_study(tokenizer, clusters, control, codes_BL, seed=config.seed)
-        storage.save_json(report_file, {**wanted, **study})
-    if not sheet_file.exists():
-        shown = codes_BL[:SHEET_COLUMNS]
-        sheet = swap_sheet(tokenizer, clusters, control, shown, seed=config.seed)
-        with storage.atomic(sheet_file) as temporary:
-            sheet.save(temporary, format="PNG")
+        storage.save_json(report, {**description, **study})
+    if not sheet.exists():
+        shown_BL = codes_BL[:SHEET_COLUMNS]
+        image = swap_sheet(tokenizer, clusters, control, shown_BL, seed=config.seed)
+        with storage.atomic(sheet) as temporary:
+            image.save(temporary, format="PNG")
     return clusters

@@ -31,7 +31,7 @@ from ctf.data.transforms import VIEWS
 from ctf.kernels.losses import SLICE
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.models.transformer import TransformerConfig, Trunk, zero_head
-from ctf.training.loop import PLAINLY, Execution
+from ctf.training.loop import DEFAULT_EXECUTION, Execution
 from ctf.training.recipes import IMAGENET, Recipe
 from ctf.training.tokenizer import PatchDiscriminator, TokenizerTraining
 from ctf.training.transformers import TrainingConfig
@@ -51,7 +51,7 @@ class Setting:
     classes: int = IMAGENET.classes
     devices: int = 8
     utilisation: float = UTILISATION
-    execution: Execution = PLAINLY  # of the transformers; it changes their memory
+    execution: Execution = DEFAULT_EXECUTION  # of the transformers; it changes their memory
 
     def __post_init__(self) -> None:
         for name in ("image_size", "pictures", "classes", "devices"):

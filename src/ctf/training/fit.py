@@ -37,10 +37,10 @@ from ctf.models.tokenizer import VQModel
 from ctf.models.transformer import TransformerConfig
 from ctf.pipelines.folder import SETTINGS, PipelineSettings, load_settings, load_tokenizer
 from ctf.pipelines.pipeline import Pipeline
-from ctf.training import cost, loop, state, transformers
+from ctf.training import cost, loop, metrics_log, state, transformers
 from ctf.training import tokenizer as tokenizer_training
 from ctf.training.clusters import fit_clusters as write_clusters
-from ctf.training.loop import PLAINLY, Execution
+from ctf.training.loop import DEFAULT_EXECUTION, Execution
 from ctf.training.recipes import Recipe, preset, with_steps
 from ctf.training.warm_start import Source, open_source, weights
 
@@ -62,7 +62,7 @@ def fit(
     minutes: float | None = None,
     device: torch.device,
     open_progress: OpenProgress = show_progress,
-    execution: Execution = PLAINLY,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> Pipeline:
     """Trains every stage that is not done yet and returns the pipeline.
 
@@ -187,7 +187,7 @@ def describe(
     recipe: Recipe,
     minutes: float | None,
     devices: int = 1,
-    execution: Execution = PLAINLY,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> str:
     """What `fit` would do with these pictures, and what each stage costs by calculation.
 
@@ -221,14 +221,16 @@ def _describe(run: Path, images: Splits, recipe: Recipe, spent: dict[str, float]
         return
     tokenizer = load_tokenizer(run / "tokenizer")
     metrics: dict[str, Any] = {
-        "tokenizer": tokenizer_training.evaluate(tokenizer, images.val, limit=FINAL_PICTURES)
+        "tokenizer": tokenizer_training.reconstruction_metrics(
+            tokenizer, images.val, limit=FINAL_PICTURES
+        )
     }
     kinds = [kind for kind in ("coarse", "fine") if (run / kind).is_dir()]
     for kind in kinds:
-        metrics[kind] = {"loss": loop.last_metrics(run / kind, "val")["loss"]}
+        metrics[kind] = {"loss": metrics_log.last_metrics(run / kind, "val")["loss"]}
     for stage in ("tokenizer", *kinds):
         # A training keeps its own time, through all kills; the log lacks attempts that were killed.
-        own = loop.last_metrics(run / stage, "val").get("seconds", 0.0)
+        own = metrics_log.last_metrics(run / stage, "val").get("seconds", 0.0)
         spent = {**spent, stage: max(spent.get(stage, 0.0), own)}
     origin = {
         "images": images.train.name,
@@ -334,7 +336,7 @@ def describe_model(
     recipe: Recipe,
     world: World,
     source: Source | None = None,
-    execution: Execution = PLAINLY,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> str:
     """What `train_model` would do, and what it costs by calculation. Raises UserError as that."""
     train, _ = open_tokens(run)
@@ -362,7 +364,7 @@ def make_trainer(
     recipe: Recipe,
     world: World,
     source: Source | None = None,
-    execution: Execution = PLAINLY,
+    execution: Execution = DEFAULT_EXECUTION,
     *,
     resumed: bool = False,
 ) -> transformers.Trainer:
@@ -414,7 +416,7 @@ def train_model(
     world: World,
     progress: Progress | None,
     warm_start: Path | None = None,
-    execution: Execution = PLAINLY,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> None:
     """Trains the coarse or the fine model of a run, or goes on, or finds that it is done.
 

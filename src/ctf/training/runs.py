@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ctf.common import storage
 from ctf.common.errors import UserError
-from ctf.training import loop
+from ctf.training import loop, metrics_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,7 +117,7 @@ def _stage(run: Path, folder: Path) -> Stage:
         run=run.resolve().name,
         name=folder.resolve().name,
         steps=training["steps"],
-        lines=loop.read_metrics(folder),
+        lines=metrics_log.read_metrics(folder),
         finished=loop.is_finished(folder),
     )
 

@@ -32,7 +32,7 @@ from ctf.pipelines.folder import (
     load_tokenizer,
 )
 from ctf.pipelines.pipeline import Pipeline
-from ctf.training import loop, runs, state
+from ctf.training import loop, metrics_log, runs, state
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -83,7 +83,7 @@ class _Stage:
         self.writer = _begin(self.out)
 
     def update(self) -> None:
-        lines = loop.read_metrics(self.folder)
+        lines = metrics_log.read_metrics(self.folder)
         if lines[: len(self.lines)] != self.lines:  # a resumed training dropped some
             self.writer.close()
             self.lines, self.writer = [], _begin(self.out)

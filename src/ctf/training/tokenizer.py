@@ -1,11 +1,12 @@
-"""Training and evaluation of the tokenizer: from pictures to a codebook that is used to the full.
+"""Training and evaluation of the tokenizer.
 
-The losses of LlamaGen's tokenizer (arXiv 2406.06525, section 2.1): squared error, codebook and
-commitment (VQ-VAE, arXiv 1711.00937), and optionally a perceptual loss and a PatchGAN (VQGAN,
-arXiv 2012.09841). Codes that are hardly used are moved to where the encoder's vectors are.
+The losses are those of LlamaGen's tokenizer (arXiv 2406.06525, section 2.1): squared error,
+codebook and commitment loss (VQ-VAE, arXiv 1711.00937), and optionally a perceptual loss and a
+PatchGAN discriminator (VQGAN, arXiv 2012.09841). Codes that are hardly used are moved to vectors of
+the encoder.
 
 Shapes: B batch, C code dimension, H, W height and width, L codes of an image, V codebook size,
-N = B * L vectors.
+R revived codes, N = B * L vectors.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ctf.evaluation import metrics
 from ctf.evaluation.features import PerceptualLoss
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.pipelines.folder import load_tokenizer, to_channels_last
-from ctf.training import loop
+from ctf.training import loop, optim
 from ctf.training.state import Part, collect, restore
 
 EVALUATION_BATCH = 64  # images
@@ -44,64 +45,69 @@ class TokenizerTraining:
     learning_rate: float = 1e-3
     final_learning_rate: float = 0.02  # of the peak
     warm_up: int = 100  # steps
-    schedule: loop.Schedule = "cosine"
+    schedule: optim.Schedule = "cosine"
     betas: tuple[float, ...] = (0.9, 0.95)
     weight_decay: float = 0.05
     clip: float = 1.0
-    flip: bool = True  # a mirrored picture is as good a picture to the tokenizer
+    flip: bool = True  # mirror half of the images; to a tokenizer they are as good
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25
     perceptual_weight: float = 0.0
-    free_until: float = 0.1  # of the steps; before, decoding is from the vectors, not the codes
+    free_until: float = 0.1  # of the steps; before, the vectors are decoded without quantization
     adversarial_weight: float = 0.0
-    adversarial_start: float = 0.5  # of the steps; a discriminator is of no use before
+    adversarial_start: float = 0.5  # of the steps; the discriminator is trained from then on
     revive_every: int = 25  # steps
-    revive_below: float = 0.1  # of a code's fair share of the look-ups
+    revive_below: float = 0.1  # of the usage that a code has if all are used equally
     revive_until: float = 0.7  # of the steps; then the codes settle
     evaluate_every: int = 1000  # steps
     evaluate_images: int = 1000
     seed: int = 0
 
     def __post_init__(self) -> None:
-        loop.check(self)
+        optim.check_training(self)
         if self.revive_every < 1:
             raise UserError(f"revive_every: got {self.revive_every}, expected 1 or more")
 
 
 class Reconstruction(nn.Module):
-    """A tokenizer's pass through pictures as one module, as DDP expects it."""
+    """A tokenizer's forward pass in training as one module, as DDP needs it."""
 
     def __init__(self, model: VQModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, images_BCHW: Tensor, free: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The encoder's vectors (B, L, C), what was looked up for them, codes (N,), and images.
+    def forward(self, images_BCHW: Tensor, quantize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Encode, quantize and decode images.
 
         Args:
-            free: decode from the vectors themselves; no code is looked up.
+            images_BCHW: On [-1, 1].
+            quantize: If False, the encoder's vectors are decoded as they are.
+
+        Returns:
+            The encoder's vectors (B, L, C), their codebook vectors (B, L, C), their codes (N,),
+            and the decoded images (B, 3, H, W). Without quantization there are no codes, and the
+            codebook vectors are the encoder's.
         """
         model = self.model
         vectors_BLC = model.encode_vectors(images_BCHW)
-        if free:
-            looked_up_BLC = vectors_BLC.detach()
+        if not quantize:
             codes_N = torch.empty(0, dtype=torch.int64, device=vectors_BLC.device)
-            return vectors_BLC, looked_up_BLC, codes_N, model.decode_vectors(vectors_BLC)
+            return vectors_BLC, vectors_BLC.detach(), codes_N, model.decode_vectors(vectors_BLC)
         with torch.no_grad():
             codes_N = model.nearest(vectors_BLC.flatten(0, 1))
-        looked_up_BLC = model.codebook()[codes_N].view_as(vectors_BLC)
-        # Straight through: the decoder's gradient passes the look-up unchanged.
-        straight_BLC = vectors_BLC + (looked_up_BLC - vectors_BLC).detach()
-        return vectors_BLC, looked_up_BLC, codes_N, model.decode_vectors(straight_BLC)
+        quantized_BLC = model.codebook()[codes_N].view_as(vectors_BLC)
+        # Straight through: the decoder's gradient passes the quantization unchanged.
+        straight_BLC = vectors_BLC + (quantized_BLC - vectors_BLC).detach()
+        return vectors_BLC, quantized_BLC, codes_N, model.decode_vectors(straight_BLC)
 
 
 class TokenizerTrainer:
-    """A tokenizer, what judges it, and their optimisers: a `loop.Trainable`.
+    """A tokenizer, its optional discriminator and their optimizers: a `loop.Trainable`.
 
     Every process of the world trains on its share of each batch and ends with the same weights.
 
     Raises:
-        UserError: the batch cannot be shared equally among the processes.
+        UserError: The batch size is no multiple of the number of processes.
     """
 
     def __init__(
@@ -116,8 +122,8 @@ class TokenizerTrainer:
         device = world.device
         torch.manual_seed(training.seed)
         self.model = to_channels_last(VQModel(model_config), device)
-        self.shared = world.wrap(Reconstruction(self.model), unused=True)
-        self.optimizer = self._optimizer(self.model)
+        self.reconstruction = world.wrap(Reconstruction(self.model), unused=True)
+        self.optimizer = self._make_optimizer(self.model)
         self.usage_V = torch.ones(model_config.codebook_size, device=device)
         self.perceptual = (
             to_channels_last(PerceptualLoss(), device) if training.perceptual_weight else None
@@ -125,125 +131,147 @@ class TokenizerTrainer:
         self.discriminator: PatchDiscriminator | None = None
         if training.adversarial_weight:
             self.discriminator = to_channels_last(PatchDiscriminator(), device)
-            self.hinge = world.wrap(Hinge(self.discriminator))
-            self.discriminator_optimizer = self._optimizer(self.discriminator)
+            self.discriminator_loss = world.wrap(DiscriminatorLoss(self.discriminator))
+            self.discriminator_optimizer = self._make_optimizer(self.discriminator)
 
-    def _optimizer(self, module: nn.Module) -> torch.optim.AdamW:
+    def _make_optimizer(self, module: nn.Module) -> torch.optim.AdamW:
         t = self.training
-        return loop.make_optimizer(module, t.learning_rate, t.betas, t.weight_decay)
+        return optim.make_optimizer(module, t.learning_rate, t.betas, t.weight_decay)
 
     def step(self, step: int) -> Mapping[str, Tensor | float]:
+        """Take a step of the tokenizer and, from its start on, of the discriminator."""
         t = self.training
-        rate = loop.learning_rate(
+        rate = optim.learning_rate(
             step, t.steps, t.learning_rate, t.warm_up, t.schedule, t.final_learning_rate
         )
-        pictures_B, images_BCHW = self._batch(step)
-        # Without codes at first: an encoder that knows nothing yet and codes that mean nothing
-        # agree on a single point otherwise, and stay there.
-        free = step < int(t.free_until * t.steps)
-        vectors_BLC, looked_up_BLC, codes_N, decoded_BCHW = self.shared(images_BCHW, free)
-
-        reconstruction = F.mse_loss(decoded_BCHW, images_BCHW)
-        # Summed over the code's dimensions: on the unit sphere that is the squared distance.
-        codebook = (looked_up_BLC - vectors_BLC.detach()).square().sum(-1).mean()
-        commitment = (looked_up_BLC.detach() - vectors_BLC).square().sum(-1).mean()
-        loss = reconstruction + t.codebook_weight * codebook + t.commitment_weight * commitment
-        logged = {"reconstruction": reconstruction.detach(), "commitment": commitment.detach()}
-        if self.perceptual is not None:
-            perceptual = self.perceptual(decoded_BCHW, images_BCHW).mean()
-            loss = loss + t.perceptual_weight * perceptual
-            logged["perceptual"] = perceptual.detach()
-        judged = self.discriminator is not None and step >= t.adversarial_start * t.steps
-        if judged and self.discriminator is not None:
-            # It judges only: its own gradients come from the hinge loss below.
-            self.discriminator.requires_grad_(False)
-            fooled = -self.discriminator(decoded_BCHW).mean()
-            self.discriminator.requires_grad_(True)
-            loss = loss + t.adversarial_weight * fooled
-            logged["adversarial"] = fooled.detach()
-
-        logged["loss"] = loss.detach()
-        logged = {name: self.world.mean(value) for name, value in logged.items()}
+        indices_B, images_BCHW = self.batch(step)
+        # At first without codes: an encoder that has learned nothing and codes that mean nothing
+        # collapse to a single code, and stay there.
+        quantized_from = int(t.free_until * t.steps)
+        vectors_BLC, quantized_BLC, codes_N, decoded_BCHW = self.reconstruction(
+            images_BCHW, step >= quantized_from
+        )
+        loss, losses = self._losses(images_BCHW, vectors_BLC, quantized_BLC, decoded_BCHW, step)
+        losses = {name: self.world.mean(value.detach()) for name, value in losses.items()}
 
         def update(
-            optimizer: torch.optim.Optimizer, loss: Tensor, mean: Tensor, what: str
+            optimizer: torch.optim.Optimizer, loss: Tensor, mean: Tensor, name: str
         ) -> Tensor:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            return loop.update(optimizer, mean, rate, t.clip, step, what, pictures_B, self.world)
+            return optim.update(
+                optimizer, mean, rate, t.clip,
+                step=step, name=name, images_B=indices_B, world=self.world,
+            )  # fmt: skip
 
-        said: dict[str, Tensor | float] = {**logged}
-        said["gradient_norm"] = update(self.optimizer, loss, logged["loss"], "tokenizer's loss")
-        if judged:
-            hinge = self.hinge(images_BCHW, decoded_BCHW.detach())
-            said["discriminator"] = mean = self.world.mean(hinge.detach())
-            update(self.discriminator_optimizer, hinge, mean, "discriminator's loss")
+        logged: dict[str, Tensor | float] = {**losses}
+        logged["gradient_norm"] = update(self.optimizer, loss, losses["loss"], "tokenizer's loss")
+        if self._is_adversarial(step):
+            loss = self.discriminator_loss(images_BCHW, decoded_BCHW.detach())
+            logged["discriminator"] = mean = self.world.mean(loss.detach())
+            update(self.discriminator_optimizer, loss, mean, "discriminator's loss")
+        logged |= {"learning_rate": rate, "images": t.batch_size}
 
-        said |= {"learning_rate": rate, "images": t.batch_size}
-        if free:
-            if step + 1 == int(t.free_until * t.steps):
-                self._place_codes(step)
-            return said
-        counts_V = self.world.sum(torch.bincount(codes_N, minlength=len(self.usage_V)))
-        fair = len(codes_N) * self.world.size / len(self.usage_V)
-        self.usage_V.lerp_(counts_V / fair, min(1.0, 2.0 / t.revive_every))
-        if (step + 1) % t.revive_every == 0 and step < t.revive_until * t.steps:
-            vectors_NC = self.world.gather(vectors_BLC.detach().flatten(0, 1))
-            said["revived"] = self._revive(vectors_NC, step)
-        return said
+        if step >= quantized_from:
+            self._update_usage(codes_N)
+            if (step + 1) % t.revive_every == 0 and step < t.revive_until * t.steps:
+                vectors_NC = self.world.gather(vectors_BLC.detach().flatten(0, 1))
+                logged["revived"] = self._revive(vectors_NC, step)
+        elif step + 1 == quantized_from:
+            self._init_codebook(step)
+        return logged
 
-    def _batch(self, step: int) -> tuple[np.ndarray, Tensor]:
-        """The pictures of a batch, the same for any number of processes, and the pixels of this
-        process's share."""
+    def _is_adversarial(self, step: int) -> bool:
+        t = self.training
+        return self.discriminator is not None and step >= t.adversarial_start * t.steps
+
+    def batch(self, step: int) -> tuple[np.ndarray, Tensor]:
+        """Return the indices of the whole batch and the images of this process's share."""
         t, train = self.training, self.images.train
-        indices_B = loop.batch_indices(len(train), t.batch_size, t.seed, step)
+        indices_B = optim.batch_indices(len(train), t.batch_size, t.seed, step)
         flip_B = rng.generator(t.seed, 1, step).random(t.batch_size) < (0.5 if t.flip else 0.0)
-        mine_B, flip_B = indices_B[self.share], flip_B[self.share]
-        pixels = np.empty((len(mine_B), train.image_size, train.image_size, 3), np.uint8)
-        for view in (False, True):
-            if (flip_B == view).any():
-                pixels[flip_B == view] = train.read(mine_B[flip_B == view], View(flip=view))
-        return indices_B, as_tensor(pixels, self.world.device)
+        share_B, flip_B = indices_B[self.share], flip_B[self.share]
+        pixels_BHWC = np.empty((len(share_B), train.image_size, train.image_size, 3), np.uint8)
+        for flip in (False, True):
+            if (flip_B == flip).any():
+                pixels_BHWC[flip_B == flip] = train.read(share_B[flip_B == flip], View(flip=flip))
+        return indices_B, as_tensor(pixels_BHWC, self.world.device)
+
+    def _losses(
+        self,
+        images_BCHW: Tensor,
+        vectors_BLC: Tensor,
+        quantized_BLC: Tensor,
+        decoded_BCHW: Tensor,
+        step: int,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the tokenizer's loss, and it and its parts by name."""
+        t = self.training
+        reconstruction = F.mse_loss(decoded_BCHW, images_BCHW)
+        # Summed over the code's dimensions: on the unit sphere that is the squared distance.
+        codebook = (quantized_BLC - vectors_BLC.detach()).square().sum(-1).mean()
+        commitment = (quantized_BLC.detach() - vectors_BLC).square().sum(-1).mean()
+        loss = reconstruction + t.codebook_weight * codebook + t.commitment_weight * commitment
+        losses = {"reconstruction": reconstruction, "commitment": commitment}
+        if self.perceptual is not None:
+            losses["perceptual"] = self.perceptual(decoded_BCHW, images_BCHW).mean()
+            loss = loss + t.perceptual_weight * losses["perceptual"]
+        if self.discriminator is not None and self._is_adversarial(step):
+            # The discriminator's own gradients come from its own loss.
+            self.discriminator.requires_grad_(False)
+            losses["adversarial"] = -self.discriminator(decoded_BCHW).mean()
+            self.discriminator.requires_grad_(True)
+            loss = loss + t.adversarial_weight * losses["adversarial"]
+        return loss, {**losses, "loss": loss}
 
     @torch.no_grad()
-    def _place_codes(self, step: int) -> None:
-        """Makes the codebook a random choice of the encoder's vectors of some batches."""
+    def _init_codebook(self, step: int) -> None:
+        """Set the codebook to a random choice of the encoder's vectors of some batches."""
         size = len(self.usage_V)
         vectors: list[Tensor] = []
         while sum(map(len, vectors)) < size:
-            _, images_BCHW = self._batch(len(vectors))
+            _, images_BCHW = self.batch(len(vectors))
             vectors_NC = self.model.encode_vectors(images_BCHW).flatten(0, 1)
             vectors.append(self.world.gather(vectors_NC))
-        vectors_NC = torch.cat(vectors)
-        random = rng.generator(self.training.seed, 2, step)
-        chosen_V = torch.from_numpy(random.permutation(len(vectors_NC))[:size])
-        self.model.embedding.weight.copy_(vectors_NC[chosen_V.to(vectors_NC.device)])
+        self.model.embedding.weight.copy_(self._choose(torch.cat(vectors), size, step))
+
+    def _update_usage(self, codes_N: Tensor) -> None:
+        """Update the moving average of each code's usage, 1 if all are used equally."""
+        counts_V = self.world.sum(torch.bincount(codes_N, minlength=len(self.usage_V)))
+        equal = len(codes_N) * self.world.size / len(self.usage_V)
+        self.usage_V.lerp_(counts_V / equal, min(1.0, 2.0 / self.training.revive_every))
 
     @torch.no_grad()
     def _revive(self, vectors_NC: Tensor, step: int) -> float:
-        """Moves codes that are hardly used to vectors of this batch; returns how many."""
-        dead_R = torch.nonzero(self.usage_V < self.training.revive_below).flatten()
-        # No more than there are vectors; the least used first.
-        dead_R = dead_R[self.usage_V[dead_R].argsort(stable=True)][: len(vectors_NC)]
-        random = rng.generator(self.training.seed, 2, step)
-        chosen_R = torch.from_numpy(random.permutation(len(vectors_NC))[: len(dead_R)])
+        """Move hardly used codes to vectors of this batch; return how many were moved."""
+        unused_R = torch.nonzero(self.usage_V < self.training.revive_below).flatten()
+        # At most as many as there are vectors, the least used first.
+        unused_R = unused_R[self.usage_V[unused_R].argsort(stable=True)][: len(vectors_NC)]
         embedding = self.model.embedding.weight
-        embedding[dead_R] = vectors_NC[chosen_R.to(vectors_NC.device)]
+        embedding[unused_R] = self._choose(vectors_NC, len(unused_R), step)
         for moment in ("exp_avg", "exp_avg_sq"):
-            self.optimizer.state[embedding][moment][dead_R] = 0.0
-        self.usage_V[dead_R] = 1.0
-        return float(len(dead_R))
+            self.optimizer.state[embedding][moment][unused_R] = 0.0
+        self.usage_V[unused_R] = 1.0
+        return float(len(unused_R))
+
+    def _choose(self, vectors_NC: Tensor, count: int, step: int) -> Tensor:
+        """Return `count` random vectors (count, C), none twice."""
+        order_N = rng.generator(self.training.seed, 2, step).permutation(len(vectors_NC))
+        return vectors_NC[torch.from_numpy(order_N[:count]).to(vectors_NC.device)]
 
     def evaluate(self) -> Mapping[str, float]:
+        """Return `reconstruction_metrics` of held-out images; {} in all but the first process."""
         if not self.world.is_main:
-            return {}  # of which nothing would be written
+            return {}
         limit = self.training.evaluate_images
-        return evaluate(self.model, self.images.val, self.world.device, limit)
+        return reconstruction_metrics(self.model, self.images.val, self.world.device, limit)
 
     def state(self) -> Mapping[str, Tensor]:
+        """Return all tensors that resuming needs."""
         return {**collect(**self._parts()), "usage_V": self.usage_V}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load what `state` returned."""
         restore(tensors, **self._parts())
         self.usage_V.copy_(tensors["usage_V"])
 
@@ -251,14 +279,14 @@ class TokenizerTrainer:
         parts: dict[str, Part] = {"model": self.model, "optimizer": self.optimizer}
         if self.discriminator is not None:
             parts["discriminator"] = self.discriminator
-            parts["judge_optimizer"] = self.discriminator_optimizer
+            parts["judge_optimizer"] = self.discriminator_optimizer  # as it is called on the disk
         return parts
 
 
 class PatchDiscriminator(nn.Module):
-    """Images (B, 3, H, W) -> how real each patch looks, (B, 1, H', W') (pix2pix, arXiv 1611.07004).
+    """Rates how real each patch of an image looks (pix2pix, arXiv 1611.07004).
 
-    Group instead of batch normalisation: a picture is judged alike in any batch.
+    With group instead of batch normalization, so a rating doesn't depend on the rest of the batch.
     """
 
     def __init__(self, width: int = 64, layers: int = 2) -> None:
@@ -276,17 +304,20 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*stack)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        return self.layers(images_BCHW)
+        """Return the logits of the patches of images (B, 3, H, W), as (B, 1, H', W')."""
+        logits_BCHW: Tensor = self.layers(images_BCHW)
+        return logits_BCHW
 
 
-class Hinge(nn.Module):
-    """The loss of a discriminator that is shown real pictures and made ones."""
+class DiscriminatorLoss(nn.Module):
+    """The hinge loss of a discriminator as one module, as DDP needs it."""
 
     def __init__(self, discriminator: PatchDiscriminator) -> None:
         super().__init__()
         self.discriminator = discriminator
 
     def forward(self, real_BCHW: Tensor, fake_BCHW: Tensor) -> Tensor:
+        """Return the mean loss over the patches of real and of decoded images."""
         real, fake = self.discriminator(real_BCHW), self.discriminator(fake_BCHW)
         return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
@@ -299,9 +330,13 @@ def train(
     world: World = ALONE,
     progress: Progress | None = None,
 ) -> VQModel:
-    """Trains a tokenizer into `folder`, or goes on where it was killed, or loads it if it is done.
+    """Train a tokenizer into `folder`, resume its training, or load it if it is finished.
 
-    Writes config.json, metrics.jsonl, model.safetensors.
+    Writes config.json, metrics.jsonl and model.safetensors.
+
+    Raises:
+        UserError: See `loop.begin` and `TokenizerTrainer`.
+        Stopped: See `loop.run`.
     """
     description = {
         "model": config.to_json(model_config),
@@ -311,30 +346,33 @@ def train(
     if loop.begin(folder, description, world):
         trainer = TokenizerTrainer(model_config, training, images, world)
         loop.run(
-            trainer,
-            folder,
-            training.steps,
-            evaluate_every=training.evaluate_every,
-            progress=progress,
-            world=world,
-        )
+            trainer, folder, training.steps,
+            evaluate_every=training.evaluate_every, progress=progress, world=world,
+        )  # fmt: skip
         loop.finish(folder, trainer.model.state_dict(), {}, world)
     return load_tokenizer(folder, world.device)
 
 
 @torch.inference_mode()
-def evaluate(
+def reconstruction_metrics(
     model: VQModel,
     images: ImageSet,
     device: torch.device | str = "cpu",
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Reconstruction of (the first `limit` of) a set's pictures, and how the codebook is used.
+    """Measure how well a tokenizer reconstructs images, and how much of the codebook it uses.
+
+    Args:
+        model: The tokenizer, on `device`.
+        images: Held-out images.
+        device: Where to compute.
+        limit: Only the first `limit` images.
+        progress: Called after each batch.
 
     Returns:
-        mse (on [-1, 1]), psnr (dB), ssim, usage (fraction of the codebook seen), perplexity (in
-        codes), images (how many were looked at).
+        "mse" (on [-1, 1]), "psnr" (dB), "ssim", "usage" (fraction of the codes that occur),
+        "perplexity" (codes), and "images" (how many were measured).
     """
     count = min(len(images), limit or len(images))
     psnr, ssim, mse = [], [], []

@@ -30,8 +30,8 @@ from ctf.kernels.losses import cross_entropy
 from ctf.models.clusters import Clusters
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
-from ctf.training import loop
-from ctf.training.loop import PLAINLY, Execution
+from ctf.training import optim
+from ctf.training.loop import DEFAULT_EXECUTION, Execution
 from ctf.training.state import collect, restore
 
 IGNORED = -100  # a target that nothing is asked of
@@ -50,7 +50,7 @@ class TrainingConfig:
     learning_rate: float = 1e-4
     final_learning_rate: float = 0.02  # of the peak
     warm_up: int = 100  # steps
-    schedule: loop.Schedule = "cosine"
+    schedule: optim.Schedule = "cosine"
     betas: tuple[float, ...] = (0.9, 0.95)
     weight_decay: float = 0.05
     clip: float = 1.0
@@ -61,7 +61,7 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        loop.check(self)
+        optim.check_training(self)
         for name in ("class_dropout", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}: got {getattr(self, name)}, expected 0 to 1")
@@ -175,7 +175,7 @@ class Trainer:
         val: Tokens,
         training: TrainingConfig,
         world: World,
-        execution: Execution = PLAINLY,
+        execution: Execution = DEFAULT_EXECUTION,
         taught: Objective | None = None,
     ) -> None:
         self.model, self.training, self.world = model, training, world
@@ -207,13 +207,13 @@ class Trainer:
         else:
             self.trained = world.wrap(trained)
         self.ema = dict(self.averaged.named_parameters())
-        self.optimizer = loop.make_optimizer(
+        self.optimizer = optim.make_optimizer(
             model, training.learning_rate, training.betas, training.weight_decay
         )
 
     def step(self, step: int) -> Mapping[str, Tensor | float]:
         t = self.training
-        rate = loop.learning_rate(
+        rate = optim.learning_rate(
             step, t.steps, t.learning_rate, t.warm_up, t.schedule, t.final_learning_rate
         )
         pictures_B, codes_BL, classes_B = self._batch(step)
@@ -229,8 +229,11 @@ class Trainer:
                 loss.backward()
             total += loss.detach()
         mean = self.world.mean(total)
-        norm = loop.update(self.optimizer, mean, rate, t.clip, step, "loss", pictures_B, self.world)
-        loop.update_ema(self.ema, self.model, t.ema, step)
+        norm = optim.update(
+            self.optimizer, mean, rate, t.clip,
+            step=step, name="loss", images_B=pictures_B, world=self.world,
+        )  # fmt: skip
+        optim.update_ema(self.ema, self.model, t.ema, step)
         tokens = t.batch_size * self.model.config.length
         return {"loss": mean, "gradient_norm": norm, "learning_rate": rate, "tokens": tokens}
 
@@ -255,7 +258,7 @@ class Trainer:
         classes of this process's share."""
         t = self.training
         random = rng.generator(t.seed, 3, step)
-        indices_B = loop.batch_indices(len(self.train), t.batch_size, t.seed, step)
+        indices_B = optim.batch_indices(len(self.train), t.batch_size, t.seed, step)
         views_B = random.integers(self.train.views, size=t.batch_size)
         hidden_B = random.random(t.batch_size) < t.class_dropout
         classes_B = np.where(hidden_B, self.model.no_class, self.train.classes_N[indices_B])

@@ -1,0 +1,150 @@
+"""What an optimization step is made of: batches, learning rate, AdamW, clipping, moving average."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ctf.common.distributed import ALONE, World, full_tensor
+from ctf.common.errors import UserError
+from ctf.common.rng import generator
+
+NAMED_IMAGES = 8  # how many of a batch an error names
+
+Schedule = Literal["constant", "cosine"]
+
+
+def check_training(training: Any) -> None:
+    """Check the ranges of the fields that all training configurations have.
+
+    Raises:
+        UserError: A value is out of its range; names the first.
+    """
+    for name in ("steps", "batch_size", "evaluate_every", "evaluate_images"):
+        if getattr(training, name) < 1:
+            raise UserError(f"{name}: got {getattr(training, name)}, expected 1 or more")
+    for name in ("learning_rate", "clip"):
+        if not 0 < getattr(training, name) < math.inf:
+            raise UserError(f"{name}: got {getattr(training, name)}, expected more than 0")
+    for name in ("warm_up", "weight_decay"):
+        if not 0 <= getattr(training, name) < math.inf:
+            raise UserError(f"{name}: got {getattr(training, name)}, expected 0 or more")
+    if len(training.betas) != 2 or not all(0 <= beta < 1 for beta in training.betas):
+        raise UserError(f"betas: got {list(training.betas)}, expected two from 0 to below 1")
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return generator(seed, epoch).permutation(count)
+
+
+def batch_indices(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Return the items of a step's batch, (B,) of `count`.
+
+    Every epoch is a permutation of all items. A batch may span two epochs, so none is cut short.
+    """
+    first = step * batch_size
+    positions = np.arange(first, first + batch_size)
+    return np.concatenate(
+        [
+            _epoch_order(count, seed, int(epoch))[positions[positions // count == epoch] % count]
+            for epoch in np.unique(positions // count)
+        ]
+    )
+
+
+def learning_rate(
+    step: int, steps: int, peak: float, warm_up: int, schedule: Schedule, final: float
+) -> float:
+    """Return the rate of a step: linear warm-up, then constant or half a cosine to final * peak."""
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    if schedule == "constant":
+        return peak
+    elapsed = min(1.0, (step - warm_up) / max(1, steps - warm_up))
+    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * elapsed)))
+
+
+def make_optimizer(
+    module: nn.Module, rate: float, betas: Sequence[float], weight_decay: float
+) -> torch.optim.AdamW:
+    """Return AdamW with weight decay on matrices and convolutions only, as LlamaGen has it."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(betas[0], betas[1]), fused=True)
+    # As the first step would create it, so that a state has the same tensors from the start.
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter.detach()),
+            "exp_avg_sq": torch.zeros_like(parameter.detach()),
+        }
+    return optimizer
+
+
+def update(
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    rate: float,
+    clip: float,
+    *,
+    step: int,
+    name: str,
+    images_B: np.ndarray,
+    world: World = ALONE,
+) -> Tensor:
+    """Take an optimizer step along the parameters' gradients, unless they are not finite.
+
+    Args:
+        optimizer: Its parameters have gradients, averaged over all processes.
+        loss: The loss that these are of, averaged over all processes.
+        rate: Learning rate.
+        clip: Norm to which the gradient is clipped.
+        step: Number of the step, for errors.
+        name: What the loss is called in errors.
+        images_B: Numbers of the images in the batch, for errors.
+        world: The processes that train together.
+
+    Returns:
+        The norm of the gradient before clipping.
+
+    Raises:
+        UserError: Loss or gradient are not finite; in all processes, before anything has changed.
+    """
+    _check_finite(loss, name, step, images_B, world)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = full_tensor(nn.utils.clip_grad_norm_(parameters, clip))
+    _check_finite(norm, f"gradient norm of the {name}", step, images_B, world)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    return norm
+
+
+def _check_finite(value: Tensor, name: str, step: int, images_B: np.ndarray, world: World) -> None:
+    if math.isfinite(float(value)):
+        return
+    listed = ", ".join(map(str, images_B[:NAMED_IMAGES]))
+    more = ", ..." * (len(images_B) > NAMED_IMAGES)
+    raise world.error(
+        f"step {step}: {name} is {float(value)} on a batch of {len(images_B)}, the images "
+        f"{listed}{more}; stopped before the update, and the last state is good\n"
+        "a lower learning rate usually helps: --set ...learning_rate=..., in a new folder"
+    )
+
+
+def update_ema(ema: Mapping[str, Tensor], module: nn.Module, decay: float, step: int) -> None:
+    """Move the averages towards the parameters; early steps decay faster, for short trainings."""
+    decay = min(decay, (1 + step) / (10 + step))
+    own = dict(module.named_parameters())
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.values()), [own[name] for name in ema], 1 - decay)

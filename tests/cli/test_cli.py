@@ -329,10 +329,10 @@ def test_class_ten_of_ten(ctf: Command, pipe: Pipeline, tmp_path: Path) -> None:
             ["classifier", "train", "PICTURES", "--out", "NEW", "--image-size", 32, "--steps", 0],
             "steps: got 0",
         ),
-        (["evaluate", "RUN", "--samples", 30], "nothing to score against; give a --reference"),
+        (["evaluate", "RUN", "--samples", 30], "nothing to score against; pass a --reference"),
         (
             ["evaluate", "RUN", "--samples", 31, "--reference", "PICTURES"],
-            "31 samples cannot be shared equally among 3",
+            "31 samples cannot be split equally among 3",
         ),
         (["evaluate", "RUN", "--samples", 30, "--reference", "nowhere"], "nowhere: no such folder"),
         (

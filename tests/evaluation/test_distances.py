@@ -15,8 +15,9 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from ctf.common.errors import UserError
-from ctf.evaluation import distances, metrics
+from ctf.evaluation import distances
 from ctf.evaluation.distances import FeatureStatistics, Gaussian, frechet_distance
+from ctf.evaluation.intervals import Estimate, RandomGroups
 
 seeds = st.integers(0, 2**32 - 1)
 oracle_warns = pytest.mark.filterwarnings("ignore::UserWarning:torchmetrics")
@@ -29,21 +30,19 @@ def features(count: int, dim: int, seed: int, scale: float = 1.0, mean: float = 
     return np.maximum(rng.normal(mean, scale, (count, dim)), -0.5) * scales_D
 
 
-def gathered(rows_ND: np.ndarray) -> FeatureStatistics:
+def statistics_of(rows_ND: np.ndarray) -> FeatureStatistics:
     statistics = FeatureStatistics(rows_ND.shape[1])
     statistics.add(rows_ND)
     return statistics
 
 
 def gaussian(rows_ND: np.ndarray) -> Gaussian:
-    return gathered(rows_ND).gaussian
+    return statistics_of(rows_ND).gaussian
 
 
-def grouped(rows_ND: np.ndarray, seed: int, count: int = 10) -> list[FeatureStatistics]:
-    dim = rows_ND.shape[1]
-    groups = metrics.Groups(lambda: FeatureStatistics(dim), np.random.default_rng(seed), count)
-    groups.add(rows_ND)
-    return groups.parts
+def random_groups(rows_ND: np.ndarray, seed: int) -> list[FeatureStatistics]:
+    groups_N = RandomGroups(np.random.default_rng(seed)).assign(len(rows_ND))
+    return [statistics_of(rows_ND[groups_N == group]) for group in range(10)]
 
 
 def by_svd(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
@@ -54,8 +53,8 @@ def by_svd(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
     return float(shift_D @ shift_D + (a**2).sum() + (b**2).sum() - 2 * nuclear)
 
 
-class Same(torch.nn.Module):
-    """In place of a network: what goes in comes out."""
+class Identity(torch.nn.Module):
+    """Takes the place of a network whose outputs are given."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -65,18 +64,11 @@ class Same(torch.nn.Module):
         return x
 
 
-class TorchsOrder:
-    """Draws what torchmetrics draws, in place of a NumPy generator."""
-
-    def permutation(self, n: int) -> np.ndarray:
-        return torch.randperm(n).numpy()
-
-
 # Mean and covariance
 
 
 def merged_in_pairs(parts: list[FeatureStatistics]) -> FeatureStatistics:
-    return reduce(lambda a, b: FeatureStatistics.merged([a, b]), parts)
+    return reduce(lambda a, b: FeatureStatistics.merge([a, b]), parts)
 
 
 @given(seeds, st.integers(2, 40), st.lists(st.integers(0, 12), max_size=6), st.integers(1, 8))
@@ -85,22 +77,22 @@ def test_statistics_do_not_depend_on_batches_or_order(
 ) -> None:
     rows = features(count, dim, seed)
     parts = np.split(rows, np.minimum(np.cumsum(batches, dtype=int), count))
-    cut, turned = FeatureStatistics(dim), FeatureStatistics(dim)
+    split, reversed_ = FeatureStatistics(dim), FeatureStatistics(dim)
     for part in parts:
-        cut.add(torch.from_numpy(part))
+        split.add(torch.from_numpy(part))
     for part in reversed(parts):
-        turned.add(part)
-    merged = FeatureStatistics.merged([gathered(part) for part in parts])
-    tree = merged_in_pairs([gathered(part) for part in parts])
-    for got in (cut, turned, merged, tree):
+        reversed_.add(part)
+    merged = FeatureStatistics.merge([statistics_of(part) for part in parts])
+    tree = merged_in_pairs([statistics_of(part) for part in parts])
+    for got in (split, reversed_, merged, tree):
         assert got.count == count
         np.testing.assert_allclose(got.gaussian.mean_D, rows.mean(axis=0), atol=1e-12)
         covariance = np.cov(rows, rowvar=False).reshape(dim, dim)
         np.testing.assert_allclose(got.gaussian.covariance_DD, covariance, atol=1e-12)
 
 
-def test_a_large_mean_costs_no_digits() -> None:
-    """Sums of squares would leave nothing here: 1e16 against a variance of 1."""
+def test_a_large_mean_costs_no_precision() -> None:
+    """Sums of squares would lose everything here: 1e16 compared to a variance of 1."""
     rows = np.random.default_rng(0).normal(size=(1000, 6))
     shifted = FeatureStatistics(6)
     for part in np.split(rows + 1e8, 10):
@@ -108,7 +100,9 @@ def test_a_large_mean_costs_no_digits() -> None:
     expected = np.cov(rows, rowvar=False)
     np.testing.assert_allclose(shifted.gaussian.covariance_DD, expected, atol=1e-7)
     np.testing.assert_allclose(
-        FeatureStatistics.merged(grouped(rows + 1e8, 0)).gaussian.covariance_DD, expected, atol=1e-7
+        FeatureStatistics.merge(random_groups(rows + 1e8, 0)).gaussian.covariance_DD,
+        expected,
+        atol=1e-7,
     )
 
 
@@ -119,7 +113,7 @@ def test_a_large_mean_costs_no_digits() -> None:
 @pytest.mark.parametrize("count, others, dim", [(300, 400, 64), (900, 700, 128), (60, 500, 20)])
 def test_frechet_distance_equals_torchmetrics(count: int, others: int, dim: int) -> None:
     a, b = features(count, dim, 0, 1.2), features(others, dim, 1)
-    oracle = FrechetInceptionDistance(feature=Same(dim))
+    oracle = FrechetInceptionDistance(feature=Identity(dim))
     oracle.update(torch.from_numpy(b), real=True)
     oracle.update(torch.from_numpy(a), real=False)
     got = frechet_distance(gaussian(a), gaussian(b))
@@ -147,8 +141,8 @@ def test_frechet_distance_to_a_point_and_of_two_points() -> None:
 
 @pytest.mark.parametrize(
     "count, others, rel",
-    # The number of images tells the rank, and so which eigenvalues are rounding; where they are
-    # many, the features that never fire leave some that are not told apart.
+    # The number of images bounds the rank, and so tells which eigenvalues are rounding errors; with
+    # many images, features that never fire leave some that cannot be told apart.
     [
         (2, 2, 1e-12),
         (2, 500, 1e-12),
@@ -163,7 +157,7 @@ def test_frechet_distance_of_singular_covariances(count: int, others: int, rel: 
     a[:, 50:60] = b[:, 70:75] = 0  # features that never fire
     expected = by_svd(a, b)
     assert frechet_distance(gaussian(a), gaussian(b)) == pytest.approx(expected, rel=rel)
-    # A file with mean and covariance does not say how many images there were.
+    # For stored statistics the number of images is unknown.
     unknown = (Gaussian(g.mean_D, g.covariance_DD) for g in (gaussian(a), gaussian(b)))
     assert frechet_distance(*unknown) == pytest.approx(expected, rel=1e-6)
 
@@ -179,25 +173,25 @@ def test_frechet_distance_is_symmetric_rotated_and_never_negative(
     assert frechet_distance(gaussian(b), gaussian(a)) == pytest.approx(got, rel=1e-5, abs=1e-6)
     assert frechet_distance(gaussian(a), gaussian(a)) == pytest.approx(0, abs=1e-6)
     rotation, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(dim, dim)))
-    turned = frechet_distance(gaussian(a @ rotation + 3), gaussian(b @ rotation + 3))
-    assert turned == pytest.approx(got, rel=1e-5, abs=1e-6)
+    rotated = frechet_distance(gaussian(a @ rotation + 3), gaussian(b @ rotation + 3))
+    assert rotated == pytest.approx(got, rel=1e-5, abs=1e-6)
     assert frechet_distance(gaussian(7 * a), gaussian(7 * b)) == pytest.approx(
         49 * got, rel=1e-5, abs=1e-5
     )
 
 
-def repeated(count: int, dim: int, scale: float, mean: float) -> list[metrics.Estimate]:
+def repeated(count: int, dim: int, scale: float, mean: float) -> list[Estimate]:
     reference = gaussian(np.random.default_rng(99).normal(size=(5000, dim)))
     return [
         distances.frechet_distance_estimate(
-            grouped(np.random.default_rng(i).normal(mean, scale, (count, dim)), i), reference
+            random_groups(np.random.default_rng(i).normal(mean, scale, (count, dim)), i), reference
         )
         for i in range(200)
     ]
 
 
 @pytest.mark.parametrize("count, dim", [(400, 10), (150, 30), (30, 40)])
-def test_interval_of_the_frechet_distance_is_as_wide_as_it_varies(count: int, dim: int) -> None:
+def test_frechet_distance_interval_is_as_wide_as_the_distance_varies(count: int, dim: int) -> None:
     """Also with fewer images than features. What it covers is the mean at that number of images."""
     estimates = repeated(count, dim, 1.3, 0.3)
     values = np.array([e.value for e in estimates])
@@ -206,7 +200,7 @@ def test_interval_of_the_frechet_distance_is_as_wide_as_it_varies(count: int, di
     assert 0.92 <= np.mean([e.low <= values.mean() <= e.high for e in estimates]) <= 0.995
 
 
-def test_interval_of_equal_sets_is_rather_too_wide() -> None:
+def test_frechet_distance_interval_of_equal_distributions_is_conservative() -> None:
     estimates = repeated(400, 10, 1.0, 0.0)
     values = np.array([e.value for e in estimates])
     error = np.mean([e.standard_error**2 for e in estimates]) ** 0.5
@@ -216,19 +210,19 @@ def test_interval_of_equal_sets_is_rather_too_wide() -> None:
 
 def test_estimate_is_the_distance_of_all_images() -> None:
     a, reference = features(105, 12, 0, 1.2), gaussian(features(300, 12, 1))
-    got = distances.frechet_distance_estimate(grouped(a, 3), reference)
+    got = distances.frechet_distance_estimate(random_groups(a, 3), reference)
     assert got.value == pytest.approx(frechet_distance(gaussian(a), reference), rel=1e-9)
     assert got.count == 105 and 0 <= got.low < got.value < got.high
 
 
-def test_features_that_have_no_frechet_distance() -> None:
-    a, b = gathered(features(9, 4, 0)), gaussian(features(9, 5, 1))
-    with pytest.raises(UserError, match="got 4 features of an image, and 5 in the reference"):
+def test_frechet_distance_rejects_invalid_features() -> None:
+    a, b = statistics_of(features(9, 4, 0)), gaussian(features(9, 5, 1))
+    with pytest.raises(UserError, match="got 4 features per image, but the reference has 5"):
         frechet_distance(a.gaussian, b)
     with pytest.raises(UserError, match="got 1 images, too few for FID: each set needs 2"):
-        _ = gathered(features(1, 4, 0)).gaussian
+        _ = statistics_of(features(1, 4, 0)).gaussian
     with pytest.raises(UserError, match="got 9 images; an interval over 10 groups"):
-        distances.frechet_distance_estimate(grouped(features(9, 5, 0), 0), b)
+        distances.frechet_distance_estimate(random_groups(features(9, 5, 0), 0), b)
     with pytest.raises(UserError, match=r"shape \(4,\) and a covariance of shape \(4,\)"):
         Gaussian(np.zeros(4), np.zeros(4))
     with pytest.raises(UserError, match="not finite"):
@@ -248,7 +242,7 @@ def test_features_that_have_no_frechet_distance() -> None:
 @oracle_warns
 def test_kernel_distance_equals_torchmetrics() -> None:
     a, b = features(120, 30, 0, 1.2), features(120, 30, 1)
-    oracle = KernelInceptionDistance(feature=Same(30), subsets=1, subset_size=120)
+    oracle = KernelInceptionDistance(feature=Identity(30), subsets=1, subset_size=120)
     oracle.update(torch.from_numpy(b), real=True)
     oracle.update(torch.from_numpy(a), real=False)
     got = distances.kernel_distance(a, b, np.random.default_rng(0))
@@ -256,26 +250,6 @@ def test_kernel_distance_equals_torchmetrics() -> None:
     for count in (2, 7):  # the groups don't change the value
         other = distances.kernel_distance(a, torch.from_numpy(b), np.random.default_rng(1), count)
         assert other.value == pytest.approx(got.value, rel=1e-9)
-
-
-@oracle_warns
-def test_kernel_distance_of_subsets_equals_torchmetrics() -> None:
-    a, b = features(150, 30, 0, 1.2), features(130, 30, 1)
-    oracle = KernelInceptionDistance(feature=Same(30), subsets=20, subset_size=50)
-    oracle.update(torch.from_numpy(a), real=True)
-    oracle.update(torch.from_numpy(b), real=False)
-    torch.manual_seed(3)
-    expected = tuple(map(float, oracle.compute()))
-    torch.manual_seed(3)
-    got = distances.kernel_distance_of_subsets(a, b, TorchsOrder(), subsets=20, size=50)
-    assert got == pytest.approx(expected, rel=1e-6)
-
-
-def test_subsets_approximate_the_kernel_distance_of_all_pairs() -> None:
-    a, b = features(300, 10, 0, 1.4), features(500, 10, 1)
-    mean, std = distances.kernel_distance_of_subsets(a, b, np.random.default_rng(0), 400, 60)
-    got = distances.kernel_distance(a, b, np.random.default_rng(0))
-    assert abs(mean - got.value) < 3 * std / 400**0.5
 
 
 @settings(max_examples=30, deadline=None)
@@ -291,7 +265,7 @@ def test_kernel_distance_is_the_mean_over_pairs(seed: int, n: int, m: int, dim: 
     assert got.value == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
-def test_interval_of_the_kernel_distance_is_as_wide_as_it_varies() -> None:
+def test_kernel_distance_interval_is_as_wide_as_the_distance_varies() -> None:
     reference = np.random.default_rng(99).normal(size=(500, 10))
     estimates = [
         distances.kernel_distance(
@@ -307,17 +281,13 @@ def test_interval_of_the_kernel_distance_is_as_wide_as_it_varies() -> None:
     assert 0.92 <= np.mean([e.low <= values.mean() <= e.high for e in estimates]) <= 0.99
 
 
-def test_features_that_have_no_kernel_distance() -> None:
+def test_kernel_distance_rejects_too_few_images_and_other_features() -> None:
     rng, a = np.random.default_rng(0), features(20, 4, 0)
     with pytest.raises(UserError, match="got 8 images; an interval over 10 groups needs 10"):
         distances.kernel_distance(a[:8], a, rng)
     with pytest.raises(UserError, match="got 1 images, too few for KID: each set needs 2"):
         distances.kernel_distance(a, a[:1], rng)
-    with pytest.raises(
-        UserError, match="got 20 images, too few for KID over subsets of 1000: each set needs 1000"
-    ):
-        distances.kernel_distance_of_subsets(a, a, rng)
-    with pytest.raises(UserError, match="got 4 features of an image, and 3 in the reference"):
+    with pytest.raises(UserError, match="got 4 features per image, but the reference has 3"):
         distances.kernel_distance(a, a[:, :3], rng)
 
 
@@ -372,21 +342,21 @@ def test_a_set_covers_itself(seed: int, k: int) -> None:
     assert vars(got) == pytest.approx(dict(precision=1, recall=1, density=1, coverage=1))
 
 
-def test_a_large_mean_moves_no_neighbours() -> None:
+def test_a_large_mean_does_not_change_manifold_scores() -> None:
     a, b = features(200, 16, 0, 0.9, 0.15), features(150, 16, 1)
     assert distances.manifold_scores(a + 1e6, b + 1e6) == distances.manifold_scores(a, b)
 
 
-def test_sets_that_are_far_apart_or_collapsed() -> None:
+def test_manifold_scores_of_disjoint_and_of_collapsed_sets() -> None:
     a, b = features(50, 6, 0), features(60, 6, 1)
     far = distances.manifold_scores(a + 100, b)
     assert vars(far) == dict(precision=0, recall=0, density=0, coverage=0)
-    # The same good picture again and again: precise, but it covers next to nothing.
+    # One good image repeated: precise, but it covers next to nothing.
     collapsed = distances.manifold_scores(np.tile(b[:1], (50, 1)), b)
     assert collapsed.precision == 1 and collapsed.recall == 0 and collapsed.coverage < 0.5
 
 
-def test_images_that_are_too_few_for_neighbours() -> None:
+def test_manifold_scores_need_more_images_than_neighbours() -> None:
     a = features(30, 4, 0)
     with pytest.raises(UserError, match="got 3 images, too few for recall: each set needs 4"):
         distances.manifold_scores(a[:3], a)
@@ -406,18 +376,18 @@ def test_reservoir_does_not_depend_on_the_batches(
     count: int, batches: list[int], size: int
 ) -> None:
     rows = np.arange(count, dtype=np.float32)[:, None]
-    whole, cut = (distances.Reservoir(size, 1, np.random.default_rng(2)) for _ in range(2))
+    whole, split = (distances.Reservoir(size, 1, np.random.default_rng(2)) for _ in range(2))
     whole.add(rows)
     for part in np.split(rows, np.minimum(np.cumsum(batches, dtype=int), count)):
-        cut.add(torch.from_numpy(part))
-    assert whole.count == cut.count == count
-    np.testing.assert_array_equal(whole.rows_ND, cut.rows_ND)
+        split.add(torch.from_numpy(part))
+    assert whole.count == split.count == count
+    np.testing.assert_array_equal(whole.rows_ND, split.rows_ND)
     assert len(set(whole.rows_ND[:, 0])) == len(whole.rows_ND) == min(size, count)
     if count <= size:
         np.testing.assert_array_equal(whole.rows_ND, rows)
 
 
-def test_reservoir_keeps_each_row_as_often() -> None:
+def test_reservoir_keeps_each_row_with_equal_probability() -> None:
     kept, trials = np.zeros(5), 4000
     for seed in range(trials):
         reservoir = distances.Reservoir(2, 1, np.random.default_rng(seed))

@@ -1,9 +1,7 @@
-"""Extractors: in any batch the same, told apart by their digests, and plain about what is wrong."""
+"""Extractors: the same features in any batch, a digest for each network, clear errors."""
 
 import hashlib
 import importlib
-import os
-import pickle
 import sys
 import warnings
 from collections.abc import Callable
@@ -12,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants
 from PIL import Image
 from skimage import data
 from torch import Tensor
@@ -20,11 +17,10 @@ from torch import Tensor
 from ctf.common.errors import UserError
 from ctf.data.images import open_images
 from ctf.data.transforms import as_tensor, crop
-from ctf.evaluation import extractors
-from ctf.evaluation.classifier import classify, shipped_classifier
+from ctf.evaluation.classifier import shipped_classifier
 from ctf.evaluation.extractors import Extractor, open_extractor
-from ctf.evaluation.features import load_lite0
 from ctf.evaluation.inception import Inception, fold_batch_norms
+from ctf.evaluation.lite0 import load_lite0
 from tests.evaluation.test_inception import random_weights
 
 RANDOM = np.random.default_rng(0)
@@ -56,12 +52,12 @@ def fashion() -> Extractor:
 
 
 @pytest.fixture
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Writes a module of the user into the current folder, and says its name."""
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Write a user module to the current folder and return its name."""
     monkeypatch.chdir(tmp_path)
 
     def write(code: str) -> str:
-        name = f"mine_{hashlib.sha256((str(tmp_path) + code).encode()).hexdigest()[:16]}"
+        name = f"user_{hashlib.sha256((str(tmp_path) + code).encode()).hexdigest()[:16]}"
         (tmp_path / f"{name}.py").write_text(f"import torch\nfrom torch import nn\n{code}")
         importlib.invalidate_caches()
         return name
@@ -82,7 +78,7 @@ def close(a: Tensor | None, b: Tensor | None) -> None:
         ("fashion", "-fashion", (128, None, 10)),
     ],
 )
-def test_shapes_and_names(
+def test_names_shapes_and_independence_of_the_batch(
     name: str, suffix: str, shapes: tuple[int | None, ...], request: pytest.FixtureRequest
 ) -> None:
     extractor: Extractor = request.getfixturevalue(name)
@@ -92,16 +88,16 @@ def test_shapes_and_names(
     frozen.flags.writeable = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        seen = extractor(frozen)
-    found = (seen.pooled_ND, seen.spatial_ND, seen.logits_NK)
+        features = extractor(frozen)
+    found = (features.pooled_ND, features.spatial_ND, features.logits_NK)
     assert tuple(None if x is None else x.shape[1] for x in found) == shapes
     for x in found:
         assert x is None or (len(x) == 5 and x.dtype == torch.float32 and not x.is_cuda)
-    for i in (0, 4):  # whatever batch a picture is in; steps backwards in memory, too
-        close(extractor(frozen[::-1][4 - i : 5 - i]).pooled_ND[0], seen.pooled_ND[i])
+    for i in (0, 4):  # with negative strides, too
+        close(extractor(frozen[::-1][4 - i : 5 - i]).pooled_ND[0], features.pooled_ND[i])
 
 
-def test_digests_tell_networks_and_weights_apart(
+def test_digests_differ_for_other_networks_and_weights(
     lite0: Extractor, inception: Extractor, fashion: Extractor, tmp_path: Path
 ) -> None:
     torch.save(random_weights(1), tmp_path / "others.pth")
@@ -110,39 +106,39 @@ def test_digests_tell_networks_and_weights_apart(
     assert open_extractor("lite0").digest == lite0.digest
 
 
-def test_lite0_sees_pictures_cropped_to_224_pixels(lite0: Extractor) -> None:
+def test_lite0_takes_crops_of_224_pixels(lite0: Extractor) -> None:
     photo = data.chelsea()
     cropped = np.array(crop(Image.fromarray(photo), 224))
-    seen = lite0(photo[None])
+    features = lite0(photo[None])
     logits_NK, pooled_ND = load_lite0()(as_tensor(cropped[None]))
-    close(seen.pooled_ND, pooled_ND)
-    close(seen.logits_NK, logits_NK)
-    assert seen.logits_NK is not None and seen.logits_NK.argmax() in (281, 282, 285)  # cats
+    close(features.pooled_ND, pooled_ND)
+    close(features.logits_NK, logits_NK)
+    assert features.logits_NK is not None and features.logits_NK.argmax() in (281, 282, 285)  # cats
 
 
-def test_inception_sees_pixels_of_any_size(weights: Path, inception: Extractor) -> None:
+def test_inception_takes_pixels_of_any_size(weights: Path, inception: Extractor) -> None:
     network = Inception()
     network.load_state_dict(fold_batch_norms(torch.load(weights, weights_only=True)))
     pixels = torch.from_numpy(NOISE[:1]).permute(0, 3, 1, 2)
     with torch.no_grad():
         pooled_ND, spatial_ND, logits_NK = network(pixels)
-    seen = inception(NOISE[:1])
-    close(seen.pooled_ND, pooled_ND)
-    close(seen.spatial_ND, spatial_ND)
-    close(seen.logits_NK, logits_NK)
+    features = inception(NOISE[:1])
+    close(features.pooled_ND, pooled_ND)
+    close(features.spatial_ND, spatial_ND)
+    close(features.logits_NK, logits_NK)
 
 
-def test_fashion_is_the_shipped_classifier(fashion: Extractor) -> None:
-    pictures = open_images("fashion-mnist").val.read(np.arange(200))
-    classified = classify(shipped_classifier(), pictures)
-    seen = fashion(pictures)
-    close(seen.pooled_ND, torch.from_numpy(classified.features_ND))
-    assert seen.logits_NK is not None
-    close(seen.logits_NK.softmax(1), torch.from_numpy(classified.probabilities_NK))
-    larger = np.stack([np.asarray(Image.fromarray(p).resize((64, 64))) for p in pictures])
+def test_fashion_is_the_included_classifier(fashion: Extractor) -> None:
+    images = open_images("fashion-mnist").val.read(np.arange(200))
+    with torch.inference_mode():
+        logits_NK, pooled_ND = shipped_classifier()(as_tensor(images))
+    features = fashion(images)
+    close(features.pooled_ND, pooled_ND)
+    close(features.logits_NK, logits_NK)
+    larger = np.stack([np.asarray(Image.fromarray(p).resize((64, 64))) for p in images])
     same = fashion(larger).logits_NK
     assert same is not None
-    assert (same.argmax(1) == seen.logits_NK.argmax(1)).float().mean() > 0.95
+    assert (same.argmax(1) == logits_NK.argmax(1)).float().mean() > 0.95
 
 
 @pytest.mark.parametrize(
@@ -150,89 +146,19 @@ def test_fashion_is_the_shipped_classifier(fashion: Extractor) -> None:
     [NOISE.astype(np.float32), NOISE[0], NOISE[..., :1], NOISE[:0]],
     ids=["float", "one", "grey", "none"],
 )
-def test_only_arrays_of_pictures(fashion: Extractor, images: np.ndarray) -> None:
+def test_only_uint8_arrays_of_images_are_accepted(fashion: Extractor, images: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"expected uint8 \(N, H, W, 3\)"):
         fashion(images)
 
 
-def test_unknown_names() -> None:
+def test_unknown_names_are_refused() -> None:
     with pytest.raises(UserError, match="unknown features 'lite': did you mean 'lite0'"):
         open_extractor("lite")
     with pytest.raises(UserError, match="only inception takes weights, got features 'lite0'"):
         open_extractor("lite0", weights=Path("w.pth"))
 
 
-# --- The weights file of Inception ----------------------------------------------------------------
-
-
-@pytest.fixture
-def no_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path
-
-
-def test_weights_are_found_in_the_caches(
-    no_caches: Path, weights: Path, inception: Extractor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(UserError, match=r"nothing is downloaded.*\nhttps.*--weights FILE") as error:
-        open_extractor("inception")
-    assert len(str(error.value).splitlines()) == 2
-    monkeypatch.setattr(extractors, "INCEPTION_FILES", ("other.pth", weights.name))
-    for place in ("torch/hub/checkpoints", "hub/models--somebody--fid/snapshots/0123"):
-        link = no_caches / place / weights.name
-        link.parent.mkdir(parents=True)
-        link.symlink_to(weights)
-        assert open_extractor("inception").digest == inception.digest
-        link.unlink()
-
-
-class Harmful:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, ("harm-done",)
-
-
-def test_other_files_are_refused(
-    no_caches: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(no_caches)
-    path = no_caches / "file.pth"
-
-    def refused(match: str, name: str = "file.pth") -> None:
-        with pytest.raises(UserError, match=match) as error:
-            open_extractor("inception", weights=path.rename(no_caches / name))
-        assert len(str(error.value).splitlines()) <= 2
-        (no_caches / name).rename(path)
-
-    with pytest.raises(UserError, match="no such file"):
-        open_extractor("inception", weights=path)
-    path.write_bytes(weights.read_bytes()[:1000])
-    refused("damaged: its SHA-256 begins with", extractors.INCEPTION_FILES[0])
-    refused("not the weights of Inception")
-    path.write_bytes(pickle.dumps(Harmful(), protocol=2))
-    refused("not the weights of Inception")
-    assert not (no_caches / "harm-done").exists()
-    for content in ([1, 2], {"epoch": 3}, {3: torch.zeros(1)}):
-        torch.save(content, path)
-        refused("not the weights of Inception")
-    stored = torch.load(weights, weights_only=True)
-    first = "Conv2d_1a_3x3"
-    for changed, match in (
-        ({**stored, "AuxLogits.fc.weight": torch.zeros(1)}, "unknown tensor 'AuxLogits.fc.weight'"),
-        (
-            {**stored, "fc.weight": torch.zeros(1000, 2048)},
-            r"\(1000, 2048\), expected \(1008, 2048",
-        ),
-        ({k: v for k, v in stored.items() if k != "fc.weight"}, "'fc.weight' is missing"),
-        ({k: v for k, v in stored.items() if not k.startswith(first)}, f"{first}.* is missing"),
-        ({k: v for k, v in stored.items() if k != f"{first}.bn.bias"}, "not the weights of Incep"),
-        ({**stored, f"{first}.bn.bias": torch.zeros(3)}, "not the weights of Inception"),
-    ):
-        torch.save(changed, path)
-        refused(match)
-
-
-# --- The user's own -------------------------------------------------------------------------------
+# --- User-defined networks ------------------------------------------------------------------------
 
 
 NETWORK = """
@@ -251,59 +177,59 @@ def twice():
 """
 
 
-def test_a_module_of_ones_own(mine: Callable[[str], str]) -> None:
-    name = mine(NETWORK)
+def test_user_module(user_module: Callable[[str], str]) -> None:
+    name = user_module(NETWORK)
     extractor = open_extractor(f"{name}:Network")
     assert (extractor.name, extractor.suffix) == (f"{name}:Network", f"-{name}:Network")
     images = np.concatenate([NOISE] * 7)  # more than one batch
-    seen = extractor(images)
-    close(seen.pooled_ND, as_tensor(images).flatten(1)[:, :7])  # nothing dropped out
-    assert seen.spatial_ND is None and seen.logits_NK is None
+    features = extractor(images)
+    close(features.pooled_ND, as_tensor(images).flatten(1)[:, :7])  # no dropout
+    assert features.spatial_ND is None and features.logits_NK is None
     twice = open_extractor(f"{name}:twice")
-    close(twice(images).pooled_ND, 2 * seen.pooled_ND)
+    close(twice(images).pooled_ND, 2 * features.pooled_ND)
     assert twice.digest != extractor.digest
     assert open_extractor(f"{name}:Network").digest == extractor.digest
 
 
-def test_functions_and_tuples_and_features(mine: Callable[[str], str]) -> None:
-    name = mine(
+def test_user_functions_may_return_tuples_or_features(user_module: Callable[[str], str]) -> None:
+    name = user_module(
         "from ctf.evaluation.extractors import Features\n"
         "def pair(): return lambda x: (x.mean((2, 3)).half(), x[:, 0, 0, :4])\n"
         "def three(): return lambda x: Features(x.mean((2, 3)), x.flatten(1), x[:, 0, 0, :2])\n"
     )
-    pair, three = (open_extractor(f"{name}:{what}") for what in ("pair", "three"))
+    pair, three = (open_extractor(f"{name}:{factory}") for factory in ("pair", "three"))
     assert pair.digest != three.digest
     x = as_tensor(NOISE)
-    seen = pair(NOISE)
-    assert seen.pooled_ND.dtype == torch.float32
-    torch.testing.assert_close(seen.pooled_ND, x.mean((2, 3)), rtol=1e-3, atol=1e-3)
-    close(seen.logits_NK, x[:, 0, 0, :4])
+    features = pair(NOISE)
+    assert features.pooled_ND.dtype == torch.float32
+    torch.testing.assert_close(features.pooled_ND, x.mean((2, 3)), rtol=1e-3, atol=1e-3)
+    close(features.logits_NK, x[:, 0, 0, :4])
     everything = three(NOISE)
     close(everything.spatial_ND, x.flatten(1))
     assert everything.logits_NK is not None and everything.logits_NK.shape == (5, 2)
 
 
-def test_code_that_changes_gives_another_digest(
-    mine: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+def test_changed_user_code_has_another_digest(
+    user_module: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digests = set()
     for number in (1, 2):
-        name = mine(f"def make(): return lambda x: {number} * x.mean((2, 3))\n")
-        Path(f"{name}.py").rename("mine_again.py")
-        monkeypatch.delitem(sys.modules, "mine_again", raising=False)
+        name = user_module(f"def make(): return lambda x: {number} * x.mean((2, 3))\n")
+        Path(f"{name}.py").rename("user_again.py")
+        monkeypatch.delitem(sys.modules, "user_again", raising=False)
         importlib.invalidate_caches()
-        digests.add(open_extractor("mine_again:make").digest)
+        digests.add(open_extractor("user_again:make").digest)
     assert len(digests) == 2
 
 
 @pytest.mark.parametrize(
     ("attribute", "match"),
     [
-        ("fetaures", "has no 'fetaures': did you mean 'features'"),
-        ("number", "got int, expected a function"),
-        ("nothing", "its factory returned NoneType, expected an nn.Module"),
-        ("raises", r"mine_\w+\.py, line \d+: ZeroDivisionError: division by zero"),
-        ("fails", r"mine_\w+\.py, line \d+: RuntimeError: mat1 and mat2 shapes"),
+        ("fetaures", "AttributeError: module .* has no attribute 'fetaures'"),
+        ("number", "TypeError: 'int' object is not callable"),
+        ("nothing", "the factory returned NoneType, expected an nn.Module"),
+        ("raises", r"user_\w+\.py, line \d+: ZeroDivisionError: division by zero"),
+        ("fails", r"user_\w+\.py, line \d+: RuntimeError: mat1 and mat2 shapes"),
         ("listed", r"got list for 5 images as pooled_ND, expected floats \(5, D\)"),
         ("maps", r"got torch.float32 \(5, 3, 20, 24\) for 5 images as pooled_ND"),
         ("summed", r"got torch.float32 \(3,\) for 5 images"),
@@ -312,8 +238,10 @@ def test_code_that_changes_gives_another_digest(
         ("infinite", "pooled_ND has values that are not finite"),
     ],
 )
-def test_mistakes_in_ones_own(mine: Callable[[str], str], attribute: str, match: str) -> None:
-    name = mine(
+def test_errors_in_user_code_are_user_errors(
+    user_module: Callable[[str], str], attribute: str, match: str
+) -> None:
+    name = user_module(
         "number = 3\n"
         "def features(): return lambda x: x.mean((2, 3))\n"
         "def nothing(): pass\n"
@@ -334,15 +262,15 @@ def test_mistakes_in_ones_own(mine: Callable[[str], str], attribute: str, match:
 
 
 @pytest.mark.parametrize("spec", [":make", "mine:", "a b:make", "mine:make:again", "mine.py:f()"])
-def test_specs_of_another_form(spec: str) -> None:
+def test_invalid_specs_are_refused(spec: str) -> None:
     with pytest.raises(UserError, match=r"expected MODULE:FACTORY, e\.g\. my_features:make"):
         open_extractor(spec)
 
 
-def test_modules_that_cannot_be_imported(mine: Callable[[str], str]) -> None:
-    with pytest.raises(UserError, match=r"no module 'not_there' in .*, and none is installed"):
+def test_import_errors_are_user_errors(user_module: Callable[[str], str]) -> None:
+    with pytest.raises(UserError, match=r"ModuleNotFoundError: No module named 'not_there'"):
         open_extractor("not_there:make")
     with pytest.raises(UserError, match=r"line 3: ModuleNotFoundError: No module named 'nor_here'"):
-        open_extractor(f"{mine('import nor_here')}:make")
+        open_extractor(f"{user_module('import nor_here')}:make")
     with pytest.raises(UserError, match=r"SyntaxError: .*line 3"):
-        open_extractor(f"{mine('def make(:')}:make")
+        open_extractor(f"{user_module('def make(:')}:make")

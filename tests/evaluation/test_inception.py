@@ -1,18 +1,32 @@
-"""Inception: the same as a plain reference with its batch normalisations, quirk by quirk."""
+"""Inception: parity with a plain reference with batch normalisation, and each of its quirks."""
 
+import hashlib
 import math
+import os
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from ctf.common.errors import UserError
 from ctf.common.weights import load_strict
 from ctf.evaluation import inception
-from ctf.evaluation.inception import Inception, fold_batch_norms, resize_bilinear
+from ctf.evaluation.inception import (
+    Inception,
+    InceptionE,
+    average_pool,
+    find_inception_weights,
+    fold_batch_norms,
+    load_inception,
+    resize_bilinear,
+)
 
 Stored = dict[str, Tensor]
 
@@ -41,6 +55,15 @@ def stored() -> Stored:
 
 
 @pytest.fixture(scope="module")
+def weights(stored: Stored, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file in the format of pytorch-fid and torch-fidelity, named by its hash as theirs."""
+    folder = tmp_path_factory.mktemp("inception")
+    torch.save(stored, folder / "any.pth")
+    sha256 = hashlib.sha256((folder / "any.pth").read_bytes()).hexdigest()
+    return (folder / "any.pth").rename(folder / f"pt_inception-{sha256[:8]}.pth")
+
+
+@pytest.fixture(scope="module")
 def network(stored: Stored) -> Inception:
     network = Inception()
     load_strict(network, fold_batch_norms(stored), "random")
@@ -48,7 +71,7 @@ def network(stored: Stored) -> Inception:
 
 
 def test_number_of_parameters(stored: Stored, network: Inception) -> None:
-    """That of torchvision's (27,161,264), less its second classifier and with 1008 classes."""
+    """That of torchvision's (27,161,264) without the auxiliary classifier, with 1008 classes."""
     statistics = sum(v.numel() for k, v in stored.items() if ".running_" in k)
     assert sum(v.numel() for v in stored.values()) - statistics == 23_850_960
     assert sum(k.endswith(".conv.weight") for k in stored) == 94
@@ -76,7 +99,7 @@ def chain(stored: Stored, block: str, x: Tensor, *names: str) -> Tensor:
 
 
 def average(x: Tensor) -> Tensor:
-    """Sums of the neighbours that there are, over their number."""
+    """Mean of the existing neighbours."""
     padded = F.pad(torch.stack([x, torch.ones_like(x)]), (1, 1, 1, 1))
     windows = padded.unfold(-2, 3, 1).unfold(-2, 3, 1).sum(dim=(-2, -1))
     return windows[0] / windows[1]
@@ -138,7 +161,9 @@ def reference(stored: Stored, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def test_equals_a_reference_with_batch_normalisation(stored: Stored, network: Inception) -> None:
+def test_network_equals_a_reference_with_batch_normalisation(
+    stored: Stored, network: Inception
+) -> None:
     pixels = torch.randint(0, 256, (2, 3, 299, 299), generator=torch.Generator().manual_seed(1))
     expected = reference(stored, (pixels.float() - 128) / 128)
     got = network(pixels.byte().contiguous(memory_format=torch.channels_last))
@@ -179,13 +204,13 @@ def scalar_resize(image: np.ndarray, size: int) -> np.ndarray:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 24), st.integers(0, 9999))
-def test_resize_is_that_of_tensorflow(height: int, width: int, size: int, seed: int) -> None:
+def test_resize_equals_that_of_tensorflow_1(height: int, width: int, size: int, seed: int) -> None:
     image = np.random.default_rng(seed).integers(0, 256, (height, width)).astype(np.float32)
     got = resize_bilinear(torch.from_numpy(image)[None, None], size)[0, 0]
     np.testing.assert_array_equal(got.numpy(), scalar_resize(image, size))
 
 
-def test_resize_has_no_half_pixels() -> None:
+def test_resize_has_no_half_pixel_offset() -> None:
     """Doubled, every other pixel is an old one, and the last is repeated."""
     doubled = resize_bilinear(torch.tensor([[[[0.0, 8.0], [4.0, 4.0]]]]), 4)[0, 0]
     assert doubled.tolist() == [[0, 4, 8, 8], [2, 4, 6, 6], [4, 4, 4, 4], [4, 4, 4, 4]]
@@ -198,20 +223,20 @@ def test_resize_has_no_half_pixels() -> None:
 
 def test_average_leaves_the_border_out() -> None:
     x = torch.arange(9.0).view(1, 1, 3, 3)
-    averages = inception._average(x)[0, 0]
+    averages = average_pool(x)[0, 0]
     assert averages[0, 0] == (0 + 1 + 3 + 4) / 4
     assert averages[0, 1] == (0 + 1 + 2 + 3 + 4 + 5) / 6
     assert averages[1, 1] == 4
-    assert torch.equal(inception._average(torch.ones(1, 1, 4, 4)), torch.ones(1, 1, 4, 4))
+    assert torch.equal(average_pool(torch.ones(1, 1, 4, 4)), torch.ones(1, 1, 4, 4))
 
 
-def test_the_last_block_alone_pools_by_the_maximum(network: Inception) -> None:
-    assert [network.Mixed_7b.maximum, network.Mixed_7c.maximum] == [False, True]
+def test_only_the_last_block_uses_max_pooling(network: Inception) -> None:
+    assert [network.Mixed_7b.max_pool, network.Mixed_7c.max_pool] == [False, True]
     one_of_each = torch.zeros(1, 2048, 5, 5)
     one_of_each[:, :, 2, 2] = 1.0
     for block, expected in (
-        (inception._BlockE(2048, True), 9),
-        (inception._BlockE(2048, False), 1),
+        (InceptionE(2048, True), 9),
+        (InceptionE(2048, False), 1),
     ):
         nn.init.zeros_(block.branch_pool.weight)
         nn.init.zeros_(block.branch_pool.bias)
@@ -222,11 +247,83 @@ def test_the_last_block_alone_pools_by_the_maximum(network: Inception) -> None:
 # --- The weights file -----------------------------------------------------------------------------
 
 
-def test_counters_of_batches_are_ignored(stored: Stored) -> None:
+def test_num_batches_tracked_is_ignored(stored: Stored) -> None:
     counted = {**stored, "Mixed_5b.branch1x1.bn.num_batches_tracked": torch.tensor(7)}
     assert fold_batch_norms(counted).keys() == fold_batch_norms(stored).keys()
 
 
-def test_a_normalisation_that_is_missing_is_an_error(stored: Stored) -> None:
+def test_a_missing_batch_normalisation_is_an_error(stored: Stored) -> None:
     with pytest.raises(KeyError, match=r"Conv2d_1a_3x3\.bn\.bias"):
         fold_batch_norms({k: v for k, v in stored.items() if k != "Conv2d_1a_3x3.bn.bias"})
+
+
+# --- Finding and loading the weights file ---------------------------------------------------------
+
+
+@pytest.fixture
+def empty_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path
+
+
+def test_weights_are_found_in_the_caches(
+    empty_caches: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"nothing is downloaded.*\nhttps.*--weights FILE") as error:
+        find_inception_weights()
+    assert len(str(error.value).splitlines()) == 2
+    monkeypatch.setattr(inception, "WEIGHTS_FILES", ("other.pth", weights.name))
+    for folder in ("torch/hub/checkpoints", "hub/models--somebody--fid/snapshots/0123"):
+        link = empty_caches / folder / weights.name
+        link.parent.mkdir(parents=True)
+        link.symlink_to(weights)
+        assert find_inception_weights() == link
+        link.unlink()
+
+
+class Harmful:
+    """Creates a folder if it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("harm-done",)
+
+
+def test_invalid_weights_files_are_refused(
+    empty_caches: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(empty_caches)
+    path = empty_caches / "file.pth"
+
+    def refused(match: str, name: str = "file.pth") -> None:
+        with pytest.raises(UserError, match=match) as error:
+            load_inception(path.rename(empty_caches / name))
+        assert len(str(error.value).splitlines()) <= 2
+        (empty_caches / name).rename(path)
+
+    with pytest.raises(UserError, match="no such file"):
+        load_inception(path)
+    path.write_bytes(weights.read_bytes()[:1000])
+    refused("damaged: its SHA-256 begins with", inception.WEIGHTS_FILES[0])
+    refused("not the Inception weights")
+    path.write_bytes(pickle.dumps(Harmful(), protocol=2))
+    refused("not the Inception weights")
+    assert not (empty_caches / "harm-done").exists()
+    for content in ([1, 2], {"epoch": 3}, {3: torch.zeros(1)}):
+        torch.save(content, path)
+        refused("not the Inception weights")
+    stored = torch.load(weights, weights_only=True)
+    first = "Conv2d_1a_3x3"
+    for changed, match in (
+        ({**stored, "AuxLogits.fc.weight": torch.zeros(1)}, "unknown tensor 'AuxLogits.fc.weight'"),
+        (
+            {**stored, "fc.weight": torch.zeros(1000, 2048)},
+            r"\(1000, 2048\), expected \(1008, 2048",
+        ),
+        ({k: v for k, v in stored.items() if k != "fc.weight"}, "'fc.weight' is missing"),
+        ({k: v for k, v in stored.items() if not k.startswith(first)}, f"{first}.* is missing"),
+        ({k: v for k, v in stored.items() if k != f"{first}.bn.bias"}, "not the Inception weights"),
+        ({**stored, f"{first}.bn.bias": torch.zeros(3)}, "not the Inception weights"),
+    ):
+        torch.save(changed, path)
+        refused(match)

@@ -1,4 +1,4 @@
-"""The search for guidance and temperatures: it finds them, with the same budget for everybody."""
+"""The search for guidance and temperatures: it finds them, with the same budget for everyone."""
 
 import contextlib
 import json
@@ -14,23 +14,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ctf.evaluation import search as searching
 from ctf.evaluation.distances import FeatureStatistics, Gaussian, frechet_distance
 from ctf.evaluation.extractors import Extractor
-from ctf.evaluation.sample_cache import Drawing
-from ctf.evaluation.scores import look_at_reference
-from ctf.evaluation.search import BUDGET, FAR, LEAST, STEPS, Point, Values, search, searched
+from ctf.evaluation.sample_cache import GenerationConfig
+from ctf.evaluation.scores import load_reference
+from ctf.evaluation.search import (
+    BUDGET,
+    MINIMUM,
+    SEED_OFFSET,
+    STEPS,
+    Point,
+    Settings,
+    best_point,
+    proposals,
+    search,
+    searched_settings,
+)
 from ctf.models.sampling import uniforms
 from ctf.pipelines.pipeline import Pipeline
-from tests.gallery import colours, of_pixels
+from tests.evaluation.fakes import collection, colour_extractor
 
 SAMPLES = 30
 
 
 def painted(classes: Sequence[int], seed: int, **values: float) -> np.ndarray:
-    """Pictures of one colour and a little noise, which is that of each one's seed.
+    """Images of one colour with a little noise from the seed of each.
 
-    Red, green and blue go up with guidance, temperature and the fine stage's temperature.
+    Red, green and blue increase with guidance, temperature and the fine stage's temperature.
     """
     levels = np.array(
         [60 * values["guidance"], 100 * values["temperature"], 100 * values["fine_temperature"]]
@@ -43,19 +53,19 @@ def painted(classes: Sequence[int], seed: int, **values: float) -> np.ndarray:
 
 
 class Painter:
-    """A pipeline whose pictures depend on its settings as `painted` says."""
+    """A pipeline whose images depend on its settings as in `painted`."""
 
     class_names = ("a", "b", "c")
 
-    def __init__(self, dies_after: int = 10**9) -> None:
+    def __init__(self, killed_after: int = 10**9) -> None:
         self.seeds: list[int] = []
-        self.dies_after = dies_after
+        self.killed_after = killed_after
 
     def sample(
         self, *, classes: Sequence[int], seed: int, top_k: int, **values: Any
     ) -> SimpleNamespace:
-        assert top_k == 0  # what is not searched is as it was
-        if len(self.seeds) + len(classes) > self.dies_after:
+        assert top_k == 0  # settings that are not searched stay
+        if len(self.seeds) + len(classes) > self.killed_after:
             raise KeyboardInterrupt
         self.seeds += range(seed, seed + len(classes))
         pixels = painted(classes, seed, **values)
@@ -73,27 +83,27 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def reference(extractor: Extractor, **values: float) -> Gaussian:
-    """That of pictures which are painted with the settings that are to be found."""
+    """Statistics of images that are painted with the settings to be found."""
     pixels = painted(range(200), 10**6, **values)
-    return look_at_reference(of_pixels(pixels), extractor).pooled
+    return load_reference(collection(pixels), extractor).pooled
 
 
 def find(
-    folder: Path, best: Values, *, has_fine: bool = True, pipe: Painter | None = None, **more: Any
-) -> Values:
-    extractor = colours(with_logits=more.pop("with_logits", True))
-    asked = Drawing(SAMPLES, 5, settings={"fine_temperature": 1.0, "top_k": 0})
+    folder: Path, best: Settings, *, has_fine: bool = True, pipe: Painter | None = None, **more: Any
+) -> Settings:
+    extractor = colour_extractor(with_logits=more.pop("with_logits", True))
+    generation = GenerationConfig(SAMPLES, 5, settings={"fine_temperature": 1.0, "top_k": 0})
     known = reference(extractor, **{"fine_temperature": 1.0, **best})
     pipe = pipe or Painter()
-    return search(pipe, asked, extractor, known, folder, silent, has_fine=has_fine, **more)
+    return search(pipe, generation, extractor, known, folder, silent, has_fine=has_fine, **more)
 
 
-def tried(folder: Path) -> list[Values]:
+def tried_settings(folder: Path) -> list[Settings]:
     points: list[Any] = json.loads((folder / "search.json").read_text())["points"]
     return [point["settings"] for point in points]
 
 
-# --- what it finds --------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -105,13 +115,13 @@ def tried(folder: Path) -> list[Values]:
         {"guidance": 1.0, "temperature": 1.1, "fine_temperature": 1.1},
     ],
 )
-def test_the_settings_of_the_reference(tmp_path: Path, best: Values) -> None:
+def test_search_finds_the_settings_of_the_reference(tmp_path: Path, best: Settings) -> None:
     assert find(tmp_path, best) == best
 
 
 @pytest.mark.parametrize("has_fine", [True, False])
 @pytest.mark.parametrize(("guidance", "temperature"), [(1.83, 0.93), (2.7, 1.07), (1.1, 1.04)])
-def test_those_between_the_steps_are_found_nearly(
+def test_settings_between_the_steps_are_found_approximately(
     tmp_path: Path, guidance: float, temperature: float, has_fine: bool
 ) -> None:
     found = find(tmp_path, {"guidance": guidance, "temperature": temperature}, has_fine=has_fine)
@@ -121,37 +131,39 @@ def test_those_between_the_steps_are_found_nearly(
 
 
 @pytest.mark.parametrize("has_fine", [True, False])
-def test_what_is_far_away_is_reached_by_strides(tmp_path: Path, has_fine: bool) -> None:
-    """As the baseline's, which can be far beyond the first guidance scales and below temperature 1:
-    steps of the usual length alone would take more than so many points.
+def test_distant_settings_are_reached_by_growing_steps(tmp_path: Path, has_fine: bool) -> None:
+    """Those of a baseline can be far from the first points; steps of the usual length alone would
+    take more points than this.
     """
     best = {"guidance": 4.5, "temperature": 0.3}
     points: list[Point] = []
-    for values in searching._candidates(searched(has_fine), points, 24):
+    for values in proposals(searched_settings(has_fine), points, 24):
         distance = sum(((values[name] - best[name]) / STEPS[name]) ** 2 for name in best)
         points.append(Point(values, distance, None))
-    found = searching._best(points).settings
+    found = best_point(points).settings
     assert found["guidance"] == pytest.approx(best["guidance"], abs=STEPS["guidance"])
     assert found["temperature"] == pytest.approx(best["temperature"], abs=STEPS["temperature"])
 
 
-def test_a_point_is_what_a_pipeline_draws_with_its_settings(pipe: Pipeline, tmp_path: Path) -> None:
-    extractor = colours()
+def test_points_are_the_scores_of_samples_with_their_settings(
+    pipe: Pipeline, tmp_path: Path
+) -> None:
+    extractor = colour_extractor()
     known = reference(extractor, guidance=2.0, temperature=1.0, fine_temperature=1.0)
-    asked = Drawing(6, seed=3, settings={"top_k": 5, "guidance": 9.0})
-    best = search(pipe, asked, extractor, known, tmp_path, silent, has_fine=True, budget=6)
+    generation = GenerationConfig(6, seed=3, settings={"top_k": 5, "guidance": 9.0})
+    best = search(pipe, generation, extractor, known, tmp_path, silent, has_fine=True, budget=6)
     stored = json.loads((tmp_path / "search.json").read_text())
-    assert stored["drawing"]["samples"] == 6 and stored["drawing"]["seed"] == 3 + FAR
+    assert stored["drawing"]["samples"] == 6 and stored["drawing"]["seed"] == 3 + SEED_OFFSET
     for point in stored["points"]:
-        images = pipe.sample([0, 1, 2] * 2, 3 + FAR, top_k=5, **point["settings"]).images
-        drawn = FeatureStatistics(6)
-        drawn.add(extractor(np.stack([np.asarray(image) for image in images])).pooled_ND)
-        assert point["fid"] == pytest.approx(frechet_distance(drawn.gaussian, known), rel=1e-6)
+        images = pipe.sample([0, 1, 2] * 2, 3 + SEED_OFFSET, top_k=5, **point["settings"]).images
+        statistics = FeatureStatistics(6)
+        statistics.add(extractor(np.stack([np.asarray(image) for image in images])).pooled_ND)
+        assert point["fid"] == pytest.approx(frechet_distance(statistics.gaussian, known), rel=1e-6)
         assert point["inception"] >= 1
     assert best == min(stored["points"], key=lambda point: point["fid"])["settings"]
 
 
-# --- its budget -----------------------------------------------------------------------------------
+# --- budget ---------------------------------------------------------------------------------------
 
 OPTIMA = st.fixed_dictionaries(
     {
@@ -164,58 +176,60 @@ OPTIMA = st.fixed_dictionaries(
 
 @settings(deadline=None)
 @given(OPTIMA, st.booleans(), st.integers(1, 40), st.booleans())
-def test_every_pipeline_has_as_many_points(
-    best: Values, has_fine: bool, budget: int, flat: bool
+def test_every_pipeline_has_the_same_number_of_points(
+    best: Settings, has_fine: bool, budget: int, flat: bool
 ) -> None:
-    """Wherever its best settings are, and if all are alike: none twice, none out of bounds."""
+    """Wherever its optimum is, and for a flat objective: none twice, none out of bounds."""
     points: list[Point] = []
-    names = searched(has_fine)
-    for values in searching._candidates(names, points, budget):
+    names = searched_settings(has_fine)
+    for values in proposals(names, points, budget):
         assert list(values) == names
         distance = sum((values[name] - best[name]) ** 2 for name in names)
         points.append(Point(values, 0.0 if flat else distance, None))
     assert len(points) == budget
     assert len({tuple(point.settings.values()) for point in points}) == budget
-    assert all(point.settings[name] >= LEAST[name] for point in points for name in names)
+    assert all(point.settings[name] >= MINIMUM[name] for point in points for name in names)
 
 
 @pytest.mark.parametrize("has_fine", [True, False])
-def test_as_many_samples_and_on_seeds_of_their_own(tmp_path: Path, has_fine: bool) -> None:
+def test_every_point_has_the_same_seeds_apart_from_the_final_ones(
+    tmp_path: Path, has_fine: bool
+) -> None:
     pipe = Painter()
     find(tmp_path, {"guidance": 1.0, "temperature": 1.0}, has_fine=has_fine, pipe=pipe)
-    assert len(tried(tmp_path)) == BUDGET == 16
-    assert pipe.seeds == list(range(5 + FAR, 5 + FAR + SAMPLES)) * BUDGET
+    assert len(tried_settings(tmp_path)) == BUDGET == 16
+    assert pipe.seeds == list(range(5 + SEED_OFFSET, 5 + SEED_OFFSET + SAMPLES)) * BUDGET
 
 
-def test_those_seeds_are_others_to_a_generator() -> None:
-    """Which takes them modulo 2**32."""
+def test_seed_offset_gives_other_random_numbers() -> None:
+    """Generators take seeds modulo 2**32."""
     seeds = [0, 5, 2**31 - 1, -3]
-    assert not torch.equal(uniforms(seeds, 4), uniforms([seed + FAR for seed in seeds], 4))
+    assert not torch.equal(uniforms(seeds, 4), uniforms([seed + SEED_OFFSET for seed in seeds], 4))
     assert torch.equal(uniforms([0], 4), uniforms([2**32], 4))
 
 
-def test_of_equal_points_it_takes_the_first() -> None:
+def test_the_first_of_equal_points_is_the_best() -> None:
     points = [Point({"guidance": float(i)}, fid, None) for i, fid in enumerate([2, 1, 1, 3])]
-    assert searching._best(points).settings == {"guidance": 1.0}
+    assert best_point(points).settings == {"guidance": 1.0}
 
 
-# --- killed ---------------------------------------------------------------------------------------
+# --- interruption ---------------------------------------------------------------------------------
 
 
-def test_killed_it_goes_on_with_the_points_that_are_there(tmp_path: Path) -> None:
+def test_interrupted_search_resumes_with_its_points(tmp_path: Path) -> None:
     best = {"guidance": 1.83, "temperature": 0.93}
     whole = find(tmp_path / "whole", best)
     for points in (0, 1, 4, 9, 15):
         folder = tmp_path / str(points)
         with pytest.raises(KeyboardInterrupt):
-            find(folder, best, pipe=Painter(dies_after=points * SAMPLES + 10))
+            find(folder, best, pipe=Painter(killed_after=points * SAMPLES + 10))
         assert not (folder / "search.png").exists()
         if points:
-            assert len(tried(folder)) == points
-            # Killed again where nothing new is done yet, it has not lost what it had.
+            assert len(tried_settings(folder)) == points
+            # Interrupted again before anything new is done, it keeps its points.
             with pytest.raises(KeyboardInterrupt):
-                find(folder, best, pipe=Painter(dies_after=0))
-            assert len(tried(folder)) == points
+                find(folder, best, pipe=Painter(killed_after=0))
+            assert len(tried_settings(folder)) == points
         pipe = Painter()
         assert find(folder, best, pipe=pipe) == whole
         assert len(pipe.seeds) == (BUDGET - points) * SAMPLES
@@ -225,12 +239,12 @@ def test_killed_it_goes_on_with_the_points_that_are_there(tmp_path: Path) -> Non
     assert find(tmp_path / "whole", best, pipe=pipe) == whole and pipe.seeds == []
 
 
-# --- the plot -------------------------------------------------------------------------------------
+# --- plot -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("with_logits", [True, False])
 @pytest.mark.parametrize("has_fine", [True, False])
-def test_a_plot(tmp_path: Path, with_logits: bool, has_fine: bool) -> None:
+def test_plot_is_not_empty(tmp_path: Path, with_logits: bool, has_fine: bool) -> None:
     best = {"guidance": 1.5, "temperature": 1.2}
     find(tmp_path, best, has_fine=has_fine, with_logits=with_logits, budget=8)
     with Image.open(tmp_path / "search.png") as plot:

@@ -9,8 +9,8 @@ import torch
 from ctf import Pipeline
 from ctf.data.images import open_images
 from ctf.evaluation.classifier import shipped_classifier
-from ctf.evaluation.evaluate import recognised
-from ctf.evaluation.sample_cache import Drawing
+from ctf.evaluation.evaluate import sample_accuracy
+from ctf.evaluation.sample_cache import GenerationConfig
 from ctf.pipelines.folder import find_pipeline
 from ctf.training import tokenizer
 
@@ -35,8 +35,8 @@ def test_uses_its_codebook(pipe: Pipeline) -> None:
     assert measured["psnr"] > 25
 
 
-def test_samples_are_recognised(pipe: Pipeline) -> None:
-    assert recognised(pipe, shipped_classifier(), Drawing(200)).value >= 0.93
+def test_samples_are_classified_correctly(pipe: Pipeline) -> None:
+    assert sample_accuracy(pipe, shipped_classifier(), GenerationConfig(200)).value >= 0.93
 
 
 def test_samples_are_not_copies_of_each_other(pipe: Pipeline) -> None:

@@ -20,9 +20,9 @@ from ctf.data.image_set import ImageSet
 from ctf.data.images import INCLUDED, open_images
 from ctf.data.transforms import as_tensor
 from ctf.evaluation.classifier import shipped_classifier
-from ctf.evaluation.evaluate import recognised
+from ctf.evaluation.evaluate import sample_accuracy
 from ctf.evaluation.metrics import Accuracy
-from ctf.evaluation.sample_cache import Drawing
+from ctf.evaluation.sample_cache import GenerationConfig
 from ctf.kernels.sampling_cpu import Engine
 from ctf.models import sampling
 from ctf.pipelines.folder import find_pipeline
@@ -83,7 +83,9 @@ def compare(
         accuracy = None
         if pipe.class_names == fashion_mnist.CLASSES:
             with open_progress(f"samples, {engine}") as progress:
-                accuracy = recognised(pipe, shipped_classifier(device), Drawing(samples), progress)
+                accuracy = sample_accuracy(
+                    pipe, shipped_classifier(device), GenerationConfig(samples), progress
+                )
         found.append(Quality(engine, coarse, fine, accuracy))
     return found
 

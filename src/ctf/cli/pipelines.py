@@ -438,7 +438,7 @@ def evaluate(
     from ctf.evaluation import evaluate, report
 
     with open_progress("pictures") as progress:
-        job = evaluate.prepare(
+        evaluation = evaluate.prepare(
             model,
             reference,
             samples=samples,
@@ -459,15 +459,15 @@ def evaluate(
             progress=progress,
         )
     if dry_run:
-        console.print(f"would write {job.folder}: {job.asked}", soft_wrap=True)
+        console.print(f"would write {evaluation.folder}: {evaluation.config}", soft_wrap=True)
         return
-    result = job.run(open_progress)
-    print_table(("score", "value", "95 % interval"), report.rows(result))
-    if job.against is not None:
+    result = evaluation.run(open_progress)
+    print_table(("score", "value", "95 % interval"), report.score_rows(result))
+    if evaluation.against is not None:
         columns = (f"minus {against}", "difference", "95 % interval", "may be chance")
-        print_table(columns, report.difference_rows(result, job.against))
-    written = "report.md, report.json" + (", samples.npz" if job.pipe is not None else "")
-    console.print(f"{job.folder}: {written}", soft_wrap=True)
+        print_table(columns, report.difference_rows(result, evaluation.against))
+    written = "report.md, report.json" + (", samples.npz" if evaluation.pipe is not None else "")
+    console.print(f"{evaluation.folder}: {written}", soft_wrap=True)
 
 
 @command("convert llamagen")

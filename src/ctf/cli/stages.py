@@ -114,9 +114,9 @@ def tokenizer_evaluate(
     if features is None:
         return
     extractor = open_extractor(features, weights=weights, device=place)
-    held_out = reference_sets.of_sets(images, (pictures.val,))
+    held_out = reference_sets.from_image_sets(images, (pictures.val,))
     with open_progress(f"rFID{extractor.suffix}") as progress:
-        rfid = scores.reconstruction_distance(tokenizer, held_out, extractor, progress)
+        rfid = scores.reconstruction_fid(tokenizer, held_out, extractor, progress)
     console.print(
         f"{f'rFID{extractor.suffix}':<12} {rfid.value:.4g}  "
         f"(95 % interval {rfid.low:.4g} to {rfid.high:.4g})"

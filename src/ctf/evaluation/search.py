@@ -1,10 +1,10 @@
-"""Guidance and temperatures for a pipeline, by a small search with the same budget for any other.
+"""Search for guidance and temperatures, with the same budget for every pipeline.
 
-The first points are guidance scales at temperature 1. Then one setting after another is moved up
-and down from the best point so far. After such a round the best point is moved as far again as the
-round has brought it, as long as that pays; where a round finds nothing better, steps are halved
-(Hooke and Jeeves, "Direct search", 1961). Every pipeline has the same number of points; a baseline,
-which has one setting less, has that setting's points for the others.
+A pattern search (Hooke and Jeeves, "Direct search", 1961). The first points are guidance scales at
+temperature 1. Then each setting in turn is moved up and down from the best point so far. After such
+a round, the best point is moved again by as much as the round has moved it, as long as that is an
+improvement; after a round without one, the steps are halved. Every pipeline has the same number of
+points; a baseline, which has no fine stage, has those of the third setting for the other two.
 """
 
 from __future__ import annotations
@@ -13,38 +13,39 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ctf.common import config, storage
+from ctf.common import config, memory, storage
 from ctf.common.progress import OpenProgress, Progress
 from ctf.evaluation.distances import FeatureStatistics, Gaussian, frechet_distance
 from ctf.evaluation.extractors import Extractor
 from ctf.evaluation.metrics import PredictionStatistics
-from ctf.evaluation.sample_cache import Drawing, Sampler, draw_blocks
+from ctf.evaluation.sample_cache import GenerationConfig, generate
+from ctf.pipelines.pipeline import Pipeline
 
 BUDGET = 16  # points
 GUIDANCES = (1.0, 1.5, 2.0, 2.5, 3.0)
 STEPS = {"guidance": 0.25, "temperature": 0.1, "fine_temperature": 0.1}
-LEAST = {"guidance": 1.0, "temperature": 0.1, "fine_temperature": 0.1}
-# From the seeds of the final figures to those of the search: a generator takes them modulo 2**32.
-FAR = 2**31
+MINIMUM = {"guidance": 1.0, "temperature": 0.1, "fine_temperature": 0.1}
+# Added to the seeds of the final samples; a generator takes seeds modulo 2**32.
+SEED_OFFSET = 2**31
 
-Values = dict[str, float]
+Settings = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """Settings that were tried, and what their samples scored.
+    """Settings that were tried, and the scores of their samples.
 
-    inception: Inception Score of all of them at once; None where the network knows no classes.
+    inception: Inception Score of all samples at once; None if the network has no classes.
     """
 
-    settings: Values
+    settings: Settings
     fid: float
     inception: float | None
 
 
 def search(
-    pipe: Sampler,
-    drawing: Drawing,
+    pipe: Pipeline,
+    generation: GenerationConfig,
     extractor: Extractor,
     reference: Gaussian,
     folder: Path,
@@ -52,53 +53,66 @@ def search(
     *,
     has_fine: bool,
     budget: int = BUDGET,
-) -> Values:
-    """The settings of lowest FID; every point tried is in `folder`/search.json and search.png.
+) -> Settings:
+    """Find the settings of lowest FID, and write all points to search.json and search.png.
 
-    Killed, it goes on with the points that are there.
+    An interrupted search resumes with the points in `folder`/search.json.
 
     Args:
-        drawing: number of samples of each point, and the settings that are not searched.
+        pipe: the pipeline to tune.
+        generation: number of samples of each point, and the settings that are not searched.
+        extractor: computes the features.
         reference: the extractor's features of the reference.
-        has_fine: whether there is a fine stage, whose temperature is searched, too.
+        folder: where to write.
+        open_progress: opens the progress of a point.
+        has_fine: whether there is a fine stage, whose temperature is searched as well.
+        budget: number of points.
     """
-    drawing = dataclasses.replace(drawing, seed=drawing.seed + FAR)
+    generation = dataclasses.replace(generation, seed=generation.seed + SEED_OFFSET)
     path = folder / "search.json"
-    described = {"features": extractor.name, "drawing": config.to_json(drawing)}
-    known = _load(path)
+    header = {"features": extractor.name, "drawing": config.to_json(generation)}
+    stored = _load_points(path)
     points: list[Point] = []
-    for settings in _candidates(searched(has_fine), points, budget):
-        point = next((point for point in known if point.settings == settings), None)
+    for settings in proposals(searched_settings(has_fine), points, budget):
+        point = next((point for point in stored if point.settings == settings), None)
         if point is None:
-            chosen = dataclasses.replace(drawing, settings={**drawing.settings, **settings})
+            merged = {**generation.settings, **settings}
             with open_progress(f"search {len(points) + 1}/{budget}") as progress:
-                point = _try(pipe, chosen, settings, extractor, reference, progress)
-            stored = [config.to_json(point) for point in (*points, point)]
-            storage.save_json(path, {**described, "points": stored})
+                point = _evaluate_point(
+                    pipe, dataclasses.replace(generation, settings=merged), settings, extractor,
+                    reference, progress,
+                )  # fmt: skip
+            written = [config.to_json(each) for each in (*points, point)]
+            storage.save_json(path, {**header, "points": written})
         points.append(point)
-    best = _best(points)
+    best = best_point(points)
     _plot(points, best, extractor.suffix, folder / "search.png")
     return best.settings
 
 
-def searched(has_fine: bool) -> list[str]:
-    """The settings that are searched."""
+def searched_settings(has_fine: bool) -> list[str]:
+    """Return the names of the settings that are searched."""
     return [name for name in STEPS if has_fine or name != "fine_temperature"]
 
 
-def _best(points: Sequence[Point]) -> Point:
-    """The earliest one of those with the lowest FID."""
+def best_point(points: Sequence[Point]) -> Point:
+    """Return the point of lowest FID, the earliest of several."""
     return min(points, key=lambda point: point.fid)
 
 
-def _candidates(names: Sequence[str], points: Sequence[Point], budget: int) -> Iterator[Values]:
-    """Settings to try, `budget` different ones; `points` are those of the ones before.
+def proposals(names: Sequence[str], points: Sequence[Point], budget: int) -> Iterator[Settings]:
+    """Propose `budget` different settings to try.
 
-    It comes to an end, for any budget of use: a round with halved steps has values that no point
-    had before it, until after some 25 halvings they are lost in rounding.
+    Terminates for any practical budget: a round with halved steps has new values, until after some
+    25 halvings they vanish in rounding.
+
+    Args:
+        names: the settings that are searched.
+        points: the caller appends the point of each proposal before it takes the next.
+        budget: number of proposals.
     """
-    seen: list[Values] = []
-    for settings in _proposals(names, points):
+    seen: list[Settings] = []
+    for settings in _pattern_search(names, points):
         if settings not in seen:
             seen.append(settings)
             yield settings
@@ -106,71 +120,70 @@ def _candidates(names: Sequence[str], points: Sequence[Point], budget: int) -> I
             return
 
 
-def _proposals(names: Sequence[str], points: Sequence[Point]) -> Iterator[Values]:
-    """Settings to try, some of them again, without end."""
-    yield from _round(names, points, 1.0)
-    share = 1.0
+def _pattern_search(names: Sequence[str], points: Sequence[Point]) -> Iterator[Settings]:
+    """Endless proposals, with repetitions."""
+    for guidance in GUIDANCES:
+        yield {**dict.fromkeys(names, 1.0), "guidance": guidance}
+    scale = 1.0
     while True:
-        before = _best(points).settings
-        yield from _round(names, points, share)
-        best = _best(points).settings
+        before = best_point(points).settings
+        yield from _steps_around_best(names, points, scale)
+        best = best_point(points).settings
         if best == before:
-            share /= 2
+            scale /= 2
         while best != before:
-            ahead = {
-                name: max(round(2 * best[name] - before[name], 9), LEAST[name]) for name in names
+            yield {
+                name: max(round(2 * best[name] - before[name], 9), MINIMUM[name]) for name in names
             }
-            yield ahead
-            before, best = best, _best(points).settings
+            before, best = best, best_point(points).settings
 
 
-def _round(names: Sequence[str], points: Sequence[Point], share: float) -> Iterator[Values]:
-    """One step up and down of each setting from the best point at the time; or the first points."""
-    if not points:
-        for guidance in GUIDANCES:
-            yield {**dict.fromkeys(names, 1.0), "guidance": guidance}
-        return
+def _steps_around_best(
+    names: Sequence[str], points: Sequence[Point], scale: float
+) -> Iterator[Settings]:
+    """One step up and one down of each setting, from the best point at the time."""
     for name in names:
         for sign in (1, -1):
-            best = _best(points).settings
-            # Rounded, since 1.1 + 0.1 is another 1.2.
-            value = round(best[name] + sign * share * STEPS[name], 9)
-            if value >= LEAST[name]:
+            best = best_point(points).settings
+            # Rounded, since 1.1 + 0.1 is not 1.2.
+            value = round(best[name] + sign * scale * STEPS[name], 9)
+            if value >= MINIMUM[name]:
                 yield {**best, name: value}
 
 
-def _try(
-    pipe: Sampler,
-    drawing: Drawing,
-    settings: Values,
+def _evaluate_point(
+    pipe: Pipeline,
+    generation: GenerationConfig,
+    settings: Settings,
     extractor: Extractor,
     reference: Gaussian,
     progress: Progress,
 ) -> Point:
     pooled = FeatureStatistics(len(reference.mean_D))
     predictions: PredictionStatistics | None = None
-    for block in draw_blocks(pipe, drawing):
-        features = extractor(block)
+    for batch in generate(pipe, generation):
+        with memory.keep_freed():
+            features = extractor(batch)
         pooled.add(features.pooled_ND)
         if features.logits_NK is not None:
             predictions = predictions or PredictionStatistics(features.logits_NK.shape[1])
             predictions.add(features.logits_NK)
-        progress(pooled.count, drawing.samples)
+        progress(pooled.count, generation.samples)
     fid = frechet_distance(pooled.gaussian, reference)
     return Point(settings, fid, None if predictions is None else predictions.score)
 
 
-def _load(path: Path) -> list[Point]:
+def _load_points(path: Path) -> list[Point]:
     if not path.is_file():
         return []
-    stored = storage.load_object(path).get("points", [])
-    return [config.from_json(Point, point, str(path)) for point in stored]
+    points = storage.load_object(path).get("points", [])
+    return [config.from_json(Point, point, str(path)) for point in points]
 
 
 def _plot(points: Sequence[Point], best: Point, suffix: str, path: Path) -> None:
-    """FID against IS, guidance beside each point, those of equal temperatures joined.
+    """Plot FID over IS with the guidance scale at each point, a line for equal temperatures.
 
-    Without an Inception Score: FID against guidance.
+    Without an Inception Score: FID over guidance.
     """
     from matplotlib.figure import Figure
 
@@ -178,7 +191,7 @@ def _plot(points: Sequence[Point], best: Point, suffix: str, path: Path) -> None
     axes = figure.subplots()
     has_score = best.inception is not None
 
-    def place(point: Point) -> tuple[float, float]:
+    def position(point: Point) -> tuple[float, float]:
         return (
             point.settings["guidance"] if point.inception is None else point.inception,
             point.fid,
@@ -189,16 +202,16 @@ def _plot(points: Sequence[Point], best: Point, suffix: str, path: Path) -> None
         values = point.settings
         fine = f", fine {values['fine_temperature']:g}" if "fine_temperature" in values else ""
         lines.setdefault(f"{values['temperature']:g}{fine}", []).append(point)
-    for number, (label, of_line) in enumerate(lines.items()):
+    for number, (label, line) in enumerate(lines.items()):
         marker = "os^Dv<>PX"[number % 9]
-        axes.plot(*zip(*map(place, of_line), strict=True), marker=marker, lw=0.8, label=label)
-        for point in of_line if has_score else []:
+        axes.plot(*zip(*map(position, line), strict=True), marker=marker, lw=0.8, label=label)
+        for point in line if has_score else []:
             axes.annotate(
-                f"{point.settings['guidance']:g}", place(point), textcoords="offset points",
+                f"{point.settings['guidance']:g}", position(point), textcoords="offset points",
                 xytext=(5, (3, -9)[number % 2]), fontsize=7, color=f"C{number % 10}",
             )  # fmt: skip
     axes.plot(
-        *place(best), marker="o", ms=13, mfc="none", mec="black", ls="none", label="lowest FID"
+        *position(best), marker="o", ms=13, mfc="none", mec="black", ls="none", label="lowest FID"
     )
     axes.set_xlabel(f"IS{suffix}, higher is better" if has_score else "guidance scale")
     axes.set_ylabel(f"FID{suffix}, lower is better")

@@ -20,7 +20,7 @@ from ctf.common.progress import OpenProgress
 from ctf.data.image_set import ImageSet, Splits
 from ctf.evaluation import reference_sets
 from ctf.evaluation.extractors import Extractor, open_extractor
-from ctf.evaluation.reference_sets import Collection
+from ctf.evaluation.reference_sets import ImageCollection
 from ctf.reproduce.plan import Plan
 
 Outcome = dict[str, Any]  # the numbers that a cell stores
@@ -64,13 +64,13 @@ class Workspace:
         """The feature networks of the plan."""
         return [open_extractor(name, device=self.device) for name in self.plan.features]
 
-    def held_out(self) -> Collection:
+    def held_out(self) -> ImageCollection:
         """The images that scores are computed against."""
         size = self.images.val.image_size
         images = reference_sets.open_reference(
             self.plan.source, size, "val", background="white", skip_bad=False
         )
-        assert isinstance(images, Collection)
+        assert isinstance(images, ImageCollection)
         return images
 
 

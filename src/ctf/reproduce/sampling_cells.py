@@ -21,7 +21,7 @@ from ctf.data.tokens import Tokens
 from ctf.data.transforms import as_pil
 from ctf.evaluation import evaluate, reference_sets, scores
 from ctf.evaluation.distances import frechet_distance_estimate
-from ctf.evaluation.sample_cache import Drawing
+from ctf.evaluation.sample_cache import GenerationConfig
 from ctf.evaluation.search import search
 from ctf.models.clusters import Clusters, swap
 from ctf.models.fine import FineModel
@@ -59,12 +59,12 @@ class SearchCell(Cell):
         """Return the best settings, and all that were tried."""
         run, extractor = space.run(self), space.extractors()[0]
         pipe = _pipeline(run / "pipeline", self.coarse, self.fine, space)
-        images = reference_sets.of_sets("reserved images", (space.reserved,))
+        images = reference_sets.from_image_sets("reserved images", (space.reserved,))
         with space.open_progress(f"{extractor.name}: reserved images") as progress:
-            reference = scores.look_at_reference(images, extractor, progress)
+            reference = scores.load_reference(images, extractor, progress)
         best = search(
             pipe,
-            Drawing(self.samples).shared(len(pipe.class_names)),
+            GenerationConfig(self.samples).rounded_up(len(pipe.class_names)),
             extractor,
             reference.pooled,
             run,
@@ -166,10 +166,10 @@ class DetailsCell(Cell):
             class_names=None,
         )
         for extractor in space.extractors():
-            reference = scores.look_at_reference(held_out, extractor)
+            reference = scores.load_reference(held_out, extractor)
             with space.open_progress(f"{extractor.name}: {self.codes} codes") as progress:
-                gathered = scores.gather(extractor, subject, progress)
-            distance = frechet_distance_estimate(gathered.pooled.parts, reference.pooled)
+                summary = scores.summarize(extractor, subject, progress)
+            distance = frechet_distance_estimate(summary.groups, reference.pooled)
             outcome[f"FID{extractor.suffix}"] = config.to_json(distance)
         return outcome
 

@@ -49,7 +49,7 @@ class TokenizerCell(Cell):
         for extractor in space.extractors():
             name = f"rFID{extractor.suffix}"
             with space.open_progress(name) as progress:
-                distance = scores.reconstruction_distance(tokenizer, held_out, extractor, progress)
+                distance = scores.reconstruction_fid(tokenizer, held_out, extractor, progress)
             outcome[name] = config.to_json(distance)
         images = self.training.steps * self.training.batch_size
         return {

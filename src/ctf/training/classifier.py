@@ -26,8 +26,8 @@ from ctf.evaluation.classifier import (
     ClassifierConfig,
     classify,
     load_classifier,
-    place,
 )
+from ctf.pipelines.folder import to_channels_last
 from ctf.training import loop, optim
 from ctf.training.state import collect, restore
 
@@ -39,7 +39,7 @@ class ClassifierTrainer:
         self.images, self.config, self.device = images, config, device
         torch.manual_seed(config.seed)
         model = Classifier(config.width, images.train.image_size, images.train.class_names)
-        self.model = place(model, device)
+        self.model = to_channels_last(model, device)
         self.optimizer = optim.make_optimizer(
             self.model, config.learning_rate, config.betas, config.weight_decay
         )
@@ -114,8 +114,7 @@ def held_out_accuracy(model: Classifier, images: ImageSet) -> float:
     correct = 0
     for start in range(0, len(images), BATCH):
         indices = np.arange(start, min(start + BATCH, len(images)))
-        classified = classify(model, images.read(indices))
-        correct += int((classified.classes_N == images.classes_N[indices]).sum())
+        correct += int((classify(model, images.read(indices)) == images.classes_N[indices]).sum())
     return correct / len(images)
 
 

@@ -13,8 +13,8 @@ from ctf.common import storage
 from ctf.common.progress import show_progress
 from ctf.data.images import open_images
 from ctf.evaluation.classifier import shipped_classifier
-from ctf.evaluation.evaluate import recognised
-from ctf.evaluation.sample_cache import Drawing
+from ctf.evaluation.evaluate import sample_accuracy
+from ctf.evaluation.sample_cache import GenerationConfig
 from ctf.pipelines.export import class_sheet
 from ctf.pipelines.folder import find_pipeline
 from ctf.pipelines.pipeline import Pipeline
@@ -61,7 +61,7 @@ def _table(folders: dict[str, Path], device: torch.device, console: Console) -> 
     for name, folder in folders.items():
         pipe = Pipeline.from_pretrained(folder, device)
         with show_progress(f"scoring {name}", console) as progress:
-            accuracy = recognised(pipe, classifier, Drawing(SCORED), progress)
+            accuracy = sample_accuracy(pipe, classifier, GenerationConfig(SCORED), progress)
         metrics = pipe.origin["metrics"]
         spent = pipe.origin["seconds"]
         columns.append(

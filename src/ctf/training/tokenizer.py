@@ -27,7 +27,7 @@ from ctf.common.progress import Progress
 from ctf.data.image_set import ImageSet, Splits
 from ctf.data.transforms import View, as_tensor
 from ctf.evaluation import metrics
-from ctf.evaluation.features import PerceptualLoss
+from ctf.evaluation.lite0 import PerceptualLoss
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.pipelines.folder import load_tokenizer, to_channels_last
 from ctf.training import loop, optim

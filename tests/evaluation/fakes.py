@@ -1,4 +1,4 @@
-"""For the tests of the evaluation: what draws real pictures, and features that are colours."""
+"""Fakes for the tests of the evaluation: a pipeline of real images, features that are colours."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -11,16 +11,18 @@ from PIL import Image
 
 from ctf.data.image_set import ImageSet
 from ctf.evaluation.extractors import Extractor, Features
-from ctf.evaluation.reference_sets import Collection
+from ctf.evaluation.reference_sets import ImageCollection
 
 Pixels = NDArray[np.uint8]
 
 
-class Gallery:
-    """A pipeline that draws real pictures: that of seed s is number s of its class, from 0 on.
+class RealImages:
+    """A pipeline whose "samples" are real images: seed s gives image s of its class.
 
-    sampled: class and seed of every picture drawn so far. settings: those of every call.
+    sampled: class and seed of every sample so far. settings: those of every call.
     """
+
+    fine = None
 
     def __init__(self, images: ImageSet) -> None:
         self.class_names = images.class_names
@@ -29,29 +31,32 @@ class Gallery:
         self.settings: list[dict[str, Any]] = []
 
     def number(self, c: int, seed: int) -> int:
+        """Which image of the set it is."""
         of_class = np.flatnonzero(self.images.classes_N == c)
         return int(of_class[seed % len(of_class)])
 
     def sample(self, *, classes: Sequence[int], seed: int, **settings: Any) -> SimpleNamespace:
         self.settings.append(settings)
-        drawn = [(c, seed + i) for i, c in enumerate(classes)]
-        self.sampled += drawn
-        pixels = self.images.read([self.number(*one) for one in drawn])
+        sampled = [(c, seed + i) for i, c in enumerate(classes)]
+        self.sampled += sampled
+        pixels = self.images.read([self.number(*one) for one in sampled])
         return SimpleNamespace(images=[Image.fromarray(p) for p in pixels])
 
 
-def colours(name: str = "colours", digest: str = "c", with_logits: bool = True) -> Extractor:
-    """An extractor of 6 features: mean and deviation of red, green and blue, in units of 10.
+def colour_extractor(
+    name: str = "colours", digest: str = "c", with_logits: bool = True
+) -> Extractor:
+    """6 features: mean and deviation of red, green and blue, in units of 10.
 
-    Its three classes are red, green and blue pictures.
+    Its three classes are red, green and blue images.
     """
 
-    def look(images: Pixels) -> Features:
+    def network(images: Pixels) -> Features:
         x = torch.from_numpy(images).float().flatten(1, 2) / 10
         means, deviations = x.mean(dim=1), x.std(dim=1)
         return Features(torch.cat([means, deviations], 1), means, means if with_logits else None)
 
-    return Extractor(name, f"-{name}", digest, 16, look)
+    return Extractor(name, f"-{name}", digest, 16, network)
 
 
 def noise(count: int, seed: int, side: int = 8) -> Pixels:
@@ -59,12 +64,12 @@ def noise(count: int, seed: int, side: int = 8) -> Pixels:
     return random.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
 
 
-def of_pixels(pixels: Pixels, classes: Any = None, names: Any = None) -> Collection:
-    """Pictures in memory, in batches of 7."""
+def collection(pixels: Pixels, classes: Any = None, names: Any = None) -> ImageCollection:
+    """Images in memory, in batches of 7."""
 
     def batches() -> Any:
         return (pixels[start : start + 7] for start in range(0, len(pixels), 7))
 
     fingerprint = str(hash(pixels.tobytes()))
     size = (pixels.shape[1], pixels.shape[2])
-    return Collection("pixels", fingerprint, len(pixels), size, batches, classes, names)
+    return ImageCollection("pixels", fingerprint, len(pixels), size, batches, classes, names)

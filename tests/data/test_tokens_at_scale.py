@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from ctf.bench import tokens
-from ctf.bench.tokens import CODEBOOK, IMAGENET
+from ctf.bench.shapes import IMAGENET
+from ctf.bench.tokens import IMAGENET_IMAGES
 from ctf.common.distributed import World
 from ctf.data.tokens import Tokens
 from ctf.training import optim
@@ -22,7 +23,7 @@ BATCH = 256
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("imagenet")
-    tokens.write_cache(folder, IMAGENET)  # 660 MB
+    tokens.write_cache(folder, IMAGENET_IMAGES)  # 660 MB
     yield folder
     shutil.rmtree(folder)
 
@@ -36,7 +37,7 @@ def test_opening_takes_little_memory(cache: Path) -> None:
         [sys.executable, "-c", script, cache], check=True, capture_output=True, text=True
     )
     found = json.loads(process.stdout)
-    assert found["images"] == IMAGENET
+    assert found["images"] == IMAGENET_IMAGES
     assert found["open_seconds"] < 1
     assert found["private_megabytes"] < 100 and found["resident_megabytes"] < 200
     assert found["codes_per_second"] > 2e6
@@ -45,18 +46,18 @@ def test_opening_takes_little_memory(cache: Path) -> None:
 def test_an_epoch_is_a_permutation_for_any_number_of_processes(cache: Path) -> None:
     """Judged by what is read: the codes of each image contain its number."""
     reader = Tokens(cache, "train")
-    steps = -(-IMAGENET // BATCH)
+    steps = -(-IMAGENET_IMAGES // BATCH)
     seen = np.empty((steps, BATCH), np.int64)
     for step in range(steps):
         processes = 8 if step < steps // 3 else 4
         for rank in range(processes):
             share = World(rank, processes).share(BATCH, "batch_size")
-            codes_BL = reader.codes(optim.batch_indices(IMAGENET, BATCH, 7, step)[share])
-            seen[step, share] = codes_BL[:, 0] + CODEBOOK * codes_BL[:, 1]
-    first, next_epoch = np.split(seen.ravel(), [IMAGENET])
-    assert np.array_equal(np.sort(first), np.arange(IMAGENET))
-    assert not np.array_equal(first, np.arange(IMAGENET))
-    assert len(np.unique(next_epoch)) == len(next_epoch) == steps * BATCH - IMAGENET
+            codes_BL = reader.codes(optim.batch_indices(IMAGENET_IMAGES, BATCH, 7, step)[share])
+            seen[step, share] = codes_BL[:, 0] + IMAGENET.codes * codes_BL[:, 1]
+    first, next_epoch = np.split(seen.ravel(), [IMAGENET_IMAGES])
+    assert np.array_equal(np.sort(first), np.arange(IMAGENET_IMAGES))
+    assert not np.array_equal(first, np.arange(IMAGENET_IMAGES))
+    assert len(np.unique(next_epoch)) == len(next_epoch) == steps * BATCH - IMAGENET_IMAGES
 
 
 MEMORY = """

@@ -1,86 +1,110 @@
-"""The straightforward way to sample and to train a full-vocabulary transformer: what `ctf bench`
-compares with.
+"""LlamaGen's own way to sample, to train and to extract tokens: what `ctf bench` compares with.
 
-LlamaGen's own algorithms (arXiv 2406.06525; autoregressive/models and autoregressive/train of its
-repository), written plainly and on the weights of a `CoarseModel`: single precision, operators one
-by one, keys and values repeated for their heads. When sampling, keys and values of the whole length
-in the cache and a mask for what is not there yet, both halves of guidance at every step. Only the
-draw is ours, so that equal logits give equal labels.
+Its algorithms (arXiv 2406.06525; autoregressive/models, autoregressive/train and tokenizer of its
+repository), written plainly and on the weights of our models: single precision, operators one by
+one, keys and values repeated for their heads. When sampling, keys and values of the whole length in
+the cache and a mask for what is not there yet, both halves of guidance at every step. Only the last
+step from logits to labels is ours, so that equal logits give equal labels.
 
-Shapes: B batch, with both halves of guidance, L labels of an image, T positions, when sampling of
-the cache, D width, N heads, E head width, K labels that there are.
+Shapes: B batch, with both halves of guidance, L labels of an image, T positions (of the cache when
+sampling), D width, N heads, E head dim, P rotated pairs of a head, K labels of the output layer,
+V codes, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctf.data.image_set import ImageSet
+from ctf.data.transforms import View, as_tensor
 from ctf.models.coarse import CoarseModel
 from ctf.models.sampling import Sampling, choose
-from ctf.models.transformer import Attention, Block, SwiGLU, TransformerConfig
+from ctf.models.tokenizer import AttentionBlock, ResidualBlock, VQModel
+from ctf.models.transformer import Block, TransformerConfig
 
-CLIP, CLASS_DROPOUT = 1.0, 0.1  # LlamaGen's
+CLIP, CLASS_DROPOUT = 1.0, 0.1
+
+# --- Sampling -------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def sample(
     model: CoarseModel, classes_B: Tensor, uniforms_BL: Tensor, settings: Sampling
 ) -> Tensor:
-    """Labels (B, L), int64, as `sampling.sample_coarse` draws them, at constant guidance."""
-    guided = settings.guidance != 1
-    inputs = torch.cat([classes_B, torch.full_like(classes_B, model.no_class)])
-    if not guided:
-        inputs = classes_B
-    caches, masks = make_caches(model.config, len(inputs))
+    """Sample labels (B, L), int64, as `sampling.sample_coarse` does at constant guidance."""
+    inputs_B = first_inputs(model, classes_B, settings)
+    caches, masks = make_caches(model.config, len(inputs_B))
     labels = []
-    for i in range(model.config.length):
-        logits_BK = step(model, inputs, i, caches, masks)
-        if guided:
-            cond, uncond = logits_BK.chunk(2)
-            logits_BK = uncond + (cond - uncond) * settings.guidance
-        drawn_B = choose(
-            logits_BK, uniforms_BL[:, i], settings.temperature, settings.top_k, settings.top_p
-        )
-        labels.append(drawn_B)
-        inputs = torch.cat([drawn_B, drawn_B]) if guided else drawn_B
+    for i, uniforms_B in enumerate(uniforms_BL.unbind(1)):
+        labels_B = sample_step(model, inputs_B, i, caches, masks, uniforms_B, settings)
+        labels.append(labels_B)
+        inputs_B = labels_B.repeat(len(inputs_B) // len(labels_B))
     return torch.stack(labels, dim=1)
 
 
-def make_caches(shape: TransformerConfig, batch: int) -> tuple[Tensor, Tensor]:
-    """Keys and values, (layers, 2, B, N, T, E), and masks, (B, T, T), of the full length."""
-    length = -(-(1 + shape.length) // 8) * 8  # LlamaGen rounds its caches up
-    caches = torch.zeros(shape.layers, 2, batch, shape.heads, length, shape.head_width)
+def first_inputs(model: CoarseModel, classes_B: Tensor, settings: Sampling) -> Tensor:
+    """Return the classes, and under guidance as many times "no class"."""
+    if settings.guidance == 1:
+        return classes_B
+    return torch.cat([classes_B, torch.full_like(classes_B, model.no_class)])
+
+
+def make_caches(config: TransformerConfig, batch: int) -> tuple[Tensor, Tensor]:
+    """Return keys and values, (layers, 2, B, N, T, E), and masks, (B, T, T), of the full length."""
+    length = -(-(1 + config.length) // 8) * 8  # LlamaGen rounds its caches up
+    caches = torch.zeros(config.layers, 2, batch, config.heads, length, config.head_width)
     masks = torch.tril(torch.ones(length, length, dtype=torch.bool)).repeat(batch, 1, 1)
     return caches, masks
 
 
-def step(
-    model: CoarseModel, inputs_B: Tensor, i: int, caches: Iterable[Tensor], masks: Tensor
+def sample_step(
+    model: CoarseModel,
+    inputs_B: Tensor,
+    i: int,
+    caches: Iterable[Tensor],
+    masks: Tensor,
+    uniforms_B: Tensor,
+    settings: Sampling,
 ) -> Tensor:
-    """Logits (B, K) after position `i`, whose inputs are classes at 0, then the label before."""
+    """Sample label `i`; the inputs are classes at position 0, then the label before."""
     position = torch.tensor([i])
     embedding = model.trunk.class_embedding if i == 0 else model.trunk.label_embedding
     x_B1D = embedding(inputs_B)[:, None]
     mask_B11T = masks[:, None, position]
-    turn_1P2 = model.trunk.rope.table[position]
-    for layer, cache in zip(model.trunk.layers, caches, strict=True):
-        assert isinstance(layer, Block)
-        normed = _norm(x_B1D, layer.attention_norm)
-        x_B1D = x_B1D + _attention(normed, layer.attention, turn_1P2, position, mask_B11T, cache)
-        x_B1D = x_B1D + _feed_forward(_norm(x_B1D, layer.ffn_norm), layer.ffn)
-    logits_BK: Tensor = model.head(_norm(x_B1D, model.trunk.norm))[:, -1].float()
-    return logits_BK
+    rotation_1P2 = model.trunk.rope.table[position]
+    for layer, (keys, values) in zip(model.trunk.layers, caches, strict=True):
+
+        def attend(
+            q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values
+        ) -> Tensor:
+            keys[:, :, position] = k
+            values[:, :, position] = v
+            k, v = (part.repeat_interleave(1, dim=1) for part in (keys, values))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B11T)
+
+        x_B1D = _block(layer, x_B1D, rotation_1P2, attend)
+    logits_BK = model.head(_norm(x_B1D, model.trunk.norm))[:, -1].float()
+    if settings.guidance != 1:
+        cond, uncond = logits_BK.chunk(2)
+        logits_BK = uncond + (cond - uncond) * settings.guidance
+    return choose(logits_BK, uniforms_B, settings.temperature, settings.top_k, settings.top_p)
+
+
+# --- Training -------------------------------------------------------------------------------------
 
 
 def train_step(
     model: CoarseModel, optimizer: torch.optim.Optimizer, labels_BL: Tensor, classes_B: Tensor
 ) -> Tensor:
-    """One step at LlamaGen's settings but for the optimiser's; returns the loss. The model is in
-    training mode, since dropout is that of its configuration.
+    """Take one step and return the loss; everything but the optimiser is at LlamaGen's settings.
+
+    The model is in training mode: dropout is that of its configuration.
     """
     hidden_B = torch.rand(len(classes_B)) < CLASS_DROPOUT
     loss_ = loss(model, labels_BL, torch.where(hidden_B, model.no_class, classes_B))
@@ -93,41 +117,47 @@ def train_step(
 
 def loss(model: CoarseModel, labels_BL: Tensor, classes_B: Tensor) -> Tensor:
     """Mean cross-entropy of the next label, of logits (B, L, K) in single precision."""
-    trunk = model.trunk
+    trunk, dropout = model.trunk, model.config.dropout if model.training else 0.0
     inputs = trunk.class_embedding(classes_B)[:, None], trunk.label_embedding(labels_BL[:, :-1])
-    x_BTD = _dropout(torch.cat(inputs, dim=1), model)
-    turn_TP2 = trunk.rope.table[: labels_BL.shape[1]]
+    x_BTD = F.dropout(torch.cat(inputs, dim=1), dropout)
+    rotation_TP2 = trunk.rope.table[: labels_BL.shape[1]]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (part.repeat_interleave(1, dim=1) for part in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
     for layer in trunk.layers:
-        assert isinstance(layer, Block)
-        normed = _norm(x_BTD, layer.attention_norm)
-        x_BTD = x_BTD + _dropout(_causal_attention(normed, layer.attention, turn_TP2), model)
-        mixed_BTD = _feed_forward(_norm(x_BTD, layer.ffn_norm), layer.ffn)
-        x_BTD = x_BTD + _dropout(mixed_BTD, model)
+        x_BTD = _block(layer, x_BTD, rotation_TP2, attend, dropout)
     logits_BLK = model.head(_norm(x_BTD, trunk.norm)).float().contiguous()
     return F.cross_entropy(logits_BLK.view(-1, model.count), labels_BL.reshape(-1))
 
 
-def _causal_attention(x_BTD: Tensor, attention: Attention, turn_TP2: Tensor) -> Tensor:
-    batch, length, width = x_BTD.shape
-    q, k, v = _heads(x_BTD, attention, turn_TP2)
-    k, v = (part.repeat_interleave(1, dim=1) for part in (k, v))
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    mixed = mixed.transpose(1, 2).contiguous().view(batch, length, width)
-    out: Tensor = attention.out(mixed)
-    return out
+# --- The transformer ------------------------------------------------------------------------------
 
 
-def _dropout(x_BTD: Tensor, model: CoarseModel) -> Tensor:
-    return F.dropout(x_BTD, model.config.dropout, model.training)
+def _block(
+    layer: nn.Module,
+    x_BTD: Tensor,
+    rotation_TP2: Tensor,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    dropout: float = 0.0,
+) -> Tensor:
+    """One block; `attend` takes queries, keys and values (B, N, T, E) and returns the first."""
+    assert isinstance(layer, Block)
 
+    def drop(x: Tensor) -> Tensor:
+        return F.dropout(x, dropout) if dropout else x
 
-def _heads(x_BTD: Tensor, attention: Attention, turn_TP2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (B, N, T, E), the first two turned."""
-    batch, length, width = x_BTD.shape
-    heads = (batch, length, attention.heads, -1)
-    q, k, v = (part.view(heads) for part in attention.qkv(x_BTD).split(width, dim=-1))
-    q, k = _rotate(q, turn_TP2), _rotate(k, turn_TP2)
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    attention, ffn = layer.attention, layer.ffn
+    heads = (*x_BTD.shape[:2], attention.heads, -1)
+    qkv_BTW = attention.qkv(_norm(x_BTD, layer.attention_norm))
+    q, k, v = (part.view(heads) for part in qkv_BTW.split(x_BTD.shape[-1], dim=-1))
+    q, k = _rotate(q, rotation_TP2), _rotate(k, rotation_TP2)
+    mixed_BNTE = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    mixed_BTD = mixed_BNTE.transpose(1, 2).contiguous().view(x_BTD.shape)
+    x_BTD = x_BTD + drop(attention.out(mixed_BTD))
+    normed_BTD = _norm(x_BTD, layer.ffn_norm)
+    return x_BTD + drop(ffn.w2(F.silu(ffn.w1(normed_BTD)) * ffn.w3(normed_BTD)))
 
 
 def _norm(x_BTD: Tensor, norm: nn.RMSNorm) -> Tensor:
@@ -137,33 +167,55 @@ def _norm(x_BTD: Tensor, norm: nn.RMSNorm) -> Tensor:
     return wide.type_as(x_BTD) * norm.weight
 
 
-def _attention(
-    x_B1D: Tensor,
-    attention: Attention,
-    turn_1P2: Tensor,
-    position: Tensor,
-    mask_B11T: Tensor,
-    cache_2BNTE: Tensor,
-) -> Tensor:
-    batch, _, width = x_B1D.shape
-    q, k, v = _heads(x_B1D, attention, turn_1P2)
-    keys, values = cache_2BNTE
-    keys[:, :, position] = k
-    values[:, :, position] = v
-    keys, values = (part.repeat_interleave(1, dim=1) for part in (keys, values))
-    mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask_B11T)
-    out: Tensor = attention.out(mixed.transpose(1, 2).contiguous().view(batch, 1, width))
-    return out
-
-
-def _rotate(x_BTNE: Tensor, turn_TP2: Tensor) -> Tensor:
+def _rotate(x_BTNE: Tensor, rotation_TP2: Tensor) -> Tensor:
     pairs = x_BTNE.float().reshape(*x_BTNE.shape[:-1], -1, 2)
-    cos, sin = turn_TP2[None, :, None].unbind(-1)
+    cos, sin = rotation_TP2[None, :, None].unbind(-1)
     real, imaginary = pairs.unbind(-1)
-    turned = torch.stack([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
-    return turned.flatten(3).type_as(x_BTNE)
+    rotated = torch.stack([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
+    return rotated.flatten(3).type_as(x_BTNE)
 
 
-def _feed_forward(x_BTD: Tensor, ffn: SwiGLU) -> Tensor:
-    out: Tensor = ffn.w2(F.silu(ffn.w1(x_BTD)) * ffn.w3(x_BTD))
-    return out
+# --- Extracting tokens ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def extract(tokenizer: VQModel, images: ImageSet, folder: Path, views: Sequence[View]) -> None:
+    """LlamaGen's loop (autoregressive/train/extract_codes_c2i.py): the views of one image at a
+    time, channels first in memory, and a file for the codes and one for the class of each image.
+    """
+    device = next(tokenizer.parameters()).device
+    for i in range(len(images)):
+        parts = [as_tensor(images.read([i], view), device).contiguous() for view in views]
+        codes_BL = encode(tokenizer, torch.cat(parts))
+        np.save(folder / f"{i}.npy", codes_BL[None].cpu().numpy())
+        np.save(folder / f"{i}-label.npy", images.classes_N[[i]])
+
+
+def encode(tokenizer: VQModel, images_BCHW: Tensor) -> Tensor:
+    """Codes (B, L) by the operators of LlamaGen's tokenizer_image/vq_model.py, one by one."""
+    encoder = tokenizer.encoder
+    h = encoder.input(images_BCHW)
+    for layer in (*encoder.levels, *encoder.middle):
+        h = _layer(layer, h)
+    z_BCHW = tokenizer.to_code(encoder.output(_swish(encoder.norm(h))))
+    z_NC = F.normalize(z_BCHW.permute(0, 2, 3, 1).contiguous().flatten(0, 2), dim=-1)
+    codebook_VC = tokenizer.codebook()
+    squares = (z_NC**2).sum(1, keepdim=True) + (codebook_VC**2).sum(1)
+    indices_N = (squares - 2 * z_NC @ codebook_VC.T).argmin(1)
+    return indices_N.view(len(images_BCHW), -1)
+
+
+def _layer(layer: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(layer, ResidualBlock):
+        h = layer.conv1(_swish(layer.norm1(x)))
+        return layer.skip(x) + layer.conv2(_swish(layer.norm2(h)))
+    if isinstance(layer, AttentionBlock):
+        h = layer.norm(x)
+        q, k, v = (part(h).flatten(2) for part in (layer.query, layer.key, layer.value))
+        weights = F.softmax(torch.bmm(q.transpose(1, 2), k) * q.shape[1] ** -0.5, dim=2)
+        return x + layer.output(torch.bmm(v, weights.transpose(1, 2)).view(x.shape))
+    return layer(x)
+
+
+def _swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)

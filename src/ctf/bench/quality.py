@@ -1,6 +1,6 @@
-"""`ctf bench quality`: what an engine that is nearly the same costs in quality.
+"""`ctf bench quality`: what an engine that computes nearly the same costs in quality.
 
-Shapes: B batch, L tokens of an image, K choices.
+Shapes: B batch, N images, L tokens of an image, K outputs.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ BATCH = 256
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """What one engine makes of a pipeline.
+    """What a pipeline achieves with one engine.
 
-    coarse, fine: cross-entropy of held-out pictures' labels, and of their codes given the labels,
-        nats a token; their sum is that of the codes.
-    accuracy: share of samples that a classifier recognises; None where there is none.
+    Attributes:
+        coarse: Cross-entropy of held-out images' labels, nats a token.
+        fine: Cross-entropy of their codes, given the labels, nats a token.
+        accuracy: Share of samples that a classifier recognises; None where there is no classifier.
     """
 
     engine: str
@@ -47,36 +48,40 @@ class Quality:
 
     @property
     def nats(self) -> float:
+        """Cross-entropy of the codes, nats a token."""
         return self.coarse + self.fine
 
 
 def compare(
-    name: str,
+    model: str,
     engines: Sequence[Engine],
     samples: int,
     held_out: int,
     device: torch.device,
     open_progress: OpenProgress,
 ) -> list[Quality]:
-    """The quality of each engine on the same held-out pictures and the same seeds.
+    """Measure the quality of each engine on the same held-out images and the same seeds.
 
     Args:
-        name: a pipeline that was trained on an included set.
-        samples: drawn for the accuracy. held_out: pictures for the cross-entropy, at most.
+        model: A pipeline that was trained on an included image set.
+        samples: For the accuracy.
+        held_out: Images for the cross-entropy, at most.
 
     Raises:
-        UserError: the pipeline was trained on other pictures.
+        UserError: A number is below 1, or the pipeline was trained on other images.
     """
-    folder = find_pipeline(name)
-    plain = Pipeline.from_pretrained(folder, device)
-    source = str(plain.origin.get("images"))
+    for option, number in (("samples", samples), ("held_out", held_out)):
+        if number < 1:
+            raise UserError(f"{option}: got {number}, expected 1 or more")
+    folder = find_pipeline(model)
+    pipe = Pipeline.from_pretrained(folder, device)
+    source = str(pipe.origin.get("images"))
     if source not in INCLUDED:
-        raise UserError(f"{name}: was trained on {source}, expected one of {', '.join(INCLUDED)}")
-    pictures = open_images(source, plain.tokenizer.config.image_size).val
-    count = min(held_out, len(pictures))
-    with open_progress("held-out pictures") as progress:
-        codes_NL, classes_N = _encoded(plain, pictures, count, progress)
-    found = []
+        raise UserError(f"{model}: was trained on {source}, expected one of {', '.join(INCLUDED)}")
+    images = open_images(source, pipe.tokenizer.config.image_size).val
+    with open_progress("held-out images") as progress:
+        codes_NL, classes_N = _encode(pipe, images, min(held_out, len(images)), progress)
+    qualities = []
     for engine in engines:
         pipe = Pipeline.from_pretrained(folder, device, engine=engine)
         coarse, fine = cross_entropy(pipe, codes_NL, classes_N)
@@ -86,40 +91,60 @@ def compare(
                 accuracy = sample_accuracy(
                     pipe, shipped_classifier(device), GenerationConfig(samples), progress
                 )
-        found.append(Quality(engine, coarse, fine, accuracy))
-    return found
+        qualities.append(Quality(engine, coarse, fine, accuracy))
+    return qualities
 
 
-def _encoded(
-    pipe: Pipeline, pictures: ImageSet, count: int, progress: Progress
+def _encode(
+    pipe: Pipeline, images: ImageSet, count: int, progress: Progress
 ) -> tuple[Tensor, Tensor]:
-    """Codes and classes of pictures spread over the set, which may be sorted by class."""
-    chosen_N = np.linspace(0, len(pictures) - 1, count).round().astype(np.int64)
+    """Codes and classes of images spread over the set, which may be sorted by class."""
+    rows_N = np.linspace(0, len(images) - 1, count).round().astype(np.int64)
     codes = []
     for start in range(0, count, BATCH):
-        batch_BHWC = pictures.read(chosen_N[start : start + BATCH])
+        batch_BHWC = images.read(rows_N[start : start + BATCH])
         with torch.inference_mode():
             codes.append(pipe.tokenizer.encode(as_tensor(batch_BHWC, pipe.device)))
         progress(min(start + BATCH, count), count)
-    return torch.cat(codes), torch.from_numpy(pictures.classes_N[chosen_N]).to(pipe.device)
+    return torch.cat(codes), torch.from_numpy(images.classes_N[rows_N]).to(pipe.device)
 
 
 @torch.inference_mode()
 def cross_entropy(pipe: Pipeline, codes_NL: Tensor, classes_N: Tensor) -> tuple[float, float]:
-    """Of labels, and of codes given their labels: nats a token each."""
-    totals = [0.0, 0.0]
+    """Return that of labels, and that of codes given their labels: nats a token each."""
+    coarse = fine = 0.0
     for codes_BL, classes_B in zip(codes_NL.split(BATCH), classes_N.split(BATCH), strict=True):
         labels_BL = pipe.clusters.labels_V[codes_BL]
-        # Step by step, since what the cache rounds is part of it.
+        # Step by step, since the rounding of cached keys and values counts, too.
         decoder = sampling.Decoder(pipe.coarse, classes_B, guided=False)
-        for i in range(labels_BL.shape[1]):
-            totals[0] += _sum(decoder.logits(labels_BL, i, 1.0), labels_BL[:, i])
+        for i, labels_B in enumerate(labels_BL.unbind(1)):
+            coarse += _summed(decoder.logits(labels_BL, i, 1.0), labels_B)
         if pipe.fine is not None:
-            totals[1] += _sum(pipe.fine(labels_BL, classes_B), pipe.fine.choices(codes_BL))
-    return totals[0] / codes_NL.numel(), totals[1] / codes_NL.numel()
+            fine += _summed(pipe.fine(labels_BL, classes_B), pipe.fine.choices(codes_BL))
+    return coarse / codes_NL.numel(), fine / codes_NL.numel()
 
 
-def _sum(logits: Tensor, targets: Tensor) -> float:
-    """Over (..., K) logits and targets of the same shape without K."""
+def _summed(logits: Tensor, targets: Tensor) -> float:
+    """Summed cross-entropy of (..., K) logits and targets of the same shape without K."""
     losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
     return float(losses.double().sum())
+
+
+def rows(qualities: Sequence[Quality]) -> list[tuple[str, ...]]:
+    """Return the rows of a table with `COLUMNS`; changes are stated against the first engine."""
+    first = qualities[0]
+    table = []
+    for each in qualities:
+        accuracy = change = ""
+        if each.accuracy is not None and first.accuracy is not None:
+            accuracy = f"{each.accuracy.value:.2%}"
+            change = f"{100 * (each.accuracy.value - first.accuracy.value):+.2f} points"
+        nats = [f"{value:.4f}" for value in (each.coarse, each.fine, each.nats)]
+        table.append((each.engine, *nats, f"{each.nats / first.nats - 1:+.3%}", accuracy, change))
+    return table
+
+
+COLUMNS = (
+    "engine", "labels, nats a token", "codes given labels", "codes", "change",
+    "class accuracy", "change",
+)  # fmt: skip

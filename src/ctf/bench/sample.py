@@ -1,12 +1,10 @@
-"""`ctf bench sample`: how fast drawing is, beside the plain way and the machine's limits.
+"""`ctf bench sample`: how fast sampling is, compared with LlamaGen's way and the machine's limits.
 
-Models have random weights and the shapes of 256-pixel pictures: 256 tokens, 1000 classes, a
-codebook of 16384, for CTF 512 clusters of 32. What is compared is measured in turn, round after
-round, in one process. Of the 256 steps of an image those are timed at which the cache grows, and
-the ones in the middle between; the others take as long as these. The fine stage draws 8 images at
-a time and the decoder one, so no more are timed.
+Models have random weights and the shapes of 256-pixel images. Of the steps of an image those are
+timed at which the cache grows, and the ones in the middle between; the others take as long as
+these. The fine stage samples 8 images at a time and the decoder one, so no more are timed.
 
-Shapes: B batch, L tokens of an image, N heads, E head width.
+Shapes: B batch, L tokens of an image, K labels of the output layer.
 """
 
 from __future__ import annotations
@@ -16,40 +14,55 @@ import dataclasses
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ctf.bench import llamagen_reference, work
-from ctf.bench.measuring import measured, timed, working_memory
-from ctf.bench.work import Machine, Work
+from ctf.bench import harness, llamagen_reference
+from ctf.bench.harness import Group, Results, Timing
+from ctf.bench.shapes import IMAGENET, PAPER, RECOMMENDED, Shapes
+from ctf.bench.work import Machine, Work, coarse_step, fine_pass
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
 from ctf.kernels import sampling_cpu
 from ctf.kernels.sampling_cpu import Engine
-from ctf.models import clusters, sampling
+from ctf.models import sampling
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.sampling import Sampling
-from ctf.models.sizes import SIZES, TOKENIZERS
+from ctf.models.sizes import SIZES
 from ctf.models.tokenizer import VQModel
 from ctf.models.transformer import KVCache
+from ctf.training import cost
 
 FILE = "sample.json"
-CODES, COUNT, CLASSES, GRID = 16384, 512, 1000, 16
-LENGTH = GRID**2
-PAPER, RECOMMENDED = "L", "S"  # fine models, by size
 LAYERS_APART = 12  # layers with a cache of their own when timing: more than any processor's cache
 GREEDY_BATCH = 2
 
+START_SCRIPT = """
+import sys, time
+began = time.perf_counter()
+from ctf import Pipeline
+imported = time.perf_counter()
+pipe = Pipeline.from_pretrained("fashion-mnist", sys.argv[1])
+loaded = time.perf_counter()
+pipe.sample([0])
+sampled = time.perf_counter()
+print(imported - began, loaded - imported, sampled - loaded)
+"""
+
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """What is measured."""
+class SampleBenchmark:
+    """What is measured.
+
+    Raises:
+        UserError: A value is out of its range.
+    """
 
     sizes: tuple[str, ...] = ("B", "L", "XL")
     batches: tuple[int, ...] = (1, 8, 32)
@@ -71,18 +84,21 @@ class Asked:
 
     @property
     def halves(self) -> int:
+        """How many rows an image has in a batch: two with guidance."""
         return 1 if self.guidance == 1 else 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Timing:
-    """One way of doing one stage for one batch.
+class StageTiming(Timing):
+    """One way of computing one stage for one batch.
 
-    seconds: of each round. floor: the least that the machine of this run could take.
-    weights, cache: bytes. working: bytes that it held for a while besides these, at the most.
+    Attributes:
+        seconds: Of each round.
+        floor: The seconds that it takes at the machine's limits.
+        weights: Bytes, as is `cache`.
+        working: The most bytes that it held besides these.
     """
 
-    name: str
     seconds: tuple[float, ...]
     floor: float
     work: Work
@@ -92,10 +108,11 @@ class Timing:
 
     @property
     def median(self) -> float:
+        """Seconds."""
         return statistics.median(self.seconds)
 
-    def times(self, count: float) -> Timing:
-        """The same, so many times one after another."""
+    def times(self, count: float) -> StageTiming:
+        """The same, `count` times in a row."""
         return dataclasses.replace(
             self,
             seconds=tuple(count * seconds for seconds in self.seconds),
@@ -104,316 +121,306 @@ class Timing:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """What was measured in turn, and what the machine reached just before.
-
-    found: facts beside the times, e.g. whether greedy labels were equal.
-    """
-
-    machine: Machine
-    timings: tuple[Timing, ...]
-    found: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    def timing(self, name: str) -> Timing:
-        return next(timing for timing in self.timings if timing.name == name)
+SampleResults = Results[SampleBenchmark, StageTiming]
+StageGroup = Group[StageTiming]
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A whole run; `groups` by name: "coarse B 8", "fine 8", "decode", "greedy B", "start"."""
-
-    asked: Asked
-    where: dict[str, str]
-    groups: dict[str, Group]
-
-
-def run(asked: Asked, folder: Path, device: torch.device, progress: Progress) -> Result:
-    """Measures what is not in `folder`/sample.json yet; killed, it goes on after the last group.
+def run(
+    benchmark: SampleBenchmark,
+    folder: Path,
+    device: torch.device,
+    progress: Progress,
+    shapes: Shapes = IMAGENET,
+) -> SampleResults:
+    """Measure what is missing in `folder`/sample.json.
 
     Raises:
-        UserError: the file there is of another run.
+        UserError: See `harness.measure`.
     """
-    return measured(Result, asked, _jobs(asked, device), folder / FILE, device, progress)
+    groups = jobs(benchmark, device, shapes)
+    return harness.measure(benchmark, StageTiming, groups, folder / FILE, device, progress)
 
 
-def _jobs(asked: Asked, device: torch.device) -> dict[str, Callable[[Machine], Group]]:
-    jobs: dict[str, Callable[[Machine], Group]] = {}
+def jobs(
+    benchmark: SampleBenchmark, device: torch.device, shapes: Shapes = IMAGENET
+) -> dict[str, Callable[[Machine], StageGroup]]:
+    """Return what measures each group, given the machine's limits."""
+    stages = _Stages(benchmark, device, shapes)
+    groups: dict[str, Callable[[Machine], StageGroup]] = {}
+    groups |= {"start": stages.start, "decode": stages.decode}
+    for batch in benchmark.batches:
+        batch = fine_batch(batch, shapes.length)
+        groups[f"fine {batch}"] = partial(stages.fine, batch)
+    for size in benchmark.sizes:
+        groups[f"greedy {size}"] = partial(stages.greedy, size)
+        for batch in benchmark.batches:
+            groups[f"coarse {size} {batch}"] = partial(stages.coarse, size, batch)
+    return groups
 
-    def add(name: str, measure: Callable[..., Group], *given: Any) -> None:
-        without_gradients = torch.inference_mode()(measure)
-        jobs[name] = lambda machine: without_gradients(machine, asked, device, *given)
 
-    add("start", _start)
-    add("decode", _decoding)
-    for batch in dict.fromkeys(map(fine_batch, asked.batches)):
-        add(f"fine {batch}", _fine, batch)
-    for size in asked.sizes:
-        add(f"greedy {size}", _greedy, size)
-        for batch in asked.batches:
-            add(f"coarse {size} {batch}", _coarse, size, batch)
-    return jobs
+def fine_batch(batch: int, length: int = IMAGENET.length) -> int:
+    """How many images of a batch the fine stage samples at a time."""
+    return min(batch, sampling.FINE_TOKENS // length)
 
 
-def fine_batch(batch: int) -> int:
-    """How many images of a batch the fine stage draws at a time."""
-    return min(batch, sampling.FINE_TOKENS // LENGTH)
+# --- A step of the coarse model -------------------------------------------------------------------
+
+# Given a position before which the cache is full, prepares the step there and returns it.
+Steps = Callable[[int], Callable[[], Tensor]]
+
+
+def engine_steps(
+    model: CoarseModel, guidance: float, classes_B: Tensor, labels_BL: Tensor, uniforms_B: Tensor
+) -> Steps:
+    """The steps of a coarse model as the pipeline takes them."""
+
+    def at(position: int) -> Callable[[], Tensor]:
+        decoder = sampling.Decoder(model, classes_B, guided=guidance != 1)
+        decoder.cached = [position, position]
+        room = min(-(-position // KVCache.BLOCK) * KVCache.BLOCK, model.config.length)
+        for stored in (decoder.cache.k, decoder.cache.v):
+            apart = stored[:LAYERS_APART]
+            if apart[0].shape[2] < room:  # filled with any numbers
+                apart = [k.new_full((*k.shape[:2], room, k.shape[3]), 0.01) for k in apart]
+            stored[:] = [apart[layer % len(apart)] for layer in range(len(stored))]
+        return lambda: sampling.choose(
+            decoder.logits(labels_BL, position, guidance), uniforms_B, 1.0, 0, 1.0
+        )
+
+    return at
+
+
+def plain_steps(
+    model: CoarseModel, guidance: float, classes_B: Tensor, labels_BL: Tensor, uniforms_B: Tensor
+) -> Steps:
+    """The same steps in LlamaGen's way."""
+    settings = Sampling(guidance=guidance)
+    first_B = llamagen_reference.first_inputs(model, classes_B, settings)
+    shallow = dataclasses.replace(model.config, layers=min(LAYERS_APART, model.config.layers))
+    apart, masks = llamagen_reference.make_caches(shallow, len(first_B))
+    apart.fill_(0.01)
+    caches = [apart[layer % len(apart)] for layer in range(model.config.layers)]
+
+    def at(position: int) -> Callable[[], Tensor]:
+        inputs_B = first_B
+        if position:
+            inputs_B = labels_BL[:, position - 1].repeat(len(first_B) // len(classes_B))
+        return lambda: llamagen_reference.sample_step(
+            model, inputs_B, position, caches, masks, uniforms_B, settings
+        )
+
+    return at
 
 
 # --- The stages -----------------------------------------------------------------------------------
 
-
-def _bytes(*models: nn.Module | None) -> int:
-    """Of the weights as they are held, packed or not."""
-    total = 0
-    for model in models:
-        for part in () if model is None else model.modules():
-            total += sum(p.numel() * p.element_size() for p in part.parameters(recurse=False))
-            if isinstance(part, sampling_cpu.Packed):
-                total += part.packed.numel() * 4
-            elif isinstance(part, sampling_cpu.Int8):
-                total += part.size
-            elif isinstance(part, sampling_cpu.PackedSwiGLU):
-                total += _bytes(part.first[0])
-    return total
+Model = TypeVar("Model", CoarseModel, FineModel, VQModel)
+Transformer = TypeVar("Transformer", CoarseModel, FineModel)
 
 
-def _coarse_model(size: str, labels: int, device: torch.device) -> CoarseModel:
-    with device:
-        model = CoarseModel(SIZES[size].config(GRID, CLASSES), labels)
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """One way of computing a stage: its step at a position, and the works that add up to it."""
+
+    name: str
+    model: nn.Module
+    steps: Steps
+    works: Sequence[Work]
+    cache: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stages:
+    """Measures each group, given the machine's limits."""
+
+    benchmark: SampleBenchmark
+    device: torch.device
+    shapes: Shapes
+
+    @torch.inference_mode()
+    def coarse(self, size: str, batch: int, machine: Machine) -> StageGroup:
+        """A whole image, by some of its steps."""
+        shapes, length, ways = self.shapes, self.shapes.length, []
+        for kind, labels in (("baseline", shapes.codes), ("ctf", shapes.clusters)):
+            model = self._coarse_model(size, labels)
+            inputs = (
+                self.benchmark.guidance,
+                torch.randint(shapes.classes, (batch,), device=self.device),
+                torch.randint(labels, (batch, length), device=self.device),
+                torch.rand(batch, dtype=torch.float64, device=self.device),
+            )
+            for engine, own in self._prepared(model).items():
+                steps = engine_steps(own, *inputs)
+                ways.append(self._coarse_way(f"{kind} {engine}", own, steps, batch, length))
+            if kind == "baseline" and self.device.type == "cpu":
+                rounded = -(-(1 + length) // 8) * 8
+                steps = plain_steps(model, *inputs)
+                ways.append(self._coarse_way("plain", model, steps, batch, rounded))
+            del model
+        # Where the cache grows there is one step, between two such positions 31.
+        block = KVCache.BLOCK
+        starts = range(0, length, block)
+        counts = {p: n for s in starts for p, n in ((s, 1), (s + block // 2, block - 1))}
+        return self._measure(machine, ways, counts, last=length - 1)
+
+    def _coarse_way(
+        self, name: str, model: CoarseModel, steps: Steps, batch: int, cached: int
+    ) -> _Way:
+        config, rows, dtype = (
+            model.config,
+            self.benchmark.halves * batch,
+            model.trunk.cached_as()[1],
+        )
+        step = partial(coarse_step, config, model.count, rows, int8="int8" in name, cached=dtype)
+        works = [step(position) for position in range(config.length)]
+        numbers = 2 * config.layers * rows * config.width * cached
+        return _Way(name, model, steps, works, dtype.itemsize * numbers)
+
+    @torch.inference_mode()
+    def fine(self, batch: int, machine: Machine) -> StageGroup:
+        """A pass over images, without and with guidance."""
+        shapes, ways = self.shapes, []
+        clusters = shapes.make_clusters().to(self.device)
+        labels_BL = torch.randint(shapes.clusters, (batch, shapes.length), device=self.device)
+        classes_B = torch.randint(shapes.classes, (batch,), device=self.device)
+        uniforms_BL = sampling.uniforms(range(batch), shapes.length)[:, 1]
+        for size in (RECOMMENDED, PAPER):
+            with self.device:
+                model = _random(FineModel(shapes.transformer(size), clusters))
+            for engine, own in self._prepared(model).items():
+                for guidance in dict.fromkeys((1.0, self.benchmark.guidance)):
+                    name = f"{size} {engine}{' guided' * (guidance != 1)}"
+                    call = partial(
+                        sampling.sample_fine, own, clusters, labels_BL, classes_B, uniforms_BL,
+                        Sampling(fine_guidance=guidance),
+                    )  # fmt: skip
+                    rows = batch * (1 if guidance == 1 else 2)
+                    work = fine_pass(own.config, rows, shapes.members, int8=engine == "int8")
+                    ways.append(_Way(name, own, _always(call), [work]))
+        return self._measure(machine, ways)
+
+    @torch.inference_mode()
+    def decode(self, machine: Machine) -> StageGroup:
+        """One image, from codes."""
+        plain = VQModel(self.shapes.tokenizer).to(self.device).eval().requires_grad_(False)
+        codes_BL = torch.randint(self.shapes.codes, (1, self.shapes.length), device=self.device)
+        operations, plain_BCHW = cost.tokenizer_flops(plain.config)[1], plain.decode(codes_BL)
+        facts, ways = {}, []
+        for name, own in {"plain": plain, **self._prepared(plain)}.items():
+            call = partial(own.decode, codes_BL)
+            facts[f"{name} difference"] = float((call() - plain_BCHW).abs().mean()) * 127.5
+            low = name == "int8" and sampling_cpu.multiplies_bfloat16()
+            work = Work(bf16=operations) if low else Work(fp32=operations)
+            ways.append(_Way(name, own, _always(call), [work]))
+        return self._measure(machine, ways, facts=facts)
+
+    def _measure(
+        self,
+        machine: Machine,
+        ways: Sequence[_Way],
+        counts: Mapping[int, int] | None = None,
+        last: int = 0,
+        facts: dict[str, float] | None = None,
+    ) -> StageGroup:
+        """Time the ways in turn, and find the memory of the last step.
+
+        Args:
+            counts: Positions whose steps are timed, and how many steps each stands for.
+        """
+        counts, working = counts or {0: 1}, {}
+        for way in ways:
+            way.steps(last)()  # what only a first call allocates
+            working[way.name] = harness.working_memory(way.steps(last), self.device)
+        turns = {
+            (position, way.name): (lambda _, way=way, position=position: way.steps(position))
+            for position in counts
+            for way in ways
+        }
+        seconds = harness.in_turn(turns, self.benchmark.rounds, self.device)
+        timings = []
+        for way in ways:
+            each = [[n * s for s in seconds[position, way.name]] for position, n in counts.items()]
+            timings.append(
+                StageTiming(
+                    way.name,
+                    seconds=tuple(map(sum, zip(*each, strict=True))),
+                    floor=sum(work.floor(machine) for work in way.works),
+                    work=sum(way.works, Work()),
+                    weights=weight_bytes(way.model),
+                    cache=way.cache,
+                    working=working[way.name],
+                )
+            )
+        return Group(machine, tuple(timings), facts or {})
+
+    @torch.inference_mode()
+    def greedy(self, size: str, machine: Machine) -> StageGroup:
+        """How many greedily sampled labels are those of LlamaGen's way."""
+        if self.device.type != "cpu":
+            return Group(machine)
+        model = self._coarse_model(size, self.shapes.codes)
+        uniforms_BL = sampling.uniforms(range(GREEDY_BATCH), self.shapes.length)[:, 0]
+        settings = Sampling(guidance=self.benchmark.guidance, top_k=1)
+        inputs = (model, torch.arange(GREEDY_BATCH), uniforms_BL, settings)
+        plain = harness.timed(lambda: llamagen_reference.sample(*inputs), self.device)
+        sampling_cpu.prepare(model, None, None, "auto")
+        ours = harness.timed(lambda: sampling.sample_coarse(*inputs), self.device)
+        facts = {
+            "labels": float(plain[1].numel()),
+            "plain seconds": plain[0],
+            "auto seconds": ours[0],
+            "equal": float((ours[1] == plain[1]).sum()),
+        }
+        return Group(machine, (), facts)
+
+    def start(self, machine: Machine) -> StageGroup:
+        """The shipped pipeline in a new process, from nothing to the first image."""
+        names = ("import", "load", "first image", "all, with Python's own start and end")
+        command = [sys.executable, "-c", START_SCRIPT, str(self.device)]
+        start = partial(subprocess.run, command, check=True, capture_output=True, text=True)
+        rounds = []
+        for _ in range(1 + self.benchmark.rounds):  # the first one fills the system's cache
+            seconds, process = harness.timed(start, self.device)
+            rounds.append((*map(float, process.stdout.split()), seconds))
+        medians = map(statistics.median, zip(*rounds[1:], strict=True))
+        return Group(machine, (), dict(zip(names, medians, strict=True)))
+
+    def _coarse_model(self, size: str, labels: int) -> CoarseModel:
+        with self.device:
+            return _random(CoarseModel(self.shapes.transformer(size), labels))
+
+    def _prepared(self, model: Model) -> dict[str, Model]:
+        """A copy of the model for each engine."""
+        copies = {}
+        for engine in self.benchmark.engines:
+            copies[str(engine)] = own = copy.deepcopy(model)
+            sampling_cpu.prepare(
+                own if isinstance(own, CoarseModel) else None,
+                own if isinstance(own, FineModel) else None,
+                own if isinstance(own, VQModel) else None,
+                engine,
+            )
+        return copies
+
+
+def _always(call: Callable[[], Tensor]) -> Steps:
+    return lambda position: call
+
+
+def _random(model: Transformer) -> Transformer:
     nn.init.normal_(model.head.weight, std=0.02)
     return model.eval().requires_grad_(False)
 
 
-class _Steps:
-    """A coarse model in our engine, put to any position of a batch."""
-
-    def __init__(self, model: CoarseModel, batch: int, asked: Asked, device: torch.device) -> None:
-        self.model, self.settings = model, Sampling(guidance=asked.guidance)
-        self.guided = asked.halves == 2
-        self.classes_B = torch.randint(CLASSES, (batch,), device=device)
-        self.labels_BL = torch.randint(model.count, (batch, LENGTH), device=device)
-        self.uniforms_B = torch.rand(batch, dtype=torch.float64, device=device)
-
-    def at(self, position: int) -> Callable[[], Tensor]:
-        """What takes the step at `position`; what is before is in the cache."""
-        decoder = sampling.Decoder(self.model, self.classes_B, guided=self.guided)
-        decoder.cached = [position, position]
-        room = min(-(-position // KVCache.BLOCK) * KVCache.BLOCK, LENGTH)
-        for stored in (decoder.cache.k, decoder.cache.v):
-            apart = stored[:LAYERS_APART]
-            if apart[0].shape[2] < room:
-                apart = [
-                    k.new_full((*k.shape[:2], room, k.shape[3]), 0.01) for k in apart
-                ]  # any numbers will do
-            stored[:] = [apart[layer % len(apart)] for layer in range(len(stored))]
-
-        def take() -> Tensor:
-            logits_BK = decoder.logits(self.labels_BL, position, self.settings.guidance)
-            return sampling.choose(logits_BK, self.uniforms_B, 1.0, 0, 1.0)
-
-        return take
-
-
-class _PlainSteps:
-    """The same in the plain way."""
-
-    def __init__(self, model: CoarseModel, batch: int, asked: Asked) -> None:
-        self.model, self.guidance = model, asked.guidance
-        self.inputs = torch.randint(CLASSES, (asked.halves * batch,))
-        self.uniforms_B = torch.rand(batch, dtype=torch.float64)
-        shallow = dataclasses.replace(model.config, layers=min(LAYERS_APART, model.config.layers))
-        apart, self.masks = llamagen_reference.make_caches(shallow, len(self.inputs))
-        apart.fill_(0.01)
-        self.caches = [apart[layer % len(apart)] for layer in range(model.config.layers)]
-
-    def at(self, position: int) -> Callable[[], Tensor]:
-        def take() -> Tensor:
-            logits_BK = llamagen_reference.step(
-                self.model, self.inputs, position, self.caches, self.masks
-            )
-            if self.guidance != 1:
-                cond, uncond = logits_BK.chunk(2)
-                logits_BK = uncond + (cond - uncond) * self.guidance
-            return sampling.choose(logits_BK, self.uniforms_B, 1.0, 0, 1.0)
-
-        return take
-
-
-def _coarse(machine: Machine, asked: Asked, device: torch.device, size: str, batch: int) -> Group:
-    rows = asked.halves * batch
-    shape = SIZES[size].config(GRID, CLASSES)
-    models: dict[str, CoarseModel] = {}
-    ways: dict[str, _Steps | _PlainSteps] = {}
-    for kind, labels in (("baseline", CODES), ("ctf", COUNT)):
-        model = _coarse_model(size, labels, device)
-        for how in asked.engines:
-            models[f"{kind} {how}"] = own = copy.deepcopy(model)
-            sampling_cpu.prepare(own, None, None, how)
-            ways[f"{kind} {how}"] = _Steps(own, batch, asked, device)
-        if kind == "baseline" and device.type == "cpu":
-            models["plain"], ways["plain"] = model, _PlainSteps(model, batch, asked)
-        del model
-    # Where the cache grows there is one step, between two such places 31.
-    block = KVCache.BLOCK
-    positions = {p: n for s in range(0, LENGTH, block) for p, n in ((s, 1), (s + block // 2, 31))}
-    working = {}
-    for name, way in ways.items():
-        way.at(LENGTH - 1)()
-        working[name] = working_memory(way.at(LENGTH - 1), device)
-    seconds = {name: [0.0] * asked.rounds for name in ways}
-    for turn in range(asked.rounds):
-        for position, count in positions.items():
-            for name, way in ways.items():
-                take = way.at(position)
-                seconds[name][turn] += count * timed(take, device)[0]
-                del take
-    timings = []
-    for name, model in models.items():
-        low = name.endswith("int8")
-        dtype = model.trunk.cached_as()[1]
-        each = work.steps(shape, model.count, rows, low, dtype)
-        total = sum(each, Work())
-        floor = sum(one.floor(machine) for one in each)
-        length = LENGTH
-        if name == "plain":
-            length = -(-(1 + LENGTH) // 8) * 8
-        cache = 2 * dtype.itemsize * shape.layers * rows * shape.width * length
-        timings.append(
-            Timing(name, tuple(seconds[name]), floor, total, _bytes(model), cache, working[name])
-        )
-    return Group(machine, tuple(timings))
-
-
-def _greedy(machine: Machine, asked: Asked, device: torch.device, size: str) -> Group:
-    """Whole images, greedily: how many labels are those of the plain way."""
-    if device.type != "cpu":
-        return Group(machine, ())
-    model = _coarse_model(size, CODES, device)
-    classes_B = torch.arange(GREEDY_BATCH)
-    settings = Sampling(guidance=asked.guidance, top_k=1)
-    numbers_BL = sampling.uniforms(range(GREEDY_BATCH), LENGTH)[:, 0]
-    seconds, expected_BL = timed(
-        lambda: llamagen_reference.sample(model, classes_B, numbers_BL, settings), device
-    )
-    found = {"labels": float(expected_BL.numel()), "plain seconds": seconds}
-    sampling_cpu.prepare(model, None, None, "auto")
-    seconds, labels_BL = timed(
-        lambda: sampling.sample_coarse(model, classes_B, numbers_BL, settings), device
-    )
-    found["auto seconds"] = seconds
-    found["equal"] = float((labels_BL == expected_BL).sum())
-    return Group(machine, (), found)
-
-
-def _fine(machine: Machine, asked: Asked, device: torch.device, batch: int) -> Group:
-    parts = clusters.Clusters.from_labels(torch.arange(CODES) % COUNT).to(device)
-    labels_BL = torch.randint(COUNT, (batch, LENGTH), device=device)
-    classes_B = torch.randint(CLASSES, (batch,), device=device)
-    numbers_BL = sampling.uniforms(range(batch), LENGTH)[:, 1]
-    models: dict[str, FineModel] = {}
-    ways: dict[str, Callable[[], Tensor]] = {}
-    for size in (RECOMMENDED, PAPER):
-        with device:
-            model = FineModel(SIZES[size].config(GRID, CLASSES), parts)
-        nn.init.normal_(model.head.weight, std=0.02)
-        model.eval().requires_grad_(False)
-        for how in asked.engines:
-            own = copy.deepcopy(model)
-            sampling_cpu.prepare(None, own, None, how)
-            for guidance in dict.fromkeys((1.0, asked.guidance)):
-                way = f"{size} {how}{'' if guidance == 1 else ' guided'}"
-                models[way] = own
-                ways[way] = _call(
-                    sampling.sample_fine,
-                    own,
-                    parts,
-                    labels_BL,
-                    classes_B,
-                    numbers_BL,
-                    Sampling(fine_guidance=guidance),
-                )
-    seconds, working = _in_turn(ways, asked.rounds, device)
-    timings = []
-    for name, model in models.items():
-        rows = batch * (asked.halves if name.endswith("guided") else 1)
-        total = work.fine(model.config, rows, CODES / COUNT, "int8" in name)
-        floor = total.floor(machine)
-        timings.append(Timing(name, seconds[name], floor, total, _bytes(model), 0, working[name]))
-    return Group(machine, tuple(timings))
-
-
-def _decoding(machine: Machine, asked: Asked, device: torch.device) -> Group:
-    """One image, from codes."""
-    model = VQModel(TOKENIZERS["VQ-16"]).eval().requires_grad_(False).to(device)
-    codes_BL = torch.randint(CODES, (1, LENGTH), device=device)
-    models = {"plain": model}
-    for how in asked.engines:
-        models[str(how)] = own = copy.deepcopy(model)
-        sampling_cpu.prepare(None, None, own, how)
-    images = {name: own.decode(codes_BL) for name, own in models.items()}
-    found = {
-        f"{name} difference": float((image - images["plain"]).abs().mean()) * 127.5
-        for name, image in images.items()
-    }
-    ways = {name: _call(own.decode, codes_BL) for name, own in models.items()}
-    seconds, working = _in_turn(ways, asked.rounds, device)
-    operations = work.decoding(model)
-    timings = []
-    for name, own in models.items():
-        low = name == "int8" and sampling_cpu.multiplies_bfloat16()
-        total = Work(bf16=operations) if low else Work(fp32=operations)
-        floor = total.floor(machine)
-        timings.append(Timing(name, seconds[name], floor, total, _bytes(own), 0, working[name]))
-    return Group(machine, tuple(timings), found)
-
-
-_STARTED = """
-import sys, time
-began = time.perf_counter()
-from ctf import Pipeline
-imported = time.perf_counter()
-pipe = Pipeline.from_pretrained("fashion-mnist", sys.argv[1])
-loaded = time.perf_counter()
-pipe.sample([0])
-drawn = time.perf_counter()
-print(imported - began, loaded - imported, drawn - loaded)
-"""
-
-
-def _start(machine: Machine, asked: Asked, device: torch.device) -> Group:
-    """The shipped pipeline in a new process, from nothing to the first image."""
-    rounds = []
-    for _ in range(1 + asked.rounds):  # the first one reads files that the system then remembers
-        began = time.perf_counter()
-        said = subprocess.run(
-            [sys.executable, "-c", _STARTED, str(device)],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        rounds.append((*map(float, said.split()), time.perf_counter() - began))
-    names = ("import", "load", "first image", "all, with Python's own start and end")
-    columns = zip(*rounds[1:], strict=True)
-    found = {name: statistics.median(c) for name, c in zip(names, columns, strict=True)}
-    return Group(machine, (), found)
-
-
-def _call(function: Callable[..., Tensor], *given: Any) -> Callable[[], Tensor]:
-    return lambda: function(*given)
-
-
-def _in_turn(
-    ways: Mapping[str, Callable[[], Tensor]], rounds: int, device: torch.device
-) -> tuple[dict[str, tuple[float, ...]], dict[str, int]]:
-    """Seconds of each round, and bytes held for a while, after a first call that is not timed."""
-    working = {name: working_memory(way, device) for name, way in ways.items()}
-    turns: list[dict[str, float]] = [
-        {name: timed(way, device)[0] for name, way in ways.items()} for _ in range(rounds)
-    ]
-    return {name: tuple(turn[name] for turn in turns) for name in ways}, working
-
-
-def describe(asked: Asked, device: torch.device) -> Sequence[str]:
-    """The names of the groups that would be measured."""
-    return list(_jobs(asked, device))
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights as they are held, packed or not."""
+    total = 0
+    for part in model.modules():
+        total += sum(p.numel() * p.element_size() for p in part.parameters(recurse=False))
+        if isinstance(part, sampling_cpu.Packed):
+            total += part.packed.numel() * 4
+        elif isinstance(part, sampling_cpu.Int8):
+            total += part.size
+        elif isinstance(part, sampling_cpu.PackedSwiGLU):
+            total += weight_bytes(part.first[0])
+    return total

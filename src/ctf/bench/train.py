@@ -1,15 +1,13 @@
-"""`ctf bench train`: how fast a training step is, beside LlamaGen's plain one.
+"""`ctf bench train`: how fast a training step is, compared with LlamaGen's plain one.
 
-Models have random weights and the shapes of 256-pixel pictures: 256 tokens, 1000 classes, a
-codebook of 16384, for CTF 512 clusters of 32. Compared are whole steps, from the batch to the
-moving average of the weights: LlamaGen's step as `plain` writes it, and those that `ctf train`
-makes of the full-vocabulary baseline, of the coarse and of the fine model. All have the same
-dropout, clipping and AdamW; LlamaGen's has no moving average, as by its defaults. They are in
-single precision; where a processor multiplies bfloat16, baseline and coarse model are also timed
-as with `--precision bf16`.
+Compared are whole steps, from the batch to the moving average of the weights: LlamaGen's step as
+`llamagen_reference` writes it, and those of `ctf train` for the full-vocabulary baseline, the
+coarse and the fine model. All have the same dropout, clipping and AdamW; LlamaGen's has no moving
+average, as by its defaults. They are in single precision; where a processor multiplies bfloat16,
+baseline and coarse model are also timed as with `--precision bf16`.
 
-In each round the ways take turns, one model in memory at a time. The first step of each is not
-timed: it makes the moments, and fills what the second finds in memory.
+In each round the ways take turns, with one model in memory at a time. The first step of each is not
+timed: it allocates the moments, and fills what the second finds in memory.
 """
 
 from __future__ import annotations
@@ -20,45 +18,44 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ctf.bench import llamagen_reference, measuring
-from ctf.bench import report as bench_report
-from ctf.bench import tokens as tokens_bench
-from ctf.bench.measuring import measured
-from ctf.bench.sample import CLASSES, CODES, COUNT, GRID, LENGTH, PAPER, RECOMMENDED
+from ctf.bench import harness, llamagen_reference, tables
+from ctf.bench.harness import Group, Results, Timing
+from ctf.bench.shapes import IMAGENET, PAPER, RECOMMENDED, Shapes
+from ctf.bench.tokens import write_cache
 from ctf.bench.work import Machine
-from ctf.common import memory, storage
+from ctf.common import memory
 from ctf.common.distributed import World
 from ctf.common.errors import UserError
-from ctf.common.precision import supports_bf16
+from ctf.common.precision import Precision, supports_bf16
 from ctf.common.progress import Progress
 from ctf.data.tokens import Tokens
 from ctf.models.clusters import Clusters, identity
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
-from ctf.models.sizes import SIZES
-from ctf.training import cost, optim
+from ctf.models.sizes import SIZES, training_flops
+from ctf.training import optim
 from ctf.training.loop import Execution
 from ctf.training.transformers import Trainer, TrainingConfig, coarse_objective, fine_objective
 
 FILE = "train.json"
-PICTURES = 256  # in the tokens that are read; any number will do
+IMAGES = 256  # in the tokens that are read; any number will do
 BF16 = ", bf16"  # ends the names of ways whose products are in bfloat16
-GOAL = 1.3  # LlamaGen's plain step / the baseline's
-
-SINGLE = Execution(precision="fp32")
-
-Step = Callable[[int], Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """What is measured."""
+class TrainBenchmark:
+    """What is measured.
+
+    Raises:
+        UserError: A value is out of its range.
+    """
 
     sizes: tuple[str, ...] = ("B", "L")
     batch: int = 8
@@ -76,14 +73,16 @@ class Asked:
 
 
 @dataclasses.dataclass(frozen=True)
-class Timing:
-    """One step of one way, in seconds.
+class StepTiming(Timing):
+    """One training step, in seconds.
 
-    forward: until the output layer has its gradient. backward: until all have, and they are
-    clipped. update: AdamW, and the moving average where there is one. peak: bytes held at the most.
+    Attributes:
+        forward: Until the output layer has its gradient.
+        backward: Until all weights have theirs, and they are clipped.
+        update: AdamW, and the moving average where there is one.
+        peak: The most bytes that were held.
     """
 
-    name: str
     forward: float
     backward: float
     update: float
@@ -92,221 +91,187 @@ class Timing:
 
     @property
     def seconds(self) -> float:
+        """The whole step."""
         return self.forward + self.backward + self.update
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """One round: the ways in turn, and what the machine reached just before."""
-
-    machine: Machine
-    timings: tuple[Timing, ...]
+TrainResults = Results[TrainBenchmark, StepTiming]
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A whole run; `groups` by name: "B round 1", "fine round 1"."""
-
-    asked: Asked
-    where: dict[str, str]
-    groups: dict[str, Group]
-
-    def of(self, kind: str, name: str) -> list[Timing]:
-        """All rounds of a way; `kind` is a size or "fine"."""
-        return [
-            timing
-            for group_name, group in self.groups.items()
-            for timing in group.timings
-            if group_name.startswith(f"{kind} round ") and timing.name == name
-        ]
-
-
-def run(asked: Asked, folder: Path, device: torch.device, progress: Progress) -> Result:
-    """Measures what is not in `folder`/train.json yet; killed, it goes on after the last round.
+def run(
+    benchmark: TrainBenchmark,
+    folder: Path,
+    device: torch.device,
+    progress: Progress,
+    shapes: Shapes = IMAGENET,
+) -> TrainResults:
+    """Measure what is missing in `folder`/train.json, and write train.md.
 
     Raises:
-        UserError: the file there is of another run.
+        UserError: See `harness.measure`.
     """
-    result = measured(Result, asked, _jobs(asked, device), folder / FILE, device, progress)
-    with storage.atomic(folder / "train.md") as temporary:
-        temporary.write_text(markdown(result), encoding="utf-8")
-    return result
+    groups = jobs(benchmark, device, shapes)
+    results = harness.measure(benchmark, StepTiming, groups, folder / FILE, device, progress)
+    tables.write_text(folder / "train.md", report(results))
+    return results
 
 
-def describe(asked: Asked, device: torch.device) -> list[str]:
-    """The names of the groups that would be measured."""
-    return list(_jobs(asked, device))
+def jobs(
+    benchmark: TrainBenchmark, device: torch.device, shapes: Shapes = IMAGENET
+) -> dict[str, Callable[[Machine], Group[StepTiming]]]:
+    """Return what measures each group, given the machine's limits: every round is one."""
+    return {
+        f"{kind} round {number}": partial(_round, benchmark, device, shapes, kind, number)
+        for kind in (*benchmark.sizes, "fine")
+        for number in range(1, benchmark.rounds + 1)
+    }
 
 
-def _jobs(asked: Asked, device: torch.device) -> dict[str, Callable[[Machine], Group]]:
-    jobs = {}
-    for kind in (*asked.sizes, "fine"):
-        for number in range(1, asked.rounds + 1):
-            jobs[f"{kind} round {number}"] = _round(kind, number, asked, device)
-    return jobs
-
-
-def _round(
-    kind: str, number: int, asked: Asked, device: torch.device
-) -> Callable[[Machine], Group]:
-    def measure(machine: Machine) -> Group:
-        with tempfile.TemporaryDirectory() as temporary:
-            tokens_bench.write_cache(Path(temporary), PICTURES, CODES, LENGTH, CLASSES)
-            tokens = Tokens(Path(temporary), "train")
-            given = tokens, asked, device
-            ways: dict[str, Callable[[], _Way]] = {
-                "plain": lambda: _plain(kind, *given),
-                "baseline": lambda: _coarse(kind, identity(CODES), *given),
-                "coarse": lambda: _coarse(kind, _clusters(), *given),
-            }
-            if device.type == "cpu" and supports_bf16(device):
-                low = Execution(precision="bf16")
-                ways |= {
-                    f"baseline{BF16}": lambda: _coarse(kind, identity(CODES), *given, low),
-                    f"coarse{BF16}": lambda: _coarse(kind, _clusters(), *given, low),
-                }
-            if kind == "fine":
-                ways = {
-                    RECOMMENDED: lambda: _fine(RECOMMENDED, *given),
-                    PAPER: lambda: _fine(PAPER, *given),
-                }
-            turned = list(ways) if number % 2 else list(ways)[::-1]  # none always follows the same
-            timings = {}
-            for name in turned:
-                with (
-                    contextlib.nullcontext() if name == "plain" else memory.keep_freed()
-                ):  # as `loop.run`
-                    timings[name] = _timed(name, ways[name], device)
-        return Group(machine, tuple(timings[name] for name in ways))
-
-    return measure
+# --- One step -------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class _Way:
+    """A model with what makes its training step, given the step's number."""
+
     model: CoarseModel | FineModel
     optimizer: torch.optim.Optimizer
-    step: Step
+    step: Callable[[int], Any]
     flops: int
 
 
-def _timed(name: str, make: Callable[[], _Way], device: torch.device) -> Timing:
+def _round(
+    benchmark: TrainBenchmark,
+    device: torch.device,
+    shapes: Shapes,
+    kind: str,
+    number: int,
+    machine: Machine,
+) -> Group[StepTiming]:
+    with tempfile.TemporaryDirectory() as folder:
+        write_cache(Path(folder), IMAGES, shapes)
+        ways = _ways(kind, Tokens(Path(folder), "train"), benchmark.batch, shapes, device)
+        # Backwards in each second round, so that none always follows the same one.
+        timings = {
+            name: _timed(name, ways[name], device)
+            for name in list(ways)[:: 1 if number % 2 else -1]
+        }
+    return Group(machine, tuple(timings[name] for name in ways))
+
+
+def _ways(
+    kind: str, tokens: Tokens, batch: int, shapes: Shapes, device: torch.device
+) -> dict[str, Callable[[], _Way]]:
+    """The ways of a round; each makes its model when it is called."""
+    clusters = shapes.make_clusters()
+
+    def coarse(clusters: Clusters, precision: Precision = "fp32") -> _Way:
+        model = CoarseModel(shapes.transformer(kind), clusters.count)
+        flops = training_flops(model.config, shapes.length, clusters.count)
+        return trained(model, coarse_objective(clusters), flops, precision)
+
+    def fine(size: str) -> _Way:
+        model = FineModel(shapes.transformer(size), clusters)
+        flops = training_flops(model.config, 1 + shapes.length, shapes.members)
+        return trained(model, fine_objective(clusters), flops, "fp32")
+
+    def trained(
+        model: CoarseModel | FineModel, objective: Any, flops: int, precision: Precision
+    ) -> _Way:
+        trainer = Trainer(
+            model, objective, tokens, tokens, TrainingConfig(batch_size=batch),
+            World(device=device), Execution(precision=precision),
+        )  # fmt: skip
+        return _Way(model, trainer.optimizer, trainer.step, batch * flops)
+
+    def plain() -> _Way:
+        model = CoarseModel(shapes.transformer(kind), shapes.codes).to(device).train()
+        training = TrainingConfig(batch_size=batch)
+        optimizer = optim.make_optimizer(
+            model, training.learning_rate, training.betas, training.weight_decay
+        )
+
+        def step(number: int) -> float:
+            indices_B = optim.batch_indices(len(tokens), batch, 0, number)
+            classes_B = torch.from_numpy(tokens.classes_N[indices_B]).to(device)
+            codes_BL = tokens.codes(indices_B).to(device)
+            return float(llamagen_reference.train_step(model, optimizer, codes_BL, classes_B))
+
+        flops = training_flops(model.config, shapes.length, shapes.codes)
+        return _Way(model, optimizer, step, batch * flops)
+
+    if kind == "fine":
+        return {size: partial(fine, size) for size in (RECOMMENDED, PAPER)}
+    models = {"baseline": identity(shapes.codes), "coarse": clusters}
+    ways: dict[str, Callable[[], _Way]] = {"plain": plain}
+    ways |= {name: partial(coarse, own) for name, own in models.items()}
+    if device.type == "cpu" and supports_bf16(device):
+        ways |= {f"{name}{BF16}": partial(coarse, own, "bf16") for name, own in models.items()}
+    return ways
+
+
+def _timed(name: str, make: Callable[[], _Way], device: torch.device) -> StepTiming:
     gc.collect()
     memory.trim()
     held = memory.allocated(device)
     memory.reset_peak(device)
-    way = make()
-    way.step(0)
-    marks: dict[str, float] = {}
+    # As the training loop does.
+    with contextlib.nullcontext() if name == "plain" else memory.keep_freed():
+        way = make()
+        way.step(0)
+        marks: dict[str, float] = {}
 
-    def mark(what: str) -> Callable[..., None]:
-        def now(*_: object) -> None:
-            measuring.wait(device)
-            marks.setdefault(what, time.perf_counter())
+        def mark(part: str) -> Callable[..., None]:
+            def now(*_: object) -> None:
+                harness.synchronize(device)
+                marks.setdefault(part, time.perf_counter())
 
-        return now
+            return now
 
-    way.model.head.weight.register_post_accumulate_grad_hook(mark("forward"))
-    way.optimizer.register_step_pre_hook(mark("backward"))
-    began = time.perf_counter()
-    seconds, _ = measuring.timed(lambda: way.step(1), device)
-    forward, backward = marks["forward"] - began, marks["backward"] - marks["forward"]
-    peak = max(0, memory.peak(device) - held)
-    return Timing(name, forward, backward, seconds - forward - backward, peak, way.flops)
-
-
-def _plain(size: str, tokens: Tokens, asked: Asked, device: torch.device) -> _Way:
-    config, t = SIZES[size].config(GRID, CLASSES), TrainingConfig(batch_size=asked.batch)
-    model = CoarseModel(config, CODES).to(device).train()
-    optimizer = optim.make_optimizer(model, t.learning_rate, t.betas, t.weight_decay)
-
-    def step(number: int) -> float:
-        indices_B = optim.batch_indices(len(tokens), asked.batch, 0, number)
-        classes_B = torch.from_numpy(tokens.classes_N[indices_B]).to(device)
-        codes_BL = tokens.codes(indices_B).to(device)
-        return float(llamagen_reference.train_step(model, optimizer, codes_BL, classes_B))
-
-    flops = asked.batch * cost.transformer_flops(config, LENGTH, CODES)
-    return _Way(model, optimizer, step, flops)
+        way.model.head.weight.register_post_accumulate_grad_hook(mark("forward"))
+        way.optimizer.register_step_pre_hook(mark("backward"))
+        began = time.perf_counter()
+        seconds, _ = harness.timed(lambda: way.step(1), device)
+        forward, backward = marks["forward"] - began, marks["backward"] - marks["forward"]
+        peak = max(0, memory.peak(device) - held)
+        return StepTiming(name, forward, backward, seconds - forward - backward, peak, way.flops)
 
 
-def _coarse(
-    size: str,
-    clusters: Clusters,
-    tokens: Tokens,
-    asked: Asked,
-    device: torch.device,
-    execution: Execution = SINGLE,
-) -> _Way:
-    config = SIZES[size].config(GRID, CLASSES)
-    model = CoarseModel(config, clusters.count)
-    trainer = _trainer(model, coarse_objective(clusters), tokens, asked, device, execution)
-    flops = asked.batch * cost.transformer_flops(config, LENGTH, clusters.count)
-    return _Way(model, trainer.optimizer, trainer.step, flops)
+# --- The report -----------------------------------------------------------------------------------
 
 
-def _fine(size: str, tokens: Tokens, asked: Asked, device: torch.device) -> _Way:
-    config = SIZES[size].config(GRID, CLASSES)
-    model = FineModel(config, _clusters())
-    trainer = _trainer(model, fine_objective(_clusters()), tokens, asked, device)
-    flops = asked.batch * cost.transformer_flops(config, 1 + LENGTH, CODES // COUNT)
-    return _Way(model, trainer.optimizer, trainer.step, flops)
-
-
-def _trainer(
-    model: CoarseModel | FineModel,
-    objective: Any,
-    tokens: Tokens,
-    asked: Asked,
-    device: torch.device,
-    execution: Execution = SINGLE,
-) -> Trainer:
-    training = TrainingConfig(batch_size=asked.batch)
-    return Trainer(model, objective, tokens, tokens, training, World(device=device), execution)
-
-
-def _clusters() -> Clusters:
-    return Clusters.from_labels(torch.arange(CODES) % COUNT)
-
-
-# --- For people -----------------------------------------------------------------------------------
-
-
-def rows(result: Result, size: str) -> bench_report.Table:
+def table(results: TrainResults, size: str) -> tables.Table:
     """The ways of one size, and the fine models."""
+    coarse = f"CTF coarse, K = {IMAGENET.clusters}"
     ways = [
         ("LlamaGen's step, plain", size, "plain"),
         ("baseline", size, "baseline"),
         ("baseline, bf16", size, f"baseline{BF16}"),
-        (f"CTF coarse, K = {COUNT}", size, "coarse"),
-        (f"CTF coarse, K = {COUNT}, bf16", size, f"coarse{BF16}"),
+        (coarse, size, "coarse"),
+        (f"{coarse}, bf16", size, f"coarse{BF16}"),
         (f"CTF fine {RECOMMENDED}", "fine", RECOMMENDED),
         (f"CTF fine {PAPER}", "fine", PAPER),
     ]
-    machines = [group.machine for group in result.groups.values()]
-    lines = []
+    rows = []
     for label, kind, name in ways:
-        timings = result.of(kind, name)
-        if not timings:
+        if not (timings := timings_of(results, kind, name)):
             continue  # a processor without bfloat16
-        reached = statistics.median(m.bf16 if name.endswith(BF16) else m.fp32 for m in machines)
-        seconds = statistics.median(timing.seconds for timing in timings)
-        flops = timings[0].flops
-        lines.append(
+        machines = [group.machine for group in results.groups.values()]
+        peak = statistics.median(m.bf16 if name.endswith(BF16) else m.fp32 for m in machines)
+        seconds, flops = statistics.median(t.seconds for t in timings), timings[0].flops
+        parts = ("forward", "backward", "update")
+        rows.append(
             (
                 label,
-                _spread([timing.seconds for timing in timings]),
+                tables.spread([timing.seconds for timing in timings]),
+                *(f"{statistics.median(getattr(t, part) for t in timings):.2f}" for part in parts),
+                f"{results.benchmark.batch * IMAGENET.length / seconds:,.0f}",
                 *(
-                    f"{statistics.median(getattr(timing, part) for timing in timings):.2f}"
-                    for part in ("forward", "backward", "update")
-                ),
-                f"{result.asked.batch * LENGTH / seconds:,.0f}",
-                *(
-                    _spread(ratios(result, size, other, name)) if kind == size else ""
+                    tables.spread(speed_ups(results, size, other, name)) if kind == size else ""
                     for other in ("plain", "baseline")
                 ),
                 f"{flops / 1e12:.2f}",
-                f"{flops / seconds / reached:.0%}",
+                f"{flops / seconds / peak:.0%}",
                 f"{max(timing.peak for timing in timings) / 1e9:.1f}",
             )
         )
@@ -314,44 +279,50 @@ def rows(result: Result, size: str) -> bench_report.Table:
         "", "step, s", "forward", "backward", "update", "tokens/s", "speed, plain = 1",
         "speed, baseline = 1", "10^12 FLOP", "of the peak", "memory, GB",
     )  # fmt: skip
-    return columns, lines
+    return columns, rows
 
 
-def ratios(result: Result, size: str, other: str, name: str) -> list[float]:
-    """How many times faster than the other one a way is, in each round."""
-    both = zip(result.of(size, other), result.of(size, name), strict=True)
+def timings_of(results: TrainResults, kind: str, name: str) -> list[StepTiming]:
+    """All rounds of a way; `kind` is a size or "fine"."""
+    rounds = [group for key, group in results.groups.items() if key.startswith(f"{kind} round ")]
+    return [timing for group in rounds for timing in group.timings if timing.name == name]
+
+
+def speed_ups(results: TrainResults, size: str, other: str, name: str) -> list[float]:
+    """How many times as fast as another way one is, in each round."""
+    both = zip(timings_of(results, size, other), timings_of(results, size, name), strict=True)
     return [theirs.seconds / ours.seconds for theirs, ours in both]
 
 
-def markdown(result: Result) -> str:
-    asked = result.asked
-    machines = [group.machine for group in result.groups.values()]
-    fp32, bf16 = [m.fp32 / 1e9 for m in machines], [m.bf16 / 1e9 for m in machines]
+def report(results: TrainResults) -> list[str]:
+    """The paragraphs and tables of train.md."""
+    machines = [group.machine for group in results.groups.values()]
+    fp32, bf16 = (tables.span([getattr(m, p) for m in machines]) for p in ("fp32", "bf16"))
+    batch, rounds = results.benchmark.batch, results.benchmark.rounds
     parts = [
-        f"Steps of {asked.batch} images, single precision where not said otherwise. Medians, in "
-        f"brackets the least and the most of {asked.rounds} rounds in turn. "
-        f"{bench_report.listed(result.where)}. Products of {measuring.SIDE} x {measuring.SIDE} "
-        f"reached {min(fp32):,.0f} to {max(fp32):,.0f} GFLOP/s before the rounds, in bfloat16 "
-        f"{min(bf16):,.0f} to {max(bf16):,.0f}; the medians are the peaks.",
+        f"Steps of {batch} images, in single precision where nothing else is "
+        f"said. Medians, in brackets the minimum and the maximum of {rounds} rounds in turn. "
+        f"{tables.listed(results.environment)}. Products of "
+        f"{harness.LIMIT_SIDE} x {harness.LIMIT_SIDE} reached {fp32} GFLOP/s before the rounds, "
+        f"in bfloat16 {bf16}; the medians are the peaks."
     ]
-    for size in asked.sizes:
-        parts += [f"### Size {size}", bench_report.as_markdown(rows(result, size))]
-    return "\n\n".join(parts) + "\n"
+    for size in results.benchmark.sizes:
+        parts += [f"### Size {size}", tables.markdown(*table(results, size))]
+    return parts
 
 
-def verdict(result: Result, size: str) -> str:
-    """The goal, and whether it is reached."""
-    ratio = statistics.median(ratios(result, size, "plain", "baseline"))
-    coarse = statistics.median(ratios(result, size, "baseline", "coarse"))
-    said = (
-        f"size {size}: the baseline is {ratio:.2f} times as fast as the plain step (goal: >= "
-        f"{GOAL:g}), the coarse model {coarse:.2f} times as fast as the baseline"
+def summary(results: TrainResults, size: str) -> str:
+    """How fast the steps of one size are, in a sentence."""
+    ways = {"plain": "the plain step", "baseline": "the baseline"}
+
+    def compared(name: str, other: str) -> str:
+        ratio = statistics.median(speed_ups(results, size, other, name))
+        return f"{ratio:.2f} times as fast as {ways[other]}"
+
+    text = (
+        f"size {size}: the baseline is {compared('baseline', 'plain')}, the coarse model "
+        f"{compared('coarse', 'baseline')}"
     )
-    if result.of(size, f"baseline{BF16}"):
-        low = statistics.median(ratios(result, size, "plain", f"baseline{BF16}"))
-        said += f"; in bfloat16 the baseline is {low:.2f} times as fast as the plain step"
-    return said
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+    if timings_of(results, size, f"baseline{BF16}"):
+        text += f"; in bfloat16 the baseline is {compared(f'baseline{BF16}', 'plain')}"
+    return text

@@ -1,10 +1,11 @@
-"""What a computation takes at the least: operations, bytes, and the time of a machine for them.
+"""The least that a computation takes: operations, bytes, and the time of a machine for them.
 
-Counted are products (a multiplication and an addition are two operations) and what must be read
+Counted are products (a multiplication and an addition are two operations) and what has to be read
 from memory: each weight once, and the keys and values that are attended to. Normalisation,
-activations, draws and all that is written count as nothing, so a floor is never too high by them.
+activations, random numbers and everything that is written count as nothing, so that the floor is
+never too high.
 
-Shapes: D width, F hidden width of SwiGLU, K labels of the output layer, T tokens.
+Shapes: D width, F hidden width of SwiGLU, K labels of the output layer, L labels of an image.
 """
 
 from __future__ import annotations
@@ -12,16 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from ctf.models.tokenizer import VQModel
+from ctf.models import sizes
 from ctf.models.transformer import TransformerConfig
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine reached in the same run: operations and bytes per second."""
+    """What a machine reached in this run: operations a second by precision, and bytes a second."""
 
     fp32: float
     bf16: float
@@ -47,83 +46,65 @@ class Work:
         )
 
     def times(self, count: float) -> Work:
+        """The same work, `count` times."""
         return Work(count * self.fp32, count * self.bf16, count * self.int8, count * self.bytes)
 
     @property
     def operations(self) -> float:
+        """Operations of all precisions."""
         return self.fp32 + self.bf16 + self.int8
 
     def floor(self, machine: Machine) -> float:
-        """Seconds, were all products at the machine's peak while all bytes are read at its own."""
+        """Seconds, if all products ran at the machine's peak while all bytes are read at its."""
         computing = self.fp32 / machine.fp32 + self.bf16 / machine.bf16 + self.int8 / machine.int8
         return max(computing, self.bytes / machine.bandwidth)
 
 
-def block_weights(config: TransformerConfig) -> int:
-    """Numbers in the matrices of all blocks: layers (4 D^2 + 3 D F)."""
-    d = config.width
-    return config.layers * (4 * d * d + 3 * d * config.ffn_width)
-
-
-def step(
+def coarse_step(
     config: TransformerConfig,
     labels: int,
     rows: int,
     position: int,
+    *,
     int8: bool,
     cached: torch.dtype,
 ) -> Work:
     """One position of a coarse model, or of the full-vocabulary baseline, with a cache.
 
     Args:
-        labels: K, rows of the output layer.
-        rows: images, with both halves of guidance.
-        position: how many positions are in the cache.
-        int8: whether the matrices are. cached: precision of keys and values.
+        labels: K.
+        rows: Images, counting both halves of guidance.
+        position: The number of positions in the cache.
+        int8: Whether the matrices are in int8.
+        cached: Precision of keys and values.
     """
-    weights = block_weights(config) + config.width * labels
-    products = 2.0 * rows * weights
-    seen = rows * config.layers * config.width * (position + 1)  # numbers in keys, and in values
+    weights = config.layers * sizes.block_weights(config) + config.width * labels
+    products = sizes.block_flops(config, rows) + sizes.head_flops(config, rows, labels)
+    attention = sizes.attention_flops(config, rows, position + 1)
+    keys_and_values = 2 * rows * config.layers * config.width * (position + 1)
     low = cached == torch.bfloat16
     return Work(
-        fp32=(0.0 if low else 4.0 * seen) + (0.0 if int8 else products),
-        bf16=4.0 * seen if low else 0.0,
-        int8=products if int8 else 0.0,
-        bytes=weights * (1 if int8 else 4) + 2.0 * cached.itemsize * seen,
+        fp32=(0 if low else attention) + (0 if int8 else products),
+        bf16=attention if low else 0,
+        int8=products if int8 else 0,
+        bytes=weights * (1 if int8 else 4) + cached.itemsize * keys_and_values,
     )
 
 
-def steps(
-    config: TransformerConfig, labels: int, rows: int, int8: bool, cached: torch.dtype
-) -> list[Work]:
-    """Every position of an image; the floor of a run is the sum of theirs."""
-    return [step(config, labels, rows, i, int8, cached) for i in range(config.length)]
-
-
-def fine(config: TransformerConfig, rows: int, members: float, int8: bool) -> Work:
+def fine_pass(config: TransformerConfig, rows: int, members: int, *, int8: bool) -> Work:
     """One pass of the fine model over whole images.
 
     Args:
-        rows: images, with both halves of guidance.
-        members: those of a token's cluster, on average.
+        rows: Images, counting both halves of guidance.
+        members: Size of a token's cluster, on average.
+        int8: Whether the matrices of the blocks are in int8.
     """
-    tokens = rows * (1 + config.length)
-    products = 2.0 * tokens * block_weights(config)
-    attention = 4.0 * tokens * (1 + config.length) * config.layers * config.width
-    head = 2.0 * rows * config.length * config.width * members
+    positions = 1 + config.length
+    products = sizes.block_flops(config, rows * positions)
+    attention = sizes.attention_flops(config, rows * positions, positions)
+    head = sizes.head_flops(config, rows * config.length, members)
     return Work(
-        fp32=attention + head + (0.0 if int8 else products),
-        int8=products if int8 else 0.0,
-        bytes=block_weights(config) * (1.0 if int8 else 4.0),
+        fp32=attention + head + (0 if int8 else products),
+        int8=products if int8 else 0,
+        bytes=config.layers * sizes.block_weights(config) * (1 if int8 else 4),
     )
-
-
-def decoding(tokenizer: VQModel) -> float:
-    """Operations of decoding one image, as the tokenizer's own layers do it."""
-    with torch.device("meta"):
-        model = VQModel(tokenizer.config)
-        codes_BL = torch.zeros(1, model.grid**2, dtype=torch.int64)
-    plainly = sdpa_kernel(SDPBackend.MATH)  # products within other kernels are not counted
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), plainly:
-        model.decode(codes_BL)
-    return float(counter.get_total_flops())

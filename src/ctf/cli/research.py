@@ -49,14 +49,13 @@ def bench_sample(
         device: where to compute; auto takes a GPU if there is one
         dry_run: say what would be measured, and write nothing
     """
-    from ctf.bench import report as bench_report
-    from ctf.bench import sample
+    from ctf.bench import sample, sample_report
 
     try:
         numbers = tuple(int(part) for part in batches.split(","))
     except ValueError:
         raise UserError(f"batches: got {batches!r}, expected numbers, e.g. 1,8,32") from None
-    asked = sample.Asked(
+    benchmark = sample.SampleBenchmark(
         tuple(sizes.split(",")),
         numbers,
         parse_engines(engines),
@@ -65,15 +64,15 @@ def bench_sample(
     )
     place = open_device(device)
     if dry_run:
-        console.print(f"would measure {', '.join(sample.describe(asked, place))}", soft_wrap=True)
+        console.print(f"would measure {', '.join(sample.jobs(benchmark, place))}", soft_wrap=True)
         return
     with open_progress("bench") as progress:
-        result = sample.run(asked, out, place, progress)
-    bench_report.write(result, out)
-    for size in asked.sizes:
-        for batch in asked.batches:
+        result = sample.run(benchmark, out, place, progress)
+    sample_report.write(result, out)
+    for size in benchmark.sizes:
+        for batch in benchmark.batches:
             console.print(f"size {size}, {batch} images")
-            print_table(*bench_report.speed(result, size, batch))
+            print_table(*sample_report.speed(result, size, batch))
     console.print(f"{out}: sample.md, sample.png, sample.json", soft_wrap=True)
 
 
@@ -104,17 +103,17 @@ def bench_train(
     """
     from ctf.bench import train
 
-    asked = train.Asked(tuple(sizes.split(",")), batch, rounds)
+    benchmark = train.TrainBenchmark(tuple(sizes.split(",")), batch, rounds)
     place = open_device(device)
     if dry_run:
-        said = ", ".join(train.describe(asked, place))
+        said = ", ".join(train.jobs(benchmark, place))
         console.print(f"would measure {said}", soft_wrap=True)
         return
     with open_progress("bench") as progress:
-        result = train.run(asked, out, place, progress)
-    for size in asked.sizes:
-        print_table(*train.rows(result, size))
-        console.print(train.verdict(result, size), soft_wrap=True)
+        result = train.run(benchmark, out, place, progress)
+    for size in benchmark.sizes:
+        print_table(*train.table(result, size))
+        console.print(train.summary(result, size), soft_wrap=True)
     console.print(f"{out}: train.md, train.json", soft_wrap=True)
 
 
@@ -144,7 +143,7 @@ def bench_tokens(
     from ctf.common import storage
 
     found = tokens.measure(images, size, pictures, rounds, open_device(device))
-    print_table(("what", "measured", "goal"), tokens.rows(found))
+    print_table(("what", "measured"), tokens.rows(found))
     if out is not None:
         storage.save_json(out, found)
 
@@ -172,32 +171,10 @@ def bench_quality(
     """
     from ctf.bench import quality
 
-    for name, given in (("samples", samples), ("held_out", held_out)):
-        if given < 1:
-            raise UserError(f"{name}: got {given}, expected 1 or more")
     found = quality.compare(
         model, parse_engines(engines), samples, held_out, open_device(device), open_progress
     )
-    first = found[0]
-    rows = [
-        (
-            q.engine,
-            f"{q.coarse:.4f}",
-            f"{q.fine:.4f}",
-            f"{q.nats:.4f}",
-            f"{q.nats / first.nats - 1:+.3%}",
-            f"{q.accuracy.value:.2%}" if q.accuracy else "",
-            f"{100 * (q.accuracy.value - first.accuracy.value):+.2f} points"
-            if q.accuracy and first.accuracy
-            else "",
-        )
-        for q in found
-    ]
-    columns = (
-        "engine", "labels, nats a token", "codes given labels", "codes", "change",
-        "class accuracy", "change",
-    )  # fmt: skip
-    print_table(columns, rows)
+    print_table(quality.COLUMNS, quality.rows(found))
 
 
 @command("reproduce")

@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 from threadpoolctl import threadpool_limits
 
-from ctf.bench import measuring
+from ctf.bench import harness
 from ctf.common import claims, storage
 from ctf.common.progress import OpenProgress, Progress
 from ctf.data.images import open_images
@@ -107,7 +107,7 @@ def _compute(space: Workspace, cell: Cell, computed: list[str]) -> None:
                 "asked": config,
                 "found": outcome,
                 "seconds": round(clock.seconds, 1),
-                "where": {**measuring.where(space.device), "cores": str(os.cpu_count())},
+                "where": {**harness.environment(space.device), "cores": str(os.cpu_count())},
             }
             storage.save_json(folder / RESULT, stored)
             computed.append(cell.name)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctf.bench import measuring
+from ctf.bench import harness
 from ctf.common import config, storage
 from ctf.data.tokens import Tokens
 from ctf.data.transforms import as_pil
@@ -221,7 +221,7 @@ class SpeedCell(Cell):
                 for seed in range(self.rounds + 1):  # the first one warms up
                     for name, pipe in pipes.items():
                         sample = partial(pipe.sample, classes, seed=seed, **settings[name])
-                        taken, _ = measuring.timed(sample, space.device)
+                        taken, _ = harness.timed(sample, space.device)
                         if seed:
                             seconds[name].setdefault(str(batch), []).append(taken)
                     progress(number * (self.rounds + 1) + seed + 1, total)

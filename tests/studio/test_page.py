@@ -131,8 +131,13 @@ def thumbnails(page: Any) -> list[str]:
 def take_screenshot(page: Any, name: str, full_page: bool = False) -> None:
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=full_page)
-    width = page.viewport_size["width"]
-    assert page.locator("html").evaluate("e => e.scrollWidth") <= width, "wider than the window"
+    assert_fits(page)
+
+
+def assert_fits(page: Any) -> None:
+    """Check that nothing is wider than the window."""
+    width = page.locator("html").evaluate("e => e.scrollWidth")
+    assert width <= page.viewport_size["width"]
 
 
 def download_and_sample(page: Any, tmp_path: Path, ctf: Command) -> dict[str, Any]:
@@ -369,3 +374,6 @@ def test_nothing_is_wider_than_the_window(
         for token in (18, 19, 26, 27):
             page.locator(f"[data-token='{token}']").click()
         take_screenshot(page, f"{name}-mask", full_page=True)
+        for width in (320, 1000, 1920):
+            page.set_viewport_size({"width": width, "height": 900})
+            assert_fits(page)

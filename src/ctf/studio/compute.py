@@ -33,13 +33,10 @@ def run(model: ServedModel, jobs: Sequence[Job]) -> None:
             jobs[0].send(Event("done", _encode(model, task)))
         case Members() as task:
             _members(model, task, jobs[0])
-        case Generate() as task:
+        case Generate():
             batch = _concatenate([job.task for job in jobs if isinstance(job.task, Generate)])
-            owners = [job for job in jobs for _ in range(job.task.size)]
-            if task.coarse_BL is None:
-                _sample(model, batch, owners)
-            else:
-                _refine(model, batch, owners)
+            owners = [job for job in jobs for _ in range(job.task.size)]  # of each image
+            _generate(model, batch, owners)
 
 
 def _concatenate(tasks: Sequence[Generate]) -> Generate:
@@ -55,25 +52,24 @@ def _concatenate(tasks: Sequence[Generate]) -> Generate:
     )
 
 
-def _sample(model: ServedModel, batch: Generate, owners: Sequence[Job]) -> None:
-    """Sample both stages; `owners` has the job of each image."""
+def _generate(model: ServedModel, batch: Generate, owners: Sequence[Job]) -> None:
+    options: dict[str, Any] = {"decode_separately": True, **vars(batch.sampling)}
+    if batch.coarse_BL is not None:
+        samples = model.pipe.refine(batch.classes, batch.coarse_BL, batch.seeds, **options)
+        _send_samples(model, batch, owners, range(batch.size), samples)
+        return
     for event in model.pipe.stream(
         batch.classes,
         batch.seeds,
         **_known(batch, range(batch.size)),
-        decode_separately=True,
-        preview=False,
+        preview=False,  # made below, for those who watch
         active=lambda: [n for n, job in enumerate(owners) if not job.cancelled],
-        **vars(batch.sampling),
+        **options,
     ):
         if event.samples is not None:
             _send_samples(model, batch, owners, event.numbers, event.samples)
             continue
-        watched = [
-            row
-            for row, n in enumerate(event.numbers)
-            if isinstance(task := owners[n].task, Generate) and task.previews
-        ]
+        watched = [row for row, n in enumerate(event.numbers) if owners[n].task.previews]
         previews: dict[int, bytes] = {}  # by row
         if watched:
             known = _known(batch, [event.numbers[row] for row in watched])
@@ -83,15 +79,6 @@ def _sample(model: ServedModel, batch: Generate, owners: Sequence[Job]) -> None:
             images_png = [previews[row] for row in rows if row in previews]
             data = {"rows": event.rows, "total": event.total, "images": images_png}
             job.send(Event("row", data))
-
-
-def _refine(model: ServedModel, batch: Generate, owners: Sequence[Job]) -> None:
-    """Sample the fine stage alone."""
-    assert batch.coarse_BL is not None
-    samples = model.pipe.refine(
-        batch.classes, batch.coarse_BL, batch.seeds, decode_separately=True, **vars(batch.sampling)
-    )
-    _send_samples(model, batch, owners, range(batch.size), samples)
 
 
 def _encode(model: ServedModel, task: Encode) -> dict[str, Any]:

@@ -27,59 +27,58 @@ import tyro
 from ctf import Pipeline
 from ctf.pipelines import export
 
-SECONDS_ALONE = 10.0  # for which a single client sends requests, to compare with
-
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """A request, and its response; `status` is 0 and `body` empty if there was none."""
+    """A response to a request for one image; `status` is 0 and `body` empty if there was none."""
 
     class_number: int
     seed: int
     status: int
     body: dict[str, Any]
     seconds: float
-    memory: int  # resident bytes of the studio when the response came
+    memory: int  # resident bytes of the studio
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The results of a load test.
+    """The results: all responses by status, images per second, and resident bytes."""
 
-    Attributes:
-        single, concurrent: The responses to one client, and to many.
-        single_rate, concurrent_rate: Images per second.
-        mismatches: The number of responses that are not those of their request.
-    """
-
-    single: list[Response]
-    concurrent: list[Response]
+    statuses: Counter[int]
+    mismatches: int  # responses that are not those of their request
     single_rate: float
     concurrent_rate: float
-    mismatches: int
-
-    @property
-    def statuses(self) -> Counter[int]:
-        """The number of responses with each HTTP status."""
-        return Counter(response.status for response in [*self.single, *self.concurrent])
-
-    @property
-    def memory(self) -> tuple[int, int]:
-        """Resident bytes of the studio before the concurrent requests, and at most."""
-        return self.single[-1].memory, max(response.memory for response in self.concurrent)
+    slowest: float  # seconds
+    memory_before: int
+    memory_peak: int
 
 
-def measure(model: str, clients: int, seconds: float, alone: float = SECONDS_ALONE) -> Report:
-    """Start a studio, send requests for some seconds, and check all responses."""
+def measure(model: str, clients: int, seconds: float, alone: float = 10.0) -> Report:
+    """Start a studio, send requests by one client and then by many, and check all responses."""
     pipe = Pipeline.from_pretrained(model, engine="auto")
+    seeds = itertools.count()
     with _studio(model) as (url, process):
-        load = _Load(url, process.pid, len(pipe.class_names))
-        load.run(1, min(alone, 1.0))  # warm-up
-        load.run(clients, min(alone, 1.0))
-        single, single_rate = load.run(1, alone)
-        concurrent, concurrent_rate = load.run(clients, seconds)
-    mismatches = _mismatches(pipe, [r for r in [*single, *concurrent] if r.status == 200])
-    return Report(single, concurrent, single_rate, concurrent_rate, mismatches)
+
+        def run(clients: int, seconds: float) -> tuple[list[Response], float]:
+            start = time.monotonic()
+            requests = _send(url, process.pid, len(pipe.class_names), seeds, clients, seconds)
+            responses = asyncio.run(requests)
+            return responses, len(responses) / (time.monotonic() - start)
+
+        for warm_up_clients in (1, clients):
+            run(warm_up_clients, min(alone, 1.0))
+        single, single_rate = run(1, alone)
+        concurrent, concurrent_rate = run(clients, seconds)
+    responses = [*single, *concurrent]
+    return Report(
+        statuses=Counter(response.status for response in responses),
+        mismatches=_mismatches(pipe, [r for r in responses if r.status == 200]),
+        single_rate=single_rate,
+        concurrent_rate=concurrent_rate,
+        slowest=max(response.seconds for response in concurrent),
+        memory_before=single[-1].memory,
+        memory_peak=max(response.memory for response in concurrent),
+    )
 
 
 @contextlib.contextmanager
@@ -96,46 +95,33 @@ def _studio(model: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
             process.terminate()
 
 
-class _Load:
-    """Clients of a studio, which send each seed once."""
+async def _send(
+    url: str, pid: int, classes: int, seeds: Iterator[int], clients: int, seconds: float
+) -> list[Response]:
+    """Let each client send one request after another, each with a new seed."""
+    responses: list[Response] = []
+    limits = httpx2.Limits(max_connections=clients, max_keepalive_connections=clients)
+    end = time.monotonic() + seconds
+    async with httpx2.AsyncClient(base_url=url, limits=limits, timeout=150) as http:
 
-    def __init__(self, url: str, pid: int, classes: int) -> None:
-        self.url, self.pid, self.classes = url, pid, classes
-        self.seeds = itertools.count()
+        async def client() -> None:
+            while (start := time.monotonic()) < end:
+                seed = next(seeds)
+                number = seed % classes
+                try:
+                    got = await http.post("/v1/generate", json={"classes": [number], "seed": seed})
+                    status, body = got.status_code, got.json()
+                except (httpx2.HTTPError, ValueError):
+                    status, body = 0, {}
+                elapsed, memory = time.monotonic() - start, _resident_bytes(pid)
+                responses.append(Response(number, seed, status, body, elapsed, memory))
 
-    def run(self, clients: int, seconds: float) -> tuple[list[Response], float]:
-        """Send requests; return the responses and the number of images per second."""
-        start = time.monotonic()
-        responses = asyncio.run(self._run(clients, start + seconds))
-        return responses, len(responses) / (time.monotonic() - start)
-
-    async def _run(self, clients: int, end: float) -> list[Response]:
-        responses: list[Response] = []
-        limits = httpx2.Limits(max_connections=clients, max_keepalive_connections=clients)
-        async with httpx2.AsyncClient(base_url=self.url, limits=limits, timeout=150) as http:
-
-            async def client() -> None:
-                while time.monotonic() < end:
-                    responses.append(await self._request(http))
-
-            await asyncio.gather(*(client() for _ in range(clients)))
-        return responses
-
-    async def _request(self, http: httpx2.AsyncClient) -> Response:
-        seed = next(self.seeds)
-        number = seed % self.classes
-        start = time.monotonic()
-        try:
-            got = await http.post("/v1/generate", json={"classes": [number], "seed": seed})
-            status, body = got.status_code, got.json()
-        except (httpx2.HTTPError, ValueError):
-            status, body = 0, {}
-        elapsed = time.monotonic() - start
-        return Response(number, seed, status, body, elapsed, _resident_bytes(self.pid))
+        await asyncio.gather(*(client() for _ in range(clients)))
+    return responses
 
 
 def _resident_bytes(pid: int) -> int:
-    """Return the resident memory of a process, or 0 without /proc (it is Linux's)."""
+    """Return the resident memory of a process; 0 without /proc, which is Linux's."""
     path = Path(f"/proc/{pid}/status")
     found = re.search(r"VmRSS:\s+(\d+) kB", path.read_text()) if path.is_file() else None
     return int(found.group(1)) * 1024 if found else 0
@@ -145,21 +131,16 @@ def _mismatches(pipe: Pipeline, responses: list[Response]) -> int:
     """Count the responses that differ from what the pipeline samples."""
     if not responses:
         return 0
-    samples = pipe.sample(
-        [response.class_number for response in responses],
-        [response.seed for response in responses],
-        decode_separately=True,
-    )
+    classes = [response.class_number for response in responses]
+    seeds = [response.seed for response in responses]
+    samples = pipe.sample(classes, seeds, decode_separately=True)
     mismatches = 0
-    for response, codes_L, image in zip(responses, samples.codes, samples.images, strict=True):
+    for i, response in enumerate(responses):
         (got,) = response.body["pictures"]
-        expected = {
-            "class_number": response.class_number,
-            "seed": response.seed,
-            "codes": codes_L.tolist(),
-            "image": base64.b64encode(export.png(image)).decode(),
-        }
-        mismatches += any(got[key] != value for key, value in expected.items())
+        png = base64.b64encode(export.png(samples.images[i])).decode()
+        mismatches += (got["class_number"], got["seed"], got["codes"], got["image"]) != (
+            classes[i], seeds[i], samples.codes[i].tolist(), png,
+        )  # fmt: skip
     return mismatches
 
 
@@ -174,15 +155,15 @@ def main(model: str = "fashion-mnist", clients: int = 200, seconds: float = 60.0
         seconds: how long they send requests
     """
     report = measure(model, clients, seconds)
-    statuses, speedup = report.statuses, report.concurrent_rate / report.single_rate
-    before, peak = (round(size / 2**20) for size in report.memory)
-    print(f"{statuses.total()} responses by status: {dict(statuses)}")
+    speedup = report.concurrent_rate / report.single_rate
+    before, peak = (size / 2**20 for size in (report.memory_before, report.memory_peak))
+    print(f"{report.statuses.total()} responses by status: {dict(report.statuses)}")
     print(f"{report.mismatches} responses that are not those of their request")
     print(f"one client: {report.single_rate:.2f} images/s")
     print(f"{clients} clients: {report.concurrent_rate:.2f} images/s, {speedup:.1f} times as many")
-    print(f"slowest response: {max(r.seconds for r in report.concurrent):.1f} s")
-    print(f"memory: {before} MB before, {peak} MB at most")
-    return int(set(statuses) != {200} or report.mismatches > 0)
+    print(f"slowest response: {report.slowest:.1f} s")
+    print(f"memory: {before:.0f} MB before, {peak:.0f} MB at most")
+    return int(set(report.statuses) != {200} or report.mismatches > 0)
 
 
 if __name__ == "__main__":

@@ -8,22 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    FiniteFloat,
-    StrictBool,
-    StrictInt,
-    create_model,
-)
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictBool, StrictInt, create_model
 
 from ctf.models.sampling import Sampling
 
 MAX_TOKENS = 16_384  # per image, more than any tokenizer has
 
-ClassName = Annotated[str, Field(max_length=200)]
-ModelName = Annotated[str, Field(max_length=200)]
+Name = Annotated[str, Field(max_length=200)]
 Code = Annotated[StrictInt, Field(ge=-1, lt=2**31)]
 Codes = Annotated[list[Code], Field(min_length=1, max_length=MAX_TOKENS)]
 Mask = Annotated[list[StrictBool], Field(min_length=1, max_length=MAX_TOKENS)]
@@ -64,14 +55,14 @@ else:
 class SamplingRequest(Strict):
     """The fields of all requests that sample."""
 
-    model: ModelName | None = Field(None, description="name; by default the first model")
+    model: Name | None = Field(None, description="name; by default the first model")
     settings: SamplingSettings = SamplingSettings()
 
 
 class GenerateRequest(SamplingRequest):
     """Images to sample: `count` of each class, image i from seed + i."""
 
-    classes: list[StrictInt | ClassName] = Field(
+    classes: list[StrictInt | Name] = Field(
         min_length=1, max_length=1024, description="numbers or names"
     )
     count: Annotated[StrictInt, Field(ge=1, le=1024)] = 1
@@ -88,7 +79,7 @@ class GenerateRequest(SamplingRequest):
 class RefineRequest(SamplingRequest):
     """Coarse labels to sample the fine stage for, image i from seed + i."""
 
-    classes: list[StrictInt | ClassName] = Field(min_length=1, max_length=1024)
+    classes: list[StrictInt | Name] = Field(min_length=1, max_length=1024)
     coarse: list[Codes] = Field(
         min_length=1, max_length=1024, description="labels: a list for each class, or one for all"
     )
@@ -98,7 +89,7 @@ class RefineRequest(SamplingRequest):
 class MembersRequest(SamplingRequest):
     """A token of an image, whose cluster is requested."""
 
-    class_name: StrictInt | ClassName = Field(alias="class", description="number or name")
+    class_name: StrictInt | Name = Field(alias="class", description="number or name")
     codes: Codes = Field(description="all codes of the image")
     position: Annotated[StrictInt, Field(ge=0, lt=MAX_TOKENS)]
 

@@ -6,7 +6,7 @@ import hashlib
 import socket
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import uvicorn
@@ -151,12 +151,5 @@ def listen(host: str, port: int) -> socket.socket:
 
 def create_server(app: Guard) -> uvicorn.Server:
     """Return a server: `run(sockets=[...])` serves until Ctrl+C or until `should_exit` is set."""
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        timeout_graceful_shutdown=3,
-    )
-    return uvicorn.Server(config)
+    quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
+    return uvicorn.Server(uvicorn.Config(app, lifespan="off", timeout_graceful_shutdown=3, **quiet))

@@ -76,8 +76,7 @@ class Encode:
     data: bytes
     class_number: int
     max_pixels: int
-    size = 1
-    batch_key = None
+    size, batch_key, previews = 1, None, False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +87,7 @@ class Members:
     codes_L: Tensor
     position: int  # of the token
     sampling: Sampling
-    size = 1
-    batch_key = None
+    size, batch_key, previews = 1, None, False
 
 
 Task = Generate | Encode | Members

@@ -19,7 +19,7 @@ from ctf.evaluation.classifier import (
     shipped_classifier,
 )
 from ctf.training.classifier import held_out_accuracy
-from tests.evaluation.fakes import noise
+from tests.evaluation.helpers import noise
 
 
 @pytest.fixture

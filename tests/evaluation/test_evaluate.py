@@ -1,10 +1,9 @@
-"""Evaluations from the configuration to the report: files, refusals, interruptions."""
+"""Evaluations: files and content of the report, resumption, comparison."""
 
 import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,51 +15,23 @@ import pytest
 import torch
 from PIL import Image
 
-from ctf.common import config
 from ctf.common.errors import UserError
-from ctf.data.image_set import ImageSet, Splits
+from ctf.data.image_set import ImageSet
 from ctf.data.images import open_images
-from ctf.evaluation import reference_sets, report
-from ctf.evaluation.classifier import SHIPPED, ClassifierConfig, classify, shipped_classifier
-from ctf.evaluation.evaluate import Evaluation, add_class_accuracies, prepare, sample_accuracy
+from ctf.evaluation import report
+from ctf.evaluation.classifier import SHIPPED, classify, shipped_classifier
+from ctf.evaluation.evaluate import sample_accuracy
 from ctf.evaluation.extractors import open_extractor
+from ctf.evaluation.prepare import prepare
 from ctf.evaluation.reference_sets import open_samples
 from ctf.evaluation.report import Report
 from ctf.evaluation.sample_cache import GenerationConfig
 from ctf.pipelines.folder import hash_pipeline
 from ctf.pipelines.pipeline import Pipeline
-from ctf.training.classifier import train_classifier
 from tests.conftest import CLASSES, SIDE, files
-from tests.evaluation.fakes import RealImages, noise
-from tests.evaluation.test_inception import random_weights
+from tests.evaluation.helpers import RealImages, noise, prepared, save_npz, silent
 
-CPU = torch.device("cpu")
-FASHION: dict[str, Any] = {"features": ("fashion",), "device": CPU}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder; cached features of references are shared by all tests."""
-    monkeypatch.setenv("CTF_CACHE", str(cache))
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def images() -> ImageSet:
-    return open_images("fashion-mnist").val
-
-
-@contextlib.contextmanager
-def silent(name: str) -> Iterator[Any]:
-    yield lambda done, total: None
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @contextlib.contextmanager
@@ -71,16 +42,6 @@ def no_generation(name: str) -> Iterator[Any]:
 
 def evaluate(model: str | Path, reference: str | Path | None = None, **options: Any) -> Report:
     return prepared(model, reference, **options).run(silent)
-
-
-def prepared(model: str | Path, reference: str | Path | None = None, **options: Any) -> Evaluation:
-    source = None if reference is None else str(reference)
-    return prepare(str(model), source, **{**FASHION, **options})
-
-
-def save_npz(path: Path, pixels: np.ndarray, classes_N: np.ndarray | None = None) -> Path:
-    np.savez(path, pixels, *[] if classes_N is None else [classes_N])
-    return path
 
 
 def values(result: Report) -> dict[str, float]:
@@ -107,11 +68,11 @@ def test_sample_accuracy_is_the_accuracy_of_the_classifier_on_samples(images: Im
 
 @pytest.fixture(scope="module")
 def done(
-    run: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path
+    run: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory, shared_cache: Path
 ) -> tuple[Path, Report]:
     """An evaluation of the run against the pictures that it was trained on."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CTF_CACHE", str(cache))
+        patch.setenv("CTF_CACHE", str(shared_cache))
         out = tmp_path_factory.mktemp("done") / "report.json"
         return out, evaluate(run, pictures, samples=150, seed=3, settings={"top_k": 9}, out=out)
 
@@ -211,30 +172,9 @@ def test_another_configuration_is_refused(
     assert files(out.parent) == before
 
 
-def test_each_configuration_has_its_own_folder(run: Path, pictures: Path, here: Path) -> None:
-    one, same, other = (prepared(run, pictures, seed=seed) for seed in (0, 0, 1))
-    assert one.folder == same.folder != other.folder
-    assert one.folder.parent == Path("evaluations") and one.folder.name.startswith("run-")
-    copy = here / "copy"
-    shutil.copytree(run, copy)
-    assert prepared(copy, pictures).config == one.config  # under any name
-    (copy / "pipeline.json").write_text((copy / "pipeline.json").read_text() + " ")
-    assert prepared(copy, pictures).config != one.config
-    assert os.listdir(here) == ["copy"]  # `prepare` writes nothing
-
-
-def test_sample_counts_are_rounded_up_to_balanced_classes(run: Path, pictures: Path) -> None:
-    generation = prepared(run, pictures, search_samples=1000).subject.drawing
-    assert generation is not None and generation.samples == 5001  # 3 classes
-    assert prepared(run, pictures, search_samples=1000).search_samples == 1002
-    uniform = prepared(run, pictures, search_samples=1000, balance="uniform")
-    assert uniform.subject.drawing is not None and uniform.subject.drawing.samples == 5000
-    assert uniform.search_samples == 1000
-
-
 def test_the_included_pipeline_with_all_defaults(here: Path) -> None:
     """lite0 and fashion, the held-out images, class accuracy."""
-    evaluation = prepare("fashion-mnist", samples=20, device=CPU)
+    evaluation = prepare("fashion-mnist", samples=20, device=torch.device("cpu"))
     assert [extractor.name for extractor in evaluation.extractors] == ["lite0", "fashion"]
     assert evaluation.reference.name == "fashion-mnist (val)"
     assert evaluation.classifier is not None
@@ -329,73 +269,40 @@ def test_real_images_against_themselves_have_perfect_scores(images: ImageSet, he
     assert result.classifier is not None
 
 
-@pytest.mark.parametrize("kind", ["folder", "npz", "unknown", "other", "large"])
-def test_class_accuracy_needs_known_classes_and_the_right_size(
-    images: ImageSet, here: Path, kind: str
-) -> None:
-    """Images like Fashion-MNIST are classified by the included classifier, others are not."""
-    pixels, classes_N = images.read(np.arange(40)), images.classes_N[:40]
-    path = here / "samples.npz"
-    if kind == "folder":  # in another order than the classifier's
-        path = here / "samples"
-        for i, (image, number) in enumerate(zip(pixels, classes_N, strict=True)):
-            (path / images.class_names[number]).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path / images.class_names[number] / f"{i}.png")
-    elif kind == "large":
-        save_npz(path, np.repeat(np.repeat(pixels, 2, 1), 2, 2)[:, ::2], classes_N)
-    else:
-        known = {"npz": classes_N, "unknown": None, "other": classes_N + 1}[kind]
-        save_npz(path, pixels, known)
-    evaluation = prepare(str(path), "fashion-mnist", device=CPU)
-    assert [e.name for e in evaluation.extractors] == ["lite0", "fashion"]
-    assert (evaluation.classifier is not None) == (kind in ("folder", "npz"))
-    if evaluation.classifier is not None and evaluation.images is not None:
-        accuracy = add_class_accuracies(
-            {name: {} for name in images.class_names}, evaluation.classifier, evaluation.images
-        )
-        correct_N = classify(shipped_classifier(), pixels) == classes_N
-        assert accuracy.value == correct_N.mean()
-        assert evaluation.images.class_names == images.class_names
-
-
-def test_a_classifier_is_identified_by_its_weights(
-    run: Path, pictures: Path, splits: Splits, here: Path
-) -> None:
-    tiny = ClassifierConfig(width=16, steps=1, batch_size=8, warm_up=1)
-    for name, seed in (("a", 0), ("b", 1)):
-        train_classifier(splits, here / name, dataclasses.replace(tiny, seed=seed))
-    first, same, other = (
-        prepared(run, pictures, samples=12, classifier=here / name) for name in "aab"
-    )
-    assert first.config == same.config != other.config
-    assert {*first.config} == {*other.config}
-    result = first.run(silent)
-    assert result.accuracy is not None and result.accuracy.count == 12
-    assert result.classifier == first.classifier_hash is not None
-    assert result.per_class["red"].keys() == {"mean distance-fashion", "accuracy"}
-
-
 # --- interruption ---------------------------------------------------------------------------------
 
-CHILD = """
-import contextlib, os, sys, torch
-model, reference, out, moment = sys.argv[1:]
-from ctf.evaluation.evaluate import prepare
-real, left = os.fsync, iter(range(int(moment), -1, -1))
-def fsync(handle):
-    if next(left) == 0:
-        os.kill(os.getpid(), 9)
-    return real(handle)
-os.fsync = fsync
+# Each evaluation runs in a fork of a process that has only done its imports. It is killed before it
+# syncs a file for the nth time.
+KILLED_EVALUATIONS = """
+import contextlib, json, os, sys, torch
+from pathlib import Path
+from ctf.evaluation.prepare import prepare
+
 @contextlib.contextmanager
 def silent(name):
     yield lambda done, total: None
-from pathlib import Path
-evaluation = prepare(
-    model, reference, samples=150, seed=3, settings={"top_k": 9}, features=("fashion",),
-    out=Path(out), device=torch.device("cpu"),
-)
-evaluation.run(silent)
+
+def evaluate(moment):
+    real, left = os.fsync, iter(range(moment, -1, -1))
+    def fsync(handle):
+        if next(left) == 0:
+            os.kill(os.getpid(), 9)
+        return real(handle)
+    os.fsync = fsync
+    prepare(
+        model, reference, samples=150, seed=3, settings={"top_k": 9}, features=("fashion",),
+        out=Path(out), device=torch.device("cpu"),
+    ).run(silent)
+
+model, reference, out, *moments = sys.argv[1:]
+codes = []
+for moment in moments:
+    child = os.fork()
+    if child == 0:
+        evaluate(int(moment))
+        os._exit(0)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(codes))
 """
 
 
@@ -410,21 +317,20 @@ def test_a_killed_evaluation_resumes_to_the_same_bits(
     samples are generated and joined, while the report is written."""
     monkeypatch.setenv("CTF_CACHE", str(here / "cache"))
     environment = {**os.environ, "PYTHONPATH": str(Path(report.__file__).parents[2])}
-    out, codes = here / "report.json", []
-    for moment in (3, 3, 4, 5, 3):
-        arguments = [str(run), str(pictures), str(out), str(moment)]
-        finished = subprocess.run(
-            [sys.executable, "-c", CHILD, *arguments], capture_output=True, env=environment
-        )
-        codes.append(finished.returncode)
-        if finished.returncode != -9:
-            break
+    out, moments = here / "report.json", ("3", "3", "4", "5", "3")
+    finished = subprocess.run(
+        [sys.executable, "-c", KILLED_EVALUATIONS, str(run), str(pictures), str(out), *moments],
+        capture_output=True,
+        env=environment,
+    )
+    assert finished.returncode == 0, finished.stderr
+    codes = json.loads(finished.stdout)
     assert codes[:3] == [-9, -9, -9], finished.stderr
     options: dict[str, Any] = {"samples": 150, "seed": 3, "settings": {"top_k": 9}, "out": out}
     result = prepared(run, pictures, **options).run(silent)
-    undisturbed, _ = done
-    assert result == done[1]
-    found, expected = files(here / "report"), files(undisturbed.with_suffix(""))
+    uninterrupted, expected_result = done
+    assert result == expected_result
+    found, expected = files(here / "report"), files(uninterrupted.with_suffix(""))
     assert found.keys() == expected.keys()
     for name in ("asked.json", "samples.npz", "statistics.npz", "report.md", "samples.png"):
         assert found[name] == expected[name], name
@@ -481,130 +387,6 @@ def test_incomparable_reports_are_refused_before_sampling(
         prepared(run, pictures, **{"samples": 150, "against": done[0], **changes})
 
 
-# --- errors ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def paths(run: Path, pictures: Path, images: ImageSet, here: Path) -> dict[str, str]:
-    """What the words in the cases below stand for."""
-    few = here.parent / "few"
-    for i in range(6):
-        (few / CLASSES[i % 3]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(noise(1, i, 40)[0]).save(few / CLASSES[i % 3] / f"{i}.png")
-    unfinished = here.parent / "unfinished"
-    shutil.copytree(run, unfinished)
-    (unfinished / "pipeline.json").unlink()
-    empty = here.parent / "empty"
-    empty.mkdir()
-    samples = save_npz(here.parent / "samples.npz", noise(30, 0, 40))
-    numbered = save_npz(here.parent / "numbered.npz", noise(30, 0, 32), np.arange(30))
-    nine = save_npz(here.parent / "nine.npz", noise(9, 0, 32))
-    ones = {"mu": np.zeros(7), "sigma": np.eye(7)}
-    np.savez(here.parent / "seven.npz", **ones)
-    np.savez(here.parent / "others.npz", **ones, features=np.array("made of others"))
-    known = {
-        "RUN": run, "PICTURES": pictures, "FEW": few, "UNFINISHED": unfinished, "EMPTY": empty,
-        "SAMPLES": samples, "NUMBERED": numbered, "NINE": nine, "SHIPPED": SHIPPED,
-        "SEVEN": here.parent / "seven.npz", "OTHERS": here.parent / "others.npz",
-    }  # fmt: skip
-    return {word: str(path) for word, path in known.items()}
-
-
-ERRORS: list[tuple[str, str | None, dict[str, Any], str]] = [
-    ("nowhere", "PICTURES", {}, "no pipeline 'nowhere'"),
-    ("nowhere.npz", "PICTURES", {}, "nowhere.npz: not found"),
-    ("EMPTY", "PICTURES", {}, "has no images"),
-    ("UNFINISHED", "PICTURES", {}, "pipeline.json: not found"),
-    ("SEVEN", "PICTURES", {}, "has statistics but no images (arr_0)"),
-    ("RUN", None, {}, "nothing to score against; pass a --reference"),
-    ("SAMPLES", None, {}, "nothing to score against; pass a --reference"),
-    ("RUN", "nowhere", {}, "nowhere: no such folder"),
-    ("RUN", "nowhere.npz", {}, "nowhere.npz: not found"),
-    ("RUN", "FEW", {}, "6 images in the reference few (all): expected 10 or more"),
-    ("RUN", "NINE", {}, "9 images in the reference nine.npz: expected 10 or more"),
-    ("NINE", "PICTURES", {}, "9 images scored: expected 10 or more"),
-    ("RUN", "PICTURES", {"samples": 9}, "9 images scored: expected 10 or more"),
-    ("RUN", "PICTURES", {"samples": 0}, "got 0 samples, expected 1 or more"),
-    ("RUN", "PICTURES", {"samples": 31}, "31 samples cannot be split equally among 3 classes"),
-    ("RUN", "PICTURES", {"search_samples": 6}, "6 images per point of the search"),
-    ("RUN", "PICTURES", {"search_samples": -2}, "0 images per point of the search"),
-    (
-        "RUN", "PICTURES", {"search_samples": 30, "settings": {"temperature": 1.0}},
-        "temperature is set, but --search finds it",
-    ),
-    ("RUN", "PICTURES", {"seed": 2**63}, "seed: got 9223372036854775808"),
-    ("RUN", "PICTURES", {"settings": {"top_p": 2.0}}, "top_p: got 2.0"),
-    ("RUN", "PICTURES", {"resize": 4}, "image size: got 4"),
-    ("RUN", "PICTURES", {"features": ("lite1",)}, "unknown features 'lite1'"),
-    ("RUN", "PICTURES", {"weights": Path("w.pth")}, "only --features inception takes weights"),
-    ("RUN", "PICTURES", {"features": ("inception",), "weights": Path("w")}, "w: no such file"),
-    ("RUN", "PICTURES", {"classifier": Path("none")}, "none/config.json: not found"),
-    (
-        "RUN", "PICTURES", {"classifier": SHIPPED},
-        "the classifier has 10 classes (t-shirt, trouser, pullover, ...), the images have "
-        "3 classes (blue, green, red)",
-    ),
-    ("SAMPLES", "PICTURES", {"classifier": SHIPPED}, "the classes of its images are unknown"),
-    ("NUMBERED", "SAMPLES", {"classifier": SHIPPED}, "the images have others, known by number"),
-    ("RUN", "PICTURES", {"classifier": SHIPPED, "resize": 16}, "have 16 x 16"),
-    ("RUN", "PICTURES", {"against": Path("none.json")}, "none.json: not found"),
-    ("RUN", "SEVEN", {}, "seven.npz: statistics of 7 features, but fashion has 128"),
-    ("RUN", "OTHERS", {}, "others.npz: made with other features than fashion"),
-    ("RUN", "SAMPLES", {"split": "val"}, "an .npz file has no splits"),
-    ("RUN", "PICTURES", {"background": "bleu"}, "unknown colour 'bleu'"),
-    ("RUN", "fashion-mnist", {"resize": 64}, "fashion-mnist: got --image-size 64"),
-    *[
-        ("SAMPLES", "PICTURES", options, "are scored as they are")
-        for options in (
-            {"samples": 5}, {"resize": 32}, {"search_samples": 9}, {"settings": {"top_k": 1}}
-        )
-    ],
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("model", "reference", "options", "message"), ERRORS)
-def test_errors_are_found_before_anything_is_written(
-    model: str,
-    reference: str | None,
-    options: dict[str, Any],
-    message: str,
-    paths: dict[str, str],
-    here: Path,
-) -> None:
-    with pytest.raises(UserError) as error:
-        prepared(paths.get(model, model), paths.get(reference or "", reference), **options)
-    assert message in str(error.value)
-    assert len(str(error.value).splitlines()) <= 2
-    assert os.listdir(here) == []
-
-
-def test_statistics_in_adm_reference_batches_are_checked_for_inception(
-    run: Path, here: Path
-) -> None:
-    """Other features do not use them."""
-    torch.save(random_weights(0), here / "inception.pth")
-    inception = {"features": ("inception",), "weights": here / "inception.pth"}
-    pixels, path = noise(12, 0, 32), here / "batch.npz"
-    np.savez(path, pixels, mu=np.zeros(7), sigma=np.eye(7))
-    assert prepared(run, path).reference.name == "batch.npz"
-    with pytest.raises(UserError, match=r"statistics of 7 features, but inception has 2048"):
-        prepared(run, path, **inception)
-    np.savez(path, pixels, mu=np.zeros(2048), sigma=np.eye(2048))
-    known = prepared(run, path, **inception).reference
-    assert isinstance(known, reference_sets.ImageCollection) and known.statistics is not None
-
-
-def test_unreadable_images_of_a_reference_can_be_skipped(
-    run: Path, pictures: Path, here: Path
-) -> None:
-    copy = here / "discs"
-    shutil.copytree(pictures, copy)
-    (copy / "red" / "bad.png").write_bytes(b"not an image")
-    with pytest.raises(UserError, match=r"bad\.png"):
-        prepared(run, copy)
-    assert isinstance(prepared(run, copy, skip_bad=True).reference, reference_sets.ImageCollection)
-
-
 def test_features_that_are_not_finite_are_refused_before_sampling(
     run: Path, pictures: Path, here: Path
 ) -> None:
@@ -613,9 +395,3 @@ def test_features_that_are_not_finite_are_refused_before_sampling(
         evaluate(run, pictures, features=("my_wrong:make",), samples=12, out=here / "out")
     assert sorted(files(here / "out")) == ["asked.json"]
     del sys.modules["my_wrong"]
-
-
-def test_config_is_plain_json(run: Path, pictures: Path) -> None:
-    plain = prepared(run, pictures, samples=12).config
-    assert json.loads(json.dumps(plain)) == plain
-    assert plain["drawing"] == config.to_json(GenerationConfig(**plain["drawing"]))

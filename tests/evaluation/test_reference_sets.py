@@ -26,7 +26,7 @@ from ctf.evaluation.reference_sets import (
 )
 from ctf.pipelines import export
 from ctf.pipelines.pipeline import Pipeline
-from tests.evaluation.fakes import noise
+from tests.evaluation.helpers import noise
 
 PIXELS = noise(150, 0)[:, :, :6]  # more than two batches, taller than wide
 CLASSES = np.arange(150) % 4

@@ -16,7 +16,7 @@ from ctf.evaluation.intervals import Estimate
 from ctf.evaluation.metrics import Accuracy
 from ctf.evaluation.report import ReferenceInfo, Report, Subject
 from ctf.evaluation.sample_cache import GenerationConfig
-from tests.evaluation.fakes import collection, noise
+from tests.evaluation.helpers import collection, noise
 
 FID = Estimate(5.4612, 5.2, 5.72, 0.11, 300)
 GENERATION = GenerationConfig(300, 7, settings={"guidance": 1.5, "top_k": 0})

@@ -13,16 +13,10 @@ import pytest
 from ctf.common import storage
 from ctf.common.errors import UserError
 from ctf.data.image_set import ImageSet
-from ctf.data.images import open_images
 from ctf.evaluation.sample_cache import GenerationConfig, cached_samples, generate
 from ctf.pipelines.generation import BATCH_SIZE
 from ctf.pipelines.pipeline import Pipeline
-from tests.evaluation.fakes import RealImages
-
-
-@pytest.fixture(scope="module")
-def images() -> ImageSet:
-    return open_images("fashion-mnist").val
+from tests.evaluation.helpers import RealImages
 
 
 def ignore(done: int, total: int) -> None:

@@ -35,7 +35,7 @@ from ctf.evaluation.scores import (
     summarize,
 )
 from ctf.pipelines.pipeline import Pipeline
-from tests.evaluation.fakes import Pixels, collection, colour_extractor, noise
+from tests.evaluation.helpers import Pixels, collection, colour_extractor, noise
 
 NAMES = ("a", "b", "c")
 

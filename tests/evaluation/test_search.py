@@ -1,8 +1,7 @@
 """The search for guidance and temperatures: it finds them, with the same budget for everyone."""
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +31,7 @@ from ctf.evaluation.search import (
 )
 from ctf.models.sampling import uniforms
 from ctf.pipelines.pipeline import Pipeline
-from tests.evaluation.fakes import collection, colour_extractor
+from tests.evaluation.helpers import collection, colour_extractor, silent
 
 SAMPLES = 30
 
@@ -70,11 +69,6 @@ class Painter:
         self.seeds += range(seed, seed + len(classes))
         pixels = painted(classes, seed, **values)
         return SimpleNamespace(images=[Image.fromarray(p) for p in pixels])
-
-
-@contextlib.contextmanager
-def silent(name: str) -> Iterator[Any]:
-    yield lambda done, total: None
 
 
 @pytest.fixture(autouse=True)

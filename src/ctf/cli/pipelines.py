@@ -435,10 +435,11 @@ def evaluate(
         device: where to compute; auto takes a GPU if there is one
         dry_run: check everything, and draw and write nothing
     """
-    from ctf.evaluation import evaluate, report
+    from ctf.evaluation import report
+    from ctf.evaluation.prepare import prepare
 
     with open_progress("pictures") as progress:
-        evaluation = evaluate.prepare(
+        evaluation = prepare(
             model,
             reference,
             samples=samples,

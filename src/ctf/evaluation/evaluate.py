@@ -10,7 +10,7 @@ FOLDER/search.json     with a search: all points that were tried, with search.pn
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +20,18 @@ import torch
 from ctf.common import claims, config, storage
 from ctf.common.errors import UserError
 from ctf.common.progress import OpenProgress, Progress
-from ctf.data import fashion_mnist
-from ctf.data.images import INCLUDED
 from ctf.evaluation import report, scores
-from ctf.evaluation.classifier import (
-    SHIPPED,
-    Classifier,
-    classify,
-    hash_classifier,
-    load_classifier,
-)
-from ctf.evaluation.extractors import Extractor, open_extractor
+from ctf.evaluation.classifier import Classifier, classify
+from ctf.evaluation.extractors import Extractor
 from ctf.evaluation.intervals import GROUPS, Estimate
 from ctf.evaluation.metrics import Accuracy, class_accuracy
-from ctf.evaluation.reference_sets import (
-    ImageCollection,
-    Split,
-    StoredStatistics,
-    open_reference,
-    open_samples,
-    save_statistics,
-)
+from ctf.evaluation.reference_sets import ImageCollection, StoredStatistics, save_statistics
 from ctf.evaluation.report import ReferenceInfo, Report, Subject
-from ctf.evaluation.sample_cache import Balance, GenerationConfig, cached_samples, generate
+from ctf.evaluation.sample_cache import GenerationConfig, cached_samples, generate
 from ctf.evaluation.scores import FeatureSummary, Reference
-from ctf.evaluation.search import SEED_OFFSET, search, searched_settings
-from ctf.pipelines.arguments import check_seed, update_sampling
-from ctf.pipelines.folder import PIPELINE_FILES, find_pipeline, hash_pipeline
+from ctf.evaluation.search import search
 from ctf.pipelines.pipeline import Pipeline
 
-SAMPLES = 5000
 CONFIG, EVALUATION = "asked.json", "an evaluation"
 
 PerClass = dict[str, dict[str, Any]]
@@ -279,206 +261,3 @@ def _add_class_distances(
         distance = float(np.square(own_D - reference_D).sum())
         if np.isfinite(distance):
             per_class[name][f"mean distance{suffix}"] = distance
-
-
-# --- Preparation ----------------------------------------------------------------------------------
-
-
-def prepare(
-    model: str,
-    reference: str | None = None,
-    *,
-    samples: int | None = None,
-    features: Sequence[str] = (),
-    weights: Path | None = None,
-    classifier: Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    balance: Balance = "balanced",
-    resize: int | None = None,
-    split: Split | None = None,
-    background: str = "white",
-    skip_bad: bool = False,
-    search_samples: int | None = None,
-    against: Path | None = None,
-    out: Path | None = None,
-    device: torch.device,
-    progress: Progress | None = None,
-) -> Evaluation:
-    """Open and check everything that an evaluation needs.
-
-    The arguments are those of `ctf evaluate`, which describes them; None and () are its defaults.
-    `search_samples` is None for no search. `progress` is called with the number of files read and
-    to read, if a folder of images is read.
-
-    Raises:
-        UserError: something does not exist, is invalid, or does not fit the rest.
-    """
-    pipe, images = None, None
-    if _is_images(Path(model)):
-        if settings or not (samples is resize is search_samples is None):
-            raise UserError(
-                f"{model}: all images of a folder or file are scored as they are; a number of "
-                "samples, settings, --resize and --search are for pipelines"
-            )
-        images = open_samples(Path(model), progress)
-        subject, size = Subject(images.name, images.fingerprint), min(images.size)
-    else:
-        folder = find_pipeline(model)
-        pipe = Pipeline.from_pretrained(folder, device)
-        generation = _generation_config(pipe, samples, settings or {}, seed, balance, resize)
-        if search_samples is not None:
-            search_samples = _search_samples(pipe, generation, search_samples, settings or {})
-        name = folder.resolve().name if Path(model).is_dir() else model
-        subject = Subject(name, hash_pipeline(folder), generation)
-        size = resize or pipe.tokenizer.config.image_size
-    source = _reference_source(model, reference, pipe)
-    like_fashion = _is_like_fashion_mnist(pipe, source, size)
-    judge, digest, images = _open_classifier(classifier, like_fashion, pipe, images, size, device)
-    extractors = _open_extractors(features, like_fashion, weights, device)
-    known = open_reference(
-        source, size, split, background=background, skip_bad=skip_bad, progress=progress
-    )
-    for extractor in extractors:
-        if isinstance(known, StoredStatistics):
-            scores.check_statistics(known, extractor, size)
-        elif known.statistics is not None and extractor.name == "inception":
-            scores.check_statistics(known.statistics, extractor, size)
-    evaluation = Evaluation(
-        subject, pipe, images, known, extractors, judge, digest, search_samples,
-        None if against is None else report.load(against), out, device,
-    )  # fmt: skip
-    evaluation.check()
-    return evaluation
-
-
-def _is_images(path: Path) -> bool:
-    """Whether `path` means images; a folder with any file of a pipeline means a pipeline."""
-    if path.suffix == ".npz":
-        return True
-    return path.is_dir() and not any((path / file).is_file() for file in PIPELINE_FILES)
-
-
-def _reference_source(model: str, reference: str | None, pipe: Pipeline | None) -> str:
-    if reference is not None:
-        return reference
-    source = None if pipe is None else pipe.origin.get("images")
-    if source not in INCLUDED:
-        raise UserError(f"{model}: nothing to score against; pass a --reference")
-    return str(source)
-
-
-def _generation_config(
-    pipe: Pipeline,
-    samples: int | None,
-    settings: Mapping[str, Any],
-    seed: int,
-    balance: Balance,
-    resize: int | None,
-) -> GenerationConfig:
-    sampling = dataclasses.asdict(update_sampling(pipe.sampling, settings))
-    class_count = len(pipe.class_names)
-    count = SAMPLES if samples is None else samples
-    generation = GenerationConfig(count, seed, balance, sampling, resize)
-    if samples is None:
-        generation = generation.rounded_up(class_count)
-    generation.classes(class_count)  # raises a UserError if they cannot be balanced
-    check_seed(seed, SEED_OFFSET + generation.samples)
-    return generation
-
-
-def _search_samples(
-    pipe: Pipeline, generation: GenerationConfig, samples: int, settings: Mapping[str, Any]
-) -> int:
-    for name in searched_settings(pipe.fine is not None):
-        if name in settings:
-            raise UserError(f"{name} is set, but --search finds it; omit one of them")
-    return (
-        dataclasses.replace(generation, samples=samples).rounded_up(len(pipe.class_names)).samples
-    )
-
-
-def _is_like_fashion_mnist(pipe: Pipeline | None, source: str, size: int) -> bool:
-    """Whether the images are like those that the included classifier was trained on."""
-    known = source in INCLUDED if pipe is None else pipe.class_names == fashion_mnist.CLASSES
-    return known and size == fashion_mnist.PADDED_SIZE
-
-
-def _open_extractors(
-    features: Sequence[str], like_fashion: bool, weights: Path | None, device: torch.device
-) -> list[Extractor]:
-    names = tuple(dict.fromkeys(features)) or ("lite0", *["fashion"] * like_fashion)
-    if weights is not None and "inception" not in names:
-        raise UserError(f"--weights {weights}: only --features inception takes weights")
-    return [
-        open_extractor(name, weights=weights if name == "inception" else None, device=device)
-        for name in names
-    ]
-
-
-def _open_classifier(
-    folder: Path | None,
-    like_fashion: bool,
-    pipe: Pipeline | None,
-    images: ImageCollection | None,
-    size: int,
-    device: torch.device,
-) -> tuple[Classifier | None, str | None, ImageCollection | None]:
-    """Open the classifier in `folder`, or the included one if it fits.
-
-    Returns:
-        The classifier and its hash, or None, and the images with their classes numbered as in the
-        classifier.
-
-    Raises:
-        UserError: the classifier in `folder` does not fit.
-    """
-    if folder is None and not like_fashion:
-        return None, None, images
-    classifier = load_classifier(folder or SHIPPED, device)
-    if images is not None:
-        images = _renumber_classes(images, classifier.class_names)
-    try:
-        _check_classifier(classifier, pipe, images, size)
-    except UserError:
-        if folder is not None:
-            raise
-        return None, None, images
-    return classifier, hash_classifier(folder or SHIPPED), images
-
-
-def _renumber_classes(images: ImageCollection, names: tuple[str, ...]) -> ImageCollection:
-    """Number classes as in `names`, if they are a subset of these, or numbers without names."""
-    own, classes_N = images.class_names, images.classes_N
-    if classes_N is None or not (
-        classes_N.max() < len(names) if own is None else {*own} <= {*names}
-    ):
-        return images
-    if own is not None:
-        classes_N = np.array([names.index(name) for name in own])[classes_N]
-    return dataclasses.replace(images, classes_N=classes_N, class_names=names)
-
-
-def _check_classifier(
-    classifier: Classifier, pipe: Pipeline | None, images: ImageCollection | None, size: int
-) -> None:
-    if images is not None and images.classes_N is None:
-        raise UserError(f"{images.name}: the classes of its images are unknown")
-    height, width = (size, size) if images is None else images.size
-    if not height == width == classifier.image_size:
-        raise UserError(
-            f"the classifier is for {classifier.image_size} pixels per side, the images have "
-            f"{width} x {height}"
-        )
-    subject = images if pipe is None else pipe
-    class_names = None if subject is None else subject.class_names
-    if class_names != classifier.class_names:
-        raise UserError(
-            f"the classifier has {_describe(classifier.class_names)}, the images have "
-            f"{_describe(class_names or ())}\nuse one that was trained on the same classes"
-        )
-
-
-def _describe(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{len(names)} classes ({shown})" if names else "others, known by number only"

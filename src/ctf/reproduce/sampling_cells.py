@@ -19,8 +19,9 @@ from ctf.bench import harness
 from ctf.common import config, storage
 from ctf.data.tokens import Tokens
 from ctf.data.transforms import as_pil
-from ctf.evaluation import evaluate, reference_sets, scores
+from ctf.evaluation import reference_sets, scores
 from ctf.evaluation.distances import frechet_distance_estimate
+from ctf.evaluation.prepare import prepare
 from ctf.evaluation.sample_cache import GenerationConfig
 from ctf.evaluation.search import search
 from ctf.models.clusters import Clusters, swap
@@ -103,7 +104,7 @@ class ScoreCell(Cell):
         folder = space.run(self) / "pipeline"
         pipe = _pipeline(folder, self.coarse, self.fine, space)
         settings = {**self.tuned.best(space), **self.settings}
-        prepared = evaluate.prepare(
+        evaluation = prepare(
             str(folder),
             space.plan.source,
             samples=self.samples,
@@ -116,7 +117,7 @@ class ScoreCell(Cell):
         )
         began = time.monotonic()
         # The same pipeline, with the engine that samples fastest.
-        result = dataclasses.replace(prepared, pipe=pipe).run(space.open_progress)
+        result = dataclasses.replace(evaluation, pipe=pipe).run(space.open_progress)
         return {
             "scores": result.scores,
             "accuracy": None if result.accuracy is None else config.to_json(result.accuracy),

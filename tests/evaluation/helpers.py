@@ -1,6 +1,8 @@
-"""Fakes for the tests of the evaluation: a pipeline of real images, features that are colours."""
+"""Helpers for the tests of the evaluation: a fake pipeline, fake features, images in memory."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ctf.data.image_set import ImageSet
+from ctf.evaluation.evaluate import Evaluation
 from ctf.evaluation.extractors import Extractor, Features
+from ctf.evaluation.prepare import prepare
 from ctf.evaluation.reference_sets import ImageCollection
 
 Pixels = NDArray[np.uint8]
@@ -73,3 +77,21 @@ def collection(pixels: Pixels, classes: Any = None, names: Any = None) -> ImageC
     fingerprint = str(hash(pixels.tobytes()))
     size = (pixels.shape[1], pixels.shape[2])
     return ImageCollection("pixels", fingerprint, len(pixels), size, batches, classes, names)
+
+
+def save_npz(path: Path, pixels: Pixels, classes_N: NDArray[np.int64] | None = None) -> Path:
+    np.savez(path, pixels, *[] if classes_N is None else [classes_N])
+    return path
+
+
+def prepared(model: str | Path, reference: str | Path | None = None, **options: Any) -> Evaluation:
+    """`prepare` with the features that are fastest."""
+    source = None if reference is None else str(reference)
+    defaults: dict[str, Any] = {"features": ("fashion",), "device": torch.device("cpu")}
+    return prepare(str(model), source, **{**defaults, **options})
+
+
+@contextlib.contextmanager
+def silent(name: str) -> Iterator[Any]:
+    """Takes the place of `show_progress`."""
+    yield lambda done, total: None

@@ -324,6 +324,22 @@ def test_invalid_input_is_explained(page: Any) -> None:
     expect(page.get_by_label("Seed", exact=True)).to_be_focused()
 
 
+def test_a_lost_connection_is_reported_and_the_request_can_be_repeated(page: Any) -> None:
+    alert, endpoint = page.get_by_role("alert"), "**/v1/generate"
+    queued = 'event: queued\ndata: {"ahead": 0}\n\n'
+    page.route(endpoint, lambda route: route.fulfill(status=200, body=queued))
+    page.get_by_role("button", name="Generate").click()
+    expect(alert).to_contain_text("The connection to the studio was lost")
+    page.unroute(endpoint)
+    page.route(endpoint, lambda route: route.abort())
+    page.get_by_role("button", name="Try again").click()
+    expect(alert).to_contain_text("The studio does not respond")
+    page.unroute(endpoint)
+    page.get_by_role("button", name="Try again").click()
+    expect_done(page)
+    expect(alert).to_be_hidden()
+
+
 def test_stop_cancels_the_request(page: Any, worker: Worker) -> None:
     with slow_steps(worker, 0.05):
         page.get_by_role("button", name="Generate").click()

@@ -11,6 +11,18 @@ export class ApiError extends Error {
   }
 }
 
+const LOST = "The connection to the studio was lost.";
+
+/** Waits for a promise of the network; if the connection fails, throws an ApiError. */
+async function receive(promise, reason = LOST) {
+  try {
+    return await promise;
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError(0, reason);
+  }
+}
+
 function askForToken() {
   return new Promise((resolve) => {
     const dialog = $("token-dialog");
@@ -26,13 +38,7 @@ async function request(path, options = {}) {
   const headers = new Headers(options.headers);
   const token = sessionStorage.getItem("token");
   if (token) headers.set("Authorization", `Bearer ${token}`);
-  let response;
-  try {
-    response = await fetch(path, { ...options, headers });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new ApiError(0, "The studio does not respond. Is it still running?");
-  }
+  const response = await receive(fetch(path, { ...options, headers }), "The studio does not respond. Is it still running?");
   if (response.ok) return response;
   if (response.status === 401) {
     await askForToken();
@@ -48,18 +54,16 @@ const asJson = (body) => ({
   headers: { "Content-Type": "application/json" },
 });
 
-export async function models() {
-  return (await request("/v1/models")).json();
-}
+const requestJson = async (path, options) => receive((await request(path, options)).json());
 
-export async function post(path, body, signal) {
-  return (await request(path, { ...asJson(body), signal })).json();
-}
+export const models = () => requestJson("/v1/models");
 
-export async function encode(file, model, classNumber, signal) {
+export const post = (path, body, signal) => requestJson(path, { ...asJson(body), signal });
+
+export function encode(file, model, classNumber, signal) {
   const query = new URLSearchParams({ model, class: classNumber });
   const headers = { "Content-Type": file.type || "image/png" };
-  return (await request(`/v1/encode?${query}`, { method: "POST", body: file, headers, signal })).json();
+  return requestJson(`/v1/encode?${query}`, { method: "POST", body: file, headers, signal });
 }
 
 /** Samples images; calls `onEvent(name, data)` for each event but the last, whose data it returns. */
@@ -70,8 +74,8 @@ export async function generate(body, onEvent, signal) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
-    const { value, done } = await reader.read();
-    if (done) throw new ApiError(0, "The connection to the studio was lost.");
+    const { value, done } = await receive(reader.read());
+    if (done) throw new ApiError(0, LOST);
     text += value;
     const events = text.split("\n\n");
     text = events.pop();

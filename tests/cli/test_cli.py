@@ -80,7 +80,7 @@ def test_examples_can_be_parsed(
     arguments = example.removeprefix("Example: ctf ").split()
     if command == "demo" or "fashion-mnist" in arguments:
         arguments += ["--device", "mps"]  # which is refused before anything long begins
-        refused(ctf(*arguments), "device mps: there is none here")
+        refused(ctf(*arguments), "device mps: not available on this machine")
     elif command == "cost":
         assert ctf(*arguments).code == 0  # it needs nothing
     else:
@@ -142,7 +142,7 @@ def test_interrupted(ctf: Command, monkeypatch: pytest.MonkeyPatch, run: Path) -
     monkeypatch.setattr(export, "write", interrupt)
     result = ctf("sample", run)
     assert result.code == 130 and result.err == (
-        "ctf: interrupted; run the same command again to go on\n"
+        "ctf: interrupted; run the same command again to resume\n"
     )
 
 
@@ -181,7 +181,7 @@ def test_all_bad_pictures_are_named(
 def test_bad_pictures_are_left_out(ctf: Command, some_bad: Path, tmp_path: Path) -> None:
     result = fit_tiny(ctf, some_bad, tmp_path / "run", "--skip-bad", "--dry-run")
     assert result.code == 0
-    assert "4 pictures left out" in result.out and "blue/empty.png" in result.out
+    assert "4 images left out" in result.out and "blue/empty.png" in result.out
     result = fit_tiny(ctf, some_bad, tmp_path / "run", "--skip-bad")
     assert result.code == 0, result.err
     manifest = json.loads((tmp_path / "run" / "tokens" / "manifest.json").read_text())
@@ -247,7 +247,7 @@ def test_a_name_nearly_right(ctf: Command, tmp_path: Path) -> None:
         (["--minutes", "nan"], "minutes: got nan"),
         (["--minutes", 1, "--steps", 1], "got both --minutes and --steps"),
         (["--background", "whit"], "unknown colour 'whit': did you mean 'white'?"),
-        (["--device", "mps"], "device mps: there is none here; expected auto or cpu"),
+        (["--device", "mps"], "device mps: not available on this machine, expected auto or cpu"),
         (["--set", "clusters.count=5000"], "got 5000 clusters, expected 1 to 4096"),
         (["--set", "clusters.cuont=50"], "unknown key 'cuont': did you mean 'count'?"),
         (["--set", "clusters.count"], "expected KEY=VALUE"),
@@ -475,13 +475,13 @@ def test_a_full_disk(
         (["demo", "--out", "NEW"], "about 2 minutes in all"),
         (["fit", "PICTURES", "--out", "NEW", "--preset", "tiny"], "600 steps"),
         (["fit", "fashion-mnist", "--out", "NEW", "--minutes", 2], "60000 pictures to train on"),
-        (["sample", "RUN", "--out", "NEW"], "would draw 8 pictures of each of 3 classes"),
+        (["sample", "RUN", "--out", "NEW"], "would sample 8 images of each of 3 classes"),
         (["tokenizer", "train", "PICTURES", "--out", "NEW", "--preset", "tiny"], "tokenizer: "),
         (["tokens", "extract", "PICTURES", "--run", "RUN", "--preset", "tiny"], "held out"),
-        (["clusters", "fit", "RUN", "--count", 4], "would put 64 codes into clusters"),
+        (["clusters", "fit", "RUN", "--count", 4], "would cluster 64 codes"),
         (["train", "coarse", "RUN", "--preset", "tiny"], "would train"),
         (["train", "fine", "RUN", "--preset", "tiny"], "would train"),
-        (["train", "baseline", "RUN", "--out", "NEW", "--preset", "tiny"], "would make"),
+        (["train", "baseline", "RUN", "--out", "NEW", "--preset", "tiny"], "would create"),
         (["classifier", "train", "PICTURES", "--out", "NEW", "--image-size", 32], "would train"),
         (
             ["evaluate", "RUN", "--reference", "PICTURES", "--samples", 30, "--out", "NEW"],
@@ -562,7 +562,7 @@ def test_a_classifier_of_ones_own_scores_a_pipeline(
     folder, report = tmp_path / "classifier", tmp_path / "report.json"
     train = ["classifier", "train", pictures, "--out", folder, "--image-size", SIDE, "--steps", 2]
     result = ctf(*train)
-    assert result.code == 0 and "held-out pictures recognised" in result.out
+    assert result.code == 0 and "held-out images classified correctly" in result.out
     arguments = ("evaluate", run, "--classifier", folder, "--reference", pictures)
     more = ("--features", "fashion", "--samples", 30, "--out", report)
     result = ctf(*arguments, *more)

@@ -559,7 +559,7 @@ def test_settings_draw_a_folder_again(ctf: Command, run: Path, tmp_path: Path) -
     given = ["--classes", "red,0", "--count", "2", "--seed", "5", "--guidance", "3"]
     assert ctf("sample", run, *given, "--out", one).code == 0
     dry = ctf("sample", run, "--settings", one / "settings.json", "--out", other, "--dry-run")
-    assert dry.code == 0 and "would draw the pictures of" in dry.out and not other.exists()
+    assert dry.code == 0 and "would sample " in dry.out and not other.exists()
     again = ctf("sample", run, "--settings", one / "settings.json", "--out", other)
     assert again.code == 0, again.err
     assert (one / "settings.json").read_bytes() == (other / "settings.json").read_bytes()
@@ -582,9 +582,9 @@ def test_mistakes_in_settings(ctf: Command, run: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "out.png").exists()
 
     refused("names no model, expected e.g.")
-    refused("drawn by another pipeline", run, weights="0" * 64)
-    refused("got --guidance, too", run, "--guidance", "2")
-    refused("got --seed, too", run, "--seed", "2")
+    refused("sampled from another pipeline", run, weights="0" * 64)
+    refused("remove --guidance", run, "--guidance", "2")
+    refused("remove --seed", run, "--seed", "2")
     refused("unknown key 'sed'", run, sed=1)
     refused("no pipeline 'nowhere'", model="nowhere")
     refused("class 5 of 3", run, classes=[5])

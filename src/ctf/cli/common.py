@@ -1,149 +1,137 @@
-"""What the commands share: how they are registered, the words they take, where they print."""
+"""How commands are registered, and what they share besides options."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import sys
+import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args
 
 import tyro
 from rich.console import Console
 
+from ctf.cli.options import DeviceName, Engine, ImageOptions
 from ctf.common.errors import UserError
-from ctf.models.sampling import Sampling
 
 app = tyro.extras.SubcommandApp()
-groups = {
-    name: tyro.extras.SubcommandApp()
-    for name in (
-        "tokenizer",
-        "tokens",
-        "clusters",
-        "train",
-        "runs",
-        "classifier",
-        "convert",
-        "bench",
-    )
+GROUPS = {
+    "tokenizer": "Train and evaluate tokenizers, which turn images into codes and back.",
+    "tokens": "Encode the images of a data set into codes, and verify them.",
+    "clusters": "Cluster the codes of a tokenizer.",
+    "train": "Train the transformers of a run: coarse, fine, or the full-vocabulary baseline.",
+    "runs": "Follow training runs: plots and TensorBoard.",
+    "classifier": "Train the classifier that measures the class accuracy of samples.",
+    "convert": "Convert the weights of other projects.",
+    "bench": "Measure speed, memory and quality.",
 }
-# Standard output for what was asked for, standard error for progress and errors.
+groups = {name: tyro.extras.SubcommandApp() for name in GROUPS}
+# Results go to standard output, progress and errors to standard error.
 console = Console(highlight=False)
 
-T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., None])
-Positional = Annotated[T, tyro.conf.Positional]
-Flat = Annotated[T, tyro.conf.arg(name="")]  # a dataclass whose fields are options of the command
-Folder = Annotated[Path, tyro.conf.arg(metavar="RUN")]
-Device = Literal["auto", "cpu", "cuda", "mps"]
-Precision = Literal["auto", "fp32", "bf16"]
-Engine = Literal["auto", "eager", "compile", "int8"]
-LlamaGenSize = Literal["B", "L", "XL", "XXL", "3B"]
-Size = Literal["S", "B", "L", "XL", "XXL", "3B"]
 
 
 def command(name: str) -> Callable[[F], F]:
-    """Registers a command, e.g. "sample" or "tokens extract"."""
+    """Register a command, e.g. "sample" or "tokens extract"."""
     group, _, inner = name.rpartition(" ")
 
     def register(function: F) -> F:
-        # Parsing only returns what is to be run: the two fail in different ways.
+        # One line for each argument: tyro keeps the line breaks in docstrings of functions.
+        function.__doc__ = re.sub(r"\n {12,}", " ", function.__doc__ or "")
+
+        # Parsing returns the call to make, since errors of the two are handled differently.
         @functools.wraps(function)
-        def later(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        def parsed(*args: Any, **kwargs: Any) -> Callable[[], None]:
             return functools.partial(function, *args, **kwargs)
 
         parent = groups[group] if group else app
-        parent.command(name=inner)(later)
+        parent.command(name=inner)(parsed)
         return function
 
     return register
 
 
-if TYPE_CHECKING:
-    SamplingOptions = dict[str, Any]  # fields of Sampling, those that are given
-else:
-    _hint = tyro.conf.arg(help_behavior_hint="(default: the pipeline's)")
-    SamplingOptions = TypedDict(
-        "SamplingOptions",
-        {name: Annotated[kind, _hint] for name, kind in get_type_hints(Sampling).items()},
-        total=False,
-    )
-    SamplingOptions.__doc__ = Sampling.__doc__
+def open_device(name: DeviceName) -> Any:
+    """Return the torch.device of that name.
 
-
-@dataclasses.dataclass(frozen=True)
-class ExecutionOptions:
-    """How a training is computed, which changes nothing of what comes out but the rounding.
-
-    Args:
-        micro_batch: pictures that a process takes at a time; the batch stays the recipe's
-        checkpoint_activations: keep less for the backward pass, and compute it again
-        compile: let torch.compile fuse what can be fused
-        precision: of a transformer's products; auto: bf16 on GPUs that have it, fp32 on CPUs. bf16:
-            also on CPUs that multiply bfloat16, and much faster there
+    Raises:
+        UserError: this machine has no such device.
     """
-
-    micro_batch: int | None = None
-    checkpoint_activations: bool = False
-    compile: bool = False
-    precision: Precision = "auto"
-
-    def on(self, device: Any, *, shard: bool = False, say: bool = True) -> Any:
-        """The `loop.Execution`. Raises UserError for what the device cannot do."""
-        from ctf.common.precision import uses_bf16
-        from ctf.kernels import sampling_cpu
-        from ctf.training.loop import Execution
-
-        compiled = self.compile and sampling_cpu.available("compile", device)
-        if self.compile and not compiled and say:
-            print("--compile: PyTorch finds no compiler here; going on without", file=sys.stderr)
-        execution = Execution(
-            self.micro_batch, self.checkpoint_activations, shard, compiled, self.precision
-        )
-        uses_bf16(self.precision, device)  # a mistake is told before there is anything on the disk
-        return execution
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainOptions(ExecutionOptions):
-    """What all trainings of transformers have in common.
-
-    Args:
-        preset: tiny, small, base, or imagenet256-B, -L, -XL
-        size: of the transformer, as LlamaGen's and the paper's, instead of the preset's
-        steps: instead of the preset's
-        set: values of the recipe to replace, e.g. coarse.layers=8 or fine_softmax=full
-        shard: cut weights, gradients, moments and averages into parts, one for each process
-        device: where to compute; auto takes a GPU if there is one
-        dry_run: say what would be done, and write nothing
-    """
-
-    preset: str = "small"
-    size: Size | None = None
-    steps: int | None = None
-    set: tuple[str, ...] = ()
-    shard: bool = False
-    device: Device = "auto"
-    dry_run: bool = False
-
-
-def open_device(name: Device) -> Any:
     import torch
 
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device("cuda" if has["cuda"] else "cpu")
     if not has[name]:
-        raise UserError(f"device {name}: there is none here; expected auto or cpu")
+        expected = " or ".join(["auto", *(device for device in has if has[device])])
+        raise UserError(f"device {name}: not available on this machine, expected {expected}")
     return torch.device(name)
 
 
-def parse_engines(text: str) -> Any:
-    from typing import get_args
+def open_splits(
+    images: str,
+    options: ImageOptions,
+    image_size: int | None = None,
+    preset: str | None = None,
+    world: Any = None,
+) -> Any:
+    """Open images with `open_images`, at the preset's size by default; list those left out."""
+    from ctf.data.images import INCLUDED, open_images
+    from ctf.training.recipes import preset as preset_named
 
+    if image_size is None and preset is not None and images not in INCLUDED:
+        image_size = preset_named(preset).image_size
+
+    def open_and_show() -> Any:
+        with open_progress("images", world) as progress:
+            return open_images(images, image_size, **vars(options), progress=progress)
+
+    if world is not None:
+        world.on_main(open_and_show)  # the others then find the scan in the cache
+    splits = open_and_show()
+    if splits.skipped:
+        names = ", ".join(f"{bad.name} ({bad.reason})" for bad in splits.skipped)
+        show(f"{len(splits.skipped)} images left out: {names}", world)
+    return splits
+
+
+def open_progress(name: str, world: Any = None) -> Any:
+    """Show the progress of a stage, in the first process only."""
+    from ctf.common.progress import show_progress
+
+    if world is not None and not world.is_main:
+        return contextlib.nullcontext()
+    return show_progress(name)
+
+
+def show(text: object, world: Any = None) -> None:
+    """Print a result, in the first process only; lines are not wrapped."""
+    if world is None or world.is_main:
+        console.print(text, soft_wrap=True)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, at its full width if it goes into a file."""
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    if console.is_terminal:
+        console.print(table)
+    else:
+        width = Measurement.get(console, console.options.update(width=1000), table).maximum
+        console.print(table, width=width, crop=False)
+
+
+def parse_engines(text: str) -> Any:
+    """Split the names of engines at commas.
+
+    Raises:
+        UserError: an unknown name.
+    """
     from ctf.common.config import did_you_mean
 
     engines = tuple(part.strip() for part in text.split(","))
@@ -153,69 +141,7 @@ def parse_engines(text: str) -> Any:
     return engines
 
 
-def open_pictures(
-    images: str,
-    image_size: int | None,
-    background: str,
-    skip_bad: bool,
-    preset: str | None = None,
-    world: Any = None,
-) -> Any:
-    from ctf.data.images import INCLUDED, open_images
-    from ctf.training.recipes import preset as preset_named
-
-    if image_size is None and preset is not None and images not in INCLUDED:
-        image_size = preset_named(preset).image_size
-
-    def opened() -> Any:
-        with open_progress("pictures", world) as progress:
-            return open_images(
-                images, image_size, background=background, skip_bad=skip_bad, progress=progress
-            )
-
-    if world is not None:
-        world.on_main(opened)  # what it finds out is kept, so that the others know it, too
-    pictures = opened()
-    if pictures.skipped and (world is None or world.is_main):
-        names = ", ".join(f"{bad.name} ({bad.reason})" for bad in pictures.skipped)
-        console.print(f"{len(pictures.skipped)} pictures left out: {names}", soft_wrap=True)
-    return pictures
-
-
-def open_progress(name: str, world: Any = None) -> Any:
-    from ctf.common.progress import show_progress
-
-    if world is not None and not world.is_main:
-        return contextlib.nullcontext()
-    return show_progress(name)
-
-
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.measure import Measurement
-    from rich.table import Table
-
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*row)
-    if console.is_terminal:
-        console.print(table)
-    else:  # a file has no width that the words must be cut to
-        width = Measurement.get(console, console.options.update(width=1000), table).maximum
-        console.print(table, width=width, crop=False)
-
-
-def say(world: Any, text: str) -> None:
-    if world.is_main:
-        console.print(text, soft_wrap=True)
-
-
-def parse_classes(text: str, pipe: Any) -> list[int]:
-    if text == "all":
-        return list(range(len(pipe.class_names)))
-    numbers: list[int] = pipe.class_numbers([part.strip() for part in text.split(",")])
-    return numbers
-
-
 def check_minutes(minutes: float) -> None:
+    """Raise UserError unless a training time is positive and finite."""
     if not 0 < minutes < 1e6:
         raise UserError(f"minutes: got {minutes:g}, expected more than 0")

@@ -1,4 +1,4 @@
-"""Coarse-to-fine token prediction: from a folder of pictures to a model that draws."""
+"""The `ctf` program: parses the command line, runs the command, and reports errors."""
 
 from __future__ import annotations
 
@@ -10,36 +10,41 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from ctf.cli import pipelines, research, stages  # noqa: F401  they register commands
-from ctf.cli.common import app, console, groups
+from ctf.cli import pipelines, research, stages  # noqa: F401  they register the commands
+from ctf.cli.common import GROUPS, app, console, groups
+from ctf.cli.options import registry
 from ctf.common.errors import Stopped, UserError
 
+DESCRIPTION = "Coarse-to-fine token prediction: train image generators and sample from them."
+
 for _name, _group in groups.items():
-    app.command(_group, name=_name)
-
-
-def _complaint(text: str) -> str:
-    """What tyro says in a box of several lines, as one."""
-    lines = [line.strip(" │╭╮╰╯─") for line in text.splitlines()]
-    return "; ".join(line for line in lines if line)
+    app.command(_group, name=_name, help=GROUPS[_name])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, or 2 for a user's mistake.
+    """Run a command.
 
-    Where several processes say the same, only the first one's message is not empty.
+    Args:
+        arguments: the command line; by default that of the process.
+
+    Returns:
+        Exit code: 0, 2 for a user's mistake, or 130 if it was interrupted.
     """
-    given = sys.argv[1:] if arguments is None else arguments
-    said = io.StringIO()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(errors):
             run: Callable[[], None] = app.cli(
-                prog="ctf", args=given or ["--help"], description=(__doc__ or "").splitlines()[0]
+                prog="ctf",
+                args=arguments or ["--help"],
+                description=DESCRIPTION,
+                registry=registry,
             )
-    except SystemExit as leaving:
-        if said.getvalue():
-            print(f"ctf: {_complaint(said.getvalue())}", file=sys.stderr)
-        return int(leaving.code or 0)
+    except SystemExit as exit_:
+        if errors.getvalue():
+            print(f"ctf: {_one_line(errors.getvalue())}", file=sys.stderr)
+        return int(exit_.code or 0)
+    # Of several processes that raise the same error, only the first one's message is not empty.
     try:
         run()
     except Stopped as stopped:
@@ -54,18 +59,23 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ctf: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ctf: interrupted; run the same command again to go on", file=sys.stderr)
+        print("ctf: interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     return 0
 
 
+def _one_line(text: str) -> str:
+    """Join the lines of tyro's box around an error."""
+    lines = [line.strip(" │╭╮╰╯─") for line in text.splitlines()]
+    return "; ".join(line for line in lines if line)
+
+
 def program() -> NoReturn:
-    """`main`, then the end of the process."""
+    """Run `main` and end the process with its exit code."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         sys.exit(main())
-    # One of torchrun's processes, which ends at once when all is written. Threads of gloo that are
-    # still there when Python takes itself apart can abort it ("terminate called without an active
-    # exception"), or wait forever.
+    # A process of torchrun ends without Python's shutdown: threads of gloo that are still running
+    # then can abort it ("terminate called without an active exception") or block it forever.
     code = 1
     try:
         code = main()

@@ -1,53 +1,47 @@
-"""Commands that measure: benchmarks, and the paper's experiments."""
+"""Commands for benchmarks and for the paper's experiments."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from ctf.cli.common import (
-    Device,
-    Positional,
-    Size,
-    command,
-    console,
-    open_device,
-    open_progress,
-    parse_engines,
-    print_table,
-)
+from tyro.conf import Positional, arg
+
+from ctf.cli import options
+from ctf.cli.common import command, open_device, open_progress, parse_engines, print_table, show
 from ctf.common import signals
 from ctf.common.errors import UserError
+
+Sizes = Annotated[
+    str, arg(help="LlamaGen's sizes of transformers, separated by commas: B, L, XL, XXL, 3B")
+]
+Rounds = Annotated[int, arg(help="number of measurements of each, taken in turn")]
+Engines = Annotated[str, arg(help="engines, separated by commas: auto, eager, compile, int8")]
 
 
 @command("bench sample")
 def bench_sample(
     *,
-    sizes: str = "B,L,XL",
+    sizes: Sizes = "B,L,XL",
     batches: str = "1,8,32",
-    engines: str = "auto,int8",
+    engines: Engines = "auto,int8",
     guidance: float = 2.0,
-    rounds: int = 3,
+    rounds: Rounds = 3,
     out: Path = Path("bench-sample"),
-    device: Device = "auto",
-    dry_run: bool = False,
+    device: options.Device = "auto",
+    dry_run: options.DryRun = False,
 ) -> None:
-    """Measures how fast drawing is, beside LlamaGen's plain way and the machine's limits.
+    """Measure how fast images are sampled, compared with LlamaGen's code and the hardware's limits.
+
+    The models have random weights and sample 256 tokens, from classes to images. Use a machine that
+    does nothing else. If it is interrupted, run the same command again to resume.
 
     Example: ctf bench sample --sizes B --batches 1,8
 
-    Random weights, 256 tokens, from classes to images. Run it on a machine that does nothing else;
-    killed, the same command goes on.
-
     Args:
-        sizes: of LlamaGen's transformers, with commas between: B, L, XL, XXL, 3B
-        batches: images drawn at a time
-        engines: auto, eager, compile, int8
-        guidance: of the coarse stage, and of the fine one where it is guided
-        rounds: how often each is measured, in turn
+        batches: batch sizes, separated by commas
+        guidance: guidance scale of the coarse stage, and of the fine stage where it is guided
         out: folder for sample.json, sample.md and sample.png
-        device: where to compute; auto takes a GPU if there is one
-        dry_run: say what would be measured, and write nothing
     """
     from ctf.bench import sample, sample_report
 
@@ -56,159 +50,149 @@ def bench_sample(
     except ValueError:
         raise UserError(f"batches: got {batches!r}, expected numbers, e.g. 1,8,32") from None
     benchmark = sample.SampleBenchmark(
-        tuple(sizes.split(",")),
-        numbers,
-        parse_engines(engines),
-        guidance,
-        rounds,
+        tuple(sizes.split(",")), numbers, parse_engines(engines), guidance, rounds
     )
-    place = open_device(device)
+    torch_device = open_device(device)
     if dry_run:
-        console.print(f"would measure {', '.join(sample.jobs(benchmark, place))}", soft_wrap=True)
+        show(f"would measure {', '.join(sample.jobs(benchmark, torch_device))}")
         return
     with open_progress("bench") as progress:
-        result = sample.run(benchmark, out, place, progress)
+        result = sample.run(benchmark, out, torch_device, progress)
     sample_report.write(result, out)
     for size in benchmark.sizes:
         for batch in benchmark.batches:
-            console.print(f"size {size}, {batch} images")
+            show(f"size {size}, {batch} images")
             print_table(*sample_report.speed(result, size, batch))
-    console.print(f"{out}: sample.md, sample.png, sample.json", soft_wrap=True)
+    show(f"{out}: sample.md, sample.png, sample.json")
 
 
 @command("bench train")
 def bench_train(
     *,
-    sizes: str = "B,L",
+    sizes: Sizes = "B,L",
     batch: int = 8,
-    rounds: int = 3,
+    rounds: Rounds = 3,
     out: Path = Path("bench-train"),
-    device: Device = "auto",
-    dry_run: bool = False,
+    device: options.Device = "auto",
+    dry_run: options.DryRun = False,
 ) -> None:
-    """Measures how fast a training step is, beside LlamaGen's plain one and the machine's peak.
+    """Measure how fast training steps are, compared with LlamaGen's code and the hardware's peak.
+
+    The models have random weights and are trained on 256 tokens. Use a machine that does nothing
+    else. If it is interrupted, run the same command again to resume.
 
     Example: ctf bench train --sizes B
 
-    Random weights, 256 tokens. Run it on a machine that does nothing else; killed, the same
-    command goes on.
-
     Args:
-        sizes: of LlamaGen's transformers, with commas between: B, L, XL, XXL, 3B
-        batch: images of a step
-        rounds: how often each is measured, in turn
+        batch: images per step
         out: folder for train.json and train.md
-        device: where to compute; auto takes a GPU if there is one
-        dry_run: say what would be measured, and write nothing
     """
     from ctf.bench import train
 
     benchmark = train.TrainBenchmark(tuple(sizes.split(",")), batch, rounds)
-    place = open_device(device)
+    torch_device = open_device(device)
     if dry_run:
-        said = ", ".join(train.jobs(benchmark, place))
-        console.print(f"would measure {said}", soft_wrap=True)
+        show(f"would measure {', '.join(train.jobs(benchmark, torch_device))}")
         return
     with open_progress("bench") as progress:
-        result = train.run(benchmark, out, place, progress)
+        result = train.run(benchmark, out, torch_device, progress)
     for size in benchmark.sizes:
         print_table(*train.table(result, size))
-        console.print(train.summary(result, size), soft_wrap=True)
-    console.print(f"{out}: train.md, train.json", soft_wrap=True)
+        show(train.summary(result, size))
+    show(f"{out}: train.md, train.json")
 
 
 @command("bench tokens")
 def bench_tokens(
     *,
+    out: options.Maybe[Path] = None,
     images: int = 1_281_167,
-    size: Size = "B",
-    pictures: int = 4,
-    rounds: int = 3,
-    device: Device = "auto",
-    out: Path | None = None,
+    size: options.Size = "B",
+    encoded: Annotated[int, arg(name="pictures", aliases=("--encoded",))] = 4,
+    rounds: Rounds = 3,
+    device: options.Device = "auto",
 ) -> None:
-    """Reads a synthetic cache of ImageNet's size, and extracts tokens beside LlamaGen's loop.
+    """Measure reading of synthetic tokens, and extraction of tokens compared with LlamaGen's code.
 
     Example: ctf bench tokens --out tokens.json
 
     Args:
-        images: pictures of the cache, 512 bytes each, written into a temporary folder
-        size: of the coarse model that the reader is compared with
-        pictures: of 256 pixels that are encoded in each round, in two views
-        rounds: of both ways of extracting, in turn
-        device: where to compute; auto takes a GPU if there is one
-        out: a .json file for what was measured
+        out: .json file for the results
+        images: images of the tokens, by default as many as ImageNet has; they are written to a
+            temporary folder, 512 bytes each
+        size: size of the coarse model whose training speed the reader is compared with
+        encoded: images of 256 pixels that are encoded per round, in two views
     """
     from ctf.bench import tokens
     from ctf.common import storage
 
-    found = tokens.measure(images, size, pictures, rounds, open_device(device))
-    print_table(("what", "measured"), tokens.rows(found))
+    result = tokens.measure(images, size, encoded, rounds, open_device(device))
+    print_table(("what", "measured"), tokens.rows(result))
     if out is not None:
-        storage.save_json(out, found)
+        storage.save_json(out, result)
 
 
 @command("bench quality")
 def bench_quality(
-    model: Positional[str] = "fashion-mnist",
+    model: Annotated[str, Positional, arg(metavar="[MODEL]")] = "fashion-mnist",
     /,
     *,
-    engines: str = "eager,auto,int8",
+    engines: Engines = "eager,auto,int8",
     samples: int = 5000,
     held_out: int = 10_000,
-    device: Device = "auto",
+    device: options.Device = "auto",
 ) -> None:
-    """Measures what an engine costs in quality: likelihood of held-out codes, class accuracy.
+    """Measure what engines cost in quality: likelihood of held-out codes, and class accuracy.
+
+    Changes are relative to the first engine.
 
     Example: ctf bench quality fashion-mnist --engines eager,int8
 
     Args:
-        model: a pipeline that was trained on an included set of pictures
-        engines: auto, eager, compile, int8; changes are stated against the first
-        samples: drawn by each engine, with the same seeds
-        held_out: pictures for the likelihood, at most
-        device: where to compute; auto takes a GPU if there is one
+        model: a pipeline that was trained on an included set of images
+        samples: number of samples per engine, with the same seeds
+        held_out: maximum number of images for the likelihood
     """
     from ctf.bench import quality
 
-    found = quality.compare(
+    results = quality.compare(
         model, parse_engines(engines), samples, held_out, open_device(device), open_progress
     )
-    print_table(quality.COLUMNS, quality.rows(found))
+    print_table(quality.COLUMNS, quality.rows(results))
 
 
 @command("reproduce")
 def reproduce(
-    what: Positional[
-        Literal["all", "table1", "table2", "table3", "figure1", "figure2", "report", "status"]
+    what: Annotated[
+        Literal["all", "table1", "table2", "table3", "figure1", "figure2", "report", "status"],
+        Positional,
     ],
     /,
     *,
     budget: Literal["small", "full"] = "full",
     out: Path = Path("runs/reproduce"),
     results: Path = Path("docs/results"),
-    only: str | None = None,
+    only: options.Maybe[str] = None,
     jobs: int = 1,
-    device: Device = "auto",
-    dry_run: bool = False,
+    device: options.Device = "auto",
+    dry_run: options.DryRun = False,
 ) -> None:
-    """Runs the paper's experiments on the included pictures, and writes a report of them.
+    """Run the paper's experiments on the included images, and write a report.
+
+    Each experiment consists of cells. A cell is not computed again if its result is in --results;
+    its other files, such as weights, are in --out. If it is interrupted, run the same command again
+    to resume.
 
     Example: ctf reproduce table1 --budget small --results results
 
-    Each experiment is made of cells. A cell whose result is in --results is not computed again;
-    what it made, e.g. weights, is in --out. Killed, the same command goes on.
-
     Args:
-        what: a table or a figure of the paper, or all of them; report writes the report of what
-            there is; status lists the cells, and computes nothing
+        what: table or figure of the paper, or all of them; report writes the report of the present
+            results; status lists the cells without computing any
         budget: with two jobs on two cores, full takes less than six hours, small less than one
-        out: folder for what the cells make, in a folder of the budget
-        results: folder for the report and the cells' results, in a folder of the budget
-        only: one cell, by its name, with those that it needs
-        jobs: processes that share the cells; each takes one core and 1 GB
-        device: where to compute; auto takes a GPU if there is one
-        dry_run: list the cells that would be computed, and write nothing
+        out: folder for the files of the cells; each budget has a folder of its own in it
+        results: folder for the report and the cells' results, likewise
+        only: name of a single cell to compute, with the cells that it depends on
+        jobs: processes that share the cells; each needs one core and 1 GB of memory
     """
     from ctf.reproduce import experiments, report, runner
     from ctf.reproduce.plan import plan_of
@@ -222,18 +206,17 @@ def reproduce(
         rows = runner.status(space)
         print_table(("cell", "state", "seconds"), rows)
         done = sum(state.startswith("done") for _, state, _ in rows)
-        console.print(f"{done} of {len(rows)} cells are done")
+        show(f"{done} of {len(rows)} cells are done")
         return
     cells = experiments.select(space.plan, "all" if what == "report" else what, only)
     missing = [] if what == "report" else [c for c in cells.values() if space.result(c) is None]
     if dry_run:
-        names = ", ".join(cell.name for cell in missing)
-        console.print(f"would compute {names or 'nothing'}", soft_wrap=True)
+        show(f"would compute {', '.join(cell.name for cell in missing) or 'nothing'}")
         return
-    same = ("reproduce", what, "--budget", budget, "--out", out, "--results", results)
-    again = [*map(str, same), "--device", device, *(["--only", only] if only else [])]
+    options = ("--budget", budget, "--out", out, "--results", results, "--device", device)
+    again = [*map(str, ("reproduce", what, *options)), *(["--only", only] if only else [])]
     helpers = jobs - 1 if missing else 0
     with signals.stop_on_sigterm(space.work), runner.helpers(helpers, again, space.work):
         runner.compute(space, missing, lambda: report.write(space))
     report.write(space)
-    console.print(f"{space.results / 'report.md'}: {len(missing)} cells computed", soft_wrap=True)
+    show(f"{space.results / 'report.md'}: {len(missing)} cells computed")

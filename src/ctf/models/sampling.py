@@ -28,7 +28,8 @@ FINE_TOKENS = 2048  # of the fine model at a time, with both halves of guidance
 class Sampling:
     """Sampling settings; those that begin with `fine_` are the fine stage's.
 
-    The command line and the studio's API take their settings and descriptions from here.
+    The command line and the studio's API take their settings and descriptions from here. For the
+    schedule and the window, see `guidance_scales`.
 
     Args:
         guidance: scale g of classifier-free guidance, uncond + g * (cond - uncond) on the logits; 1
@@ -41,8 +42,7 @@ class Sampling:
         top_p: sample among the fewest most likely clusters with this total probability, after
             top-k; 1 is no limit
         fine_top_p: the same among the members of each cluster
-        guidance_schedule: how the scale of the coarse stage grows from 1 to g over its steps, see
-            `guidance_scales`
+        guidance_schedule: how the scale of the coarse stage grows from 1 to g over its steps
         guidance_window: the part of the coarse steps that uses guidance, as two fractions, e.g.
             0.2 0.8; steps without guidance cost less
 

@@ -1,0 +1,178 @@
+"""Options of commands: how they are shown and parsed, and those that several commands share."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar, Union, get_type_hints
+
+from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from ctf.models.sampling import Sampling
+
+T = TypeVar("T")
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "fp32", "bf16"]
+Engine = Literal["auto", "eager", "compile", "int8"]
+LlamaGenSize = Literal["B", "L", "XL", "XXL", "3B"]
+Size = Literal["S", "B", "L", "XL", "XXL", "3B"]
+
+registry = ConstructorRegistry()
+
+
+@registry.primitive_rule
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Show and parse `X | None` like X; "None" is accepted, too."""
+    inner = [member for member in typing.get_args(info.type) if member is not NoneType]
+    if typing.get_origin(info.type) not in (Union, UnionType) or len(inner) != 1:
+        return None
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(inner[0], info.markers))
+    assert isinstance(spec, PrimitiveConstructorSpec)
+    return dataclasses.replace(
+        spec,
+        instance_from_str=lambda args: None if args == ["None"] else spec.instance_from_str(args),
+        choices=spec.choices and (*spec.choices, "None"),
+    )
+
+
+Maybe = Annotated[T | None, arg(help_behavior_hint="")]  # its help says what the default is
+Flat = Annotated[T, arg(name="")]  # a dataclass whose fields are options of the command
+
+Images = Annotated[
+    str,
+    Positional,
+    arg(
+        metavar="IMAGES",
+        help="fashion-mnist, a folder of images with one subfolder per class (or none, for a "
+        "single class), or .tar or .parquet files: one, a folder of them, or a quoted pattern",
+    ),
+]
+Run = Annotated[Path, Positional, arg(metavar="RUN", help="folder of the run")]
+Model = Annotated[
+    str,
+    Positional,
+    arg(
+        metavar="MODEL",
+        help="fashion-mnist, the folder of a run or pipeline, or org/name[@revision] on the "
+        "Hugging Face Hub",
+    ),
+]
+PRESETS = "tiny, small, base, imagenet256-B, imagenet256-L or imagenet256-XL"
+Preset = Annotated[str, arg(metavar="NAME", help=f"recipe to start from: {PRESETS}")]
+Overrides = Annotated[
+    tuple[str, ...],
+    arg(
+        metavar="KEY=VALUE ...",
+        help="values of the recipe to change, e.g. coarse.width=256 clusters.count=128",
+        help_behavior_hint="",
+    ),
+]
+Steps = Annotated[Maybe[int], arg(help="training steps; by default the preset's")]
+ImageSize = Annotated[
+    Maybe[int],
+    arg(help="side in pixels; by default 32 for fashion-mnist, else the preset's"),
+]
+Views = Annotated[
+    Maybe[Literal["plain", "flip", "ten-crop"]],
+    arg(help="augmentation of training images; by default plain for fashion-mnist, else flip"),
+]
+Weights = Annotated[
+    Maybe[Path],
+    arg(
+        help="file of the Inception network's weights; by default it is searched for in the caches "
+        "of torch.hub and the Hugging Face Hub"
+    ),
+]
+Device = Annotated[
+    DeviceName, arg(help="where to compute; auto is a GPU if there is one, else the CPU")
+]
+DryRun = Annotated[
+    bool, arg(help="check the arguments and print what would be done, but write nothing")
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageOptions:
+    """How image files are read.
+
+    Attributes:
+        background: colour behind transparent pixels, a name or #rrggbb
+        skip_bad: leave out images that cannot be used
+    """
+
+    background: str = "white"
+    skip_bad: bool = False
+
+
+# In a box of their own: "image options".
+Image = Annotated[ImageOptions, OmitArgPrefixes, arg(name="image")]
+
+if TYPE_CHECKING:
+    SamplingOptions = dict[str, Any]  # the fields of Sampling that are given
+else:
+    _hint = arg(help_behavior_hint="(default: the pipeline's)")
+    SamplingOptions = TypedDict(
+        "SamplingOptions",
+        {name: Annotated[kind, _hint] for name, kind in get_type_hints(Sampling).items()},
+        total=False,
+    )
+    _, _, _args = Sampling.__doc__.partition("Args:")
+    SamplingOptions.__doc__ = f"How images are sampled.\n\n    Args:{_args}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionOptions:
+    """How training is computed; results are the same up to rounding.
+
+    Attributes:
+        micro_batch: images that a process computes at a time; the batch size is unchanged
+        checkpoint_activations: save memory by computing activations again in the backward pass
+        compile: use torch.compile
+        precision: of the transformers' matrix products; auto is bf16 on GPUs that support it, else
+            fp32. bf16 is also much faster on CPUs that multiply bfloat16
+    """
+
+    micro_batch: Maybe[int] = None
+    checkpoint_activations: bool = False
+    compile: bool = False
+    precision: Precision = "auto"
+
+    def resolve(self, device: Any, *, shard: bool = False, warn: bool = True) -> Any:
+        """Return the `loop.Execution` on a device.
+
+        Raises:
+            UserError: the device does not support the precision.
+        """
+        from ctf.common.precision import uses_bf16
+        from ctf.kernels import sampling_cpu
+        from ctf.training.loop import Execution
+
+        compiled = self.compile and sampling_cpu.available("compile", device)
+        if self.compile and not compiled and warn:
+            print("--compile: PyTorch finds no compiler, continuing without", file=sys.stderr)
+        uses_bf16(self.precision, device)
+        return Execution(
+            self.micro_batch, self.checkpoint_activations, shard, compiled, self.precision
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerOptions:
+    """Options of all trainings of transformers.
+
+    Attributes:
+        size: size of the transformer, as in LlamaGen and the paper; by default the preset's
+        shard: split weights, gradients and optimizer states among the processes (FSDP)
+    """
+
+    preset: Preset = "small"
+    size: Maybe[Size] = None
+    steps: Steps = None
+    set: Overrides = ()
+    shard: bool = False
+    device: Device = "auto"
+    dry_run: DryRun = False

@@ -101,10 +101,9 @@ def measure(
     device: torch.device,
     progress: Progress,
 ) -> Results[Benchmark, AnyTiming]:
-    """Measure the groups that are missing in a file of results, and write it after each.
+    """Measure the groups that are missing in the file `path`, and write it after each.
 
-    Args:
-        jobs: Measures a group, given the machine's limits; by the group's name.
+    Each of `jobs` measures the group of its name, given the machine's limits.
 
     Raises:
         UserError: The file is of another benchmark or machine, or its folder holds something else.
@@ -174,9 +173,8 @@ def in_turn(
 ) -> dict[Key, tuple[float, ...]]:
     """Time several ways of computing something in turn, so that a slow minute slows all of them.
 
-    Args:
-        ways: Return the call that is timed, given the number of the round.
-        warm_up: Rounds before the others whose times do not count.
+    Each way is given the number of the round and prepares the call that is timed. The times of the
+    first `warm_up` rounds do not count.
 
     Returns:
         Seconds of each round.

@@ -108,7 +108,7 @@ def train_step(
     """
     hidden_B = torch.rand(len(classes_B)) < CLASS_DROPOUT
     loss_ = loss(model, labels_BL, torch.where(hidden_B, model.no_class, classes_B))
-    loss_.backward()
+    torch.autograd.backward(loss_)
     nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -180,8 +180,10 @@ def _rotate(x_BTNE: Tensor, rotation_TP2: Tensor) -> Tensor:
 
 @torch.no_grad()
 def extract(tokenizer: VQModel, images: ImageSet, folder: Path, views: Sequence[View]) -> None:
-    """LlamaGen's loop (autoregressive/train/extract_codes_c2i.py): the views of one image at a
-    time, channels first in memory, and a file for the codes and one for the class of each image.
+    """Extract tokens in LlamaGen's loop (autoregressive/train/extract_codes_c2i.py).
+
+    The views of one image at a time, channels first in memory, and a file for the codes and one for
+    the class of each image.
     """
     device = next(tokenizer.parameters()).device
     for i in range(len(images)):
@@ -206,15 +208,18 @@ def encode(tokenizer: VQModel, images_BCHW: Tensor) -> Tensor:
 
 
 def _layer(layer: nn.Module, x: Tensor) -> Tensor:
+    out: Tensor
     if isinstance(layer, ResidualBlock):
         h = layer.conv1(_swish(layer.norm1(x)))
-        return layer.skip(x) + layer.conv2(_swish(layer.norm2(h)))
-    if isinstance(layer, AttentionBlock):
+        out = layer.skip(x) + layer.conv2(_swish(layer.norm2(h)))
+    elif isinstance(layer, AttentionBlock):
         h = layer.norm(x)
         q, k, v = (part(h).flatten(2) for part in (layer.query, layer.key, layer.value))
         weights = F.softmax(torch.bmm(q.transpose(1, 2), k) * q.shape[1] ** -0.5, dim=2)
-        return x + layer.output(torch.bmm(v, weights.transpose(1, 2)).view(x.shape))
-    return layer(x)
+        out = x + layer.output(torch.bmm(v, weights.transpose(1, 2)).view(x.shape))
+    else:
+        out = layer(x)
+    return out
 
 
 def _swish(x: Tensor) -> Tensor:

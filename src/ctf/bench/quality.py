@@ -62,13 +62,10 @@ def compare(
 ) -> list[Quality]:
     """Measure the quality of each engine on the same held-out images and the same seeds.
 
-    Args:
-        model: A pipeline that was trained on an included image set.
-        samples: For the accuracy.
-        held_out: Images for the cross-entropy, at most.
+    The accuracy is that of `samples` samples, the cross-entropy that of up to `held_out` images.
 
     Raises:
-        UserError: A number is below 1, or the pipeline was trained on other images.
+        UserError: A number is below 1, or the pipeline was not trained on an included image set.
     """
     for option, number in (("samples", samples), ("held_out", held_out)):
         if number < 1:

@@ -322,10 +322,9 @@ class _Stages:
         last: int = 0,
         facts: dict[str, float] | None = None,
     ) -> StageGroup:
-        """Time the ways in turn, and find the memory of the last step.
+        """Time the ways in turn, and measure the memory of the step at position `last`.
 
-        Args:
-            counts: Positions whose steps are timed, and how many steps each stands for.
+        `counts` holds the positions whose steps are timed, and how many steps each stands for.
         """
         counts, working = counts or {0: 1}, {}
         for way in ways:

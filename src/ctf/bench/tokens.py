@@ -51,10 +51,9 @@ def measure(
 ) -> dict[str, Any]:
     """Measure the reader on a cache of random codes, and extraction.
 
-    Args:
-        images: Of the cache; 512 bytes each, in a temporary folder.
-        size: Of the coarse model whose training step the reader is compared with.
-        extracted: Images that are encoded in each of `rounds` rounds, in two views each.
+    The cache is of `images` images, 512 bytes each, in a temporary folder. The reader is compared
+    with the training of a coarse model of `size`. In each of `rounds` rounds `extracted` images are
+    encoded, in two views each.
 
     Raises:
         UserError: A number is below 1.

@@ -72,6 +72,7 @@ def coarse_step(
     """One position of a coarse model, or of the full-vocabulary baseline, with a cache.
 
     Args:
+        config: Shape of the transformer.
         labels: K.
         rows: Images, counting both halves of guidance.
         position: The number of positions in the cache.
@@ -95,6 +96,7 @@ def fine_pass(config: TransformerConfig, rows: int, members: int, *, int8: bool)
     """One pass of the fine model over whole images.
 
     Args:
+        config: Shape of the transformer.
         rows: Images, counting both halves of guidance.
         members: Size of a token's cluster, on average.
         int8: Whether the matrices of the blocks are in int8.

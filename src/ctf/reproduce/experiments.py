@@ -309,6 +309,7 @@ def select(plan: Plan, what: str = "all", only: str | None = None) -> dict[str, 
     """Return the cells of a table or figure by name, in the order of computation.
 
     Args:
+        plan: How much is computed.
         what: "all", "table1", "table2", "table3", "figure1" or "figure2".
         only: One of the cells; None: all.
 

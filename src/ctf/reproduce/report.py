@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import statistics
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ctf.bench.tables import markdown, spread
+from ctf.bench.tables import listed, markdown, spread, write_plot, write_text
 from ctf.common import storage
 from ctf.models.sampling import in_words
 from ctf.reproduce import experiments
-from ctf.reproduce.cells import Outcome, Workspace
-from ctf.reproduce.experiments import UNIFORM, Claim, Pair
+from ctf.reproduce.cells import Workspace
+from ctf.reproduce.findings import MISSING, PAPER_TABLE1, findings
 from ctf.reproduce.plan import BUDGETS, Plan
 from ctf.reproduce.sampling_cells import ScoreCell
+from ctf.reproduce.scored import Scored, margins, score_names, scored, speed_ups, table1_pairs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MISSING = "not computed yet"
-OVERLAP = "no: the intervals overlap"
-SUFFIXES = {"lite0": "-Lite0", "fashion": "-fashion"}  # of the scores by each feature network
-
-# What the paper reports (arXiv 2503.16194), on ImageNet at 256 pixels. Model, parameters, FID, IS.
-PAPER_TABLE1 = (
-    ("LlamaGen-B", "111 M", 5.46, 193.6),
-    ("+ CTF", "87 M", 4.15, 255.0),
-    ("LlamaGen-L", "343 M", 3.80, 248.3),
-    ("+ CTF", "310 M", 2.97, 291.5),
-    ("LlamaGen-XL", "775 M", 3.39, 227.1),
-    ("+ CTF", "734 M", 2.76, 299.7),
-)
+# What the paper reports (arXiv 2503.16194), on ImageNet at 256 pixels.
 PAPER_TABLE2 = "B 13.75 to 12.83, L 7.50 to 8.71, XL 5.32 to 6.26 images a second (A100, batch 64)"
 PAPER_FIGURE1 = (
     "within clusters an image keeps its structure and content; in random ones it falls apart"
@@ -46,10 +34,6 @@ PAPER_TABLE3 = {  # by the part; FID / IS
     "f: temperature, fine": "0.9: 5.55 / 288.0; 1.0: 4.16 / 259.5; 1.1: 4.15 / 255.0",
     "control": "a random clustering makes the method fail",
 }
-# How much lower FID is with CTF than without, in the paper: 19 to 24 %.
-PAPER_MARGINS = [
-    1 - ctf[2] / base[2] for base, ctf in zip(PAPER_TABLE1[::2], PAPER_TABLE1[1::2], strict=True)
-]
 
 
 def write(space: Workspace) -> None:
@@ -59,7 +43,7 @@ def write(space: Workspace) -> None:
         "# The paper in miniature",
         *_head(space),
         "## What holds here",
-        markdown(("claim", "here", "holds"), _claims(space)),
+        markdown(("claim", "here", "holds"), findings(space)),
         *_tokenizers(space),
         *_table1(space),
         *_table2(space),
@@ -67,8 +51,7 @@ def write(space: Workspace) -> None:
         *_figure1(space),
         *_figure2(space),
     ]
-    with storage.atomic(space.results / "report.md") as temporary:
-        temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text(space.results / "report.md", parts)
 
 
 def _head(space: Workspace) -> list[str]:
@@ -76,9 +59,7 @@ def _head(space: Workspace) -> list[str]:
     results = [result for cell in cells.values() if (result := space.result(cell)) is not None]
     seconds = [result["seconds"] for result in results] or [0.0]
     budget = "".join(f" --budget {name}" for name, known in BUDGETS.items() if known == plan)
-    machines = {
-        ", ".join(f"{key} {value}" for key, value in result["where"].items()) for result in results
-    }
+    machines = {listed(result["where"]) for result in results}
     return [
         f"Made by `ctf reproduce all{budget}`; do not edit. {len(results)} of {len(cells)} cells "
         f"are computed, together in {sum(seconds) / 3600:.1f} hours of one thread, the longest in "
@@ -98,58 +79,11 @@ def _head(space: Workspace) -> list[str]:
     ]
 
 
-# --- Scores ---------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """A score with what its models cost."""
-
-    outcome: Outcome
-    parameters: int
-    flops: int
-    seconds: float
-
-    def value(self, name: str) -> float:
-        """A score by its name, e.g. FID-Lite0."""
-        return float(self.outcome["scores"][name]["value"])
-
-    def interval(self, name: str) -> tuple[float, float]:
-        """The 95 % interval of a score."""
-        score = self.outcome["scores"][name]
-        return float(score["low"]), float(score["high"])
-
-
-def scored(space: Workspace, cell: ScoreCell) -> Scored | None:
-    """Return a score; None where it or one of its models is not computed yet."""
-    outcome = space.outcome(cell)
-    if outcome is None:
-        return None
-    # Where all members are equally likely, the fine model does nothing.
-    uniform = outcome["settings"].get("fine_temperature", 1.0) >= UNIFORM
-    models = [cell.coarse] if cell.fine is None or uniform else [cell.coarse, cell.fine]
-    costs = [space.outcome(model) for model in models]
-    # The model that another was started from cost its training, and is not part of the sampler.
-    start = cell.coarse.warm_start
-    started = [*costs, space.outcome(start)] if start is not None else costs
-    if None in started:
-        return None
-    known = [cost for cost in started if cost is not None]
-    return Scored(
-        outcome,
-        sum(cost["parameters"] for cost in known[: len(models)]),
-        sum(cost["flops"] for cost in known),
-        sum(cost["seconds_of_training"] for cost in known),
-    )
-
-
-def _names(plan: Plan, *scores: str) -> list[str]:
-    """These scores by each feature network, e.g. FID-Lite0; the search minimised the first."""
-    return [f"{score}{SUFFIXES[network]}" for network in plan.features for score in scores]
+# --- Scores --------------------------------------------------------------------------------------
 
 
 def _columns(plan: Plan) -> list[str]:
-    return [*_names(plan, "FID", "IS"), "class accuracy", "parameters", "GFLOP", "seconds"]
+    return [*score_names(plan, "FID", "IS"), "class accuracy", "parameters", "GFLOP", "seconds"]
 
 
 def _row(space: Workspace, cell: ScoreCell) -> list[str]:
@@ -160,7 +94,7 @@ def _row(space: Workspace, cell: ScoreCell) -> list[str]:
     return [
         *(
             "{value:.4g} ({low:.4g} to {high:.4g})".format(**score.outcome["scores"][name])
-            for name in _names(space.plan, "FID", "IS")
+            for name in score_names(space.plan, "FID", "IS")
         ),
         "" if accuracy is None else f"{accuracy['value']:.1%}",
         f"{score.parameters / 1e6:.2f} M",
@@ -178,13 +112,13 @@ def _missing(columns: int) -> list[str]:
 
 def _tokenizers(space: Workspace) -> list[str]:
     plan, rows = space.plan, []
-    header = ("V", "PSNR", "SSIM", "codes used", *_names(plan, "rFID"), "seconds")
+    header = ("V", "PSNR", "SSIM", "codes used", *score_names(plan, "rFID"), "seconds")
     for codes in plan.codebooks:
         outcome = space.outcome(experiments.tokenizer(plan, codes))
         if outcome is None:
             rows.append([str(codes), *_missing(len(header) - 1)])
             continue
-        distances = [f"{outcome[name]['value']:.4g}" for name in _names(plan, "rFID")]
+        distances = [f"{outcome[name]['value']:.4g}" for name in score_names(plan, "rFID")]
         rows.append(
             [
                 str(codes), f"{outcome['psnr']:.2f} dB", f"{outcome['ssim']:.3f}",
@@ -223,34 +157,17 @@ def _table1(space: Workspace) -> list[str]:
     ]
 
 
-def _scored_pair(space: Workspace, pair: Pair) -> tuple[Scored, Scored] | None:
-    """Baseline and CTF; None where one is missing."""
-    base, ctf = scored(space, pair.baseline), scored(space, pair.ctf)
-    return None if base is None or ctf is None else (base, ctf)
-
-
-def _table1_pairs(space: Workspace, codes: int) -> list[tuple[Scored, Scored]]:
-    """Those of the seeds that are computed."""
-    pairs = [_scored_pair(space, each) for each in experiments.table1(space.plan, codes)]
-    return [pair for pair in pairs if pair is not None]
-
-
-def _margins(space: Workspace, codes: int, name: str) -> list[float]:
-    """How much lower CTF's score is than the baseline's, 0 to 1, for each seed."""
-    return [1 - ctf.value(name) / base.value(name) for base, ctf in _table1_pairs(space, codes)]
-
-
 def _plot_margins(space: Workspace) -> list[str]:
     plan = space.plan
-    known = [codes for codes in plan.codebooks if _table1_pairs(space, codes)]
+    known = [codes for codes in plan.codebooks if table1_pairs(space, codes)]
     if not known:
         return []
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5, 3.5), layout="constrained")
     axes = figure.subplots()
-    for name in _names(plan, "FID"):
-        percent = [[100 * margin for margin in _margins(space, codes, name)] for codes in known]
+    for name in score_names(plan, "FID"):
+        percent = [[100 * margin for margin in margins(space, codes, name)] for codes in known]
         (line,) = axes.plot(known, list(map(statistics.mean, percent)), marker="o", label=name)
         for codes, values in zip(known, percent, strict=True):
             axes.plot([codes] * len(values), values, ".", color=line.get_color(), alpha=0.5)
@@ -264,8 +181,7 @@ def _plot_margins(space: Workspace) -> list[str]:
 
 
 def _image(space: Workspace, figure: Figure, name: str, text: str) -> str:
-    with storage.atomic(space.results / name) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    write_plot(space.results / name, figure)
     return f"![{text}]({name})"
 
 
@@ -274,7 +190,7 @@ def _table2(space: Workspace) -> list[str]:
     if (outcome := space.outcome(cell)) is None:
         return [title, MISSING]
     rows = []
-    for batch, ratios in _speedups(outcome).items():
+    for batch, ratios in speed_ups(outcome).items():
         rates = [
             spread([int(batch) / seconds for seconds in outcome["seconds"][name][batch]], " to ")
             for name in ("baseline", "CTF")
@@ -288,12 +204,6 @@ def _table2(space: Workspace) -> list[str]:
         markdown(("batch", "baseline", "CTF", "how many times as fast"), rows),
         f"The paper: {PAPER_TABLE2}.",
     ]
-
-
-def _speedups(outcome: Outcome) -> dict[str, list[float]]:
-    """How many times as fast as the baseline CTF was in each round, by batch."""
-    base, ctf = outcome["seconds"]["baseline"], outcome["seconds"]["CTF"]
-    return {b: [x / y for x, y in zip(base[b], ctf[b], strict=True)] for b in ctf}
 
 
 def _table3(space: Workspace) -> list[str]:
@@ -329,7 +239,7 @@ def _figure1(space: Workspace) -> list[str]:
     if swaps_png.is_file():
         with storage.atomic(copy) as temporary:
             shutil.copyfile(swaps_png, temporary)
-    names, details = _names(space.plan, "FID"), []
+    names, details = score_names(space.plan, "FID"), []
     for label, detail in experiments.details(space.plan).items():
         outcome = space.outcome(detail)
         values = _missing(len(names))
@@ -370,7 +280,7 @@ def _figure2(space: Workspace) -> list[str]:
 def _plot_training(space: Workspace, points: dict[str, list[Scored]]) -> list[str]:
     from matplotlib.figure import Figure
 
-    names = _names(space.plan, "FID")
+    names = score_names(space.plan, "FID")
     figure = Figure(figsize=(4.5 * len(names), 3.5), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
@@ -383,85 +293,3 @@ def _plot_training(space: Workspace, points: dict[str, list[Scored]]) -> list[st
         axes.set_ylabel(f"{name}, lower is better")
         axes.legend()
     return [_image(space, figure, "figure2.png", "FID over the FLOPs of training")]
-
-
-# --- What holds -----------------------------------------------------------------------------------
-
-Row = tuple[str, str, str]  # claim, what was found here, and whether the claim holds
-
-
-def _claims(space: Workspace) -> list[Row]:
-    plan = space.plan
-    return [
-        *(_is_better(space, name, lower=True) for name in _names(plan, "FID")),
-        *(_is_better(space, name, lower=False) for name in _names(plan, "IS")),
-        *(_margin_grows(space, name) for name in _names(plan, "FID")),
-        _is_ahead_early(space),
-        _is_as_fast(space),
-        *(_is_ahead(space, claim) for claim in experiments.claims(plan)),
-    ]
-
-
-def _is_better(space: Workspace, name: str, *, lower: bool) -> Row:
-    codes = space.plan.largest
-    claim = f"{name} is {'lower' if lower else 'higher'} with CTF, V = {codes}"
-    if lower:
-        claim += f"; in the paper by {min(PAPER_MARGINS):.0%} to {max(PAPER_MARGINS):.0%}"
-    pairs = _table1_pairs(space, codes)
-    if not pairs:
-        return claim, MISSING, ""
-    changes = [-margin for margin in _margins(space, codes, name)]
-    seeds = f"{len(pairs)} of {len(experiments.table1(space.plan, codes))} seeds"
-    here = f"{', '.join(f'{change:+.1%}' for change in changes)} ({seeds})"
-    if not all(_order(ctf, base, name) > 0 for base, ctf in pairs):
-        return claim, here, "no: the intervals of a pair overlap, or the baseline is better"
-    if lower and statistics.mean(changes) > -min(PAPER_MARGINS):
-        return claim, here, "yes, but by less than in the paper"
-    return claim, here, "yes"
-
-
-def _order(one: Scored, other: Scored, name: str) -> int:
-    """1 where the first is better beyond both intervals, -1 where it is worse, else 0."""
-    (low, high), (other_low, other_high) = one.interval(name), other.interval(name)
-    higher = (low > other_high) - (high < other_low)
-    return higher if name.startswith("IS") else -higher
-
-
-def _margin_grows(space: Workspace, name: str) -> Row:
-    claim = f"the larger the codebook, the more CTF lowers {name}"
-    margins = {codes: _margins(space, codes, name) for codes in space.plan.codebooks}
-    if len(margins) < 2 or not all(margins.values()):
-        return claim, MISSING, ""
-    means = {codes: statistics.mean(values) for codes, values in margins.items()}
-    here = ", ".join(f"V = {codes}: {-mean:+.1%}" for codes, mean in means.items())
-    return claim, here, "yes" if [*means.values()] == sorted(means.values()) else "no"
-
-
-def _is_ahead_early(space: Workspace) -> Row:
-    claim = "CTF is ahead at every length of training (Fig. 2)"
-    pairs = [_scored_pair(space, each) for each in experiments.figure2(space.plan)]
-    fid = _names(space.plan, "FID")[0]
-    ahead = [pair[1].value(fid) < pair[0].value(fid) for pair in pairs if pair is not None]
-    if len(ahead) < len(pairs):
-        return claim, MISSING, ""
-    return claim, f"at {sum(ahead)} of {len(ahead)}, by {fid}", "yes" if all(ahead) else "no"
-
-
-def _is_as_fast(space: Workspace) -> Row:
-    claim = "sampling is no slower, though there is one more stage"
-    outcome: Any = space.outcome(experiments.table2(space.plan))
-    if outcome is None:
-        return claim, MISSING, ""
-    ratios = {batch: statistics.median(each) for batch, each in _speedups(outcome).items()}
-    here = ", ".join(f"batch {batch}: {ratio:.2f} times as fast" for batch, ratio in ratios.items())
-    return claim, here, "yes" if min(ratios.values()) >= 1 else "no"
-
-
-def _is_ahead(space: Workspace, claim: Claim) -> Row:
-    better, worse = scored(space, claim.better.cell), scored(space, claim.worse.cell)
-    if better is None or worse is None:
-        return claim.text, MISSING, ""
-    name = _names(space.plan, claim.score)[0]
-    here = f"{name} {better.value(name):.4g}, {worse.value(name):.4g} with {claim.worse.label}"
-    holds = {1: "yes", 0: OVERLAP, -1: "no: the opposite"}
-    return claim.text, here, holds[_order(better, worse, name)]

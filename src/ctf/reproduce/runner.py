@@ -41,11 +41,7 @@ WAIT_SECONDS = 1.0  # between two looks at the cells that other processes comput
 def open_workspace(
     plan: Plan, work: Path, results: Path, device: torch.device, open_progress: OpenProgress
 ) -> Workspace:
-    """Open the images of a plan.
-
-    Args:
-        work: The folder for what the cells make.
-        results: The folder for their results and the report.
+    """Open the images of a plan, and name the folders for files (`work`) and for results.
 
     Raises:
         UserError: See `open_images`.
@@ -80,10 +76,7 @@ def compute(
 
 
 def _compute(space: Workspace, cell: Cell, computed: list[str]) -> None:
-    """Compute a cell whose files are missing, after those that it needs.
-
-    Args:
-        computed: Gets the names of the cells that this process computes.
+    """Compute a cell whose files are missing, after those that it needs, and note their names.
 
     Raises:
         Timeout: Another process is computing one of them.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -215,15 +216,19 @@ class SpeedCell(Cell):
         }
         settings = {name: tuned.best(space) for name, tuned in zip(pipes, self.tuned, strict=True)}
         seconds: dict[str, dict[str, list[float]]] = {name: {} for name in pipes}
-        total = len(self.batches) * (self.rounds + 1)
-        with space.open_progress("speed") as progress:
-            for number, batch in enumerate(self.batches):
-                classes = [i % len(pipes["CTF"].class_names) for i in range(batch)]
-                for seed in range(self.rounds + 1):  # the first one warms up
-                    for name, pipe in pipes.items():
-                        sample = partial(pipe.sample, classes, seed=seed, **settings[name])
-                        taken, _ = harness.timed(sample, space.device)
-                        if seed:
-                            seconds[name].setdefault(str(batch), []).append(taken)
-                    progress(number * (self.rounds + 1) + seed + 1, total)
+        for batch in self.batches:
+            classes = [i % len(pipes["CTF"].class_names) for i in range(batch)]
+
+            def sample(
+                name: str, seed: int, classes: Sequence[int] = classes
+            ) -> Callable[[], object]:
+                return partial(pipes[name].sample, classes, seed=seed, **settings[name])
+
+            with space.open_progress(f"speed, batch {batch}") as progress:
+                ways = {name: partial(sample, name) for name in pipes}
+                rounds = harness.in_turn(
+                    ways, self.rounds, space.device, warm_up=1, progress=progress
+                )
+            for name, each in rounds.items():
+                seconds[name][str(batch)] = list(each)
         return {"seconds": seconds, "settings": settings}

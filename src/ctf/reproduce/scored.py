@@ -1,0 +1,82 @@
+"""Scores of systems, read from stored results, with what the models of a system cost."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ctf.reproduce.cells import Outcome, Workspace
+from ctf.reproduce.experiments import UNIFORM, Pair, table1
+from ctf.reproduce.plan import Plan
+from ctf.reproduce.sampling_cells import ScoreCell
+
+SUFFIXES = {"lite0": "-Lite0", "fashion": "-fashion"}  # of the scores by each feature network
+
+
+def score_names(plan: Plan, *scores: str) -> list[str]:
+    """Return these scores by each feature network, e.g. FID-Lite0; searches use the first."""
+    return [f"{score}{SUFFIXES[network]}" for network in plan.features for score in scores]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """A score with what its models cost."""
+
+    outcome: Outcome
+    parameters: int
+    flops: int
+    seconds: float
+
+    def value(self, name: str) -> float:
+        """A score by its name, e.g. FID-Lite0."""
+        return float(self.outcome["scores"][name]["value"])
+
+    def interval(self, name: str) -> tuple[float, float]:
+        """The 95 % interval of a score."""
+        score = self.outcome["scores"][name]
+        return float(score["low"]), float(score["high"])
+
+
+def scored(space: Workspace, cell: ScoreCell) -> Scored | None:
+    """Return a score; None where it or one of its models is not computed yet."""
+    outcome = space.outcome(cell)
+    if outcome is None:
+        return None
+    # Where all members are equally likely, the fine model does nothing.
+    uniform = outcome["settings"].get("fine_temperature", 1.0) >= UNIFORM
+    models = [cell.coarse] if cell.fine is None or uniform else [cell.coarse, cell.fine]
+    costs = [space.outcome(model) for model in models]
+    # The model that another was started from cost its training, and is not part of the sampler.
+    start = cell.coarse.warm_start
+    started = [*costs, space.outcome(start)] if start is not None else costs
+    if None in started:
+        return None
+    known = [cost for cost in started if cost is not None]
+    return Scored(
+        outcome,
+        sum(cost["parameters"] for cost in known[: len(models)]),
+        sum(cost["flops"] for cost in known),
+        sum(cost["seconds_of_training"] for cost in known),
+    )
+
+
+def scored_pair(space: Workspace, pair: Pair) -> tuple[Scored, Scored] | None:
+    """Return the scores of baseline and CTF; None where one is missing."""
+    base, ctf = scored(space, pair.baseline), scored(space, pair.ctf)
+    return None if base is None or ctf is None else (base, ctf)
+
+
+def table1_pairs(space: Workspace, codes: int) -> list[tuple[Scored, Scored]]:
+    """Return the scores of baseline and CTF for V codes, for each seed that is computed."""
+    pairs = [scored_pair(space, each) for each in table1(space.plan, codes)]
+    return [pair for pair in pairs if pair is not None]
+
+
+def margins(space: Workspace, codes: int, name: str) -> list[float]:
+    """Return how much lower CTF's score is than the baseline's, 0 to 1, for each seed."""
+    return [1 - ctf.value(name) / base.value(name) for base, ctf in table1_pairs(space, codes)]
+
+
+def speed_ups(outcome: Outcome) -> dict[str, list[float]]:
+    """Return how many times as fast as the baseline CTF was in each round, by batch."""
+    base, ctf = outcome["seconds"]["baseline"], outcome["seconds"]["CTF"]
+    return {b: [x / y for x, y in zip(base[b], ctf[b], strict=True)] for b in ctf}

@@ -18,7 +18,16 @@ from mkdocs.structure.pages import Page
 import ctf
 
 ROOT = Path(__file__).parents[1]
-MODELS = "tokenizer clusters transformer coarse fine objectives sampling sizes".split()
+MODELS = [
+    "tokenizer",
+    "clusters",
+    "transformer",
+    "coarse",
+    "fine",
+    "objectives",
+    "sampling",
+    "sizes",
+]
 # A link from a page to a file of the repository that lies outside of docs.
 OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:src|examples|spaces|tests|scripts)/[^)#\s]+)\)")
 

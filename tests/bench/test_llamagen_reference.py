@@ -15,10 +15,14 @@ from ctf.data.image_set import Splits
 from ctf.data.tokens import Tokens
 from ctf.data.transforms import VIEWS
 from ctf.models.coarse import CoarseModel
+from ctf.models.sampling import Sampling, sample_coarse, uniforms
 from ctf.models.tokenizer import VQModel
 from ctf.models.transformer import TransformerConfig
+from ctf.pipelines import llamagen
 from ctf.training import optim
 from ctf.training.transformers import TrainingConfig
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "llamagen"
 
 
 def test_the_cache_is_rounded_up_as_llamagens() -> None:
@@ -71,3 +75,30 @@ def test_extraction_makes_the_codes_of_ours(tokenizer: VQModel, tmp_path: Path) 
     ]
     assert np.mean(same) > 0.9  # but for codes that are equally near, up to rounding
     assert len({*reader.codes(np.arange(20)).flatten().tolist()}) > 5
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("top_k", [0, 1])
+def test_the_plain_loop_samples_the_same_labels(guidance: float, top_k: int) -> None:
+    torch.manual_seed(0)
+    config = TransformerConfig(width=64, layers=3, heads=4, grid=4, classes=5)
+    model = CoarseModel(config, 40).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.1)
+    numbers_BL = uniforms(range(5), 16)[:, 0]
+    settings = Sampling(guidance=guidance, top_k=top_k)
+    expected = sample_coarse(model, torch.arange(5), numbers_BL, settings)
+    assert torch.equal(
+        llamagen_reference.sample(model, torch.arange(5), numbers_BL, settings), expected
+    )
+
+
+@pytest.mark.parametrize("guidance", [1, 2])
+def test_the_plain_loop_samples_what_llamagen_does(guidance: int) -> None:
+    stored = np.load(FIXTURES / "gpt_expected.npz")
+    model = llamagen.load(FIXTURES / "vq.pt", FIXTURES / "gpt.pt").coarse
+    classes_B = torch.from_numpy(stored["labels"]).long()
+    settings = Sampling(guidance=guidance, top_k=1)
+    drawn = llamagen_reference.sample(model, classes_B, uniforms([0, 1, 2], 16)[:, 0], settings)
+    assert drawn.tolist() == stored[f"greedy_guidance_{guidance}"].tolist()

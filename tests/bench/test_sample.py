@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from ctf import kernels
 from ctf.bench import sample, sample_report
 from ctf.bench.sample import SampleBenchmark
 from ctf.bench.shapes import Shapes
-from ctf.kernels import sampling_cpu
+from ctf.kernels.sampling_cpu import GrowingCache
 from ctf.models.coarse import CoarseModel
-from ctf.models.transformer import KVCache, TransformerConfig
+from ctf.models.transformer import TransformerConfig
 from tests.bench.test_harness import silent
 from tests.conftest import Command
 
@@ -20,7 +21,7 @@ SMALL = SampleBenchmark(sizes=("B",), batches=(1, 3), rounds=2)
 
 @pytest.fixture
 def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(KVCache, "BLOCK", 8)
+    monkeypatch.setattr(GrowingCache, "BLOCK", 8)
 
 
 @pytest.mark.usefixtures("small_cache")
@@ -74,12 +75,12 @@ def test_weights_are_counted_as_they_are_held() -> None:
     everything = sum(p.numel() for p in model.parameters())
     matrices = sum(p.numel() for n, p in model.named_parameters() if "embedding" not in n)
     assert sample.weight_bytes(model) == 4 * everything
-    if sampling_cpu.available("auto", CPU):
-        sampling_cpu.prepare(model, None, None, "auto")
+    if kernels.available("auto", CPU):
+        kernels.for_sampling(model, None, None, "auto")
         assert sample.weight_bytes(model) == 4 * everything
-    if sampling_cpu.available("int8", CPU):
+    if kernels.available("int8", CPU):
         low = CoarseModel(config, 40).requires_grad_(False)
-        sampling_cpu.prepare(low, None, None, "int8")
+        kernels.for_sampling(low, None, None, "int8")
         size = sample.weight_bytes(low)
         assert 4 * (everything - matrices) + matrices < size < 4 * everything - 2 * matrices
 

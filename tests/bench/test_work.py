@@ -28,7 +28,7 @@ def flops(call) -> int:
 @pytest.mark.parametrize("labels", [5, 40])
 def test_operations_of_a_step_are_those_of_pytorchs_counter(labels: int) -> None:
     model = CoarseModel(CONFIG, labels).eval()
-    cache = model.trunk.cache(6)
+    cache = model.backbone.cache(6)
     for position in range(15):  # the cache has room for 16, all of which the last step reads
         model.step(torch.zeros(6, 1, dtype=torch.int64), position, cache)
     counted = flops(lambda: model.step(torch.zeros(6, 1, dtype=torch.int64), 15, cache))
@@ -39,7 +39,9 @@ def test_operations_of_a_step_are_those_of_pytorchs_counter(labels: int) -> None
 def test_operations_of_the_fine_pass_are_those_of_pytorchs_counter() -> None:
     model = FineModel(CONFIG, Clusters.from_labels(torch.arange(40) % 8)).eval()
     labels_BL = torch.zeros(6, 16, dtype=torch.int64)
-    counted = flops(lambda: model.trunk(labels_BL, torch.zeros(6, dtype=torch.int64), causal=False))
+    counted = flops(
+        lambda: model.backbone(labels_BL, torch.zeros(6, dtype=torch.int64), causal=False)
+    )
     assert fine_pass(CONFIG, 6, 0, int8=False).operations == counted
     head = fine_pass(CONFIG, 6, 5, int8=False) + Work(fp32=-counted)
     assert head.operations == flops(lambda: torch.zeros(6 * 16, 48) @ torch.zeros(48, 5))

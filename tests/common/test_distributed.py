@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import ctf as ctf_package
+from ctf import kernels
 from ctf.cli import main as cli
 from ctf.common import storage
 from ctf.common.distributed import ALONE, World, init_world
 from ctf.common.errors import UserError
-from ctf.kernels import sampling_cpu
 from tests.conftest import Command, files, sets, without_times
 
 ROOT = Path(__file__).parents[2]
@@ -313,7 +313,7 @@ def test_fit_is_one_process(
 def test_without_a_compiler(
     run: Path, alone: Path, tmp_path: Path, ctf: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampling_cpu, "available", lambda *_: False)
+    monkeypatch.setattr(kernels, "available", lambda *_: False)
     out = branch(run, tmp_path / "out")
     result = ctf("train", "coarse", out, *RECIPE, "--compile")
     assert result.code == 0 and result.err.count("PyTorch finds no compiler here") == 1

@@ -250,11 +250,11 @@ def test_damaged_files(tmp_path: Path) -> None:
             load_clusters(path)
 
     good = {"labels_V": made.labels_V, "members_KS": made.members_KS}
-    check({**good, "members_KS": made.members_KS.flip(1)}, "members do not agree")
-    check({**good, "labels_V": torch.tensor([0, 0, 0, 1])}, "members do not agree")
+    check({**good, "members_KS": made.members_KS.flip(1)}, "members do not match labels")
+    check({**good, "labels_V": torch.tensor([0, 0, 0, 1])}, "members do not match labels")
     check({**good, "labels_V": torch.tensor([0, 2, 0, 2])}, "cluster 1 is empty")
     check({**good, "labels_V": torch.tensor([0, 1, 0, 9])}, "label 9 is above")
-    check({"labels_V": made.labels_V}, "holds tensors labels_V;")
+    check({"labels_V": made.labels_V}, "its tensors are labels_V;")
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(UserError, match="truncated"):
         load_clusters(path)

@@ -381,7 +381,7 @@ def recorded(*models: nn.Module) -> Iterator[tuple[list[tuple[int, ...]], list[T
     shapes: list[tuple[int, ...]] = []
     logits: list[Tensor] = []
     hooks = [
-        *(m.trunk.layers[0].register_forward_pre_hook(
+        *(m.backbone.layers[0].register_forward_pre_hook(
             lambda _, given: shapes.append(tuple(given[0].shape[:2]))
         ) for m in models),
         *(m.head.register_forward_hook(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ctf.common.errors import UserError
-from ctf.models.tokenizer import TokenizerConfig, VQModel, _argmax
+from ctf.models.tokenizer import TokenizerConfig, VQModel
 
 TINY = TokenizerConfig(
     image_size=16, codebook_size=32, code_dim=4, channels=8, multipliers=(1, 2, 3), blocks=1,
@@ -55,17 +55,6 @@ def test_nearest_is_the_code_at_the_smallest_distance() -> None:
     assert torch.equal(model.nearest(vectors_NC), distances_NV.argmin(-1))
     torch.testing.assert_close(model.codebook().norm(dim=-1), torch.ones(TINY.codebook_size))
     assert torch.equal(model.nearest(model.codebook()), torch.arange(TINY.codebook_size))
-
-
-@pytest.mark.parametrize("codes", [1, 7, 96, 256, 1000, 1024])
-def test_the_first_of_equal_products_is_taken(codes: int) -> None:
-    products_NV = torch.randint(0, 4, (50, codes)).float()
-    products_NV[0] = 1.0
-    products_NV[1, codes // 2] = torch.nan  # as argmax has it, it is the largest
-    first_N = [row.index(max(row)) for row in products_NV[2:].tolist()]
-    found_N = _argmax(products_NV).tolist()
-    assert found_N == [0, codes // 2, *first_N]
-    assert found_N == products_NV.argmax(-1).tolist()
 
 
 @torch.no_grad()

@@ -97,7 +97,9 @@ def test_the_zero_entry_of_the_class_token(pipe: Pipeline, expected: dict[str, T
     """A named option, which converted models carry and without which they compute otherwise."""
     shape = pipe.coarse.config
     assert shape.class_token_rope == "zero"
-    model = CoarseModel(dataclasses.replace(shape, class_token_rope="identity"), pipe.coarse.count)
+    model = CoarseModel(
+        dataclasses.replace(shape, class_token_rope="identity"), pipe.coarse.vocab_size
+    )
     model.eval().load_state_dict(pipe.coarse.state_dict())
     logits_BLK = model(expected["tokens"], expected["labels"])
     assert float((logits_BLK - expected["teacher_forced_logits"]).abs().max()) > 1e-3
@@ -224,7 +226,7 @@ def test_transformers_are_those_of_the_paper(size: str, full: int, coarse: int) 
         model = CoarseModel(config, 16384)
         assert millions(model) == pytest.approx(full, abs=1)
         assert millions(CoarseModel(config, 512)) == pytest.approx(coarse, abs=1)
-        # The fine model has the trunk of the coarse one, K embeddings, and V rows at its end.
+        # The fine model has the backbone of the coarse one, K embeddings, and V rows at its end.
         fine = FineModel(config, parts)
         assert millions(fine) == pytest.approx(full - (16384 - 512) * shape.width / 1e6, abs=1)
     names = {llamagen._gpt_name(k): tuple(v.shape) for k, v in model.state_dict().items()}

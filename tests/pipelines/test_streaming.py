@@ -90,7 +90,7 @@ def same_but_rounding(one: Samples, other: Samples) -> bool:
 
 def caches() -> int:
     """Those of keys and values that are in memory."""
-    return sum(type(o) is KVCache for o in gc.get_objects())
+    return sum(isinstance(o, KVCache) for o in gc.get_objects())
 
 
 def as_mask(bits: int, images: int = len(CLASSES)) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ctf import kernels
 from ctf.common import config
 from ctf.common.errors import UserError
 from ctf.data import image_set
@@ -70,9 +71,8 @@ def test_the_tokenizers_parameters() -> None:
 
 
 @pytest.mark.parametrize("kind", ["coarse", "members", "full"])
-def test_flops_of_a_transformers_step(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flops_of_a_transformers_step(kind: str) -> None:
     """Exactly what torch counts in a forward and a backward pass."""
-    monkeypatch.setattr(train_cpu, "able", lambda *_: False)  # it does not count oneDNN's products
     codes_BL, classes_B = codes()
     labels_BL = CLUSTERS.labels_V[codes_BL]
     if kind == "coarse":
@@ -83,6 +83,7 @@ def test_flops_of_a_transformers_step(kind: str, monkeypatch: pytest.MonkeyPatch
         model = fine = FineModel(SHAPE, CLUSTERS, softmax)  # type: ignore[arg-type]
         targets_BL, positions = fine.choices(codes_BL), SHAPE.length + 1
         outputs = CODES // K if kind == "members" else CODES
+    kernels.for_evaluation(model)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         logits_BLK = model(labels_BL, classes_B)
         F.cross_entropy(logits_BLK.flatten(0, 1), targets_BL.flatten()).backward()
@@ -123,17 +124,15 @@ def test_published_sizes() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("width", [64, 128])
-def test_activations_are_those_that_autograd_keeps(
-    dropout: float, width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(train_cpu, "able", lambda *_: False)  # as on a GPU
+def test_activations_are_those_that_autograd_keeps(dropout: float, width: int) -> None:
     shape = dataclasses.replace(SHAPE, width=width, layers=4, grid=16, dropout=dropout)
     model = CoarseModel(shape, K).train()
+    kernels.replace(model, {torch.nn.Dropout: train_cpu.Dropout})  # its masks are as on a GPU
     labels_BL = torch.zeros(2, shape.length, dtype=torch.int64)
 
     def forward() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return model.trunk(labels_BL[:, 1:], torch.zeros(2, dtype=torch.int64), causal=True)
+            return model.backbone(labels_BL[:, 1:], torch.zeros(2, dtype=torch.int64), causal=True)
 
     kept = cost.saved_bytes(model, forward, SDPBackend.FLASH_ATTENTION)
     # Autocast's copies of the weights are kept, too, and have a line of their own.

@@ -12,22 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ctf import kernels
 from ctf.common import config, storage
 from ctf.common.distributed import ALONE
 from ctf.common.errors import UserError
 from ctf.common.precision import supports_bf16
 from ctf.data.tokens import MANIFEST, Manifest, Shard, SplitManifest, Tokens
 from ctf.data.transforms import VIEWS
-from ctf.kernels import sampling_cpu
+from ctf.models import objectives
 from ctf.models.clusters import Clusters
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
+from ctf.models.objectives import Objective
 from ctf.models.transformer import TransformerConfig
 from ctf.training import cost, loop, optim, transformers
 from ctf.training.loop import DEFAULT_EXECUTION, Execution
 from ctf.training.metrics_log import last_metrics
 from ctf.training.state import latest_state, save_state
-from ctf.training.transformers import Objective, Trainer, TrainingConfig
+from ctf.training.transformers import Trainer, TrainingConfig
 from tests.conftest import without_times
 
 CODES, CLASSES, GRID = 40, 3, 4
@@ -87,10 +89,10 @@ def make(
     torch.manual_seed(t.seed)
     if kind == "coarse":
         model: transformers.Model = CoarseModel(shape, CLUSTERS.count)
-        objective = objective or transformers.coarse_objective(CLUSTERS)
+        objective = objective or objectives.coarse_objective(CLUSTERS)
     else:
         model = FineModel(shape, CLUSTERS)
-        objective = objective or transformers.fine_objective(CLUSTERS)
+        objective = objective or objectives.fine_objective(CLUSTERS)
     return Trainer(
         model, objective, Tokens(folder, "train"), Tokens(folder, "val"), t, ALONE, execution
     )
@@ -137,35 +139,6 @@ def test_the_first_loss_is_that_of_knowing_nothing(folder: Path, kind: Kind) -> 
     if kind == "fine":
         choices_BL = CLUSTERS.sizes_K[CLUSTERS.labels_V[codes_BL]]
     assert loss == pytest.approx(float(choices_BL.double().log().mean()), rel=1e-5)
-
-
-def test_objectives_by_hand(folder: Path) -> None:
-    codes_BL, classes_B = torch.arange(32).view(2, 16), torch.tensor([0, 2])
-    labels_BL = LABELS_V[codes_BL]
-    for kind in KINDS:
-        model = make(folder, kind, dropout=0.0).model.eval()
-        objective = {"coarse": transformers.coarse_objective, "fine": transformers.fine_objective}[
-            kind
-        ]
-        torch.nn.init.normal_(model.head.weight)
-        loss = objective(CLUSTERS)(model, codes_BL, classes_B).detach()
-        log_BLK = model(labels_BL, classes_B).log_softmax(-1).detach()
-        targets_BL = labels_BL if kind == "coarse" else CLUSTERS.slots_V[codes_BL]
-        losses = [-float(log_BLK[b, i, targets_BL[b, i]]) for b in range(2) for i in range(LENGTH)]
-        assert float(loss) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
-
-
-def test_the_full_softmax_by_hand() -> None:
-    torch.manual_seed(0)
-    model = FineModel(dataclasses.replace(SHAPE, dropout=0.0), CLUSTERS, "full")
-    torch.nn.init.normal_(model.head.weight)
-    codes_BL, classes_B = torch.arange(32).view(2, 16), torch.tensor([0, 2])
-    loss = transformers.fine_objective(CLUSTERS)(model, codes_BL, classes_B)
-    logits_BLV = model(LABELS_V[codes_BL], classes_B)
-    expected = F.cross_entropy(logits_BLV.flatten(0, 1), codes_BL.flatten())
-    torch.testing.assert_close(loss, expected)
-    got, wanted = (torch.autograd.grad(x, model.head.weight)[0] for x in (loss, expected))
-    torch.testing.assert_close(got, wanted)
 
 
 # --- the data of a step ---------------------------------------------------------------------------
@@ -280,7 +253,7 @@ def test_it_stops_before_what_is_not_finite(folder: Path, kind: Kind) -> None:
     trainer = make(folder, kind)
     trainer.step(0)
     with torch.no_grad():
-        trainer.model.trunk.norm.weight[0] = torch.inf
+        trainer.model.backbone.norm.weight[0] = torch.inf
     before = {k: v.clone() for k, v in trainer.state().items()}
     with pytest.raises(UserError, match=r"step 1: loss is nan on .* stopped before the update"):
         trainer.step(1)
@@ -297,7 +270,7 @@ def test_the_last_good_state_stays(
     def explode(done: int, *_: object) -> None:
         if done == 10:
             with torch.no_grad():
-                trainer.model.trunk.norm.weight[0] = torch.nan
+                trainer.model.backbone.norm.weight[0] = torch.nan
 
     trainer = make(folder, "coarse")
     with pytest.raises(UserError, match="step 10: loss is nan"):
@@ -335,6 +308,23 @@ def test_resumed_equals_uninterrupted(
     assert without_times(tmp_path / "whole") == without_times(tmp_path / "killed")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_with_the_backbones_former_name_goes_on(
+    folder: Path, tmp_path: Path, kind: Kind
+) -> None:
+    whole, resumed = make(folder, kind), make(folder, kind)
+    loop.run(whole, tmp_path / "whole", 20, evaluate_every=20)
+    first = make(folder, kind)
+    for step in range(10):
+        first.step(step)
+    old = {name.replace(".backbone.", ".trunk."): x for name, x in first.state().items()}
+    assert {name.split(".")[1] for name in old if name[0] in "me"} == {"trunk", "head"}
+    save_state(tmp_path / "old" / "state", 10, old)
+    loop.run(resumed, tmp_path / "old", 20, evaluate_every=20)
+    for name, value in whole.state().items():
+        assert torch.equal(resumed.state()[name], value), name
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -353,54 +343,12 @@ def test_values_out_of_range(change: dict[str, Any], message: str) -> None:
 # --- what is taught beside or instead of the objective --------------------------------------------
 
 
-def test_loss_of_groups_is_that_of_summed_probabilities() -> None:
-    """IAR's: beside the code's own cross-entropy, that of its group."""
-    torch.manual_seed(0)
-    model = CoarseModel(dataclasses.replace(SHAPE, dropout=0.0), CODES)
-    torch.nn.init.normal_(model.head.weight)
-    codes_BL, classes_B = torch.randint(CODES, (3, LENGTH)), torch.arange(3)
-    p_BLV = model(codes_BL, classes_B).softmax(-1)
-    own_BL = p_BLV.gather(-1, codes_BL[..., None])[..., 0]
-    same_BLV = LABELS_V[codes_BL][..., None] == LABELS_V
-    group_BL = (p_BLV * same_BLV).sum(-1)
-    for weight in (0.0, 0.7):
-        loss = transformers.grouped_objective(CLUSTERS, weight)(model, codes_BL, classes_B)
-        torch.testing.assert_close(loss, -(own_BL.log() + weight * group_BL.log()).mean())
-
-
-@pytest.mark.parametrize("softmax", ["members", "full"])
-def test_wrong_labels(softmax: Literal["members", "full"]) -> None:
-    """None changes nothing; with some, a token is asked for what can be right, and only the
-    labels of other tokens come in its place.
-    """
-    torch.manual_seed(0)
-    model = FineModel(dataclasses.replace(SHAPE, dropout=0.0), CLUSTERS, softmax)
-    torch.nn.init.normal_(model.head.weight)
-    codes_BL, classes_B = torch.randint(CODES, (64, LENGTH)), torch.zeros(64, dtype=torch.int64)
-    labels_BL = LABELS_V[codes_BL]
-    seen: list[Tensor] = []
-    model.trunk.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    plain = transformers.fine_objective(CLUSTERS)(model, codes_BL, classes_B)
-    torch.testing.assert_close(
-        transformers.corrupted_objective(CLUSTERS, 0.0)(model, codes_BL, classes_B), plain
-    )
-    loss = transformers.corrupted_objective(CLUSTERS, 0.3)(model, codes_BL, classes_B)
-    wrong_BL = seen[-1] != labels_BL
-    # A label of another token is the same now and then: 1 of 8.
-    assert abs(float(wrong_BL.float().mean()) - 0.3 * 7 / 8) < 0.05
-    asked_BL = ~wrong_BL if softmax == "members" else torch.ones_like(wrong_BL)
-    logits_BLS = model(seen[-1], classes_B)[asked_BL]
-    # Where chance gave a token its own label back, it is asked nothing either.
-    expected = F.cross_entropy(logits_BLS, model.choices(codes_BL)[asked_BL])
-    torch.testing.assert_close(loss, expected, rtol=0.05, atol=0)
-
-
 def test_what_is_taught_is_not_what_is_evaluated(folder: Path) -> None:
     plain = make(folder, "fine")
-    taught = transformers.corrupted_objective(CLUSTERS, 0.5)
-    objective = transformers.fine_objective(CLUSTERS)
+    taught = objectives.corrupted_objective(CLUSTERS, 0.5)
+    objective = objectives.fine_objective(CLUSTERS)
     other = Trainer(
-        plain.model, objective, plain.train, plain.val, TRAINING, ALONE, taught=taught
+        plain.model, objective, plain.train, plain.val, TRAINING, ALONE, training_objective=taught
     )  # fmt: skip
     assert other.evaluate()["loss"] == pytest.approx(plain.evaluate()["loss"])
     one, wrong = (float(trainer.step(0)["loss"]) for trainer in (plain, other))
@@ -455,7 +403,7 @@ def test_activations_that_are_computed_again_are_the_same(folder: Path, kind: Ki
 
 
 def test_compiled_is_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not sampling_cpu.available("compile", torch.device("cpu")):
+    if not kernels.available("compile", torch.device("cpu")):
         pytest.skip("no compiler")
     compile_, used = torch.compile, []
 

@@ -75,7 +75,7 @@ def test_equal_codes_make_a_cluster_with_their_probability_together(tokens: Toke
     old = full_vocabulary(tokens)
     labels_V = torch.arange(V) % K
     with torch.no_grad():
-        for weight in (old.head.weight, old.trunk.label_embedding.weight):
+        for weight in (old.head.weight, old.backbone.label_embedding.weight):
             weight.copy_(weight[labels_V])
     parts = Clusters.from_labels(labels_V)
     assert divergence(started(old, parts, tokens), old, parts, tokens) < 1e-4
@@ -90,7 +90,7 @@ def test_clusters_of_any_size_are_nearer_than_the_mean_of_rows(tokens: Tokens) -
     old = full_vocabulary(tokens)
     labels_V = torch.tensor([*range(K)] + [0] * 30 + [1] * 15 + [2] * (V - K - 45))
     with torch.no_grad():  # members that are alike, as k-means has them
-        for weight in (old.head.weight, old.trunk.label_embedding.weight):
+        for weight in (old.head.weight, old.backbone.label_embedding.weight):
             weight.lerp_(weight[labels_V], 0.7)
     parts = Clusters.from_labels(labels_V)
     new = started(old, parts, tokens)
@@ -116,8 +116,8 @@ def test_classes_go_by_their_names(tokens: Tokens) -> None:
     config = dataclasses.replace(old.config, classes=2)
     source = Source(CoarseModel(config, V), ("red", "mauve"), "")
     first = weights(source, identity(V), tokens, old, CPU)
-    red, _, none = source.model.trunk.class_embedding.weight
-    rows = first["trunk.class_embedding.weight"]
+    red, _, none = source.model.backbone.class_embedding.weight
+    rows = first["backbone.class_embedding.weight"]
     for got, expected in zip(rows, (none, none, red, none), strict=True):
         assert torch.equal(got, expected)
 

@@ -17,11 +17,12 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from ctf import kernels
 from ctf.bench.work import Machine
 from ctf.common import claims, config, memory, storage
 from ctf.common.progress import Progress
 from ctf.common.version import __version__
-from ctf.kernels import sampling_cpu
+from ctf.kernels.products import Int8, Packed
 
 LIMIT_SIDE = 2048  # of the square matrices whose product is timed for the limits
 LIMIT_NUMBERS = 2**27  # read for the limit of the memory: 512 MB in float32
@@ -206,8 +207,8 @@ def limits(device: torch.device) -> Machine:
     low_a, low_b = a.bfloat16(), b.bfloat16()
     numbers = torch.ones(LIMIT_NUMBERS, device=device)
     fp32: list[Callable[[], Any]] = [lambda: a @ b]
-    if sampling_cpu.available("auto", device):
-        packed = sampling_cpu.Packed(b)
+    if kernels.available("auto", device):
+        packed = Packed(b)
         fp32.append(lambda: packed(a))
 
     def best(call: Callable[[], Any]) -> float:
@@ -217,7 +218,7 @@ def limits(device: torch.device) -> Machine:
     fastest = max(operations / best(product) for product in fp32)
     bf16 = operations / best(lambda: low_a @ low_b)
     int8 = fastest  # where there is no int8, nothing is counted in it
-    if sampling_cpu.available("int8", device):
-        quantised = sampling_cpu.Int8(b)
+    if kernels.available("int8", device):
+        quantised = Int8(b)
         int8 = operations / best(lambda: quantised(a))
     return Machine(fastest, bf16, int8, bandwidth=4.0 * LIMIT_NUMBERS / best(numbers.sum))

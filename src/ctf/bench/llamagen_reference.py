@@ -58,7 +58,7 @@ def first_inputs(model: CoarseModel, classes_B: Tensor, settings: Sampling) -> T
 def make_caches(config: TransformerConfig, batch: int) -> tuple[Tensor, Tensor]:
     """Return keys and values, (layers, 2, B, N, T, E), and masks, (B, T, T), of the full length."""
     length = -(-(1 + config.length) // 8) * 8  # LlamaGen rounds its caches up
-    caches = torch.zeros(config.layers, 2, batch, config.heads, length, config.head_width)
+    caches = torch.zeros(config.layers, 2, batch, config.heads, length, config.head_dim)
     masks = torch.tril(torch.ones(length, length, dtype=torch.bool)).repeat(batch, 1, 1)
     return caches, masks
 
@@ -74,11 +74,11 @@ def sample_step(
 ) -> Tensor:
     """Sample label `i`; the inputs are classes at position 0, then the label before."""
     position = torch.tensor([i])
-    embedding = model.trunk.class_embedding if i == 0 else model.trunk.label_embedding
+    embedding = model.backbone.class_embedding if i == 0 else model.backbone.label_embedding
     x_B1D = embedding(inputs_B)[:, None]
     mask_B11T = masks[:, None, position]
-    rotation_1P2 = model.trunk.rope.table[position]
-    for layer, (keys, values) in zip(model.trunk.layers, caches, strict=True):
+    rotation_1P2 = model.backbone.rotation(0, model.config.length)[position]
+    for layer, (keys, values) in zip(model.backbone.layers, caches, strict=True):
 
         def attend(
             q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values
@@ -89,7 +89,7 @@ def sample_step(
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B11T)
 
         x_B1D = _block(layer, x_B1D, rotation_1P2, attend)
-    logits_BK = model.head(_norm(x_B1D, model.trunk.norm))[:, -1].float()
+    logits_BK = model.head(_norm(x_B1D, model.backbone.norm))[:, -1].float()
     if settings.guidance != 1:
         cond, uncond = logits_BK.chunk(2)
         logits_BK = uncond + (cond - uncond) * settings.guidance
@@ -117,19 +117,22 @@ def train_step(
 
 def loss(model: CoarseModel, labels_BL: Tensor, classes_B: Tensor) -> Tensor:
     """Mean cross-entropy of the next label, of logits (B, L, K) in single precision."""
-    trunk, dropout = model.trunk, model.config.dropout if model.training else 0.0
-    inputs = trunk.class_embedding(classes_B)[:, None], trunk.label_embedding(labels_BL[:, :-1])
+    backbone, dropout = model.backbone, model.config.dropout if model.training else 0.0
+    inputs = (
+        backbone.class_embedding(classes_B)[:, None],
+        backbone.label_embedding(labels_BL[:, :-1]),
+    )
     x_BTD = F.dropout(torch.cat(inputs, dim=1), dropout)
-    rotation_TP2 = trunk.rope.table[: labels_BL.shape[1]]
+    rotation_TP2 = backbone.rotation(0, labels_BL.shape[1])
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (part.repeat_interleave(1, dim=1) for part in (k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    for layer in trunk.layers:
+    for layer in backbone.layers:
         x_BTD = _block(layer, x_BTD, rotation_TP2, attend, dropout)
-    logits_BLK = model.head(_norm(x_BTD, trunk.norm)).float().contiguous()
-    return F.cross_entropy(logits_BLK.view(-1, model.count), labels_BL.reshape(-1))
+    logits_BLK = model.head(_norm(x_BTD, backbone.norm)).float().contiguous()
+    return F.cross_entropy(logits_BLK.view(-1, model.vocab_size), labels_BL.reshape(-1))
 
 
 # --- The transformer ------------------------------------------------------------------------------

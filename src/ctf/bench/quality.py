@@ -23,7 +23,7 @@ from ctf.evaluation.classifier import shipped_classifier
 from ctf.evaluation.evaluate import sample_accuracy
 from ctf.evaluation.metrics import Accuracy
 from ctf.evaluation.sample_cache import GenerationConfig
-from ctf.kernels.sampling_cpu import Engine
+from ctf.kernels import Engine
 from ctf.models import sampling
 from ctf.pipelines.folder import find_pipeline
 from ctf.pipelines.pipeline import Pipeline
@@ -113,7 +113,7 @@ def cross_entropy(pipe: Pipeline, codes_NL: Tensor, classes_N: Tensor) -> tuple[
     for codes_BL, classes_B in zip(codes_NL.split(BATCH), classes_N.split(BATCH), strict=True):
         labels_BL = pipe.clusters.labels_V[codes_BL]
         # Step by step, since the rounding of cached keys and values counts, too.
-        decoder = sampling.Decoder(pipe.coarse, classes_B, guided=False)
+        decoder = sampling.CoarseDecoder(pipe.coarse, classes_B, guided=False)
         for i, labels_B in enumerate(labels_BL.unbind(1)):
             coarse += _summed(decoder.logits(labels_BL, i, 1.0), labels_B)
         if pipe.fine is not None:

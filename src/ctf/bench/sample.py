@@ -22,21 +22,23 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ctf import kernels
 from ctf.bench import harness, llamagen_reference
 from ctf.bench.harness import Group, Results, Timing
 from ctf.bench.shapes import IMAGENET, PAPER, RECOMMENDED, Shapes
 from ctf.bench.work import Machine, Work, coarse_step, fine_pass
 from ctf.common.errors import UserError
+from ctf.common.precision import supports_bf16
 from ctf.common.progress import Progress
-from ctf.kernels import sampling_cpu
-from ctf.kernels.sampling_cpu import Engine
+from ctf.kernels import Engine
+from ctf.kernels.products import Int8, Packed
+from ctf.kernels.sampling_cpu import GrowingCache, PackedSwiGLU
 from ctf.models import sampling
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.sampling import Sampling
 from ctf.models.sizes import SIZES
 from ctf.models.tokenizer import VQModel
-from ctf.models.transformer import KVCache
 from ctf.training import cost
 
 FILE = "sample.json"
@@ -175,13 +177,14 @@ def engine_steps(
     """The steps of a coarse model as the pipeline takes them."""
 
     def at(position: int) -> Callable[[], Tensor]:
-        decoder = sampling.Decoder(model, classes_B, guided=guidance != 1)
+        decoder = sampling.CoarseDecoder(model, classes_B, guided=guidance != 1)
         decoder.cached = [position, position]
-        room = min(-(-position // KVCache.BLOCK) * KVCache.BLOCK, model.config.length)
+        room = min(-(-position // GrowingCache.BLOCK) * GrowingCache.BLOCK, model.config.length)
         for stored in (decoder.cache.k, decoder.cache.v):
-            apart = stored[:LAYERS_APART]
-            if apart[0].shape[2] < room:  # filled with any numbers
-                apart = [k.new_full((*k.shape[:2], room, k.shape[3]), 0.01) for k in apart]
+            room = max(room, stored[0].shape[2])  # all of it from the start, if it does not grow
+            apart = [
+                k.new_full((*k.shape[:2], room, k.shape[3]), 0.01) for k in stored[:LAYERS_APART]
+            ]
             stored[:] = [apart[layer % len(apart)] for layer in range(len(stored))]
         return lambda: sampling.choose(
             decoder.logits(labels_BL, position, guidance), uniforms_B, 1.0, 0, 1.0
@@ -258,7 +261,7 @@ class _Stages:
                 ways.append(self._coarse_way("plain", model, steps, batch, rounded))
             del model
         # Where the cache grows there is one step, between two such positions 31.
-        block = KVCache.BLOCK
+        block = GrowingCache.BLOCK
         starts = range(0, length, block)
         counts = {p: n for s in starts for p, n in ((s, 1), (s + block // 2, block - 1))}
         return self._measure(machine, ways, counts, last=length - 1)
@@ -269,9 +272,11 @@ class _Stages:
         config, rows, dtype = (
             model.config,
             self.benchmark.halves * batch,
-            model.trunk.cached_as()[1],
+            model.backbone.cache(1).k[0].dtype,
         )
-        step = partial(coarse_step, config, model.count, rows, int8="int8" in name, cached=dtype)
+        step = partial(
+            coarse_step, config, model.vocab_size, rows, int8="int8" in name, cached=dtype
+        )
         works = [step(position) for position in range(config.length)]
         numbers = 2 * config.layers * rows * config.width * cached
         return _Way(name, model, steps, works, dtype.itemsize * numbers)
@@ -309,7 +314,7 @@ class _Stages:
         for name, own in {"plain": plain, **self._prepared(plain)}.items():
             call = partial(own.decode, codes_BL)
             facts[f"{name} difference"] = float((call() - plain_BCHW).abs().mean()) * 127.5
-            low = name == "int8" and sampling_cpu.multiplies_bfloat16()
+            low = name == "int8" and supports_bf16(self.device)
             work = Work(bf16=operations) if low else Work(fp32=operations)
             ways.append(_Way(name, own, _always(call), [work]))
         return self._measure(machine, ways, facts=facts)
@@ -362,7 +367,7 @@ class _Stages:
         settings = Sampling(guidance=self.benchmark.guidance, top_k=1)
         inputs = (model, torch.arange(GREEDY_BATCH), uniforms_BL, settings)
         plain = harness.timed(lambda: llamagen_reference.sample(*inputs), self.device)
-        sampling_cpu.prepare(model, None, None, "auto")
+        kernels.for_sampling(model, None, None, "auto")
         ours = harness.timed(lambda: sampling.sample_coarse(*inputs), self.device)
         facts = {
             "labels": float(plain[1].numel()),
@@ -393,7 +398,7 @@ class _Stages:
         copies = {}
         for engine in self.benchmark.engines:
             copies[str(engine)] = own = copy.deepcopy(model)
-            sampling_cpu.prepare(
+            kernels.for_sampling(
                 own if isinstance(own, CoarseModel) else None,
                 own if isinstance(own, FineModel) else None,
                 own if isinstance(own, VQModel) else None,
@@ -416,10 +421,8 @@ def weight_bytes(model: nn.Module) -> int:
     total = 0
     for part in model.modules():
         total += sum(p.numel() * p.element_size() for p in part.parameters(recurse=False))
-        if isinstance(part, sampling_cpu.Packed):
-            total += part.packed.numel() * 4
-        elif isinstance(part, sampling_cpu.Int8):
-            total += part.size
-        elif isinstance(part, sampling_cpu.PackedSwiGLU):
+        if isinstance(part, (Packed, Int8)):
+            total += part.bytes()
+        elif isinstance(part, PackedSwiGLU):
             total += weight_bytes(part.first[0])
     return total

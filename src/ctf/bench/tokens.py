@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 
+from ctf import kernels
 from ctf.bench import harness, llamagen_reference
 from ctf.bench.shapes import IMAGENET, Shapes
 from ctf.common import memory, rng, storage
@@ -32,7 +33,6 @@ from ctf.data.image_set import ImageSet, Splits
 from ctf.data.images import open_images
 from ctf.data.tokens import MANIFEST, Manifest, Shard, SplitManifest, Tokens
 from ctf.data.transforms import PLAIN, VIEWS, View, as_tensor
-from ctf.kernels import tokenizer_cpu
 from ctf.models.coarse import CoarseModel
 from ctf.models.tokenizer import VQModel
 from ctf.pipelines.pipeline import Pipeline
@@ -226,7 +226,7 @@ def equal_codes(device: torch.device, images: int = 1000) -> float:
     codes = []
     for dtype in (torch.float32, torch.bfloat16):
         own = copy.deepcopy(tokenizer)
-        tokenizer_cpu.prepare(own, "encoder", dtype)
+        kernels.for_encoding(own, dtype)
         batches = [as_tensor(batch, device) for batch in np.array_split(pixels_BHWC, 20)]
         codes.append(torch.cat([own.encode(batch_BCHW) for batch_BCHW in batches]))
     return float((codes[0] == codes[1]).float().mean())

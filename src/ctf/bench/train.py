@@ -39,10 +39,11 @@ from ctf.data.tokens import Tokens
 from ctf.models.clusters import Clusters, identity
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
+from ctf.models.objectives import coarse_objective, fine_objective
 from ctf.models.sizes import SIZES, training_flops
 from ctf.training import optim
 from ctf.training.loop import Execution
-from ctf.training.transformers import Trainer, TrainingConfig, coarse_objective, fine_objective
+from ctf.training.transformers import Trainer, TrainingConfig
 
 FILE = "train.json"
 IMAGES = 256  # in the tokens that are read; any number will do

@@ -147,11 +147,11 @@ class ExecutionOptions:
         Raises:
             UserError: the device does not support the precision.
         """
+        from ctf import kernels
         from ctf.common.precision import uses_bf16
-        from ctf.kernels import sampling_cpu
         from ctf.training.loop import Execution
 
-        compiled = self.compile and sampling_cpu.available("compile", device)
+        compiled = self.compile and kernels.available("compile", device)
         if self.compile and not compiled and warn:
             print("--compile: PyTorch finds no compiler, continuing without", file=sys.stderr)
         uses_bf16(self.precision, device)

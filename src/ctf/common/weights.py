@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str | 
     Raises:
         UserError: A tensor is missing, unknown, or of another shape; names the first.
     """
+    # Folders and states written before the backbone got its name call it `trunk`.
+    tensors = {re.sub(r"^trunk\.", "backbone.", name): value for name, value in tensors.items()}
     own = module.state_dict()
     for name in own:
         if name not in tensors:

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from ctf import kernels
 from ctf.common import claims, memory, signals, storage
 from ctf.common.config import from_json, to_json
 from ctf.common.distributed import ALONE, World
@@ -26,7 +27,6 @@ from ctf.data import shards
 from ctf.data.image_set import ImageSet, Splits
 from ctf.data.tokens import MANIFEST, Manifest, Shard, Split, SplitManifest, is_damaged
 from ctf.data.transforms import VIEWS, as_tensor
-from ctf.kernels import tokenizer_cpu
 from ctf.models.tokenizer import VQModel
 
 
@@ -119,7 +119,7 @@ def extract(
     world.on_main(lambda: _claim(folder, manifest))
 
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer_cpu.prepare(tokenizer, "encoder", torch.bfloat16 if bf16 else torch.float32)
+    kernels.for_encoding(tokenizer, torch.bfloat16 if bf16 else torch.float32)
     with signals.termination_requested() as stop:
         extraction = _Extraction(tokenizer, folder, manifest, config.batch_size, stop)
         extraction.run(sets, order, progress, world)

@@ -1,1 +1,157 @@
-"""The mathematics of `ctf.models`, computed faster: modules that replace those of a plain model."""
+"""The same mathematics as in `ctf.models`, faster. Nothing in `ctf.models` knows of this package.
+
+A model is built plain. A function of this module then makes it ready for what it will be used
+for, in place:
+
+    for_training(model)                            forward and backward passes
+    for_evaluation(model)                          losses and logits without gradients
+    for_sampling(coarse, fine, tokenizer, engine)  the stages of a pipeline
+    for_encoding(tokenizer, dtype)                 the tokenizer's encoder
+
+Where it can, it only changes the class of a module (`replace`): parameters, their names and their
+hooks stay as they are, so the model is saved, copied, averaged, sharded and wrapped as before.
+What a machine lacks is left plain.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ctf.common.precision import supports_bf16
+from ctf.kernels import compiled, tokenizer_cpu, train_cpu
+from ctf.kernels.logits import LeanCoarseModel, LeanFineModel
+from ctf.kernels.products import Int8, Packed, has_layer
+from ctf.kernels.sampling_cpu import GrowingCache, pack
+from ctf.models.coarse import CoarseModel
+from ctf.models.fine import FineModel
+from ctf.models.tokenizer import VQModel
+from ctf.models.transformer import Attention, Backbone
+
+Engine = Literal["auto", "eager", "compile", "int8"]
+Transformer = CoarseModel | FineModel
+
+
+def replace(module: nn.Module, faster: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+    """Give all modules of the classes that are keys of `faster` the classes that are its values."""
+    for part in module.modules():
+        part.__class__ = faster.get(type(part), type(part))
+
+
+def for_evaluation(model: nn.Module) -> None:
+    """Prepare a coarse model, a fine model or a tokenizer to be evaluated.
+
+    Losses and logits take little memory, and a processor finds the nearest code faster.
+    """
+    replace(model, {CoarseModel: LeanCoarseModel, FineModel: LeanFineModel})
+    if _device(model).type == "cpu":
+        replace(model, {VQModel: tokenizer_cpu.CpuVQModel})
+
+
+def for_training(model: Transformer | VQModel, *, compile: bool = False) -> None:
+    """Prepare a coarse model, a fine model or a tokenizer to be trained on the device it is on.
+
+    Args:
+        model: weights in float32.
+        compile: compile the blocks of a transformer.
+    """
+    for_evaluation(model)
+    if isinstance(model, VQModel):
+        return
+    backbone = model.backbone
+    if compile:
+        for layer in backbone.layers:
+            replace(layer, {Attention: compiled.Attention})
+            layer.forward = torch.compile(layer.forward)
+    if _device(model).type == "cpu":
+        # Compiled blocks stay as they are: the compiler fuses their operators itself.
+        for part in (backbone.dropout, backbone.norm) if compile else (backbone,):
+            replace(part, train_cpu.FASTER)
+
+
+def for_sampling(
+    coarse: CoarseModel | None,
+    fine: FineModel | None,
+    tokenizer: nn.Module | None,
+    engine: Engine = "auto",
+) -> None:
+    """Prepare the models of a pipeline to sample; each replaced layer is freed at once.
+
+    Warns where the machine lacks what `engine` needs.
+
+    Args:
+        coarse: in evaluation mode, as the others.
+        fine: None if each cluster has one member.
+        tokenizer: left as it is, unless it is a `VQModel`.
+        engine: "eager" computes with PyTorch's own layers. "auto" computes the same, up to
+            rounding, as fast as is known: packed on a processor, compiled on a GPU. "compile"
+            compiles the steps of the coarse model. "int8" computes nearly the same: transformers
+            in 8-bit integers and, where the processor multiplies bfloat16, the cached keys and
+            values and the decoder's convolutions in that.
+    """
+    models = [model for model in (coarse, fine, tokenizer) if model is not None]
+    for model in models:
+        for_evaluation(model)
+    device = _device(models[0])
+    if engine == "auto" and device.type == "cuda":
+        engine = "compile" if available("compile", device) else "eager"
+    if not available(engine, device):
+        if engine != "auto":
+            text = f"{engine} is not available for {device.type} here; computing without it"
+            warnings.warn(text, stacklevel=2)
+        engine = "eager"
+    if engine == "compile":
+        if coarse is not None:
+            faster = {Attention: compiled.Attention, Backbone: compiled.CompiledBackbone}
+            replace(coarse.backbone, faster)
+        return
+    if coarse is not None and device.type == "cpu":
+        coarse.backbone.cache_class = GrowingCache
+    if engine == "eager":
+        return
+    kind = Int8 if engine == "int8" else Packed
+    low = torch.bfloat16 if engine == "int8" and supports_bf16(device) else None
+    if coarse is not None:
+        pack(coarse, kind)
+        coarse.backbone.cache_dtype = low
+    if fine is not None:
+        pack(fine.backbone, kind)  # its head is read in slices, by cluster
+    if isinstance(tokenizer, VQModel):
+        tokenizer_cpu.prepare(tokenizer, tokenizer.decoder, low or torch.float32)
+
+
+def for_encoding(tokenizer: VQModel, dtype: torch.dtype = torch.float32) -> None:
+    """Prepare the encoder of a tokenizer.
+
+    Args:
+        tokenizer: in evaluation mode.
+        dtype: of the convolutions in residual blocks. In float32 all is equal up to rounding.
+    """
+    for_evaluation(tokenizer)
+    tokenizer_cpu.prepare(tokenizer, tokenizer.encoder, dtype)
+
+
+def available(engine: Engine, device: torch.device) -> bool:
+    """Whether this machine has what `engine` needs on `device`."""
+    match engine:
+        case "eager":
+            return True
+        case "compile":
+            return compiled.compiles(device.type)
+        case "auto":
+            return device.type == "cpu" and has_layer(Packed)
+        case "int8":
+            return device.type == "cpu" and has_layer(Int8)
+
+
+def is_exact(model: nn.Module) -> bool:
+    """Whether a model still has the weights that it was loaded with, so that it can be saved."""
+    return not any(isinstance(part, Int8) for part in model.modules())
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -2,29 +2,31 @@
 
 With identity clusters (K = V) it is the full-vocabulary baseline, LlamaGen's own model.
 
-Shapes: B batch, L labels of an image, K clusters, D width.
+Shapes: B batch, T positions, L labels of an image, K clusters, D width.
 """
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctf.models.transformer import KVCache, TransformerConfig, Trunk, zero_head
+from ctf.models.transformer import Backbone, KVCache, TransformerConfig, zero_head
 
 
 class CoarseModel(nn.Module):
     """A class-conditional causal transformer over the labels of an image, row by row.
 
     Args:
-        count: K, the labels that there are.
+        config: its shape.
+        vocab_size: K, the number of labels.
     """
 
-    def __init__(self, config: TransformerConfig, count: int) -> None:
+    def __init__(self, config: TransformerConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
-        self.count = count
-        self.trunk = Trunk(config, count)
-        self.head = zero_head(config.width, count)
+        self.vocab_size = vocab_size
+        self.backbone = Backbone(config, vocab_size)
+        self.head = zero_head(config.width, vocab_size)
 
     @property
     def no_class(self) -> int:
@@ -32,7 +34,7 @@ class CoarseModel(nn.Module):
         return self.config.classes
 
     def forward(self, labels_BL: Tensor, classes_B: Tensor) -> Tensor:
-        """Teacher-forced logits (B, L, K): those of label i follow from the class and labels < i.
+        """Teacher-forced logits (B, L, K): those of label i depend on the class and labels < i.
 
         Args:
             labels_BL: int64 in [0, K).
@@ -42,19 +44,17 @@ class CoarseModel(nn.Module):
         return logits_BLK
 
     def hidden(self, labels_BL: Tensor, classes_B: Tensor) -> Tensor:
-        """What the logits of `forward` are products of, with the head's rows: (B, L, D)."""
-        hidden_BLD: Tensor = self.trunk(labels_BL[:, :-1], classes_B, causal=True)
+        """Input of the output layer for `forward`: (B, L, D)."""
+        hidden_BLD: Tensor = self.backbone(labels_BL[:, :-1], classes_B, causal=True)
         return hidden_BLD
+
+    def loss(self, labels_BL: Tensor, classes_B: Tensor) -> Tensor:
+        """Mean cross-entropy of the labels, -log p(k_i | c, k_<i), in nats a token: a scalar."""
+        return F.cross_entropy(self(labels_BL, classes_B).flatten(0, 1), labels_BL.flatten())
 
     def step(
         self, inputs_BT: Tensor, start: int, cache: KVCache, images: slice = slice(None)
     ) -> Tensor:
-        """Logits (B, K) of label `start` + T - 1, what came before the inputs being in `cache`.
-
-        Args:
-            inputs_BT: what stands at positions `start` to `start` + T - 1: the class at position 0,
-                label i at position i + 1.
-            images: which of those in the cache these are.
-        """
-        logits_BK: Tensor = self.head(self.trunk.step(inputs_BT, start, cache, images)[:, -1])
+        """Logits (B, K) of label `start` + T - 1; arguments as in `Backbone.step`."""
+        logits_BK: Tensor = self.head(self.backbone.step(inputs_BT, start, cache, images)[:, -1])
         return logits_BK

@@ -193,7 +193,7 @@ def guidance_scales(settings: Sampling, length: int) -> list[float]:
     return scales
 
 
-class Decoder:
+class CoarseDecoder:
     """The coarse model at work on a batch: here, and nowhere else, its transformer takes steps.
 
     Under guidance the batch has a second half, the same images without their class. Each half is
@@ -204,7 +204,7 @@ class Decoder:
     def __init__(self, model: CoarseModel, classes_B: Tensor, *, guided: bool) -> None:
         self.model = model
         self.classes = _with_no_class(classes_B, model.no_class) if guided else classes_B
-        self.cache = model.trunk.cache(len(self.classes))
+        self.cache = model.backbone.cache(len(self.classes))
         self.cached = [0, 0]  # positions of each half
 
     @torch.inference_mode()
@@ -258,7 +258,7 @@ def stream_coarse(
     drawn_L = drawn_BL.any(0).tolist()
     scales = guidance_scales(settings, model.config.length)
     guided = any(scale != 1 and drawn for scale, drawn in zip(scales, drawn_L, strict=True))
-    decoder = Decoder(model, classes_B, guided=guided)
+    decoder = CoarseDecoder(model, classes_B, guided=guided)
     for position, scale in enumerate(scales):
         if drawn_L[position]:
             labels_B = choose(

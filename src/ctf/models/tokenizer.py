@@ -10,7 +10,6 @@ Shapes: B batch, C code dimension, H, W height and width, L codes of an image, V
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,7 @@ from torch import Tensor, nn
 
 from ctf.common.errors import UserError
 
-# Vectors looked up at once on a CPU: the cache holds their products with 16384 codes, 2 MB.
-LOOK_UP_ROWS = 32
-LOOK_UP_BLOCK = 256  # codes at the most whose largest product is found before its index
+LOOK_UP_ROWS = 4096  # vectors whose nearest codes are found at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,19 +109,8 @@ class VQModel(nn.Module):
         codebook_CV = self.codebook().T
         # On the unit sphere the nearest is the one with the largest product. In slices: the
         # (N, V) products of a large batch would be the largest tensor of all.
-        rows = LOOK_UP_ROWS if vectors_NC.device.type == "cpu" else 128 * LOOK_UP_ROWS
-        return torch.cat([_argmax(part @ codebook_CV) for part in vectors_NC.split(rows)])
-
-
-def _argmax(products_NV: Tensor) -> Tensor:
-    """Index of the first of the largest products, as argmax has it, which takes an order of
-    magnitude longer than amax on a CPU; so only one block of codes is searched by it.
-    """
-    size = math.gcd(products_NV.shape[1], LOOK_UP_BLOCK)
-    blocks_NBS = products_NV.unflatten(1, (-1, size))
-    block_N = blocks_NBS.amax(-1).argmax(-1)
-    rows_N = torch.arange(len(block_N), device=block_N.device)
-    return block_N * size + blocks_NBS[rows_N, block_N].argmax(-1)
+        parts = vectors_NC.split(LOOK_UP_ROWS)
+        return torch.cat([(part_NC @ codebook_CV).argmax(-1) for part_NC in parts])
 
 
 class Encoder(nn.Module):

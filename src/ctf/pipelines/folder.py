@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ctf import kernels
 from ctf.common import claims, config, storage
 from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
 from ctf.common.weights import init_empty_weights, load_strict
-from ctf.kernels import sampling_cpu
 from ctf.models.clusters import Clusters, fingerprint
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
@@ -202,8 +202,9 @@ def _load_transformer(
     model: Transformer, folder: Path, device: torch.device, tensors: Mapping[str, Tensor] | None
 ) -> Transformer:
     _load_weights(model, folder, tensors)
-    model.trunk.rope.to_empty(device="cpu")  # not stored: it computes its values when needed
-    return model.to(device).eval().requires_grad_(False)
+    model.to(device).eval().requires_grad_(False)
+    kernels.for_evaluation(model)
+    return model
 
 
 def _load_weights(
@@ -222,7 +223,9 @@ def load_tokenizer(folder: Path, device: torch.device | str = "cpu") -> VQModel:
     with init_empty_weights():
         model = VQModel(config.from_json(TokenizerConfig, stored.get("model"), f"{path}: model"))
     _load_weights(model, folder)
-    return to_channels_last(model, torch.device(device)).eval().requires_grad_(False)
+    to_channels_last(model, torch.device(device)).eval().requires_grad_(False)
+    kernels.for_evaluation(model)
+    return model
 
 
 def to_channels_last(module: M, device: torch.device) -> M:
@@ -277,7 +280,7 @@ def save(pipe: Pipeline, folder: Path, dtype: torch.dtype | None) -> None:
     }
     if pipe.fine is not None:
         models["fine"] = (pipe.fine, {**coarse_config, "softmax": pipe.fine.softmax})
-    if not all(sampling_cpu.is_exact(model) for model, _ in models.values()):
+    if not all(kernels.is_exact(model) for model, _ in models.values()):
         raise UserError(
             "a pipeline loaded with the engine int8 cannot be saved: its weights are quantised\n"
             "load it with the engine auto or eager instead"

@@ -88,8 +88,7 @@ def batches(pipe: Pipeline, request: Request) -> Iterator[Batch]:
 
 def max_batch(pipe: Pipeline, settings: Sampling) -> int:
     """Return BATCH_SIZE, or less if the cache of keys and values would take half the memory."""
-    config, (_, dtype) = pipe.coarse.config, pipe.coarse.trunk.cached_as()
-    cache_bytes = 2 * config.layers * config.length * config.width * dtype.itemsize
+    cache_bytes = pipe.coarse.backbone.cache_bytes()
     halves = 1 if settings.guidance == 1 else 2
     return min(BATCH_SIZE, max(1, memory.available(pipe.device) // 2 // (halves * cache_bytes)))
 

@@ -263,14 +263,14 @@ def _assemble(vq: Path, gpt: Path, size: str | None, image_size: int | None) -> 
     image_size = image_size or _image_size(stored_vq, stored_gpt, found)
     tokenizer = _tokenizer(stored_vq, vq, image_size)
     coarse = _transformer(stored_gpt, gpt, found, tokenizer.grid)
-    if coarse.count != tokenizer.config.codebook_size:
+    if coarse.vocab_size != tokenizer.config.codebook_size:
         raise UserError(
-            f"{gpt} predicts {coarse.count} codes, but {vq} has {tokenizer.config.codebook_size}: "
-            "they don't belong together"
+            f"{gpt} predicts {coarse.vocab_size} codes, but {vq} has "
+            f"{tokenizer.config.codebook_size}: they don't belong together"
         )
     return Pipeline(
         tokenizer,
-        clusters.identity(coarse.count),
+        clusters.identity(coarse.vocab_size),
         coarse,
         None,
         _class_names(coarse.config.classes),
@@ -335,7 +335,7 @@ def _image_size(vq: Stored, gpt: Stored, size: str) -> int:
 
 
 def _transformer(stored: Stored, path: Path, size: str, grid: int) -> CoarseModel:
-    count = len(stored.weights[EMBEDDING])
+    vocab_size = len(stored.weights[EMBEDDING])
     classes = stored.weights.get(CLASSES)
     if classes is None:
         raise UserError(
@@ -354,15 +354,14 @@ def _transformer(stored: Stored, path: Path, size: str, grid: int) -> CoarseMode
             "choose another --image-size"
         )
     with init_empty_weights():
-        model = CoarseModel(shape, count)
+        model = CoarseModel(shape, vocab_size)
     _fill(model, {ours: _gpt_name(ours) for ours in model.state_dict()}, stored, path, hint)
-    model.trunk.rope.to_empty(device=torch.device("cpu"))
     return model
 
 
 GPT_NAMES = (
     ("head.", "output."),
-    ("trunk.", ""),
+    ("backbone.", ""),
     ("class_embedding.", "cls_embedding.embedding_table."),
     ("label_embedding.", "tok_embeddings."),
     ("attention.qkv.", "attention.wqkv."),

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ctf import kernels
 from ctf.common.deprecation import renamed_keywords
 from ctf.common.errors import UserError
 from ctf.common.progress import OpenProgress, Progress
-from ctf.kernels import sampling_cpu
-from ctf.kernels.sampling_cpu import Engine
+from ctf.kernels import Engine
 from ctf.models import sampling
 from ctf.models.clusters import Clusters
 from ctf.models.coarse import CoarseModel
@@ -97,7 +97,7 @@ class Pipeline:
             force_download=force_download,
         )
         pipe = cls(**load_parts(path, torch.device(device)))
-        sampling_cpu.prepare(pipe.coarse, pipe.fine, pipe.tokenizer, engine)
+        kernels.for_sampling(pipe.coarse, pipe.fine, pipe.tokenizer, engine)
         return pipe
 
     def save_pretrained(

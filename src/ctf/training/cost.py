@@ -28,9 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ctf.common.errors import UserError
 from ctf.data.transforms import VIEWS
-from ctf.kernels.losses import SLICE
+from ctf.kernels.logits import SLICE
 from ctf.models.tokenizer import TokenizerConfig, VQModel
-from ctf.models.transformer import TransformerConfig, Trunk, zero_head
+from ctf.models.transformer import Backbone, TransformerConfig, zero_head
 from ctf.training.loop import DEFAULT_EXECUTION, Execution
 from ctf.training.recipes import IMAGENET, Recipe
 from ctf.training.tokenizer import PatchDiscriminator, TokenizerTraining
@@ -110,7 +110,7 @@ def count(build: Callable[[], nn.Module]) -> int:
 
 def transformer(config: TransformerConfig, labels: int, outputs: int) -> nn.Module:
     """What has the parameters of a model that reads `labels` labels and has `outputs` outputs."""
-    return nn.Sequential(Trunk(config, labels), zero_head(config.width, outputs))
+    return nn.Sequential(Backbone(config, labels), zero_head(config.width, outputs))
 
 
 def block_weights(config: TransformerConfig) -> int:
@@ -354,7 +354,7 @@ def fine_cost(
 
 
 def _sliced(tokens: int, outputs: int) -> int:
-    """Bytes of `losses.cross_entropy`: a slice in single precision, its products, its gradient."""
+    """Bytes of `logits.cross_entropy`: a slice in single precision, its products, its gradient."""
     return min(SLICE, tokens * outputs) * (FLOAT + 2 * HALF)
 
 

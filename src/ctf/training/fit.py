@@ -29,7 +29,7 @@ from ctf.data import extraction, tokens  # fmt: skip
 from ctf.data.image_set import Splits
 from ctf.data.tokens import Tokens
 from ctf.data.transforms import VIEWS, as_tensor
-from ctf.models import clusters
+from ctf.models import clusters, objectives
 from ctf.models.clusters import Clusters, ClustersConfig
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
@@ -379,7 +379,7 @@ def make_trainer(
     """
     train, val = open_tokens(run)
     shape = model_config(run, kind, parts, recipe, train, source)
-    taught: transformers.Objective | None = None
+    training_objective: objectives.Objective | None = None
     if kind == "coarse":
         t = recipe.coarse_training
         torch.manual_seed(t.seed)
@@ -388,7 +388,7 @@ def make_trainer(
             first = weights(source, parts, train, coarse, world.device)
             first = {name: tensor.cpu() for name, tensor in first.items()}
             load_strict(coarse, first, "the first weights")
-        objective = transformers.coarse_objective(parts)
+        objective = objectives.coarse_objective(parts)
         if (weight := recipe.group_loss.weight) > 0:
             if parts.largest > 1:
                 raise UserError(
@@ -397,15 +397,17 @@ def make_trainer(
                 )
             codebook_VC = load_tokenizer(run / "tokenizer").codebook()
             groups = clusters.fit(codebook_VC, recipe.group_loss.clusters)
-            taught = transformers.grouped_objective(groups, weight)
+            training_objective = objectives.grouped_objective(groups, weight)
     else:
         t = recipe.fine_training
         torch.manual_seed(t.seed)
         model = FineModel(shape, parts, recipe.fine_softmax)
-        objective = transformers.fine_objective(parts)
+        objective = objectives.fine_objective(parts)
         if recipe.fine_corruption > 0:
-            taught = transformers.corrupted_objective(parts, recipe.fine_corruption)
-    return transformers.Trainer(model, objective, train, val, t, world, execution, taught)
+            training_objective = objectives.corrupted_objective(parts, recipe.fine_corruption)
+    return transformers.Trainer(
+        model, objective, train, val, t, world, execution, training_objective
+    )
 
 
 def train_model(

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ctf import kernels
 from ctf.common.errors import UserError
 from ctf.models.fine import FineModel
 from ctf.pipelines import card
@@ -174,6 +175,7 @@ def in_training(run: Path) -> Pipeline:
         else:
             smallest = dataclasses.replace(coarse.config, width=4, layers=1, heads=1)
             fine = FineModel(smallest, parts).eval()  # its head is zero
+    kernels.for_sampling(coarse, fine, tokenizer, "eager")
     return Pipeline(tokenizer, parts, coarse, fine, **vars(settings))
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctf import kernels
 from ctf.common import config, rng
 from ctf.common.distributed import ALONE, World
 from ctf.common.errors import UserError
@@ -122,6 +123,7 @@ class TokenizerTrainer:
         device = world.device
         torch.manual_seed(training.seed)
         self.model = to_channels_last(VQModel(model_config), device)
+        kernels.for_training(self.model)
         self.reconstruction = world.wrap(Reconstruction(self.model), unused=True)
         self.optimizer = self._make_optimizer(self.model)
         self.usage_V = torch.ones(model_config.codebook_size, device=device)

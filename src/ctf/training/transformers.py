@@ -9,36 +9,30 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as checkpointed
 
+from ctf import kernels
 from ctf.common import rng
 from ctf.common.distributed import World
 from ctf.common.errors import UserError
 from ctf.common.precision import uses_bf16
 from ctf.data.tokens import Tokens
-from ctf.kernels.losses import cross_entropy
-from ctf.models.clusters import Clusters
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
+from ctf.models.objectives import Objective
 from ctf.training import optim
 from ctf.training.loop import DEFAULT_EXECUTION, Execution
 from ctf.training.state import collect, restore
 
-IGNORED = -100  # a target that nothing is asked of
-
 Model = CoarseModel | FineModel
-# (model, codes_BL, classes_B) -> mean cross-entropy of a token in nats, a scalar.
-Objective = Callable[[Any, Tensor, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,82 +61,6 @@ class TrainingConfig:
                 raise UserError(f"{name}: got {getattr(self, name)}, expected 0 to 1")
 
 
-def coarse_objective(clusters: Clusters) -> Objective:
-    """Next label given the class and the labels before it (the paper's section 3.2)."""
-    labels_V = clusters.labels_V
-
-    def loss(model: CoarseModel, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
-        labels_BL = labels_V.to(codes_BL.device)[codes_BL]
-        return cross_entropy(model.hidden(labels_BL, classes_B), model.head.weight, labels_BL)
-
-    return loss
-
-
-def fine_objective(clusters: Clusters) -> Objective:
-    """Each exact code given the class and all true labels (the paper's section 3.2)."""
-    labels_V = clusters.labels_V
-
-    def loss(model: FineModel, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
-        labels_BL = labels_V.to(codes_BL.device)[codes_BL]
-        if model.softmax == "full":
-            hidden_BLD = model.hidden(labels_BL, classes_B)
-            return cross_entropy(hidden_BLD, model.head.weight[model.rows_V], codes_BL)
-        logits_BLS = model(labels_BL, classes_B)
-        return F.cross_entropy(logits_BLS.flatten(0, 1), model.choices(codes_BL).flatten())
-
-    return loss
-
-
-def grouped_objective(groups: Clusters, weight: float) -> Objective:
-    """What a full-vocabulary model learns with the cluster loss of IAR (arXiv 2501.00880).
-
-    To the cross-entropy of each code comes `weight` times that of its group, whose probability is
-    the sum of its members'.
-    """
-    labels_V, members_KS = groups.labels_V, groups.members_KS
-
-    def loss(model: CoarseModel, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
-        logs_TV = model(codes_BL, classes_B).flatten(0, 1).log_softmax(-1)
-        own_T = logs_TV.gather(1, codes_BL.view(-1, 1))[:, 0]
-        # Only the group of the right code is asked for: the sum over its members.
-        device = codes_BL.device
-        members_TS = members_KS.to(device)[labels_V.to(device)[codes_BL.flatten()]]
-        logs_TS = logs_TV.gather(1, members_TS.clamp(min=0))
-        group_T = logs_TS.masked_fill(members_TS < 0, -torch.inf).logsumexp(-1)
-        return -(own_T + weight * group_T).mean()
-
-    return loss
-
-
-def corrupted_objective(clusters: Clusters, share: float) -> Objective:
-    """What a fine model learns that is to bear mistakes of the coarse one.
-
-    Each label is, with probability `share`, that of another token of the batch. Such a token has no
-    right answer among the members of its wrong cluster: nothing is asked of it there. With softmax
-    "full" it has, and it is asked.
-    """
-    labels_V = clusters.labels_V
-
-    def loss(model: FineModel, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
-        labels_BL = labels_V.to(codes_BL.device)[codes_BL]
-        # From torch's global generator, which is set for each step.
-        wrong_BL = torch.rand(labels_BL.shape, device=labels_BL.device) < share
-        order_T = torch.randperm(labels_BL.numel(), device=labels_BL.device)
-        others_BL = labels_BL.flatten()[order_T].view_as(labels_BL)
-        given_BL = torch.where(wrong_BL, others_BL, labels_BL)
-        if model.softmax == "full":
-            hidden_BLD = model.hidden(given_BL, classes_B)
-            return cross_entropy(hidden_BLD, model.head.weight[model.rows_V], codes_BL)
-        logits_BLS = model(given_BL, classes_B)
-        choices_BL = model.choices(codes_BL).masked_fill(wrong_BL, IGNORED)
-        total = F.cross_entropy(
-            logits_BLS.flatten(0, 1), choices_BL.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        return total / (~wrong_BL).sum().clamp(min=1)
-
-    return loss
-
-
 class Loss(nn.Module):
     """A model and its objective as one module: what uses the weights is within one forward pass,
     as DDP and FSDP expect it."""
@@ -158,7 +76,7 @@ class Loss(nn.Module):
 class Trainer:
     """A model, its moving average and its optimiser: a `loop.Trainable`.
 
-    `taught` is what it learns, where that is not the `objective` that it is evaluated by.
+    It is evaluated by `objective` and trained on `training_objective`, by default the same.
     Every process of the world trains on its share of each batch and ends with the same weights.
     Products may be in bfloat16, as `Execution.precision` says; weights and optimiser are not.
 
@@ -176,7 +94,7 @@ class Trainer:
         training: TrainingConfig,
         world: World,
         execution: Execution = DEFAULT_EXECUTION,
-        taught: Objective | None = None,
+        training_objective: Objective | None = None,
     ) -> None:
         self.model, self.training, self.world = model, training, world
         self.train, self.val = train, val
@@ -187,18 +105,17 @@ class Trainer:
         model.to(world.device).train()
         world.broadcast_module(model)
         self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
-        trained = Loss(model, taught or objective)
+        trained = Loss(model, training_objective or objective)
         self.evaluated = Loss(self.averaged, objective)
-        for layer in model.trunk.layers:
-            # Within the hooks of FSDP, which gather the weights for both.
-            if execution.compile:
-                layer.forward = torch.compile(layer.forward)
-            if execution.checkpoint_activations:
+        kernels.for_evaluation(self.averaged)
+        kernels.for_training(model, compile=execution.compile)
+        if execution.checkpoint_activations:
+            for layer in model.backbone.layers:  # within the hooks of FSDP, which gather weights
                 layer.forward = functools.partial(checkpointed, layer.forward, use_reentrant=False)
         if execution.shard and world.size > 1:
             mesh = init_device_mesh(world.device.type, (world.size,))
             for loss in (trained, self.evaluated):
-                for layer in loss.model.trunk.layers:
+                for layer in loss.model.backbone.layers:
                     fully_shard(layer, mesh=mesh)
             fully_shard(trained, mesh=mesh)
             # Nothing follows that would cut it up again.

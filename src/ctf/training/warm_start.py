@@ -1,10 +1,10 @@
 """A coarse model that starts from a full-vocabulary one, such as a released LlamaGen.
 
-The trunk is copied. The embedding of a cluster is the mean of its members'. The output row of a
+The backbone is copied. The embedding of a cluster is the mean of its members'. The output row of a
 cluster has to give what its members' rows give together, log sum_v exp(w_v . h), which no mean of
 rows does: with n equal members it is log n above it. Output layers have no bias to add that to. So
-the rows are fitted: the linear map from the new trunk's vectors to those sums of the old model, by
-least squares over some pictures. With a cluster for each code everything is a copy.
+the rows are fitted: the linear map from the new backbone's vectors to those sums of the old model,
+by least squares over some pictures. With a cluster for each code everything is a copy.
 
 Shapes: B batch, L codes of an image, D width, V codes, K clusters, T tokens.
 """
@@ -85,18 +85,18 @@ def weights(
     """
     old = source.model.to(device)
     first = old.state_dict()
-    classes_CD = first["trunk.class_embedding.weight"]
+    classes_CD = first["backbone.class_embedding.weight"]
     rows = {name: row for row, name in enumerate(source.class_names)}
     chosen = [rows.get(name, old.no_class) for name in tokens.manifest.class_names]
     chosen_C = torch.tensor([*chosen, old.no_class], device=device)
-    first["trunk.class_embedding.weight"] = classes_CD[chosen_C]
+    first["backbone.class_embedding.weight"] = classes_CD[chosen_C]
     if parts.largest == 1:
         return first
     labels_V = parts.labels_V.to(device)
-    codes_VD = first["trunk.label_embedding.weight"]
+    codes_VD = first["backbone.label_embedding.weight"]
     sums_KD = codes_VD.new_zeros(parts.count, codes_VD.shape[1])
     sums_KD.index_add_(0, labels_V, codes_VD)
-    first["trunk.label_embedding.weight"] = sums_KD / parts.sizes_K.to(device)[:, None]
+    first["backbone.label_embedding.weight"] = sums_KD / parts.sizes_K.to(device)[:, None]
     first["head.weight"] = codes_VD.new_zeros(parts.count, codes_VD.shape[1])
     new = copy.deepcopy(model).to(device).eval()
     load_strict(new, first, "the model to start from")
@@ -115,16 +115,16 @@ def _fit_head(
     width = model.config.width
     # In double precision, and on the CPU, since not every device has it.
     squares_DD = torch.zeros(width, width, dtype=torch.float64)
-    products_DK = torch.zeros(width, model.count, dtype=torch.float64)
+    products_DK = torch.zeros(width, model.vocab_size, dtype=torch.float64)
     seen = 0
     for codes_BL, classes_B in _pictures(tokens, TOKENS_PER_WIDTH * width):
         codes_BL, classes_B = codes_BL.to(labels_V.device), classes_B.to(labels_V.device)
         known_B = chosen_C[classes_B]
         labels_BL = labels_V[codes_BL]
-        new_TD = model.trunk(labels_BL[:, :-1], classes_B, causal=True).flatten(0, 1)
-        old_TD = old.trunk(codes_BL[:, :-1], known_B, causal=True).flatten(0, 1)
+        new_TD = model.backbone(labels_BL[:, :-1], classes_B, causal=True).flatten(0, 1)
+        old_TD = old.backbone(codes_BL[:, :-1], known_B, causal=True).flatten(0, 1)
         for new, was in zip(new_TD.split(SLICE), old_TD.split(SLICE), strict=True):
-            wanted_TK = _log_sums(old.head(was), labels_V, model.count)
+            wanted_TK = _log_sums(old.head(was), labels_V, model.vocab_size)
             new = new.double().cpu()
             squares_DD += new.T @ new
             products_DK += new.T @ wanted_TK.double().cpu()

@@ -1,0 +1,92 @@
+"""Compiled transformers: blocks in training, single steps in sampling.
+
+On a GPU it is the launch of many small kernels that takes the time.
+
+Shapes: B batch, T positions, L labels of an image, D width, N heads, E head dim, P rotated pairs
+of a head (E / 2), Z queries and keys.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ctf.models import transformer
+from ctf.models.transformer import Backbone, KVCache
+
+
+def rotate(x_BTZNE: Tensor, rotation_TP2: Tensor) -> Tensor:
+    """As `transformer.rotate`, in real numbers: the compiler has no complex ones."""
+    pairs = x_BTZNE.to(torch.promote_types(x_BTZNE.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    cos, sin = rotation_TP2[:, None, None].unbind(-1)
+    x, y = pairs.unbind(-1)
+    rotated = torch.stack([x * cos - y * sin, x * sin + y * cos], dim=-1)
+    return rotated.flatten(-2).type_as(x_BTZNE)
+
+
+class Attention(transformer.Attention):
+    """Attention that can be compiled."""
+
+    rotate = staticmethod(rotate)
+
+
+class CompiledBackbone(Backbone):
+    """A backbone whose single steps of a whole batch are compiled, into CUDA graphs on a GPU.
+
+    Every step attends to all positions and masks those to come: a fixed shape is worth more than
+    the work that is saved.
+    """
+
+    def step(
+        self, inputs_BT: Tensor, start: int, cache: KVCache, images: slice = slice(None)
+    ) -> Tensor:
+        """As `Backbone.step`."""
+        batch, length = inputs_BT.shape
+        if length > 1 or batch < len(cache.k[0]):
+            return super().step(inputs_BT, start, cache, images)
+        position = torch.tensor([start], device=inputs_BT.device)
+        rotations = self.rotation(0, self.config.length)
+        torch.compiler.cudagraph_mark_step_begin()
+        return self._compiled(self.embed(inputs_BT, start), rotations, position, cache.k, cache.v)
+
+    @functools.cached_property
+    def _compiled(self) -> Callable[..., Tensor]:
+        graphs = self.label_embedding.weight.device.type == "cuda"
+        mode = "reduce-overhead" if graphs else None
+        return torch.compile(self._one_step, mode=mode, fullgraph=True, dynamic=False)
+
+    def _one_step(
+        self,
+        x_B1D: Tensor,
+        rotations_LP2: Tensor,
+        position: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+    ) -> Tensor:
+        mask_L = torch.arange(self.config.length, device=position.device) <= position
+
+        def attend(layer: int, q_BN1E: Tensor, k_BN1E: Tensor, v_BN1E: Tensor) -> Tensor:
+            keys[layer].index_copy_(2, position, k_BN1E)
+            values[layer].index_copy_(2, position, v_BN1E)
+            return F.scaled_dot_product_attention(
+                q_BN1E, keys[layer], values[layer], attn_mask=mask_L[None]
+            )
+
+        for i, layer in enumerate(self.layers):
+            x_B1D = layer(x_B1D, rotations_LP2[position], functools.partial(attend, i))
+        x_B1D = self.norm(x_B1D)
+        return x_B1D
+
+
+@functools.cache
+def compiles(device: str) -> bool:
+    """Whether PyTorch finds what it needs to compile for a type of device: a compiler, Triton."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
+    except Exception:  # each missing part raises an error of its own
+        return False
+    return True

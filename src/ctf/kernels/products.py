@@ -1,0 +1,107 @@
+"""Products with a weight matrix on a processor, by operators of oneDNN that are private to PyTorch.
+
+Seen to work with PyTorch 2.13. Each has a check whether this build of PyTorch and this
+processor have it; `linear` falls back to PyTorch's own, and the others are then not used.
+
+Shapes: V rows of a matrix, D its columns.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROWS = 16  # that a packed layout is chosen for: 8 images and as many without their class
+
+
+def linear(x: Tensor, weight_VD: Tensor) -> Tensor:
+    """The product x @ weight.T for x of (..., D), in the precision of x."""
+    weight_VD = weight_VD.to(x.dtype)
+    if not has_linear(x.dtype):
+        return F.linear(x, weight_VD)
+    return _linear(x, weight_VD)
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return out
+
+
+@functools.cache
+def has_linear(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of this precision here."""
+    ones = torch.ones(2, 16, dtype=dtype)
+    try:
+        _linear(ones, ones)
+    except Exception:  # no such operator, library or instruction
+        return False
+    return True
+
+
+class Packed(nn.Module):
+    """A linear layer without bias in oneDNN's own layout, float32. Equal up to rounding."""
+
+    def __init__(self, weight_VD: Tensor) -> None:
+        super().__init__()
+        weight_VD = weight_VD.detach().float().contiguous()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_VD, ROWS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product x @ weight.T."""
+        return _linear(x, self.packed)
+
+    def weight(self) -> Tensor:
+        """The matrix in its usual layout, exactly."""
+        dense: Tensor = self.packed.to_dense()
+        return dense
+
+    def bytes(self) -> int:
+        """Memory of the weights."""
+        return int(4 * self.packed.numel())
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight()
+
+
+class Int8(nn.Module):
+    """A linear layer without bias in int8: a scale for each row of the matrix, and one for each
+    input, computed from it (dynamic quantisation).
+    """
+
+    def __init__(self, weight_VD: Tensor) -> None:
+        super().__init__()
+        weight_VD = weight_VD.detach().float().contiguous()
+        scale_V = (weight_VD.abs().amax(1) / 127).clamp(min=1e-12).double()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch announces that quantisation will move
+            quantised = torch.quantize_per_channel(
+                weight_VD, scale_V, torch.zeros(len(scale_V), dtype=torch.int64), 0, torch.qint8
+            )
+            self.packed = torch.ops.quantized.linear_prepack(quantised, None)
+        self.shape = weight_VD.shape
+        # Without VNNI, products of full range could overflow.
+        self.reduced = not torch.cpu._is_vnni_supported()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """About the product x @ weight.T."""
+        out: Tensor = torch.ops.quantized.linear_dynamic(x, self.packed, self.reduced)
+        return out
+
+    def bytes(self) -> int:
+        """Memory of the weights and scales, about."""
+        return self.shape.numel() + 4 * self.shape[0]
+
+
+@functools.cache
+def has_layer(kind: type[Packed | Int8]) -> bool:
+    """Whether layers of this kind work here."""
+    try:
+        kind(torch.ones(16, 16))(torch.ones(2, 16))
+    except Exception:  # no such operator, library or instruction
+        return False
+    return True

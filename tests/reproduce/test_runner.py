@@ -55,13 +55,13 @@ def test_results_are_published_again_from_the_files(space: Workspace, tmp_path: 
 
 
 def test_status(space: Workspace, plan: Plan) -> None:
-    (begun := space.work / f"table2-{CODES}").mkdir()
+    (started := space.work / f"table2-{CODES}").mkdir()
     states = {name: state for name, state, _ in runner.status(space)}
-    begun.rmdir()
+    started.rmdir()
     assert list(states) == list(experiments.select(plan))
     assert {states[cell.name] for cell in table1(plan)} == {"done"}
-    assert states[f"table2-{CODES}"] == "begun"
-    assert states["table3-random"] == "left"
+    assert states[f"table2-{CODES}"] == "started"
+    assert states["table3-random"] == "missing"
 
 
 def test_killed_cells_end_the_same(space: Workspace, plan: Plan, tmp_path: Path) -> None:

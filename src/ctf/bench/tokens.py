@@ -44,7 +44,7 @@ IMAGENET_IMAGES = 1_281_167  # training images of ImageNet-1k
 def measure(
     images: int = IMAGENET_IMAGES,
     size: str = "B",
-    extracted: int = 4,
+    encoded: int = 4,
     rounds: int = 3,
     device: torch.device | str = "cpu",
     shapes: Shapes = IMAGENET,
@@ -52,13 +52,13 @@ def measure(
     """Measure the reader on a cache of random codes, and extraction.
 
     The cache is of `images` images, 512 bytes each, in a temporary folder. The reader is compared
-    with the training of a coarse model of `size`. In each of `rounds` rounds `extracted` images are
+    with the training of a coarse model of `size`. In each of `rounds` rounds `encoded` images are
     encoded, in two views each.
 
     Raises:
         UserError: A number is below 1.
     """
-    for name, value in (("images", images), ("pictures", extracted), ("rounds", rounds)):
+    for name, value in (("images", images), ("pictures", encoded), ("rounds", rounds)):
         if value < 1:
             raise UserError(f"{name}: got {value}, expected 1 or more")
     device = torch.device(device)
@@ -69,7 +69,7 @@ def measure(
     extraction: dict[str, Any] = {}
     for precision in precisions(device):
         plain, ours = time_extraction(
-            extracted, rounds, device, VQModel(shapes.tokenizer), precision
+            encoded, rounds, device, VQModel(shapes.tokenizer), precision
         )
         extraction[precision] = {
             "llamagen_seconds_per_view": statistics.median(plain),

@@ -121,7 +121,7 @@ def status(space: Workspace) -> list[tuple[str, str, str]]:
             same = storage.load_object(folder / RESULT)["asked"] == cell.to_json()
             state = "computed" if same else "of another plan"
         else:
-            state = "begun" if folder.is_dir() else "left"
+            state = "started" if folder.is_dir() else "missing"
         rows.append((cell.name, state, seconds))
     return rows
 

@@ -13,8 +13,7 @@ from ctf.bench.work import Work
 
 COLOURS = {"coarse": "#35618f", "fine": "#d98b2b", "decode": "#9aa5ad"}
 
-
-NO_FINE = StageTiming("none", (0.0,), 0.0, Work(), 0, 0, 0)
+NO_FINE = StageTiming("none", (0.0,), 0.0, Work(), 0, 0, 0)  # takes no time and no memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,54 +54,46 @@ def samplers(results: SampleResults, size: str, batch: int) -> list[Sampler]:
     at_a_time = fine_batch(batch)
     coarse, fine = results.groups[f"coarse {size} {batch}"], results.groups[f"fine {at_a_time}"]
     images = {timing.name: timing.times(batch) for timing in results.groups["decode"].timings}
-    found = []
+    ways = []
     if any(timing.name == "plain" for timing in coarse.timings):
         plain, label = coarse.timing("plain"), "LlamaGen's way, plain"
-        found.append(Sampler(label, None, plain, plain, NO_FINE, images["plain"]))
+        ways.append(Sampler(label, None, plain, plain, NO_FINE, images["plain"]))
     for engine in results.benchmark.engines:
         base, own = coarse.timing(f"baseline {engine}"), coarse.timing(f"ctf {engine}")
         decode = images[engine]
-        found.append(Sampler(f"baseline, {engine}", engine, base, base, NO_FINE, decode))
+        ways.append(Sampler(f"baseline, {engine}", engine, base, base, NO_FINE, decode))
         for name in (RECOMMENDED, PAPER):
             for guided in ("", " guided") if results.benchmark.guidance != 1 else ("",):
                 second = fine.timing(f"{name} {engine}{guided}").times(batch / at_a_time)
                 label = f"CTF, fine {name}{guided}, {engine}"
-                found.append(Sampler(label, engine, base, own, second, decode))
-    return found
+                ways.append(Sampler(label, engine, base, own, second, decode))
+    return ways
 
 
 def write(results: SampleResults, folder: Path) -> None:
     """Write sample.md and sample.png."""
     benchmark = results.benchmark
-    write_text(
-        folder / "sample.md",
-        [
-            "Seconds are medians, in brackets the minimum and the maximum of "
-            f"{benchmark.rounds} rounds in turn. Guidance {benchmark.guidance:g}, "
-            f"{listed(results.environment)}.",
-            markdown(*_limits(results)),
-            *(
-                text
-                for size in benchmark.sizes
-                for batch in benchmark.batches
-                for text in (
-                    f"### Size {size}, {_images(batch)}",
-                    markdown(*speed(results, size, batch)),
-                )
-            ),
-            "### CTF and the baseline",
-            markdown(*_shares(results)),
-            "### The decoder, one image",
-            markdown(*_decoder(results)),
-            "### Memory",
-            markdown(*_memory(results)),
-            "### The shipped pipeline in a new process",
-            markdown(
-                ("", "s"), [(n, f"{s:.2f}") for n, s in results.groups["start"].facts.items()]
-            ),
-            *_greedy(results),
-        ],
-    )
+    parts = [
+        "Seconds are medians, in brackets the minimum and the maximum of "
+        f"{benchmark.rounds} rounds in turn. Guidance {benchmark.guidance:g}, "
+        f"{listed(results.environment)}.",
+        markdown(*_limits(results)),
+    ]
+    for size in benchmark.sizes:
+        for batch in benchmark.batches:
+            title = f"### Size {size}, {_images(batch)}"
+            parts += [title, markdown(*speed(results, size, batch))]
+    start = [(part, f"{seconds:.2f}") for part, seconds in results.groups["start"].facts.items()]
+    for title, table in (
+        ("CTF and the baseline", _shares(results)),
+        ("The decoder, one image", _decoder(results)),
+        ("Memory", _memory(results)),
+        ("The shipped pipeline in a new process", (("", "s"), start)),
+        ("Greedy labels", _greedy(results)),
+    ):
+        if table[1]:
+            parts += [f"### {title}", markdown(*table)]
+    write_text(folder / "sample.md", parts)
     _plot(results, folder / "sample.png")
 
 
@@ -120,9 +111,9 @@ def _batches(results: SampleResults) -> Iterator[tuple[str, Sampler]]:
 
 def speed(results: SampleResults, size: str, batch: int) -> Table:
     """Where the time goes; how much faster than LlamaGen's way; how near to the limits."""
-    rows, found = [], samplers(results, size, batch)
-    plain = found[0] if found[0].engine is None else None
-    for each in found:
+    rows, ways = [], samplers(results, size, batch)
+    plain = ways[0] if ways[0].engine is None else None
+    for each in ways:
         rows.append(
             (
                 each.label,
@@ -225,11 +216,10 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.0f}"
 
 
-def _greedy(results: SampleResults) -> list[str]:
+def _greedy(results: SampleResults) -> Table:
     facts = {size: results.groups[f"greedy {size}"].facts for size in results.benchmark.sizes}
     rows = [(size, f"{f['equal']:.0f} of {f['labels']:.0f}") for size, f in facts.items() if f]
-    columns = ("size", "labels equal to those of LlamaGen's way")
-    return ["### Greedy labels", markdown(columns, rows)] if rows else []
+    return ("size", "labels equal to those of LlamaGen's way"), rows
 
 
 def _plot(results: SampleResults, path: Path) -> None:
@@ -242,14 +232,14 @@ def _plot(results: SampleResults, path: Path) -> None:
     panels = figure.subplots(len(sizes), len(batches), squeeze=False, sharey="row")
     for line, size in zip(panels, sizes, strict=True):
         for axes, batch in zip(line, batches, strict=True):
-            found = samplers(results, size, batch)[::-1]
-            left = [0.0] * len(found)
+            ways = samplers(results, size, batch)[::-1]
+            left = [0.0] * len(ways)
             for stage, colour in COLOURS.items():
-                widths = [getattr(each, stage).median for each in found]
-                labels = [each.label for each in found]
+                widths = [getattr(each, stage).median for each in ways]
+                labels = [each.label for each in ways]
                 axes.barh(labels, widths, left=left, color=colour, label=stage)
                 left = [a + b for a, b in zip(left, widths, strict=True)]
-            for y, each in enumerate(found):
+            for y, each in enumerate(ways):
                 axes.plot([each.floor] * 2, [y - 0.4, y + 0.4], color="black", lw=1.2)
             axes.set_title(f"{size}, {_images(batch)}", fontsize=10)
             axes.tick_params(labelsize=8)

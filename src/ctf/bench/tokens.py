@@ -68,9 +68,7 @@ def measure(
     trained = codes_trained_on(size, shapes, device)
     extraction: dict[str, Any] = {}
     for precision in precisions(device):
-        plain, ours = time_extraction(
-            encoded, rounds, device, VQModel(shapes.tokenizer), precision
-        )
+        plain, ours = time_extraction(encoded, rounds, device, VQModel(shapes.tokenizer), precision)
         extraction[precision] = {
             "llamagen_seconds_per_view": statistics.median(plain),
             "seconds_per_view": statistics.median(ours),

@@ -301,8 +301,8 @@ def report(results: TrainResults) -> list[str]:
     fp32, bf16 = (tables.span([getattr(m, p) for m in machines]) for p in ("fp32", "bf16"))
     batch, rounds = results.benchmark.batch, results.benchmark.rounds
     parts = [
-        f"Steps of {batch} images, in single precision where nothing else is "
-        f"said. Medians, in brackets the minimum and the maximum of {rounds} rounds in turn. "
+        f"Steps of {batch} images, in single precision unless stated "
+        f"otherwise. Medians, in brackets the minimum and the maximum of {rounds} rounds in turn. "
         f"{tables.listed(results.environment)}. Products of "
         f"{harness.LIMIT_SIDE} x {harness.LIMIT_SIDE} reached {fp32} GFLOP/s before the rounds, "
         f"in bfloat16 {bf16}; the medians are the peaks."

@@ -83,12 +83,9 @@ class Cell:
     @property
     def needs(self) -> tuple[Cell, ...]:
         """The cells among the fields: those that are computed before this one."""
-        needed: list[Cell] = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            needed += [c for c in (value if isinstance(value, tuple) else (value,))
-                       if isinstance(c, Cell)]  # fmt: skip
-        return tuple(needed)
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        each = [item for v in values for item in (v if isinstance(v, tuple) else (v,))]
+        return tuple(item for item in each if isinstance(item, Cell))
 
     def to_json(self) -> dict[str, Any]:
         """Everything that decides the result, as cell.json holds it; other cells by a hash."""
@@ -121,18 +118,18 @@ def with_needs(cells: Iterable[Cell]) -> dict[str, Cell]:
     Raises:
         ValueError: Two different cells have the same name.
     """
-    found: dict[str, Cell] = {}
+    ordered: dict[str, Cell] = {}
 
     def add(cell: Cell) -> None:
-        if cell.name not in found:
+        if cell.name not in ordered:
             for needed in cell.needs:
                 add(needed)
-        if found.setdefault(cell.name, cell) != cell:
+        if ordered.setdefault(cell.name, cell) != cell:
             raise ValueError(f"two different cells are called {cell.name}")
 
     for cell in cells:
         add(cell)
-    return found
+    return ordered
 
 
 def link(run: Path, other: Path, *stages: str) -> None:

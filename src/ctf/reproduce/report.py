@@ -40,7 +40,7 @@ def write(space: Workspace) -> None:
     """Write RESULTS/report.md and its plots of all results that are stored."""
     space.results.mkdir(parents=True, exist_ok=True)
     parts = [
-        "# The paper in miniature",
+        "# The paper's experiments in small",
         *_head(space),
         "## What holds here",
         markdown(("claim", "here", "holds"), findings(space)),
@@ -131,16 +131,15 @@ def _tokenizers(space: Workspace) -> list[str]:
 def _table1(space: Workspace) -> list[str]:
     plan, rows, searches = space.plan, [], []
     for codes in plan.codebooks:
-        names = {False: "baseline", True: f"CTF, K = {plan.clusters_of(codes)}"}
-        for each in experiments.table1(plan, codes):
-            for ctf, name in names.items():
-                cell = each.ctf if ctf else each.baseline
-                rows.append([str(codes), str(each.seed), name, *_row(space, cell)])
-        found = {
-            name: space.outcome(experiments.search(plan, codes, ctf=name == "CTF"))
-            for name in ("baseline", "CTF")
-        }
-        settings = [f"{name} {in_words(o['best'])}" for name, o in found.items() if o is not None]
+        for pair in experiments.table1(plan, codes):
+            name = f"CTF, K = {plan.clusters_of(codes)}"
+            for label, cell in (("baseline", pair.baseline), (name, pair.ctf)):
+                rows.append([str(codes), str(pair.seed), label, *_row(space, cell)])
+        settings = []
+        for label in ("baseline", "CTF"):
+            outcome = space.outcome(experiments.search(plan, codes, ctf=label == "CTF"))
+            if outcome is not None:
+                settings.append(f"{label} {in_words(outcome['best'])}")
         if len(settings) == 2:
             searches.append(f"Found by the search at V = {codes}: {'; '.join(settings)}.")
     paper = [(model, size, f"{fid:.2f} / {score}") for model, size, fid, score in PAPER_TABLE1]

@@ -97,7 +97,7 @@ def test_a_classifier_is_identified_by_its_weights(
     assert {*first.config} == {*other.config}
     result = first.run(silent)
     assert result.accuracy is not None and result.accuracy.count == 12
-    assert result.classifier == first.classifier_hash is not None
+    assert first.classifier is not None and result.classifier == first.classifier.digest
     assert result.per_class["red"].keys() == {"mean distance-fashion", "accuracy"}
 
 

@@ -56,7 +56,8 @@ class Painter:
 
     class_names = ("a", "b", "c")
 
-    def __init__(self, killed_after: int = 10**9) -> None:
+    def __init__(self, has_fine: bool = True, killed_after: int = 10**9) -> None:
+        self.fine = "a fine model" if has_fine else None
         self.seeds: list[int] = []
         self.killed_after = killed_after
 
@@ -83,13 +84,18 @@ def reference(extractor: Extractor, **values: float) -> Gaussian:
 
 
 def find(
-    folder: Path, best: Settings, *, has_fine: bool = True, pipe: Painter | None = None, **more: Any
+    folder: Path,
+    best: Settings,
+    pipe: Painter | None = None,
+    *,
+    with_logits: bool = True,
+    budget: int = BUDGET,
 ) -> Settings:
-    extractor = colour_extractor(with_logits=more.pop("with_logits", True))
+    extractor = colour_extractor(with_logits=with_logits)
     generation = GenerationConfig(SAMPLES, 5, settings={"fine_temperature": 1.0, "top_k": 0})
     known = reference(extractor, **{"fine_temperature": 1.0, **best})
     pipe = pipe or Painter()
-    return search(pipe, generation, extractor, known, folder, silent, has_fine=has_fine, **more)
+    return search(pipe, generation, extractor, known, folder, silent, budget)
 
 
 def tried_settings(folder: Path) -> list[Settings]:
@@ -118,7 +124,8 @@ def test_search_finds_the_settings_of_the_reference(tmp_path: Path, best: Settin
 def test_settings_between_the_steps_are_found_approximately(
     tmp_path: Path, guidance: float, temperature: float, has_fine: bool
 ) -> None:
-    found = find(tmp_path, {"guidance": guidance, "temperature": temperature}, has_fine=has_fine)
+    best = {"guidance": guidance, "temperature": temperature}
+    found = find(tmp_path, best, Painter(has_fine))
     assert ("fine_temperature" in found) == has_fine
     assert abs(found["guidance"] - guidance) <= STEPS["guidance"]
     assert abs(found["temperature"] - temperature) <= STEPS["temperature"]
@@ -131,7 +138,7 @@ def test_distant_settings_are_reached_by_growing_steps(tmp_path: Path, has_fine:
     """
     best = {"guidance": 4.5, "temperature": 0.3}
     points: list[Point] = []
-    for values in proposals(searched_settings(has_fine), points, 24):
+    for values in proposals(searched_settings(Painter(has_fine)), points, 24):
         distance = sum(((values[name] - best[name]) / STEPS[name]) ** 2 for name in best)
         points.append(Point(values, distance, None))
     found = best_point(points).settings
@@ -145,7 +152,7 @@ def test_points_are_the_scores_of_samples_with_their_settings(
     extractor = colour_extractor()
     known = reference(extractor, guidance=2.0, temperature=1.0, fine_temperature=1.0)
     generation = GenerationConfig(6, seed=3, settings={"top_k": 5, "guidance": 9.0})
-    best = search(pipe, generation, extractor, known, tmp_path, silent, has_fine=True, budget=6)
+    best = search(pipe, generation, extractor, known, tmp_path, silent, budget=6)
     stored = json.loads((tmp_path / "search.json").read_text())
     assert stored["drawing"]["samples"] == 6 and stored["drawing"]["seed"] == 3 + SEED_OFFSET
     for point in stored["points"]:
@@ -175,7 +182,7 @@ def test_every_pipeline_has_the_same_number_of_points(
 ) -> None:
     """Wherever its optimum is, and for a flat objective: none twice, none out of bounds."""
     points: list[Point] = []
-    names = searched_settings(has_fine)
+    names = searched_settings(Painter(has_fine))
     for values in proposals(names, points, budget):
         assert list(values) == names
         distance = sum((values[name] - best[name]) ** 2 for name in names)
@@ -189,8 +196,8 @@ def test_every_pipeline_has_the_same_number_of_points(
 def test_every_point_has_the_same_seeds_apart_from_the_final_ones(
     tmp_path: Path, has_fine: bool
 ) -> None:
-    pipe = Painter()
-    find(tmp_path, {"guidance": 1.0, "temperature": 1.0}, has_fine=has_fine, pipe=pipe)
+    pipe = Painter(has_fine)
+    find(tmp_path, {"guidance": 1.0, "temperature": 1.0}, pipe)
     assert len(tried_settings(tmp_path)) == BUDGET == 16
     assert pipe.seeds == list(range(5 + SEED_OFFSET, 5 + SEED_OFFSET + SAMPLES)) * BUDGET
 
@@ -240,7 +247,7 @@ def test_interrupted_search_resumes_with_its_points(tmp_path: Path) -> None:
 @pytest.mark.parametrize("has_fine", [True, False])
 def test_plot_is_not_empty(tmp_path: Path, with_logits: bool, has_fine: bool) -> None:
     best = {"guidance": 1.5, "temperature": 1.2}
-    find(tmp_path, best, has_fine=has_fine, with_logits=with_logits, budget=8)
+    find(tmp_path, best, Painter(has_fine), with_logits=with_logits, budget=8)
     with Image.open(tmp_path / "search.png") as plot:
         assert plot.width > 600 and plot.height > 400
         assert len(plot.convert("RGB").getcolors(10**6)) > 50

@@ -88,8 +88,11 @@ class _Block(nn.Module):
 class Classifier(nn.Module):
     """Classifies images of `image_size` pixels into `class_names`.
 
-    Group instead of batch normalisation: predictions do not depend on the batch.
+    Group instead of batch normalisation: predictions do not depend on the batch. `digest` is a hash
+    of the files that it was loaded from.
     """
+
+    digest = ""
 
     def __init__(self, width: int, image_size: int, class_names: Sequence[str]) -> None:
         super().__init__()
@@ -159,14 +162,11 @@ def load_classifier(folder: Path, device: torch.device | str = "cpu") -> Classif
     model = Classifier(config.width, size, names)
     tensors, _ = storage.load_tensors(folder / WEIGHTS)
     load_strict(model, {k: v.float() for k, v in tensors.items()}, folder / WEIGHTS)
+    files = (folder / CONFIG, folder / WEIGHTS)
+    model.digest = storage.hash_json([storage.hash_file(file) for file in files])
     return to_channels_last(model, torch.device(device)).eval().requires_grad_(False)
 
 
 def shipped_classifier(device: torch.device | str = "cpu") -> Classifier:
     """Load the included classifier of Fashion-MNIST: 32x32 pixels, 10 classes."""
     return load_classifier(SHIPPED, device)
-
-
-def hash_classifier(folder: Path) -> str:
-    """Hash the files of a classifier, as hex digits."""
-    return storage.hash_json([storage.hash_file(folder / file) for file in (CONFIG, WEIGHTS)])

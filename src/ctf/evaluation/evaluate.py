@@ -74,7 +74,6 @@ class Evaluation:
     reference: ImageCollection | StoredStatistics
     extractors: Sequence[Extractor]
     classifier: Classifier | None
-    classifier_hash: str | None
     search_samples: int | None
     against: Report | None
     out: Path | None
@@ -91,7 +90,7 @@ class Evaluation:
             "search_samples": self.search_samples,
             "reference": self.reference.fingerprint,
             "features": [f"{extractor.name} {extractor.digest}" for extractor in self.extractors],
-            "classifier": self.classifier_hash,
+            "classifier": None if self.classifier is None else self.classifier.digest,
         }
 
     @property
@@ -180,7 +179,6 @@ class Evaluation:
                 reference.pooled,
                 self.folder,
                 open_progress,
-                has_fine=self.pipe.fine is not None,
             )
             generation = dataclasses.replace(generation, settings={**generation.settings, **best})
         with open_progress("samples") as progress:
@@ -220,7 +218,7 @@ class Evaluation:
             search_samples=self.search_samples,
             reference=ReferenceInfo(known.name, known.fingerprint, count, size),
             features={extractor.name: extractor.digest for extractor in self.extractors},
-            classifier=self.classifier_hash,
+            classifier=None if self.classifier is None else self.classifier.digest,
             count=images.count,
             size=images.size,
             pictures=images.fingerprint,

@@ -15,7 +15,7 @@ from ctf.common.progress import Progress
 from ctf.data import fashion_mnist
 from ctf.data.images import INCLUDED
 from ctf.evaluation import report
-from ctf.evaluation.classifier import SHIPPED, Classifier, hash_classifier, load_classifier
+from ctf.evaluation.classifier import SHIPPED, Classifier, load_classifier
 from ctf.evaluation.evaluate import Evaluation
 from ctf.evaluation.extractors import Extractor, open_extractor
 from ctf.evaluation.reference_sets import (
@@ -86,7 +86,7 @@ def prepare(
         size = resize or pipe.tokenizer.config.image_size
     source = _reference_source(model, reference, pipe)
     like_fashion = _is_like_fashion_mnist(pipe, source, size)
-    judge, digest, images = _open_classifier(classifier, like_fashion, pipe, images, size, device)
+    judge, images = _open_classifier(classifier, like_fashion, pipe, images, size, device)
     extractors = _open_extractors(features, like_fashion, weights, device)
     known = open_reference(
         source, size, split, background=background, skip_bad=skip_bad, progress=progress
@@ -97,7 +97,7 @@ def prepare(
         elif known.statistics is not None and extractor.name == "inception":
             check_statistics(known.statistics, extractor, size)
     evaluation = Evaluation(
-        subject, pipe, images, known, extractors, judge, digest, search_samples,
+        subject, pipe, images, known, extractors, judge, search_samples,
         None if against is None else report.load(against), out, device,
     )  # fmt: skip
     evaluation.check()
@@ -142,7 +142,7 @@ def _generation_config(
 def _search_samples(
     pipe: Pipeline, generation: GenerationConfig, samples: int, settings: Mapping[str, Any]
 ) -> int:
-    for name in searched_settings(pipe.fine is not None):
+    for name in searched_settings(pipe):
         if name in settings:
             raise UserError(f"{name} is set, but --search finds it; omit one of them")
     return (
@@ -175,18 +175,17 @@ def _open_classifier(
     images: ImageCollection | None,
     size: int,
     device: torch.device,
-) -> tuple[Classifier | None, str | None, ImageCollection | None]:
+) -> tuple[Classifier | None, ImageCollection | None]:
     """Open the classifier in `folder`, or the included one if it fits.
 
     Returns:
-        The classifier and its hash, or None, and the images with their classes numbered as in the
-        classifier.
+        The classifier, or None, and the images with their classes numbered as in the classifier.
 
     Raises:
         UserError: the classifier in `folder` does not fit.
     """
     if folder is None and not like_fashion:
-        return None, None, images
+        return None, images
     classifier = load_classifier(folder or SHIPPED, device)
     if images is not None:
         images = _renumber_classes(images, classifier.class_names)
@@ -195,8 +194,8 @@ def _open_classifier(
     except UserError:
         if folder is not None:
             raise
-        return None, None, images
-    return classifier, hash_classifier(folder or SHIPPED), images
+        return None, images
+    return classifier, images
 
 
 def _renumber_classes(images: ImageCollection, names: tuple[str, ...]) -> ImageCollection:

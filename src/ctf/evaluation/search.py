@@ -50,8 +50,6 @@ def search(
     reference: Gaussian,
     folder: Path,
     open_progress: OpenProgress,
-    *,
-    has_fine: bool,
     budget: int = BUDGET,
 ) -> Settings:
     """Find the settings of lowest FID, and write all points to search.json and search.png.
@@ -59,13 +57,12 @@ def search(
     An interrupted search resumes with the points in `folder`/search.json.
 
     Args:
-        pipe: the pipeline to tune.
+        pipe: the pipeline to tune; the temperature of its fine stage is searched if it has one.
         generation: number of samples of each point, and the settings that are not searched.
         extractor: computes the features.
         reference: the extractor's features of the reference.
         folder: where to write.
         open_progress: opens the progress of a point.
-        has_fine: whether there is a fine stage, whose temperature is searched as well.
         budget: number of points.
     """
     generation = dataclasses.replace(generation, seed=generation.seed + SEED_OFFSET)
@@ -73,7 +70,7 @@ def search(
     header = {"features": extractor.name, "drawing": config.to_json(generation)}
     stored = _load_points(path)
     points: list[Point] = []
-    for settings in proposals(searched_settings(has_fine), points, budget):
+    for settings in proposals(searched_settings(pipe), points, budget):
         point = next((point for point in stored if point.settings == settings), None)
         if point is None:
             merged = {**generation.settings, **settings}
@@ -90,9 +87,9 @@ def search(
     return best.settings
 
 
-def searched_settings(has_fine: bool) -> list[str]:
+def searched_settings(pipe: Pipeline) -> list[str]:
     """Return the names of the settings that are searched."""
-    return [name for name in STEPS if has_fine or name != "fine_temperature"]
+    return [name for name in STEPS if name != "fine_temperature" or pipe.fine is not None]
 
 
 def best_point(points: Sequence[Point]) -> Point:

@@ -71,7 +71,6 @@ class SearchCell(Cell):
             reference.pooled,
             run,
             space.open_progress,
-            has_fine=pipe.fine is not None,
             budget=self.points,
         )
         return {"best": best, "points": storage.load_object(run / "search.json")["points"]}

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar, U
 from tyro.conf import OmitArgPrefixes, Positional, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from ctf.models.sampling import Sampling
-
 T = TypeVar("T")
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -78,7 +76,7 @@ ImageSize = Annotated[
 ]
 Views = Annotated[
     Maybe[Literal["plain", "flip", "ten-crop"]],
-    arg(help="augmentation of training images; by default plain for fashion-mnist, else flip"),
+    arg(help="augmentation of the training images; by default flip, or plain for fashion-mnist"),
 ]
 Weights = Annotated[
     Maybe[Path],
@@ -114,14 +112,19 @@ Image = Annotated[ImageOptions, OmitArgPrefixes, arg(name="image")]
 if TYPE_CHECKING:
     SamplingOptions = dict[str, Any]  # the fields of Sampling that are given
 else:
-    _hint = arg(help_behavior_hint="(default: the pipeline's)")
-    SamplingOptions = TypedDict(
-        "SamplingOptions",
-        {name: Annotated[kind, _hint] for name, kind in get_type_hints(Sampling).items()},
-        total=False,
-    )
-    _, _, _args = Sampling.__doc__.partition("Args:")
-    SamplingOptions.__doc__ = f"How images are sampled.\n\n    Args:{_args}"
+
+    def __getattr__(name: str) -> type:
+        """Make SamplingOptions from the fields of Sampling on first use, since it imports torch."""
+        if name != "SamplingOptions":
+            raise AttributeError(name)
+        from ctf.models.sampling import Sampling
+
+        hint = arg(help_behavior_hint="(default: the pipeline's)")
+        fields = {key: Annotated[kind, hint] for key, kind in get_type_hints(Sampling).items()}
+        options = TypedDict(name, fields, total=False)
+        _, _, arguments = Sampling.__doc__.partition("Args:")
+        options.__doc__ = f"How images are sampled.\n\n    Args:{arguments}"
+        return globals().setdefault(name, options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +135,8 @@ class ExecutionOptions:
         micro_batch: images that a process computes at a time; the batch size is unchanged
         checkpoint_activations: save memory by computing activations again in the backward pass
         compile: use torch.compile
-        precision: of the transformers' matrix products; auto is bf16 on GPUs that support it, else
-            fp32. bf16 is also much faster on CPUs that multiply bfloat16
+        precision: precision of the transformers' matrix products; auto is bf16 on GPUs that support
+            it, else fp32; bf16 is also much faster on CPUs with bfloat16 instructions
     """
 
     micro_batch: Maybe[int] = None

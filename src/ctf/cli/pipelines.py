@@ -32,7 +32,7 @@ def demo(
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
 ) -> None:
-    """Sample from the shipped pipeline, train a small one from scratch, and compare them.
+    """Sample from the included pipeline, train a small one from scratch, and compare them.
 
     Example: ctf demo
 

@@ -188,9 +188,9 @@ def reproduce(
     Args:
         what: table or figure of the paper, or all of them; report writes the report of the present
             results; status lists the cells without computing any
-        budget: with two jobs on two cores, full takes less than six hours, small less than one
+        budget: with two jobs on two cores, small takes less than an hour, full less than six
         out: folder for the files of the cells; each budget has a folder of its own in it
-        results: folder for the report and the cells' results, likewise
+        results: folder for the report and the results of the cells, with the same folders in it
         only: name of a single cell to compute, with the cells that it depends on
         jobs: processes that share the cells; each needs one core and 1 GB of memory
     """

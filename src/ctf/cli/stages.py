@@ -117,8 +117,8 @@ def tokens_extract(
     Args:
         run: folder of the run
         limit: number of training images, with balanced classes; by default all
-        precision: of the encoder's convolutions; auto is fp32. bf16 is faster on devices that
-            multiply bfloat16, but changes a few codes; the manifest records it
+        precision: precision of the encoder's convolutions; auto is fp32; bf16 is faster on devices
+            with bfloat16 instructions, but changes a few codes, which the manifest records
     """
     from ctf.common import distributed
     from ctf.pipelines.folder import load_tokenizer
@@ -171,9 +171,9 @@ def clusters_fit(
 
     Args:
         count: number of clusters
-        method: kmeans; average, which is average linkage as in MASC; balanced, for clusters of
-            equal size as in IAR; identity, the full-vocabulary baseline; random, the paper's
-            control experiment
+        method: kmeans, average (average linkage, as in MASC), balanced (clusters of equal size, as
+            in IAR), identity (one cluster per code: the full-vocabulary baseline) or random (the
+            paper's control)
         seed: random seed
         out: folder of another run for the clusters, with the tokenizer and the tokens of this one;
             required if this run already has clusters, as converted pipelines have
@@ -223,7 +223,7 @@ def train_coarse(
 
     Args:
         warm_start: folder of a full-vocabulary pipeline with the same tokenizer, e.g. a baseline or
-            a converted LlamaGen, to start from its transformer; the size is then that one's
+            a converted LlamaGen, to start from its transformer; it also sets the size
     """
     _train("coarse", run, training, execution, warm_start)
 
@@ -263,7 +263,7 @@ def train_baseline(
     Args:
         out: folder of the baseline
         warm_start: folder of a full-vocabulary pipeline with the same tokenizer, e.g. a converted
-            LlamaGen, to start from its transformer; the size is then that one's
+            LlamaGen, to start from its transformer; it also sets the size
     """
     _train("coarse", out, training, execution, warm_start, baseline_of=run)
 
@@ -313,7 +313,7 @@ def _train(
 
 @command("runs show")
 def runs_show(
-    folders: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN ...")],
+    folders: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN ...", help_behavior_hint="")],
     /,
     *,
     out: Path = Path("curves.png"),

@@ -1,0 +1,68 @@
+"""Options: optional values, former names, and settings that are not given."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from ctf.cli.common import app
+from ctf.cli.options import ExecutionOptions, ImageOptions, registry
+from ctf.models.sampling import Sampling
+from tests.conftest import Command
+
+
+def parse(*arguments: str) -> dict[str, object]:
+    """The keyword arguments of the function that the command line calls."""
+    keywords: dict[str, object] = app.cli(args=arguments, registry=registry).keywords
+    return keywords
+
+
+def test_optional_values_are_parsed_as_their_type() -> None:
+    base = ("fit", "discs", "--out", "run")
+    assert parse(*base)["steps"] is None and parse(*base)["views"] is None
+    options = parse(*base, "--steps", "3", "--minutes", "2.5", "--views", "ten-crop")
+    assert (options["steps"], options["minutes"], options["views"]) == (3, 2.5, "ten-crop")
+    options = parse(*base, "--steps", "None", "--views", "None")
+    assert options["steps"] is None and options["views"] is None
+
+
+def test_groups_of_options_are_dataclasses() -> None:
+    options = parse(
+        "fit", "discs", "--out", "run", "--skip-bad", "--background", "red", "--compile"
+    )
+    assert options["image_options"] == ImageOptions(background="red", skip_bad=True)
+    assert options["execution"] == ExecutionOptions(compile=True)
+    assert options["out"] == Path("run")
+
+
+def test_sampling_options_are_those_that_are_given() -> None:
+    assert parse("sample", "run")["sampling"] == {}
+    given = {"guidance": 3.0, "top_k": 5, "guidance_window": (0.2, 0.8), "fine_top_p": 0.5}
+    arguments = ["--guidance", "3", "--top-k", "5", "--guidance-window", "0.2", "0.8"]
+    options = parse("sample", "run", *arguments, "--fine-top-p", "0.5")
+    assert options["sampling"] == given
+    Sampling(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("command", "former", "name", "value"),
+    [
+        (["cost", "tiny"], "--pictures", "images", 5),
+        (["bench", "tokens"], "--pictures", "encoded", 5),
+        (["push", "run", "--to", "me/discs"], "--no-picture", "sheet", False),
+    ],
+)
+def test_former_names_of_options_still_work(
+    command: list[str], former: str, name: str, value: object
+) -> None:
+    arguments = [former] if value is False else [former, str(value)]
+    assert parse(*command, *arguments)[name] == value
+    present = f"--no-{name}" if value is False else f"--{name}"
+    assert parse(*command, present, *arguments[1:])[name] == value
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_sampling_options_are_the_fields_of_sampling(ctf: Command, command: str) -> None:
+    shown = ctf(command, "--help").out
+    for field in dataclasses.fields(Sampling):
+        assert f"--{field.name.replace('_', '-')} " in shown

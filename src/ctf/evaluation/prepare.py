@@ -86,7 +86,7 @@ def prepare(
         size = resize or pipe.tokenizer.config.image_size
     source = _reference_source(model, reference, pipe)
     like_fashion = _is_like_fashion_mnist(pipe, source, size)
-    judge, images = _open_classifier(classifier, like_fashion, pipe, images, size, device)
+    loaded, images = _open_classifier(classifier, like_fashion, pipe, images, size, device)
     extractors = _open_extractors(features, like_fashion, weights, device)
     known = open_reference(
         source, size, split, background=background, skip_bad=skip_bad, progress=progress
@@ -97,7 +97,7 @@ def prepare(
         elif known.statistics is not None and extractor.name == "inception":
             check_statistics(known.statistics, extractor, size)
     evaluation = Evaluation(
-        subject, pipe, images, known, extractors, judge, search_samples,
+        subject, pipe, images, known, extractors, loaded, search_samples,
         None if against is None else report.load(against), out, device,
     )  # fmt: skip
     evaluation.check()

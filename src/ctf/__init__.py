@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from ctf.models.sampling import Sampling
     from ctf.pipelines.generation import Samples
     from ctf.pipelines.pipeline import Pipeline
-    from ctf.training.fit import fit, resolve
+    from ctf.training.fit import fit
+    from ctf.training.recipes import resolve
 
 __all__ = [
     "Pipeline",
@@ -37,7 +38,7 @@ _MODULES = {
     "UserError": "ctf.common.errors",
     "fit": "ctf.training.fit",
     "open_images": "ctf.data.images",
-    "resolve": "ctf.training.fit",
+    "resolve": "ctf.training.recipes",
 }
 
 

@@ -15,6 +15,7 @@ from ctf.common import config
 from ctf.common.errors import UserError
 from ctf.data import image_set
 from ctf.kernels import train_cpu
+from ctf.models import sizes
 from ctf.models.clusters import Clusters
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
@@ -22,7 +23,7 @@ from ctf.models.sizes import SIZES
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.models.transformer import TransformerConfig
 from ctf.pipelines.folder import load_clusters
-from ctf.training import cost, optim
+from ctf.training import cost, fit, optim
 from ctf.training.loop import Execution
 from ctf.training.recipes import IMAGENET, preset
 from ctf.training.tokenizer import PatchDiscriminator
@@ -52,11 +53,9 @@ def parameters(model: torch.nn.Module) -> int:
 
 @pytest.mark.parametrize("shape", [SHAPE, dataclasses.replace(SHAPE, width=64, layers=1)])
 def test_parameters_are_those_of_real_models(shape: TransformerConfig) -> None:
-    coarse = cost.count(lambda: cost.transformer(shape, K, K))
-    assert coarse == parameters(CoarseModel(shape, K))
-    fine = cost.count(lambda: cost.transformer(shape, K, CODES))
-    assert fine == parameters(FineModel(shape, CLUSTERS))
-    weights = shape.layers * cost.block_weights(shape)
+    assert sizes.parameters(shape, K, K) == parameters(CoarseModel(shape, K))
+    assert sizes.parameters(shape, K, CODES) == parameters(FineModel(shape, CLUSTERS))
+    weights = shape.layers * sizes.block_weights(shape)
     matrices = [p for name, p in CoarseModel(shape, K).named_parameters() if "layers" in name]
     assert weights == sum(p.numel() for p in matrices if p.dim() == 2)
 
@@ -64,7 +63,6 @@ def test_parameters_are_those_of_real_models(shape: TransformerConfig) -> None:
 def test_the_tokenizers_parameters() -> None:
     (first, *_) = cost.costs(preset("imagenet256-B"), cost.Setting(256))
     assert (first.name, round(first.parameters / 1e6, 1)) == ("tokenizer", 71.9)
-    assert cost.count(lambda: VQModel(TOKENIZER)) == parameters(VQModel(TOKENIZER))
 
 
 # --- FLOPs ----------------------------------------------------------------------------------------
@@ -87,7 +85,7 @@ def test_flops_of_a_transformers_step(kind: str) -> None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         logits_BLK = model(labels_BL, classes_B)
         F.cross_entropy(logits_BLK.flatten(0, 1), targets_BL.flatten()).backward()
-    assert counter.get_total_flops() == cost.transformer_flops(SHAPE, positions, outputs)
+    assert counter.get_total_flops() == sizes.training_flops(SHAPE, positions, outputs)
 
 
 def test_flops_of_the_tokenizer() -> None:
@@ -114,9 +112,8 @@ def test_flops_of_the_discriminator() -> None:
 def test_published_sizes() -> None:
     """LlamaGen's table 1 has 111 M for B with V = 16384, of which 85 M are in its blocks."""
     shape = SIZES["B"].config(16, 1000)
-    whole = cost.count(lambda: cost.transformer(shape, 16384, 16384))
-    assert round(whole / 1e6) == 111
-    assert round(shape.layers * cost.block_weights(shape) / 1e6) == 85
+    assert round(sizes.parameters(shape, 16384, 16384) / 1e6) == 111
+    assert round(shape.layers * sizes.block_weights(shape) / 1e6) == 85
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -136,7 +133,7 @@ def test_activations_are_those_that_autograd_keeps(dropout: float, width: int) -
 
     kept = cost.saved_bytes(model, forward, SDPBackend.FLASH_ATTENTION)
     # Autocast's copies of the weights are kept, too, and have a line of their own.
-    kept -= cost.HALF * shape.layers * cost.block_weights(shape)
+    kept -= cost.HALF * shape.layers * sizes.block_weights(shape)
     # RMSNorm is not fused on a CPU and keeps its result (float32); and there are the last norm and
     # the mask of the embedded tokens.
     each = shape.layers * 8 + 8 + bool(dropout)
@@ -179,10 +176,10 @@ def test_the_papers_recipes(name: str) -> None:
     recipe = preset(name)
     stages = {c.name: c for c in cost.costs(recipe, cost.Setting(256))}
     assert list(stages) == ["tokenizer", "tokens", "coarse", "fine"]
-    pictures = IMAGENET.pictures
+    images = IMAGENET.images
     for stage, epochs in (("tokenizer", 40), ("coarse", 300), ("fine", 100)):
-        assert stages[stage].images == pytest.approx(epochs * pictures, rel=1e-5)
-    assert stages["tokens"].images == 20 * pictures
+        assert stages[stage].images == pytest.approx(epochs * images, rel=1e-5)
+    assert stages["tokens"].images == 20 * images
     t = recipe.coarse_training
     assert (t.batch_size, t.learning_rate, t.schedule, t.warm_up) == (256, 1e-4, "constant", 0)
     assert (t.betas, t.weight_decay, t.clip, t.class_dropout) == ((0.9, 0.95), 0.05, 1.0, 0.1)
@@ -247,8 +244,6 @@ def test_command(ctf: Command) -> None:
 
 
 def test_fit_says_the_same(splits: image_set.Splits) -> None:
-    from ctf.training import fit
-
     recipe = preset("tiny")
     setting = cost.Setting(32, len(splits.train), 3, devices=1)
     assert fit.describe(splits, recipe, None).endswith(cost.describe(recipe, setting))
@@ -275,7 +270,7 @@ def test_dry_runs_say_what_a_device_holds(
 
 def test_the_real_clusters_are_calculated_with(run: Path, ctf: Command) -> None:
     """64 codes in 8 clusters of known sizes, on a grid of 4 x 4, and 3 classes."""
-    parts = load_clusters(run / "clusters" / CLUSTERS)
+    parts = load_clusters(run / "clusters" / "clusters.safetensors")
     said = ctf("train", "fine", run, "--preset", "tiny", "--dry-run", *sets()).out
     model = FineModel(TransformerConfig(width=32, layers=1, heads=2, grid=4, classes=3), parts)
     assert f"would train {parameters(model) / 1e6:.1f} M parameters" in said
@@ -295,7 +290,7 @@ def test_memory_as_it_is_computed(execution: Execution) -> None:
         shape, 256, checkpointing=execution.shard
     )
     assert memory["logits"] == pictures * 256 * 512 * 8
-    said = "".join(cost.lines(coarse, setting))
+    said = "".join(cost.describe_cost(coarse, setting))
     used = ", --checkpoint-activations, --shard: weights"
     assert (used in said) == execution.shard and ("with both" in said) != execution.shard
 

@@ -13,7 +13,7 @@ from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.tokenizer import VQModel
 from ctf.training import fit
-from ctf.training.recipes import PRESETS, preset, with_steps
+from ctf.training.recipes import PRESETS, check_recipe, preset, resolve, with_steps
 
 SIZES = (16, 32, 48, 64, 96, 128, 256)
 
@@ -91,22 +91,21 @@ def test_steps() -> None:
     assert rest == dataclasses.replace(preset("small").coarse_training, steps=1, warm_up=0)
 
 
-def test_resolved_for_pictures(splits: image_set.Splits) -> None:
-    """What the command line asks for, put into the preset."""
-    plain = fit.resolve("tiny", splits)
+def test_the_users_choices_change_the_preset(splits: image_set.Splits) -> None:
+    plain = resolve("tiny", splits)
     assert plain == preset("tiny")
-    asked = fit.resolve(
+    chosen = resolve(
         "tiny", splits, steps=5, views="ten-crop", overrides=["coarse.width=64", "clusters.count=9"]
     )
-    assert asked.tokens.views == "ten-crop"
-    assert (asked.coarse.width, asked.clusters.count, asked.fine_training.steps) == (64, 9, 5)
-    fashion = image_set.Splits(_Shoes(splits.train), _Shoes(splits.val))
-    assert fit.resolve("tiny", fashion).tokens.views == "plain"
-    assert fit.resolve("tiny", fashion, views="flip").tokens.views == "flip"
+    assert chosen.tokens.views == "ten-crop"
+    assert (chosen.coarse.width, chosen.clusters.count, chosen.fine_training.steps) == (64, 9, 5)
+    fashion = image_set.Splits(Shoes(splits.train), Shoes(splits.val))
+    assert resolve("tiny", fashion).tokens.views == "plain"
+    assert resolve("tiny", fashion, views="flip").tokens.views == "flip"
 
 
-class _Shoes(image_set.ImageSet):
-    """Pictures that all look the same way."""
+class Shoes(image_set.ImageSet):
+    """Images that must not be mirrored."""
 
     mirrors = False
 
@@ -135,7 +134,7 @@ class _Shoes(image_set.ImageSet):
 )
 def test_wrong_values(splits: image_set.Splits, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        fit.resolve("tiny", splits, overrides=overrides)
+        resolve("tiny", splits, overrides=overrides)
     assert message in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 2
 
@@ -152,12 +151,12 @@ def test_wrong_values(splits: image_set.Splits, overrides: list[str], message: s
         (["tokenizer.smallest_factor=64"], "image size 32 is not divisible"),
     ],
 )
-def test_values_that_do_not_go_together(
+def test_values_that_do_not_fit_together(
     splits: image_set.Splits, overrides: list[str], message: str
 ) -> None:
-    recipe = fit.resolve("tiny", splits, overrides=overrides)
+    recipe = resolve("tiny", splits, overrides=overrides)
     for refuses in (
-        lambda: fit.check(splits, recipe),
+        lambda: check_recipe(splits, recipe),
         lambda: fit.describe(splits, recipe, None),
     ):
         with pytest.raises(UserError) as caught:
@@ -167,15 +166,13 @@ def test_values_that_do_not_go_together(
 
 def test_identity_needs_no_count(splits: image_set.Splits) -> None:
     overrides = ["tokenizer.codebook_size=64", "clusters.method=identity"]
-    fit.check(splits, fit.resolve("tiny", splits, overrides=overrides))
+    check_recipe(splits, resolve("tiny", splits, overrides=overrides))
 
 
 def test_description(splits: image_set.Splits) -> None:
     text = fit.describe(splits, preset("tiny"), None)
     first, *stages = (line for line in text.splitlines() if not line.startswith(" "))
-    assert (
-        f"{len(splits.train)} pictures to train on, {len(splits.val)} held out, 3 classes" in first
-    )
+    assert f"{len(splits.train)} images to train on, {len(splits.val)} held out, 3 classes" in first
     assert "32 pixels -> 8 x 8 of 4096 codes in 256 clusters" in first
     assert [line.split(":")[0] for line in stages] == ["tokenizer", "tokens", "coarse", "fine"]
     assert "600 steps" in text

@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ctf.cli import main as cli
-from ctf.common.distributed import ALONE
 from ctf.common.errors import UserError
 from ctf.data.tokens import Tokens
 from ctf.models.clusters import Clusters, identity
 from ctf.models.coarse import CoarseModel
 from ctf.models.transformer import TransformerConfig
 from ctf.pipelines import llamagen
-from ctf.pipelines.folder import CLUSTERS, load_clusters
 from ctf.pipelines.pipeline import Pipeline
-from ctf.training.fit import tokenizer_hash, train_model
+from ctf.training import loop, recipes
+from ctf.training.stages import ModelStage, tokenizer_hash
 from ctf.training.warm_start import Source, open_source, weights
 from tests.conftest import Command, files, save_pictures, sets
 
@@ -165,11 +164,11 @@ def test_training_starts_below_a_cold_start(
 def test_resumed_it_does_not_start_again(
     run: Path, baseline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ctf: Command
 ) -> None:
-    recipe = ("--preset", "tiny", "--steps", 40, *sets())
+    options = ("--preset", "tiny", "--steps", 40, *sets())
     for name in ("whole", "killed"):
         out = tmp_path / name
         assert ctf("clusters", "fit", run, "--count", 8, "--out", out).code == 0
-        arguments = ("train", "coarse", out, "--warm-start", baseline, *recipe)
+        arguments = ("train", "coarse", out, "--warm-start", baseline, *options)
         if name == "killed":
 
             class Killed(BaseException):
@@ -179,14 +178,10 @@ def test_resumed_it_does_not_start_again(
                 if done == 40:
                     raise Killed
 
-            from ctf.training import fit, loop, recipes
-
             monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
-            overrides = [*sets()[1:]]
-            chosen = fit.adjust(recipes.preset("tiny"), 40, overrides)
-            parts = load_clusters(out / "clusters" / CLUSTERS)
+            recipe = recipes.adjust(recipes.preset("tiny"), 40, sets()[1:])
             with pytest.raises(Killed):
-                train_model(out, "coarse", parts, chosen, ALONE, stop, baseline)
+                ModelStage.open(out, "coarse", recipe, warm_start_from=baseline).train(stop)
             assert (out / "coarse" / "state").is_dir()
         result = ctf(*arguments)
         assert result.code == 0, result.err
@@ -210,7 +205,10 @@ def test_what_it_cannot_start_from(run: Path, baseline: Path, tmp_path: Path, ct
     out = tmp_path / "out"
     assert ctf("clusters", "fit", run, "--count", 8, "--out", out).code == 0
     result = ctf("train", "coarse", out, "--warm-start", tmp_path / "other", "--preset", "tiny")
-    assert result.code == 2 and "made for a grid of 8, the tokens are of 4 x 4" in result.err
+    assert (
+        result.code == 2
+        and "trained on a grid of 8 x 8, the tokens have a grid of 4 x 4" in result.err
+    )
 
 
 # --- CTF on a converted LlamaGen ------------------------------------------------------------------

@@ -43,12 +43,13 @@ def demo(
     from ctf.cli.common import console
     from ctf.training import demo as demonstration
     from ctf.training import fit as fitting
+    from ctf.training.recipes import resolve
 
     check_minutes(minutes)
     torch_device = open_device(device)
     if dry_run:
         splits = open_splits(demonstration.IMAGES, options.ImageOptions())
-        recipe = fitting.resolve(demonstration.PRESET, splits)
+        recipe = resolve(demonstration.PRESET, splits)
         show(fitting.describe(splits, recipe, minutes))
         return
     demonstration.demo(out, minutes, torch_device, console)
@@ -81,6 +82,7 @@ def fit(
         steps: training steps of each stage; by default the preset's
     """
     from ctf.training import fit as fitting
+    from ctf.training.recipes import resolve
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("ctf fit runs as one process; with torchrun, run its stages one by one")
@@ -90,7 +92,7 @@ def fit(
         check_minutes(minutes)
     torch_device = open_device(device)
     splits = open_splits(images, image_options, image_size, preset)
-    recipe = fitting.resolve(preset, splits, steps=steps, views=views, overrides=set)
+    recipe = resolve(preset, splits, steps=steps, views=views, overrides=set)
     resolved = execution.resolve(torch_device)
     if dry_run:
         show(fitting.describe(splits, recipe, minutes, execution=resolved))
@@ -135,15 +137,14 @@ def cost(
     """
     from ctf.models.sizes import SIZES
     from ctf.training import cost as calculation
-    from ctf.training import fit as fitting
+    from ctf.training import recipes
     from ctf.training.loop import Execution
-    from ctf.training.recipes import preset as preset_named
 
-    recipe = preset_named(preset)
+    recipe = recipes.preset(preset)
     if size is not None:
         recipe = dataclasses.replace(recipe, coarse=SIZES[size])
-    recipe = fitting.adjust(recipe, steps, set)
-    optional = {"pictures": images, "classes": classes, "utilisation": utilisation}
+    recipe = recipes.adjust(recipe, steps, set)
+    optional = {"images": images, "classes": classes, "utilization": utilisation}
     setting = calculation.Setting(
         recipe.image_size if image_size is None else image_size,
         devices=devices,

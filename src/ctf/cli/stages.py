@@ -37,15 +37,17 @@ def tokenizer_train(
     """
     from ctf.common import distributed
     from ctf.training import fit as fitting
+    from ctf.training import stages
+    from ctf.training.recipes import resolve
 
     with distributed.init_world(open_device(device)) as world:
         splits = open_splits(images, image_options, image_size, preset, world)
-        recipe = fitting.resolve(preset, splits, steps=steps, overrides=set)
+        recipe = resolve(preset, splits, steps=steps, overrides=set)
         if dry_run:
             show(fitting.describe(splits, recipe, None, world.size), world)
             return
         with signals.stop_on_sigterm(out), open_progress("tokenizer", world) as progress:
-            fitting.train_tokenizer(out, splits, recipe, world, progress)
+            stages.train_tokenizer(out, splits, recipe, world, progress)
         show(f"{out / 'tokenizer'}: done", world)
 
 
@@ -123,18 +125,21 @@ def tokens_extract(
     from ctf.common import distributed
     from ctf.pipelines.folder import load_tokenizer
     from ctf.training import fit as fitting
+    from ctf.training import stages
+    from ctf.training.recipes import resolve
 
     with distributed.init_world(open_device(device)) as world:
         tokenizer = load_tokenizer(run / "tokenizer", world.device)
         splits = open_splits(images, image_options, tokenizer.config.image_size, world=world)
-        recipe = fitting.resolve(preset, splits, views=views, overrides=set)
+        recipe = resolve(preset, splits, views=views, overrides=set)
         if dry_run:
             show(fitting.describe(splits, recipe, None, world.size), world)
             return
         with signals.stop_on_sigterm(run / "tokens"), open_progress("tokens", world) as progress:
-            fitting.extract_tokens(
-                run, tokenizer, splits, recipe, limit, progress, world, precision
-            )
+            stages.extract_tokens(
+                run, tokenizer, splits, recipe,
+                limit=limit, precision=precision, world=world, progress=progress,
+            )  # fmt: skip
         show(f"{run / 'tokens'}: done", world)
 
 
@@ -180,7 +185,7 @@ def clusters_fit(
     """
     from ctf.models.clusters import ClustersConfig
     from ctf.pipelines.folder import load_tokenizer
-    from ctf.training import fit as fitting
+    from ctf.training import stages
 
     config = ClustersConfig(method=method, count=count, seed=seed)
     tokenizer = load_tokenizer(run / "tokenizer")
@@ -188,10 +193,10 @@ def clusters_fit(
         show(f"would cluster {tokenizer.config.codebook_size} codes: {config}")
         return
     if out is not None:
-        fitting.branch(run, out)
+        stages.branch(run, out)
         run = out
     with signals.stop_on_sigterm(run / "clusters"):
-        fitting.fit_clusters(run, tokenizer, config)
+        stages.fit_clusters(run, tokenizer, config)
     clusters_show(run)
 
 
@@ -279,15 +284,13 @@ def _train(
     from ctf.common import distributed
     from ctf.models.clusters import identity
     from ctf.models.sizes import SIZES
-    from ctf.pipelines.folder import CLUSTERS, load_clusters, load_tokenizer
-    from ctf.training import fit as fitting
-    from ctf.training.recipes import preset as preset_named
-    from ctf.training.warm_start import open_source
+    from ctf.pipelines.folder import load_tokenizer
+    from ctf.training import recipes, stages
 
-    recipe = preset_named(training.preset)
+    recipe = recipes.preset(training.preset)
     if training.size is not None:
         recipe = dataclasses.replace(recipe, **{kind: SIZES[training.size]})  # type: ignore[arg-type]
-    recipe = fitting.adjust(recipe, training.steps, training.set)
+    recipe = recipes.adjust(recipe, training.steps, training.set)
     with distributed.init_world(open_device(training.device)) as world:
         resolved = execution.resolve(world.device, shard=training.shard, warn=world.is_main)
         if training.dry_run:
@@ -295,19 +298,17 @@ def _train(
                 show(f"would create {run} with the tokenizer and tokens of {baseline_of}", world)
                 run = baseline_of
                 clusters = identity(load_tokenizer(run / "tokenizer").config.codebook_size)
+                stage = stages.ModelStage(run, kind, recipe, clusters, world, resolved)
             else:
-                clusters = load_clusters(run / "clusters" / CLUSTERS)
-            tokenizer = fitting.tokenizer_hash(run)
-            source = None if warm_start is None else open_source(warm_start, tokenizer)
-            plan = fitting.describe_model(run, kind, clusters, recipe, world, source, resolved)
-            show(plan, world)
+                stage = stages.ModelStage.open(run, kind, recipe, world, resolved, warm_start)
+            show(stage.describe(), world)
             return
         if baseline_of is not None:
             tokens_run = baseline_of
-            world.on_main(lambda: fitting.make_baseline(tokens_run, run))
-        clusters = load_clusters(run / "clusters" / CLUSTERS)
+            world.on_main(lambda: stages.make_baseline(tokens_run, run))
+        stage = stages.ModelStage.open(run, kind, recipe, world, resolved, warm_start)
         with signals.stop_on_sigterm(run / kind), open_progress(kind, world) as progress:
-            fitting.train_model(run, kind, clusters, recipe, world, progress, warm_start, resolved)
+            stage.train(progress)
         show(f"{run / kind}: done", world)
 
 

@@ -111,6 +111,10 @@ def write_error(path: Path, error: Exception) -> Exception:
     return error
 
 
+def _not_found(path: Path) -> UserError:
+    return UserError(f"{path}: not found; is {path.parent} a folder made by ctf?")
+
+
 # --- JSON -----------------------------------------------------------------------------------------
 
 
@@ -125,7 +129,7 @@ def load_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; is {path.parent} a folder made by ctf?") from None
+        raise _not_found(path) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
@@ -164,7 +168,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         UserError: The file is missing, truncated, or not a safetensors file.
     """
     if not path.is_file():
-        raise UserError(f"{path}: not found; is {path.parent} a folder made by ctf?")
+        raise _not_found(path)
     with _safetensors_errors(path), safe_open(path, framework="pt") as file:
         # Cloned: a mapped file's tensors need not be aligned, and kernels may round differently on
         # unaligned memory; a resumed run must end with the same bits.
@@ -229,9 +233,12 @@ def load_pt(path: Path, classes: Sequence[type] = ()) -> Any:
 
 
 def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file in hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 of a file in hex digits. Raises UserError if it is missing."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise _not_found(path) from None
 
 
 def hash_json(content: Any) -> str:

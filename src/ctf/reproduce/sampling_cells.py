@@ -31,7 +31,7 @@ from ctf.pipelines.folder import SETTINGS, load_fine, load_tokenizer
 from ctf.pipelines.pipeline import Pipeline
 from ctf.reproduce.cells import Cell, Outcome, Workspace, link, stored_as
 from ctf.reproduce.training_cells import CoarseCell, FineCell, link_clusters
-from ctf.training import fit
+from ctf.training import stages
 from ctf.training.tokenizer import EVALUATION_BATCH
 
 
@@ -149,7 +149,7 @@ class DetailsCell(Cell):
         clusters = link_clusters(self.fine, run, space)
         tokenizer = load_tokenizer(run / "tokenizer", space.device)
         fine = load_fine(space.run(self.fine) / "fine", clusters, space.device)
-        val = Tokens(run / "tokens", "val", fit.tokenizer_hash(run))
+        val = Tokens(run / "tokens", "val", stages.tokenizer_hash(run))
         generator = torch.Generator().manual_seed(0)
         batches = []  # sampled once for all networks
         rows_N = np.arange(min(self.images, len(val)))

@@ -14,11 +14,11 @@ from ctf.data.extraction import TokensConfig
 from ctf.data.tokens import Tokens
 from ctf.evaluation import scores
 from ctf.models.clusters import Clusters, ClustersConfig
-from ctf.models.sizes import TokenizerShape, TransformerShape
+from ctf.models.sizes import TokenizerShape, TransformerShape, training_flops
 from ctf.models.transformer import TransformerConfig
 from ctf.pipelines.folder import CLUSTERS, load_clusters, load_tokenizer
 from ctf.reproduce.cells import Cell, Outcome, Workspace, link, stored_as
-from ctf.training import cost, fit, metrics_log
+from ctf.training import cost, metrics_log, stages
 from ctf.training import tokenizer as tokenizer_training
 from ctf.training.recipes import GroupLoss, Recipe, preset
 from ctf.training.tokenizer import TokenizerTraining
@@ -38,7 +38,7 @@ class TokenizerCell(Cell):
         run, world = space.run(self), World(device=space.device)
         recipe = _recipe(tokenizer=self.shape, tokenizer_training=self.training)
         with space.open_progress("tokenizer") as progress:
-            tokenizer = fit.train_tokenizer(run, space.images, recipe, world, progress)
+            tokenizer = stages.train_tokenizer(run, space.images, recipe, world, progress)
         with space.open_progress("reconstruction") as progress:
             outcome: Outcome = dict(
                 tokenizer_training.reconstruction_metrics(
@@ -73,7 +73,7 @@ class TokensCell(Cell):
         link(run, space.run(self.tokenizer), "tokenizer")
         tokenizer = load_tokenizer(run / "tokenizer", space.device)
         with space.open_progress("tokens") as progress:
-            fit.extract_tokens(run, tokenizer, images, _recipe(), None, progress)
+            stages.extract_tokens(run, tokenizer, images, _recipe(), progress=progress)
         return {"pictures": len(images.train) + len(images.val)}
 
 
@@ -88,7 +88,7 @@ class ClustersCell(Cell):
         """Return the report of the stage."""
         run = space.run(self)
         link(run, space.run(self.tokens), "tokenizer", "tokens")
-        fit.fit_clusters(run, load_tokenizer(run / "tokenizer"), self.clusters)
+        stages.fit_clusters(run, load_tokenizer(run / "tokenizer"), self.clusters)
         return storage.load_object(run / "clusters" / "report.json")
 
 
@@ -115,9 +115,10 @@ class CoarseCell(Cell):
         start = None if self.warm_start is None else space.run(self.warm_start)
         with space.open_progress("coarse") as progress:
             world = World(device=space.device)
-            fit.train_model(run, "coarse", clusters, recipe, world, progress, start)
+            stage = stages.ModelStage.open(run, "coarse", recipe, world, warm_start_from=start)
+            stage.train(progress)
         shape = _config(run / "coarse")
-        flops = cost.transformer_flops(shape, shape.length, clusters.count)
+        flops = training_flops(shape, shape.length, clusters.count)
         return _trained(run / "coarse", self.training, shape.length, flops)
 
 
@@ -141,11 +142,12 @@ class FineCell(Cell):
             fine_corruption=self.corruption,
         )
         with space.open_progress("fine") as progress:
-            fit.train_model(run, "fine", clusters, recipe, World(device=space.device), progress)
+            world = World(device=space.device)
+            stages.ModelStage.open(run, "fine", recipe, world).train(progress)
         shape, outputs = _config(run / "fine"), clusters.codebook_size
         if self.softmax == "members":
             outputs = _mean_members(run, clusters)
-        flops = cost.transformer_flops(shape, shape.length + 1, outputs)
+        flops = training_flops(shape, shape.length + 1, outputs)
         return _trained(run / "fine", self.training, shape.length, flops)
 
 
@@ -162,8 +164,8 @@ def _recipe(**values: Any) -> Recipe:
 
 def _mean_members(run: Path, clusters: Clusters) -> int:
     """Size of a token's cluster, on average over held-out images."""
-    val = Tokens(run / "tokens", "val", fit.tokenizer_hash(run))
-    codes_BL = val.codes(np.arange(min(len(val), fit.STUDY_PICTURES)))
+    val = Tokens(run / "tokens", "val", stages.tokenizer_hash(run))
+    codes_BL = val.codes(np.arange(min(len(val), stages.STUDY_IMAGES)))
     return round(float(clusters.sizes_K[clusters.labels_V[codes_BL]].double().mean()))
 
 

@@ -18,7 +18,8 @@ from ctf.evaluation.sample_cache import GenerationConfig
 from ctf.pipelines.export import class_sheet
 from ctf.pipelines.folder import find_pipeline
 from ctf.pipelines.pipeline import Pipeline
-from ctf.training.fit import fit, resolve
+from ctf.training.fit import fit
+from ctf.training.recipes import resolve
 
 IMAGES = "fashion-mnist"
 PRESET = "tiny"

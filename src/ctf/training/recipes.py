@@ -1,24 +1,29 @@
-"""Recipes: everything that `ctf fit` needs to know besides the pictures."""
+"""Recipes: everything that `ctf fit` needs besides images, and presets of them."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from ctf.common.config import did_you_mean
+from ctf.common import config
 from ctf.common.errors import UserError
 from ctf.data.extraction import TokensConfig
+from ctf.data.image_set import Splits
 from ctf.models.clusters import ClustersConfig
 from ctf.models.sampling import Sampling
 from ctf.models.sizes import SIZES, TokenizerShape, TransformerShape
 from ctf.training.tokenizer import TokenizerTraining
 from ctf.training.transformers import TrainingConfig
 
+Stage = Literal["tokenizer", "coarse", "fine"]
+STAGES: tuple[Stage, ...] = ("tokenizer", "coarse", "fine")  # those that are trained
+
 
 @dataclasses.dataclass(frozen=True)
 class TimeShares:
-    """How `ctf fit --minutes` shares its time among the stages; clusters take what they need."""
+    """How `ctf fit --minutes` divides its time among the stages; clusters take what they need."""
 
     tokenizer: float = 0.40
     tokens: float = 0.10
@@ -28,9 +33,11 @@ class TimeShares:
 
 @dataclasses.dataclass(frozen=True)
 class GroupLoss:
-    """The cluster-level loss of IAR (arXiv 2501.00880) beside a full-vocabulary model's own.
+    """The cluster-level loss of IAR (arXiv 2501.00880), added to a full-vocabulary model's own.
 
-    weight: 0 is none. clusters: of the codes, for this loss alone.
+    Attributes:
+        weight: Of the loss; 0 for none.
+        clusters: How the codes are clustered for this loss.
     """
 
     weight: float = 0.0
@@ -47,8 +54,11 @@ class GroupLoss:
 class Recipe:
     """Shapes and training of every stage.
 
-    fine_corruption: share of the labels that the fine model is taught with that are wrong ones.
-    group_loss: of the coarse model, where each code is a cluster of its own.
+    Attributes:
+        image_size: Of folders of images, unless the user chooses another.
+        fine_corruption: Share of the labels that are replaced by wrong ones when the fine model is
+            trained, so that it tolerates mistakes of the coarse model.
+        group_loss: Of the coarse model, if it is a full-vocabulary baseline.
     """
 
     tokenizer: TokenizerShape
@@ -61,7 +71,7 @@ class Recipe:
     fine_softmax: Literal["members", "full"]
     fine_training: TrainingConfig
     sampling: Sampling
-    image_size: int = 64  # of folders, where none is asked for
+    image_size: int = 64
     time_shares: TimeShares = TimeShares()
     fine_corruption: float = 0.0
     group_loss: GroupLoss = GroupLoss()
@@ -70,55 +80,107 @@ class Recipe:
         if not 0 <= self.fine_corruption < 1:
             raise UserError(f"fine_corruption: got {self.fine_corruption}, expected 0 to below 1")
 
-    def with_steps(self, steps: int) -> Recipe:
-        """The same recipe with this many steps in every trained stage."""
-        return dataclasses.replace(
-            self,
-            tokenizer_training=with_steps(self.tokenizer_training, steps),
-            coarse_training=with_steps(self.coarse_training, steps),
-            fine_training=with_steps(self.fine_training, steps),
-        )
+    def with_steps(self, steps: int, stages: Sequence[Stage] = STAGES) -> Recipe:
+        """Return the recipe with this many steps in the given stages."""
+        trainings = {f"{stage}_training": getattr(self, f"{stage}_training") for stage in stages}
+        changes: dict[str, Any] = {k: with_steps(t, steps) for k, t in trainings.items()}
+        return dataclasses.replace(self, **changes)
 
 
 T = TypeVar("T", TokenizerTraining, TrainingConfig)
 
 
 def with_steps(training: T, steps: int) -> T:
-    """The same training in another number of steps; a short one also warms up for less."""
+    """Return the training with another number of steps; a short one also has a short warm-up."""
     warm_up = min(training.warm_up, steps // 10)
     return dataclasses.replace(training, steps=steps, warm_up=warm_up)
 
 
 def preset(name: str) -> Recipe:
-    """Raises UserError for an unknown name, saying which one was meant."""
+    """Return a preset. Raises UserError for an unknown name."""
     if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}")
+        raise UserError(f"unknown preset {name!r}{config.did_you_mean(name, PRESETS)}")
     return PRESETS[name]
 
 
-@dataclasses.dataclass(frozen=True)
-class DataSize:
-    """How much there is to train on."""
+def resolve(
+    preset_name: str,
+    images: Splits,
+    *,
+    steps: int | None = None,
+    views: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Recipe:
+    """Return the recipe of a preset for some images, with the user's changes.
 
-    pictures: int
+    Args:
+        preset_name: A key of `PRESETS`.
+        images: What to train on.
+        steps: Of every trained stage; None for the preset's.
+        views: Of each training image, a key of `data.transforms.VIEWS`; None for the preset's, but
+            plain for images that must not be mirrored.
+        overrides: As `config.override` takes them.
+
+    Raises:
+        UserError: The preset, the views or a key is unknown, or a value is out of its range.
+    """
+    if views is None and not images.train.mirrors:
+        views = "plain"
+    if views is not None:
+        overrides = [f"tokens.views={views}", *overrides]
+    return adjust(preset(preset_name), steps, overrides)
+
+
+def adjust(recipe: Recipe, steps: int | None, overrides: Sequence[str]) -> Recipe:
+    """Return the recipe with values replaced, then with `steps` steps in every trained stage."""
+    recipe = config.override(recipe, overrides)
+    if steps is None:
+        return recipe
+    if steps < 1:
+        raise UserError(f"steps: got {steps}, expected 1 or more")
+    return recipe.with_steps(steps)
+
+
+def check_recipe(images: Splits, recipe: Recipe) -> None:
+    """Check what would fail in a later stage, before there is any work to lose.
+
+    Raises:
+        UserError: The image size is not divisible by the tokenizer's factor, there are more
+            clusters than codes, or a model cannot have such a shape.
+    """
+    tokenizer = recipe.tokenizer.config(images.train.image_size)
+    for shape in (recipe.coarse, recipe.fine):
+        shape.config(tokenizer.grid, len(images.train.class_names))
+    count, codes = recipe.clusters.count, tokenizer.codebook_size
+    if recipe.clusters.method != "identity" and count > codes:
+        raise UserError(f"got {count} clusters, expected 1 to {codes}: the number of codes")
+
+
+# --- Presets --------------------------------------------------------------------------------------
+
+
+class DataSize(NamedTuple):
+    """The size of a training set."""
+
+    images: int
     classes: int
 
 
-IMAGENET = DataSize(pictures=1_281_167, classes=1000)  # ImageNet-1k, the training pictures
+IMAGENET = DataSize(images=1_281_167, classes=1000)  # ImageNet-1k, training images
 
 
 def _imagenet(size: str, guidance: float) -> Recipe:
-    """The paper's system at one size, on ImageNet at 256 pixels.
+    """Return the paper's system at one size, on ImageNet at 256 pixels.
 
     Tokenizer: LlamaGen's VQ-16 and its training, 40 epochs of Adam without decay or schedule,
-    with the discriminator from step 20,000. (The paper takes the released one: docs/llamagen.md.)
-    What revives codes is this project's. Coarse: LlamaGen's training, 300 epochs, constant
+    with the discriminator from step 20,000. (The paper uses the released one: docs/llamagen.md.)
+    The revival of codes is this project's. Coarse: LlamaGen's training, 300 epochs, constant
     learning rate, dropout of tokens and outputs 0.1, ten-crop at two scales. Fine: the shape of L
-    at every size, 100 epochs. The EMA is a choice made here: neither paper speaks of one.
+    at every size, 100 epochs. The EMA is a choice made here: neither paper mentions one.
     """
 
     def steps(epochs: int, batch_size: int) -> int:
-        return round(epochs * IMAGENET.pictures / batch_size)
+        return round(epochs * IMAGENET.images / batch_size)
 
     return Recipe(
         tokenizer=_VQ16,
@@ -175,7 +237,7 @@ _VQ16 = TokenizerShape(
 )
 
 PRESETS = {
-    # For a first look: two minutes on two CPU cores (`ctf demo`) show shapes, not details.
+    # For a first look: after two minutes on two CPU cores (`ctf demo`), shapes without details.
     "tiny": Recipe(
         tokenizer=TokenizerShape(),
         tokenizer_training=TokenizerTraining(
@@ -194,11 +256,10 @@ PRESETS = {
         ),
         sampling=Sampling(),
         image_size=32,
-        # Within two minutes what pictures show is the coarse model's; details hardly matter yet.
+        # After two minutes, the quality of images depends on the coarse model.
         time_shares=TimeShares(tokenizer=0.3, tokens=0.1, coarse=0.45, fine=0.15),
     ),
-    # That of the shipped pipeline, which took 7060 seconds of one thread, the transformers in
-    # bfloat16 (README). Not timed on a free machine.
+    # The shipped pipeline's: 7060 seconds on one thread, with the transformers in bfloat16.
     "small": Recipe(
         tokenizer=TokenizerShape(largest_grid=16),
         tokenizer_training=TokenizerTraining(steps=6400, batch_size=32, perceptual_weight=0.2),
@@ -212,7 +273,7 @@ PRESETS = {
         sampling=Sampling(),
         image_size=64,
     ),
-    # The paper's size B with a fine model of the shape of L, for GPUs and pictures of 256 pixels.
+    # The paper's size B with a fine model of the shape of L, for GPUs and images of 256 pixels.
     "base": Recipe(
         tokenizer=_VQ16,
         tokenizer_training=TokenizerTraining(
@@ -233,8 +294,8 @@ PRESETS = {
         sampling=Sampling(guidance=2.0, temperature=1.1, fine_temperature=1.1),
         image_size=256,
     ),
-    # The paper's table 1; `ctf cost` has what each takes. Not trained here. The guidance of B is
-    # the paper's, that of L and XL is what LlamaGen samples these sizes with.
+    # The paper's table 1, not trained here; `ctf cost` calculates them. The guidance of B is the
+    # paper's, that of L and XL is LlamaGen's for these sizes.
     "imagenet256-B": _imagenet("B", guidance=2.0),
     "imagenet256-L": _imagenet("L", guidance=2.0),
     "imagenet256-XL": _imagenet("XL", guidance=1.75),

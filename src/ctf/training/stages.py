@@ -1,0 +1,353 @@
+"""The stages of a run; each reads only the folders of the stages before it.
+
+    RUN/tokenizer/  tokens/  clusters/  coarse/  fine/  pipeline.json
+
+A finished stage is loaded, a stopped one resumes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ctf.common import claims, config, storage
+from ctf.common.distributed import ALONE, World
+from ctf.common.errors import UserError
+from ctf.common.precision import Precision
+from ctf.common.progress import Progress
+from ctf.common.weights import load_strict
+from ctf.data import extraction, tokens
+from ctf.data.image_set import Splits
+from ctf.data.tokens import Tokens
+from ctf.models import clusters as clustering
+from ctf.models import objectives
+from ctf.models.clusters import Clusters, ClustersConfig
+from ctf.models.coarse import CoarseModel
+from ctf.models.fine import FineModel
+from ctf.models.tokenizer import VQModel
+from ctf.models.transformer import TransformerConfig
+from ctf.pipelines.folder import (
+    CLUSTERS,
+    SETTINGS,
+    PipelineSettings,
+    load_clusters,
+    load_tokenizer,
+)
+from ctf.training import clusters as clusters_stage
+from ctf.training import cost, loop, state, tokenizer, transformers, warm_start
+from ctf.training.loop import DEFAULT_EXECUTION, Execution
+from ctf.training.recipes import Recipe
+from ctf.training.transformers import TrainingConfig
+from ctf.training.warm_start import Source
+
+Kind = Literal["coarse", "fine"]
+
+FIT = "fit.json"  # marks the run of `ctf fit`
+TOKENIZER = "tokenizer/config.json"  # marks any run
+STUDY_IMAGES = 256  # held-out images that the redundancy study of the clusters is based on
+
+
+# --- Tokenizer, tokens, clusters ------------------------------------------------------------------
+
+
+def tokenizer_hash(run: Path) -> str:
+    """Return the SHA-256 of the tokenizer's weights, by which the later stages know it."""
+    return storage.hash_file(run / "tokenizer" / "model.safetensors")
+
+
+def train_tokenizer(
+    run: Path,
+    images: Splits,
+    recipe: Recipe,
+    world: World = ALONE,
+    progress: Progress | None = None,
+) -> VQModel:
+    """Train the tokenizer of a run, resume its training, or load it if it is finished.
+
+    Raises:
+        UserError: `run` holds something else, or see `tokenizer.train`.
+        Stopped: See `loop.run`.
+    """
+    world.on_main(lambda: claims.is_ours(run, FIT, TOKENIZER, what="a run of ctf"))
+    shape = recipe.tokenizer.config(images.train.image_size)
+    training = recipe.tokenizer_training
+    return tokenizer.train(shape, training, images, run / "tokenizer", world, progress)
+
+
+def extract_tokens(
+    run: Path,
+    vq: VQModel,
+    images: Splits,
+    recipe: Recipe,
+    *,
+    limit: int | None = None,
+    precision: Precision = "auto",
+    world: World = ALONE,
+    progress: Progress | None = None,
+) -> None:
+    """Encode the images with the run's tokenizer `vq`; see `extraction.extract`."""
+    extraction.extract(
+        vq, tokenizer_hash(run), images, run / "tokens", recipe.tokens,
+        limit=limit, precision=precision, world=world, progress=progress,
+    )  # fmt: skip
+
+
+def open_tokens(run: Path) -> tuple[Tokens, Tokens]:
+    """Return a run's tokens of training and of held-out images.
+
+    Raises:
+        UserError: They are missing, or were made by another tokenizer.
+    """
+    name = tokenizer_hash(run)
+    return Tokens(run / "tokens", "train", name), Tokens(run / "tokens", "val", name)
+
+
+def fit_clusters(run: Path, vq: VQModel, clusters: ClustersConfig) -> Clusters:
+    """Cluster the codes of the run's tokenizer `vq`; see `training.clusters.fit_clusters`."""
+    _, val = open_tokens(run)
+    codes_BL = val.codes(np.arange(min(len(val), STUDY_IMAGES)))
+    return clusters_stage.fit_clusters(
+        run / "clusters", vq, codes_BL, clusters, tokenizer_hash(run)
+    )
+
+
+def branch(run: Path, out: Path) -> None:
+    """Make `out` a run with the tokenizer and the tokens of `run`, for other clusters or models.
+
+    Raises:
+        UserError: `run` has no tokenizer or tokens, or `out` holds something else.
+    """
+    open_tokens(run)
+    if not (out / "tokenizer" / "model.safetensors").is_file():
+        claims.is_ours(out, TOKENIZER, what=f"a run with the tokens of {run}")
+        for name in ("config.json", "model.safetensors"):
+            with storage.atomic(out / "tokenizer" / name) as temporary:
+                shutil.copyfile(run / "tokenizer" / name, temporary)
+    if not (out / "tokens").exists():
+        # A link: tokens may be large, and only training needs them.
+        (out / "tokens").symlink_to((run / "tokens").resolve(), target_is_directory=True)
+
+
+def make_baseline(run: Path, out: Path) -> Clusters:
+    """Make `out` a run like `run`, but with identity clusters. Raises UserError as `branch`."""
+    vq = load_tokenizer(run / "tokenizer")
+    branch(run, out)
+    return fit_clusters(out, vq, ClustersConfig(method="identity"))
+
+
+# --- Coarse and fine model ------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelStage:
+    """The coarse or the fine model of a run whose tokens and clusters are finished.
+
+    Attributes:
+        run: Folder of the run.
+        kind: Which model.
+        recipe: Its shape and its training.
+        clusters: Those of the run.
+        world: The processes that train together.
+        execution: How steps are computed.
+        warm_start: A full-vocabulary model that a coarse model starts from.
+    """
+
+    run: Path
+    kind: Kind
+    recipe: Recipe
+    clusters: Clusters
+    world: World = ALONE
+    execution: Execution = DEFAULT_EXECUTION
+    warm_start: Source | None = None
+
+    @classmethod
+    def open(
+        cls,
+        run: Path,
+        kind: Kind,
+        recipe: Recipe,
+        world: World = ALONE,
+        execution: Execution = DEFAULT_EXECUTION,
+        warm_start_from: Path | None = None,
+    ) -> ModelStage:
+        """Return the stage with the clusters of the run.
+
+        Args:
+            run: Folder of the run.
+            kind: Which model.
+            recipe: Its shape and its training.
+            world: The processes that train together.
+            execution: How steps are computed.
+            warm_start_from: Folder of a full-vocabulary pipeline that a coarse model starts from.
+
+        Raises:
+            UserError: There are no clusters, or see `warm_start.open_source`.
+        """
+        clusters, source = load_clusters(run / "clusters" / CLUSTERS), None
+        if warm_start_from is not None:
+            source = warm_start.open_source(warm_start_from, tokenizer_hash(run))
+        return cls(run, kind, recipe, clusters, world, execution, source)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the stage."""
+        return self.run / self.kind
+
+    @property
+    def training(self) -> TrainingConfig:
+        """How the model is trained."""
+        coarse = self.kind == "coarse"
+        return self.recipe.coarse_training if coarse else self.recipe.fine_training
+
+    @functools.cached_property
+    def tokens(self) -> tuple[Tokens, Tokens]:
+        """The tokens of training and of held-out images."""
+        return open_tokens(self.run)
+
+    @functools.cached_property
+    def model_config(self) -> TransformerConfig:
+        """The shape of the model; with a warm start, that of the model it starts from.
+
+        Raises:
+            UserError: A fine model would have nothing to predict, or the warm start is from a
+                model of another grid.
+        """
+        manifest = self.tokens[0].manifest
+        grid, classes = math.isqrt(manifest.length), len(manifest.class_names)
+        if self.kind == "fine":
+            if self.clusters.largest == 1:
+                raise UserError(
+                    f"{self.run}: each code is a cluster of its own, which leaves a fine model "
+                    "nothing to predict"
+                )
+            return self.recipe.fine.config(grid, classes)
+        if self.warm_start is None:
+            return self.recipe.coarse.config(grid, classes)
+        source = self.warm_start.model.config
+        if source.grid != grid:
+            raise UserError(
+                f"the model to start from was trained on a grid of {source.grid} x {source.grid}, "
+                f"the tokens have a grid of {grid} x {grid}"
+            )
+        dropout = self.recipe.coarse.dropout
+        return dataclasses.replace(source, classes=classes, dropout=dropout)
+
+    def describe(self) -> str:
+        """Return what `train` would do, and what it costs by calculation. Raises as `train`."""
+        (train, _), shape, t = self.tokens, self.model_config, self.training
+        self.world.share(t.batch_size, "batch_size")
+        setting = cost.Setting(
+            train.manifest.image_size, len(train), shape.classes, self.world.size,
+            execution=self.execution,
+        )  # fmt: skip
+        count = self.clusters.count
+        if self.kind == "coarse":
+            stage = cost.coarse_cost(shape, t, setting, count)
+        else:
+            codes, largest = self.clusters.codebook_size, self.clusters.largest
+            softmax = self.recipe.fine_softmax
+            stage = cost.fine_cost(shape, t, setting, count, codes, largest, softmax)
+        first = f"would train {stage.parameters / 1e6:.1f} M parameters: {t}"
+        return "\n".join([first, *cost.describe_cost(stage, setting)])
+
+    def train(self, progress: Progress | None = None) -> None:
+        """Train the model, resume its training, or find that it is finished.
+
+        With a warm start, the first line of metrics.jsonl has the loss that it starts with.
+
+        Raises:
+            UserError: The folder belongs to another configuration or holds something else, the
+                batch size is no multiple of the number of processes, or see `model_config`.
+            Stopped: See `loop.run`.
+        """
+        world, t = self.world, self.training
+        world.share(t.batch_size, "batch_size")  # before anything is written
+        if not loop.begin(self.folder, self._description(), world):
+            return
+        train, _ = self.tokens
+        settings = PipelineSettings(
+            train.manifest.class_names,
+            self.recipe.sampling,
+            {"images": train.manifest.train.images, "recipe": config.to_json(self.recipe)},
+        )
+        world.on_main(lambda: storage.save_json(self.run / SETTINGS, config.to_json(settings)))
+        states = self.folder / "state"
+        resumed = bool(world.broadcast(state.latest_state(states) if world.is_main else 0))
+        trainer = self.make_trainer(resumed=resumed)
+        loop.run(
+            trainer, self.folder, t.steps,
+            evaluate_every=t.evaluate_every, evaluate_first=self.warm_start is not None,
+            progress=progress, world=world,
+        )  # fmt: skip
+        loop.finish(self.folder, trainer.averaged.state_dict(), {}, world)
+
+    def _description(self) -> dict[str, Any]:
+        """Return all that determines the weights."""
+        recipe = self.recipe
+        description: dict[str, Any] = {
+            "model": config.to_json(self.model_config),
+            "clusters": clustering.fingerprint(self.clusters),
+            "training": config.to_json(self.training),
+            "tokens": storage.hash_file(self.run / "tokens" / tokens.MANIFEST),
+        }
+        if self.kind == "fine":
+            description["softmax"] = recipe.fine_softmax
+            if recipe.fine_corruption > 0:
+                description["corruption"] = recipe.fine_corruption
+        elif recipe.group_loss.weight > 0:
+            description["group_loss"] = config.to_json(recipe.group_loss)
+        if self.warm_start is not None:
+            description["warm_start"] = self.warm_start.hash
+        return description
+
+    def make_trainer(self, *, resumed: bool = False) -> transformers.Trainer:
+        """Return the trainer of the model.
+
+        Args:
+            resumed: Whether a state will be loaded, so that a warm start is not needed.
+
+        Raises:
+            UserError: See `model_config`; or the recipe has a group loss for a model with clusters.
+        """
+        torch.manual_seed(self.training.seed)
+        recipe, clusters = self.recipe, self.clusters
+        other: objectives.Objective | None = None  # to train on, if not on the objective
+        if self.kind == "coarse":
+            model: transformers.Model = self._make_coarse(resumed)
+            objective = objectives.coarse_objective(clusters)
+            if recipe.group_loss.weight > 0:
+                other = self._grouped_objective()
+        else:
+            model = FineModel(self.model_config, clusters, recipe.fine_softmax)
+            objective = objectives.fine_objective(clusters)
+            if recipe.fine_corruption > 0:
+                other = objectives.corrupted_objective(clusters, recipe.fine_corruption)
+        return transformers.Trainer(
+            model, objective, *self.tokens, self.training, self.world, self.execution, other
+        )
+
+    def _make_coarse(self, resumed: bool) -> CoarseModel:
+        model = CoarseModel(self.model_config, self.clusters.count)
+        if self.warm_start is not None and not resumed:
+            train, device = self.tokens[0], self.world.device
+            first = warm_start.weights(self.warm_start, self.clusters, train, model, device)
+            load_strict(model, {k: v.cpu() for k, v in first.items()}, "the first weights")
+        return model
+
+    def _grouped_objective(self) -> objectives.Objective:
+        if self.clusters.largest > 1:
+            raise UserError(
+                "group_loss: is for the full-vocabulary baseline, where each code is a cluster of "
+                "its own"
+            )
+        codebook_VC = load_tokenizer(self.run / "tokenizer").codebook()
+        group_loss = self.recipe.group_loss
+        groups = clustering.fit(codebook_VC, group_loss.clusters)
+        return objectives.grouped_objective(groups, group_loss.weight)

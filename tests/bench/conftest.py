@@ -7,6 +7,7 @@ import torch
 
 from ctf.bench import harness
 from ctf.bench.shapes import Shapes
+from ctf.kernels.sampling_cpu import GrowingCache
 from ctf.models.sizes import TOKENIZERS, TransformerShape
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 
@@ -36,3 +37,9 @@ def tokenizer() -> VQModel:
         codebook_size=256,
     )  # fmt: skip
     return VQModel(config).eval()
+
+
+@pytest.fixture
+def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches that grow within 16 tokens."""
+    monkeypatch.setattr(GrowingCache, "BLOCK", 8)

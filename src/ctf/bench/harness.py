@@ -11,7 +11,7 @@ import dataclasses
 import gc
 import platform
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -20,9 +20,11 @@ import torch
 from ctf import kernels
 from ctf.bench.work import Machine
 from ctf.common import claims, config, memory, storage
+from ctf.common.errors import UserError
 from ctf.common.progress import Progress
 from ctf.common.version import __version__
 from ctf.kernels.products import Int8, Packed
+from ctf.models.sizes import SIZES
 
 LIMIT_SIDE = 2048  # of the square matrices whose product is timed for the limits
 LIMIT_NUMBERS = 2**27  # read for the limit of the memory: 512 MB in float32
@@ -144,6 +146,22 @@ def environment(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "ctf": __version__,
     }
+
+
+def check_positive(**options: int) -> None:
+    """Raise a UserError if an option is below 1."""
+    for name, value in options.items():
+        if value < 1:
+            raise UserError(f"{name}: got {value}, expected 1 or more")
+
+
+def check_sizes(sizes: Sequence[str]) -> None:
+    """Raise a UserError if there is no size, or one of them is unknown."""
+    if not sizes:
+        raise UserError("sizes: expected at least one")
+    for size in sizes:
+        if size not in SIZES:
+            raise UserError(f"unknown size {size!r}, expected some of {', '.join(SIZES)}")
 
 
 # --- Timing ---------------------------------------------------------------------------------------

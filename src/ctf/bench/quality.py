@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ctf.bench.harness import check_positive
 from ctf.common.errors import UserError
 from ctf.common.progress import OpenProgress, Progress
 from ctf.data import fashion_mnist
@@ -67,9 +68,7 @@ def compare(
     Raises:
         UserError: A number is below 1, or the pipeline was not trained on an included image set.
     """
-    for option, number in (("samples", samples), ("held_out", held_out)):
-        if number < 1:
-            raise UserError(f"{option}: got {number}, expected 1 or more")
+    check_positive(samples=samples, held_out=held_out)
     folder = find_pipeline(model)
     pipe = Pipeline.from_pretrained(folder, device)
     source = str(pipe.origin.get("images"))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ctf import kernels
 from ctf.bench import harness, llamagen_reference
+from ctf.bench.coarse_steps import Steps, engine_steps, plain_steps, weight_bytes
 from ctf.bench.harness import Group, Results, Timing
 from ctf.bench.shapes import IMAGENET, PAPER, RECOMMENDED, Shapes
 from ctf.bench.work import Machine, Work, coarse_step, fine_pass
@@ -31,18 +32,15 @@ from ctf.common.errors import UserError
 from ctf.common.precision import supports_bf16
 from ctf.common.progress import Progress
 from ctf.kernels import Engine
-from ctf.kernels.products import Int8, Packed
-from ctf.kernels.sampling_cpu import GrowingCache, PackedSwiGLU
+from ctf.kernels.sampling_cpu import GrowingCache
 from ctf.models import sampling
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.sampling import Sampling
-from ctf.models.sizes import SIZES
 from ctf.models.tokenizer import VQModel
 from ctf.training import cost
 
 FILE = "sample.json"
-LAYERS_APART = 12  # layers with a cache of their own when timing: more than any processor's cache
 GREEDY_BATCH = 2
 
 START_SCRIPT = """
@@ -73,16 +71,13 @@ class SampleBenchmark:
     rounds: int = 3
 
     def __post_init__(self) -> None:
-        for size in self.sizes:
-            if size not in SIZES:
-                raise UserError(f"unknown size {size!r}, expected some of {', '.join(SIZES)}")
+        harness.check_sizes(self.sizes)
+        harness.check_positive(rounds=self.rounds)
         for batch in self.batches:
             if not 1 <= batch <= 1024:
                 raise UserError(f"batches: got {batch}, expected 1 to 1024 images")
-        if self.rounds < 1:
-            raise UserError(f"rounds: got {self.rounds}, expected 1 or more")
-        if not (self.sizes and self.batches and self.engines):
-            raise UserError("sizes, batches, engines: expected at least one of each")
+        if not (self.batches and self.engines):
+            raise UserError("batches, engines: expected at least one of each")
 
     @property
     def halves(self) -> int:
@@ -165,56 +160,6 @@ def fine_batch(batch: int, length: int = IMAGENET.length) -> int:
     return min(batch, sampling.FINE_TOKENS // length)
 
 
-# --- A step of the coarse model -------------------------------------------------------------------
-
-# Given a position before which the cache is full, prepares the step there and returns it.
-Steps = Callable[[int], Callable[[], Tensor]]
-
-
-def engine_steps(
-    model: CoarseModel, guidance: float, classes_B: Tensor, labels_BL: Tensor, uniforms_B: Tensor
-) -> Steps:
-    """The steps of a coarse model as the pipeline takes them."""
-
-    def at(position: int) -> Callable[[], Tensor]:
-        decoder = sampling.CoarseDecoder(model, classes_B, guided=guidance != 1)
-        decoder.cached = [position, position]
-        room = min(-(-position // GrowingCache.BLOCK) * GrowingCache.BLOCK, model.config.length)
-        for stored in (decoder.cache.k, decoder.cache.v):
-            room = max(room, stored[0].shape[2])  # all of it from the start, if it does not grow
-            apart = [
-                k.new_full((*k.shape[:2], room, k.shape[3]), 0.01) for k in stored[:LAYERS_APART]
-            ]
-            stored[:] = [apart[layer % len(apart)] for layer in range(len(stored))]
-        return lambda: sampling.choose(
-            decoder.logits(labels_BL, position, guidance), uniforms_B, 1.0, 0, 1.0
-        )
-
-    return at
-
-
-def plain_steps(
-    model: CoarseModel, guidance: float, classes_B: Tensor, labels_BL: Tensor, uniforms_B: Tensor
-) -> Steps:
-    """The same steps in LlamaGen's way."""
-    settings = Sampling(guidance=guidance)
-    first_B = llamagen_reference.first_inputs(model, classes_B, settings)
-    shallow = dataclasses.replace(model.config, layers=min(LAYERS_APART, model.config.layers))
-    apart, masks = llamagen_reference.make_caches(shallow, len(first_B))
-    apart.fill_(0.01)
-    caches = [apart[layer % len(apart)] for layer in range(model.config.layers)]
-
-    def at(position: int) -> Callable[[], Tensor]:
-        inputs_B = first_B
-        if position:
-            inputs_B = labels_BL[:, position - 1].repeat(len(first_B) // len(classes_B))
-        return lambda: llamagen_reference.sample_step(
-            model, inputs_B, position, caches, masks, uniforms_B, settings
-        )
-
-    return at
-
-
 # --- The stages -----------------------------------------------------------------------------------
 
 Model = TypeVar("Model", CoarseModel, FineModel, VQModel)
@@ -269,15 +214,12 @@ class _Stages:
     def _coarse_way(
         self, name: str, model: CoarseModel, steps: Steps, batch: int, cached: int
     ) -> _Way:
-        config, rows, dtype = (
-            model.config,
-            self.benchmark.halves * batch,
-            model.backbone.cache(1).k[0].dtype,
-        )
-        step = partial(
-            coarse_step, config, model.vocab_size, rows, int8="int8" in name, cached=dtype
-        )
-        works = [step(position) for position in range(config.length)]
+        config, rows = model.config, self.benchmark.halves * batch
+        dtype, int8 = model.backbone.cache(1).k[0].dtype, "int8" in name
+        works = [
+            coarse_step(config, model.vocab_size, rows, position, int8=int8, cached=dtype)
+            for position in range(config.length)
+        ]
         numbers = 2 * config.layers * rows * config.width * cached
         return _Way(name, model, steps, works, dtype.itemsize * numbers)
 
@@ -414,15 +356,3 @@ def _always(call: Callable[[], Tensor]) -> Steps:
 def _random(model: Transformer) -> Transformer:
     nn.init.normal_(model.head.weight, std=0.02)
     return model.eval().requires_grad_(False)
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a model's weights as they are held, packed or not."""
-    total = 0
-    for part in model.modules():
-        total += sum(p.numel() * p.element_size() for p in part.parameters(recurse=False))
-        if isinstance(part, (Packed, Int8)):
-            total += part.bytes()
-        elif isinstance(part, PackedSwiGLU):
-            total += weight_bytes(part.first[0])
-    return total

@@ -25,7 +25,6 @@ from ctf.bench import harness, llamagen_reference
 from ctf.bench.shapes import IMAGENET, Shapes
 from ctf.common import memory, rng, storage
 from ctf.common.config import to_json
-from ctf.common.errors import UserError
 from ctf.common.precision import Precision, supports_bf16
 from ctf.data import shards
 from ctf.data.extraction import TokensConfig, extract
@@ -58,9 +57,7 @@ def measure(
     Raises:
         UserError: A number is below 1.
     """
-    for name, value in (("images", images), ("pictures", encoded), ("rounds", rounds)):
-        if value < 1:
-            raise UserError(f"{name}: got {value}, expected 1 or more")
+    harness.check_positive(images=images, pictures=encoded, rounds=rounds)
     device = torch.device(device)
     with tempfile.TemporaryDirectory() as folder:
         write_cache(Path(folder), images, shapes)

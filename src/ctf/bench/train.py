@@ -32,7 +32,6 @@ from ctf.bench.tokens import write_cache
 from ctf.bench.work import Machine
 from ctf.common import memory
 from ctf.common.distributed import World
-from ctf.common.errors import UserError
 from ctf.common.precision import Precision, supports_bf16
 from ctf.common.progress import Progress
 from ctf.data.tokens import Tokens
@@ -40,7 +39,7 @@ from ctf.models.clusters import Clusters, identity
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.objectives import coarse_objective, fine_objective
-from ctf.models.sizes import SIZES, training_flops
+from ctf.models.sizes import training_flops
 from ctf.training import optim
 from ctf.training.loop import Execution
 from ctf.training.transformers import Trainer, TrainingConfig
@@ -63,14 +62,8 @@ class TrainBenchmark:
     rounds: int = 3
 
     def __post_init__(self) -> None:
-        for size in self.sizes:
-            if size not in SIZES:
-                raise UserError(f"unknown size {size!r}, expected some of {', '.join(SIZES)}")
-        if not self.sizes:
-            raise UserError("sizes: expected at least one")
-        for name in ("batch", "rounds"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: got {getattr(self, name)}, expected 1 or more")
+        harness.check_sizes(self.sizes)
+        harness.check_positive(batch=self.batch, rounds=self.rounds)
 
 
 @dataclasses.dataclass(frozen=True)

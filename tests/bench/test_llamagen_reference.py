@@ -15,7 +15,7 @@ from ctf.data.image_set import Splits
 from ctf.data.tokens import Tokens
 from ctf.data.transforms import VIEWS
 from ctf.models.coarse import CoarseModel
-from ctf.models.sampling import Sampling, sample_coarse, uniforms
+from ctf.models.sampling import Sampling, per_image_noise, sample_coarse
 from ctf.models.tokenizer import VQModel
 from ctf.models.transformer import TransformerConfig
 from ctf.pipelines import llamagen
@@ -86,7 +86,7 @@ def test_the_plain_loop_samples_the_same_labels(guidance: float, top_k: int) -> 
     for parameter in model.parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.1)
-    numbers_BL = uniforms(range(5), 16)[:, 0]
+    numbers_BL = per_image_noise(range(5), 16)[:, 0]
     settings = Sampling(guidance=guidance, top_k=top_k)
     expected = sample_coarse(model, torch.arange(5), numbers_BL, settings)
     assert torch.equal(
@@ -100,5 +100,7 @@ def test_the_plain_loop_samples_what_llamagen_does(guidance: int) -> None:
     model = llamagen.load(FIXTURES / "vq.pt", FIXTURES / "gpt.pt").coarse
     classes_B = torch.from_numpy(stored["labels"]).long()
     settings = Sampling(guidance=guidance, top_k=1)
-    drawn = llamagen_reference.sample(model, classes_B, uniforms([0, 1, 2], 16)[:, 0], settings)
+    drawn = llamagen_reference.sample(
+        model, classes_B, per_image_noise([0, 1, 2], 16)[:, 0], settings
+    )
     assert drawn.tolist() == stored[f"greedy_guidance_{guidance}"].tolist()

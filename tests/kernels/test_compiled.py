@@ -5,7 +5,7 @@ import torch
 
 from ctf import kernels
 from ctf.kernels import compiled
-from ctf.models.sampling import Sampling, sample_coarse, uniforms
+from ctf.models.sampling import Sampling, per_image_noise, sample_coarse
 from ctf.models.transformer import rotate, rotation_table
 from tests.kernels.conftest import CONFIG, make_coarse
 
@@ -26,7 +26,7 @@ def test_compiled_steps_sample_the_same() -> None:
         del each.backbone.layers[1:]  # compiling is slow
     kernels.for_sampling(fast, None, None, "compile")
     assert model.state_dict().keys() == fast.state_dict().keys()
-    numbers_BL = uniforms(range(5), 16)[:, 0]
+    numbers_BL = per_image_noise(range(5), 16)[:, 0]
     for settings in (
         Sampling(guidance=2.0),
         Sampling(guidance=2.0, top_k=1),

@@ -20,17 +20,17 @@ from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.sampling import (
     Sampling,
-    choose,
-    draw,
+    apply_guidance,
+    format_settings,
     guidance_scales,
-    guide,
-    in_words,
-    keep_top_k,
-    keep_top_p,
+    per_image_noise,
     sample_coarse,
     sample_fine,
+    sample_inverse_cdf,
+    sample_logits,
     stream_coarse,
-    uniforms,
+    top_k_filter,
+    top_p_filter,
 )
 from ctf.models.transformer import KVCache, TransformerConfig
 
@@ -104,11 +104,12 @@ def test_unknown_schedules_and_windows_are_refused(setting: dict[str, Any], mess
 
 def test_settings_in_words():
     chosen = Sampling(guidance=1.5, top_k=3, guidance_schedule="linear", guidance_window=(0.25, 1))
-    assert in_words(dataclasses.asdict(chosen)) == (
+    assert format_settings(dataclasses.asdict(chosen)) == (
         "guidance 1.5, fine_guidance 1, temperature 1, fine_temperature 1, top_k 3, fine_top_k 0, "
         "top_p 1, fine_top_p 1, guidance_schedule linear, guidance_window 0.25 to 1"
     )
-    assert in_words({"guidance_window": [0.5, 1.0]}) == "guidance_window 0.5 to 1"  # from JSON
+    from_json = {"guidance_window": [0.5, 1.0]}
+    assert format_settings(from_json) == "guidance_window 0.5 to 1"
 
 
 # Guidance over the steps
@@ -152,16 +153,16 @@ def test_a_window_leaves_the_schedule_as_it_is(g, schedule, eighths, length):
 
 
 def test_numbers_of_an_image_depend_on_its_seed_alone():
-    together = uniforms(SEEDS, L)
+    together = per_image_noise(SEEDS, L)
     assert together.shape == (5, 2, L)
     assert together.dtype == torch.float64
     for i, seed in enumerate(SEEDS):
-        assert torch.equal(uniforms([seed], L)[0], together[i])
+        assert torch.equal(per_image_noise([seed], L)[0], together[i])
     assert len(together.unique()) == together.numel()
 
 
 def test_numbers_of_neighbouring_seeds_are_uniform_and_unrelated():
-    numbers = uniforms(range(4000), 2)[:, :, 0].numpy()
+    numbers = per_image_noise(range(4000), 2)[:, :, 0].numpy()
     for stage in range(2):
         assert scipy.stats.kstest(numbers[:, stage], "uniform").pvalue > 0.01
     assert abs(np.corrcoef(numbers[:-1, 0], numbers[1:, 0])[0, 1]) < 0.05
@@ -192,7 +193,7 @@ def kept(filtered_1K: Tensor) -> set[int]:
 @given(rows, st.integers(0, 10))
 def test_top_k_against_brute_force(row, k):
     expected = by_rank(row)[: k or len(row)]
-    filtered = keep_top_k(row_tensor(row), k)
+    filtered = top_k_filter(row_tensor(row), k)
     assert kept(filtered) == {i for i in expected if np.isfinite(row[i])}
     assert all(float(filtered[0, i]) == row[i] for i in kept(filtered))
 
@@ -208,23 +209,23 @@ def test_top_p_against_brute_force(row, p):
         if total < p and probabilities[i] > 0:
             expected.add(i)
         total += probabilities[i]
-    filtered = keep_top_p(row_tensor(row), p)
+    filtered = top_p_filter(row_tensor(row), p)
     assert kept(filtered) == expected
     assert all(float(filtered[0, i]) == row[i] for i in expected)
 
 
 def test_of_many_equal_choices_the_first_are_kept():
     row = torch.zeros(1, 4096, dtype=torch.float64)
-    assert kept(keep_top_k(row, 1024)) == set(range(1024))
-    assert kept(keep_top_p(row, 0.25)) == set(range(1024))
+    assert kept(top_k_filter(row, 1024)) == set(range(1024))
+    assert kept(top_p_filter(row, 0.25)) == set(range(1024))
 
 
 def test_guidance_in_closed_form():
     cond = torch.tensor([[1.0, 2.0, -torch.inf]])
     uncond = torch.tensor([[0.0, 4.0, -torch.inf]])
     for scale, expected in ((0, [0, 4]), (1, [1, 2]), (2, [2, 0]), (-1, [-1, 6])):
-        assert guide(cond, uncond, scale).tolist() == [[*expected, -torch.inf]]
-    assert guide(cond.bfloat16(), uncond.bfloat16(), 1.7).dtype == torch.float32
+        assert apply_guidance(cond, uncond, scale).tolist() == [[*expected, -torch.inf]]
+    assert apply_guidance(cond.bfloat16(), uncond.bfloat16(), 1.7).dtype == torch.float32
 
 
 # Draws
@@ -232,7 +233,7 @@ def test_guidance_in_closed_form():
 
 @given(rows, st.one_of(st.sampled_from([0.0, 5e-324, 1 - 2**-53, 1.0]), st.floats(0, 1)))
 def test_nothing_masked_is_ever_drawn(row, uniform):
-    choice = int(draw(row_tensor(row), torch.tensor([uniform], dtype=torch.float64)))
+    choice = int(sample_inverse_cdf(row_tensor(row), torch.tensor([uniform], dtype=torch.float64)))
     assert np.isfinite(row[choice])
 
 
@@ -241,15 +242,15 @@ def test_an_even_grid_of_numbers_gives_the_probabilities(dtype):
     logits_K = torch.tensor([0.5, -torch.inf, 2.0, -1.0, 0.25, -torch.inf], dtype=dtype)
     count = 10_000
     numbers = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    drawn = draw(logits_K.expand(count, -1), numbers).bincount(minlength=6)
+    drawn = sample_inverse_cdf(logits_K.expand(count, -1), numbers).bincount(minlength=6)
     expected = count * logits_K.double().softmax(-1)
     assert float((drawn - expected).abs().max()) <= 1
 
 
 def test_frequencies_over_seeds_follow_the_probabilities():
     logits_K = torch.tensor([1.0, 0.0, -torch.inf, -1.0, 2.0])
-    numbers = uniforms(range(40), 250).flatten()
-    drawn = draw(logits_K.expand(len(numbers), -1), numbers).bincount(minlength=5)
+    numbers = per_image_noise(range(40), 250).flatten()
+    drawn = sample_inverse_cdf(logits_K.expand(len(numbers), -1), numbers).bincount(minlength=5)
     expected = len(numbers) * logits_K.double().softmax(-1)
     real = expected > 0
     assert int(drawn[~real].sum()) == 0
@@ -260,7 +261,7 @@ def test_temperature_then_top_k_then_top_p():
     logits_K = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0], dtype=torch.float64)
     count = 10_000
     numbers = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    drawn = choose(logits_K.expand(count, -1), numbers, 2.0, 4, 0.8).bincount(minlength=5)
+    drawn = sample_logits(logits_K.expand(count, -1), numbers, 2.0, 4, 0.8).bincount(minlength=5)
     four = np.exp([1.0, 0.5, 0.0, -0.5])
     # 0.455 and 0.276 of the four make 0.73, so that a third is needed for 0.8.
     expected = np.array([*(four[:3] / four[:3].sum()), 0, 0]) * count
@@ -270,7 +271,7 @@ def test_temperature_then_top_k_then_top_p():
 @given(rows, st.floats(0, 1))
 def test_greedy_is_the_first_largest(row, uniform):
     number = torch.tensor([uniform], dtype=torch.float64)
-    assert int(choose(row_tensor(row), number, 1.0, 1, 1.0)) == row.index(max(row))
+    assert int(sample_logits(row_tensor(row), number, 1.0, 1, 1.0)) == row.index(max(row))
 
 
 # Images
@@ -286,7 +287,7 @@ SETTINGS = [
 def sample(
     coarse: CoarseModel, fine: FineModel, classes: Tensor, seeds: list[int], settings: Sampling
 ) -> tuple[Tensor, Tensor]:
-    numbers = uniforms(seeds, L)
+    numbers = per_image_noise(seeds, L)
     labels_BL = sample_coarse(coarse, classes, numbers[:, 0], settings)
     return labels_BL, sample_fine(fine, CLUSTERS, labels_BL, classes, numbers[:, 1], settings)
 
@@ -323,7 +324,7 @@ def plain_coarse(
         if not first <= position / L < last:
             scale = 1
         logits = uncond + scale * (cond - uncond)
-        labels_BL[:, position] = choose(
+        labels_BL[:, position] = sample_logits(
             logits, numbers_BL[:, position], settings.temperature, settings.top_k, settings.top_p
         )
         if kept_BL is not None:
@@ -346,7 +347,7 @@ WINDOWS = [
     "settings", [*SETTINGS, Sampling(top_k=1), Sampling(1.0, top_k=1), *WINDOWS]
 )
 def test_coarse_sampling_against_its_definition(coarse, settings):
-    numbers_BL = uniforms(SEEDS, L)[:, 0]
+    numbers_BL = per_image_noise(SEEDS, L)[:, 0]
     expected = plain_coarse(coarse, numbers_BL, settings)
     assert torch.equal(sample_coarse(coarse, CLASSES_B, numbers_BL, settings), expected)
     if settings.top_k != 1:
@@ -367,8 +368,8 @@ def cached_coarse(model: CoarseModel, numbers_BL: Tensor, settings: Sampling) ->
     inputs = classes
     for position in range(L):
         cond, uncond = model.step(inputs[:, None], position, cache).chunk(2)
-        logits = guide(cond, uncond, settings.guidance)
-        labels_BL[:, position] = choose(
+        logits = apply_guidance(cond, uncond, settings.guidance)
+        labels_BL[:, position] = sample_logits(
             logits, numbers_BL[:, position], settings.temperature, settings.top_k, settings.top_p
         )
         inputs = labels_BL[:, position].repeat(2)
@@ -397,7 +398,7 @@ def recorded(*models: nn.Module) -> Iterator[tuple[list[tuple[int, ...]], list[T
 
 @pytest.mark.parametrize("guidance", [0.1, 1.1, 2.0])
 def test_full_guidance_is_the_plain_loop_to_the_bit(coarse, guidance):
-    numbers_BL = uniforms(SEEDS, L)[:, 0]
+    numbers_BL = per_image_noise(SEEDS, L)[:, 0]
     settings = Sampling(guidance=guidance)
     with recorded(coarse) as (_, plain):
         expected = cached_coarse(coarse, numbers_BL, settings)
@@ -426,13 +427,13 @@ ONE, BOTH = (5, 1), (10, 1)  # a step of the batch, and of the batch with and wi
 )
 def test_nothing_unconditional_is_computed_that_is_not_needed(coarse, settings, expected):
     with recorded(coarse) as (shapes, logits):
-        sample_coarse(coarse, CLASSES_B, uniforms(SEEDS, L)[:, 0], settings)
+        sample_coarse(coarse, CLASSES_B, per_image_noise(SEEDS, L)[:, 0], settings)
     assert shapes == expected
     assert [len(logits_BK) for logits_BK in logits] == [batch for batch, _ in expected]
 
 
 def test_a_step_is_taken_when_the_next_labels_are_asked_for(coarse):
-    numbers_BL = uniforms(SEEDS, L)[:, 0]
+    numbers_BL = per_image_noise(SEEDS, L)[:, 0]
     expected = sample_coarse(coarse, CLASSES_B, numbers_BL, Sampling())
     with recorded(coarse) as (_, logits):
         steps = stream_coarse(coarse, CLASSES_B, numbers_BL, Sampling())
@@ -459,7 +460,7 @@ FORCED_BL = torch.arange(5 * L).view(5, L) * 3 % CLUSTERS.count
 @given(masks, st.sampled_from([SETTINGS[1], Sampling(1.0), WINDOWS[1], WINDOWS[2]]))
 @examples(max_examples=25, deadline=None)
 def test_sampling_around_kept_labels_against_its_definition(coarse, keep_BL, settings):
-    numbers_BL = uniforms(SEEDS, L)[:, 0]
+    numbers_BL = per_image_noise(SEEDS, L)[:, 0]
     kept_BL = FORCED_BL.masked_fill(~keep_BL, -1)
     before = kept_BL.clone()
     got = sample_coarse(coarse, CLASSES_B, numbers_BL, settings, kept_BL)
@@ -471,7 +472,7 @@ def test_sampling_around_kept_labels_against_its_definition(coarse, keep_BL, set
 @examples(max_examples=40, deadline=None)
 def test_positions_that_all_images_keep_take_no_step(coarse, bits, settings):
     keep_L = torch.tensor([bits >> i & 1 for i in range(L)], dtype=torch.bool)
-    numbers_BL = uniforms(SEEDS, L)[:, 0]
+    numbers_BL = per_image_noise(SEEDS, L)[:, 0]
     kept_BL = FORCED_BL.masked_fill(~keep_L, -1)
     with recorded(coarse) as (shapes, logits):
         got = sample_coarse(coarse, CLASSES_B, numbers_BL, settings, kept_BL)
@@ -484,7 +485,7 @@ def test_positions_that_all_images_keep_take_no_step(coarse, bits, settings):
 
 
 def test_a_kept_half_takes_one_pass(coarse):
-    numbers_BL = uniforms(SEEDS, L)[:, 0]
+    numbers_BL = per_image_noise(SEEDS, L)[:, 0]
     for keep_L, expected in (
         (torch.arange(L) < 8, [(10, 9)] + [BOTH] * 7),
         (torch.arange(L) >= 8, [BOTH] * 8),
@@ -502,7 +503,7 @@ def test_kept_codes_are_put_back(softmax):
     randomise(model)
     codes_BL = torch.arange(5 * L).view(5, L) % len(LABELS_V)
     keep_BL = torch.arange(5 * L).view(5, L) % 3 == 0
-    given = (CLUSTERS, LABELS_V[codes_BL], CLASSES_B, uniforms(SEEDS, L)[:, 1], Sampling())
+    given = (CLUSTERS, LABELS_V[codes_BL], CLASSES_B, per_image_noise(SEEDS, L)[:, 1], Sampling())
     free_BL = sample_fine(model, *given)
     got_BL = sample_fine(model, *given, codes_BL.masked_fill(~keep_BL, -1))
     assert torch.equal(got_BL, torch.where(keep_BL, codes_BL, free_BL))
@@ -516,7 +517,7 @@ def test_fine_sampling_against_its_definition(settings, softmax):
     model = FineModel(CONFIG, CLUSTERS, softmax).eval()
     randomise(model)
     labels_BL = LABELS_V[torch.arange(5 * L).view(5, L) % len(LABELS_V)]
-    numbers_BL = uniforms(SEEDS, L)[:, 1]
+    numbers_BL = per_image_noise(SEEDS, L)[:, 1]
     cond = model(labels_BL, CLASSES_B)
     uncond = model(labels_BL, torch.full_like(CLASSES_B, model.no_class))
     got = sample_fine(model, CLUSTERS, labels_BL, CLASSES_B, numbers_BL, settings)
@@ -526,7 +527,7 @@ def test_fine_sampling_against_its_definition(settings, softmax):
             codes = members[members >= 0] if softmax == "members" else torch.arange(40)
             c, u = cond[b, i, : len(codes)], uncond[b, i, : len(codes)]
             logits = u + settings.fine_guidance * (c - u)
-            choice = choose(
+            choice = sample_logits(
                 logits[None],
                 numbers_BL[b, i : i + 1],
                 settings.fine_temperature,
@@ -558,7 +559,7 @@ def test_each_stage_has_settings_of_its_own(coarse, fine):
 
 def test_baseline_has_codes_for_labels(coarse):
     settings = Sampling()
-    numbers = uniforms(SEEDS, L)
+    numbers = per_image_noise(SEEDS, L)
     labels_BL = sample_coarse(coarse, CLASSES_B, numbers[:, 0], settings)
     clusters = clustering.identity(CLUSTERS.count)
     codes_BL = sample_fine(None, clusters, labels_BL, CLASSES_B, numbers[:, 1], settings)

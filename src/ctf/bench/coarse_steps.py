@@ -24,7 +24,7 @@ Steps = Callable[[int], Callable[[], Tensor]]
 
 
 def engine_steps(
-    model: CoarseModel, guidance: float, classes_B: Tensor, labels_BL: Tensor, uniforms_B: Tensor
+    model: CoarseModel, guidance: float, classes_B: Tensor, labels_BL: Tensor, noise_B: Tensor
 ) -> Steps:
     """The steps of a coarse model as the pipeline takes them."""
 
@@ -38,15 +38,15 @@ def engine_steps(
                 k.new_full((*k.shape[:2], room, k.shape[3]), 0.01) for k in stored[:LAYERS_APART]
             ]
             stored[:] = [apart[layer % len(apart)] for layer in range(len(stored))]
-        return lambda: sampling.choose(
-            decoder.logits(labels_BL, position, guidance), uniforms_B, 1.0, 0, 1.0
+        return lambda: sampling.sample_logits(
+            decoder.logits(labels_BL, position, guidance), noise_B, 1.0, 0, 1.0
         )
 
     return at
 
 
 def plain_steps(
-    model: CoarseModel, guidance: float, classes_B: Tensor, labels_BL: Tensor, uniforms_B: Tensor
+    model: CoarseModel, guidance: float, classes_B: Tensor, labels_BL: Tensor, noise_B: Tensor
 ) -> Steps:
     """The same steps in LlamaGen's way."""
     settings = Sampling(guidance=guidance)
@@ -61,7 +61,7 @@ def plain_steps(
         if position:
             inputs_B = labels_BL[:, position - 1].repeat(len(first_B) // len(classes_B))
         return lambda: llamagen_reference.sample_step(
-            model, inputs_B, position, caches, masks, uniforms_B, settings
+            model, inputs_B, position, caches, masks, noise_B, settings
         )
 
     return at

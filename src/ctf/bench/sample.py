@@ -230,7 +230,7 @@ class _Stages:
         clusters = shapes.make_clusters().to(self.device)
         labels_BL = torch.randint(shapes.clusters, (batch, shapes.length), device=self.device)
         classes_B = torch.randint(shapes.classes, (batch,), device=self.device)
-        uniforms_BL = sampling.uniforms(range(batch), shapes.length)[:, 1]
+        noise_BL = sampling.per_image_noise(range(batch), shapes.length)[:, 1]
         for size in (RECOMMENDED, PAPER):
             with self.device:
                 model = _random(FineModel(shapes.transformer(size), clusters))
@@ -238,7 +238,7 @@ class _Stages:
                 for guidance in dict.fromkeys((1.0, self.benchmark.guidance)):
                     name = f"{size} {engine}{' guided' * (guidance != 1)}"
                     call = partial(
-                        sampling.sample_fine, own, clusters, labels_BL, classes_B, uniforms_BL,
+                        sampling.sample_fine, own, clusters, labels_BL, classes_B, noise_BL,
                         Sampling(fine_guidance=guidance),
                     )  # fmt: skip
                     rows = batch * (1 if guidance == 1 else 2)
@@ -305,9 +305,9 @@ class _Stages:
         if self.device.type != "cpu":
             return Group(machine)
         model = self._coarse_model(size, self.shapes.codes)
-        uniforms_BL = sampling.uniforms(range(GREEDY_BATCH), self.shapes.length)[:, 0]
+        noise_BL = sampling.per_image_noise(range(GREEDY_BATCH), self.shapes.length)[:, 0]
         settings = Sampling(guidance=self.benchmark.guidance, top_k=1)
-        inputs = (model, torch.arange(GREEDY_BATCH), uniforms_BL, settings)
+        inputs = (model, torch.arange(GREEDY_BATCH), noise_BL, settings)
         plain = harness.timed(lambda: llamagen_reference.sample(*inputs), self.device)
         kernels.for_sampling(model, None, None, "auto")
         ours = harness.timed(lambda: sampling.sample_coarse(*inputs), self.device)

@@ -23,7 +23,7 @@ from ctf.evaluation.intervals import Difference, Estimate, difference
 from ctf.evaluation.metrics import Accuracy
 from ctf.evaluation.reference_sets import ImageCollection
 from ctf.evaluation.sample_cache import GenerationConfig
-from ctf.models.sampling import in_words
+from ctf.models.sampling import format_settings
 
 FILE = "report.json"
 SHEET_ROWS, SHEET_COLUMNS, SHEET_TILE = 10, 10, 128  # images; pixels per side at most
@@ -239,7 +239,7 @@ def _generation_section(generation: GenerationConfig, search_samples: int | None
     lines = [
         f"- sample i from seed {generation.seed} + i",
         f"- classes: {counts} (`--balance {generation.balance}`)",
-        f"- {in_words(generation.settings)}",
+        f"- {format_settings(generation.settings)}",
     ]
     if generation.resize is not None:
         lines.append(f"- resized to {generation.resize} pixels per side")

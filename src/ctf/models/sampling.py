@@ -1,6 +1,10 @@
-"""From classes and random numbers to labels and codes: free functions, nothing remembered.
+"""Sampling: classes and random numbers -> coarse labels, one after another -> codes, in one pass.
 
-Shapes: B batch, L tokens of an image, K choices (clusters, members or codes).
+Each image has its own random numbers, from its own seed, so it does not depend on its batch. In
+both stages a choice is made from logits by guidance, temperature, top-k, top-p and one uniform
+random number.
+
+Shapes: B batch, T positions, L tokens of an image, K choices (clusters, members or codes).
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from ctf.models.fine import FineModel
 
 Schedule = Literal["constant", "linear", "cosine"]
 
-FINE_TOKENS = 2048  # of the fine model at a time, with both halves of guidance
+FINE_TOKENS = 2048  # in a pass of the fine model, with both halves of guidance
 
 
 @dataclass(frozen=True)
@@ -95,92 +99,48 @@ class Sampling:
                 )
 
 
-def in_words(settings: Mapping[str, Any]) -> str:
+def format_settings(settings: Mapping[str, Any]) -> str:
     """Fields of `Sampling` in a line, e.g. "guidance 2, top_k 0, guidance_window 0 to 1"."""
-    said = []
+    parts = []
     for name, value in settings.items():
         values = value if isinstance(value, (tuple, list)) else (value,)
-        said.append(f"{name} " + " to ".join(v if isinstance(v, str) else f"{v:g}" for v in values))
-    return ", ".join(said)
+        text = " to ".join(v if isinstance(v, str) else f"{v:g}" for v in values)
+        parts.append(f"{name} {text}")
+    return ", ".join(parts)
 
 
-def uniforms(seeds: Sequence[int], length: int) -> Tensor:
-    """Random numbers in [0, 1) of one generator per image: float64 (B, 2, L).
+# --- From logits to choices -----------------------------------------------------------------------
 
-    Row 0 draws the coarse labels, row 1 the codes. An image's numbers depend on its seed alone
-    (torch takes it modulo 2 ** 32).
+
+def per_image_noise(seeds: Sequence[int], length: int) -> Tensor:
+    """Uniform random numbers in [0, 1), one generator per image: float64 (B, 2, L).
+
+    Row 0 is for the coarse labels, row 1 for the codes. An image's numbers depend on its seed
+    alone, of which PyTorch uses the lowest 32 bits.
     """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack(
-        [
-            torch.rand(2, length, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
-            for s in seeds
-        ]
+        [torch.rand(2, length, dtype=torch.float64, generator=g) for g in generators]
     )
 
 
-def guide(cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
-    """uncond + guidance * (cond - uncond), at least in float32; -inf in `cond` stays -inf."""
+def apply_guidance(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance on logits: uncond + scale * (cond - uncond), at least in float32.
+
+    Where `cond` is -inf the result is, too.
+    """
     wide = torch.promote_types(cond.dtype, torch.float32)
     cond, uncond = cond.to(wide), uncond.to(wide)
-    return (uncond + guidance * (cond - uncond)).masked_fill(cond.isneginf(), -torch.inf)
-
-
-def keep_top_k(logits_BK: Tensor, top_k: int) -> Tensor:
-    """All but the `top_k` largest become -inf; of equal ones the first are kept. 0 keeps all."""
-    if top_k == 0 or top_k >= logits_BK.shape[-1]:
-        return logits_BK
-    smallest_B1 = logits_BK.topk(top_k).values[..., -1:]
-    above = logits_BK > smallest_B1
-    tied = logits_BK == smallest_B1
-    room_B1 = top_k - above.sum(-1, keepdim=True)
-    return logits_BK.masked_fill(~(above | (tied & (tied.cumsum(-1) <= room_B1))), -torch.inf)
-
-
-def keep_top_p(logits_BK: Tensor, top_p: float) -> Tensor:
-    """Nucleus sampling (arXiv 1904.09751): the fewest largest whose probabilities add up to
-    `top_p` are kept, of equal ones the first; all others become -inf.
-    """
-    if top_p == 1:
-        return logits_BK
-    sorted_BK, order_BK = logits_BK.sort(descending=True, stable=True)
-    probabilities_BK = sorted_BK.softmax(-1)
-    before_BK = probabilities_BK.cumsum(-1) - probabilities_BK
-    drop_BK = torch.empty_like(order_BK, dtype=torch.bool)
-    drop_BK.scatter_(-1, order_BK, before_BK >= top_p)
-    return logits_BK.masked_fill(drop_BK, -torch.inf)
-
-
-def draw(logits_BK: Tensor, uniform_B: Tensor) -> Tensor:
-    """One choice a row by inverting the distribution function, in float64: int64 (B,).
-
-    A choice of probability zero is never drawn, at uniform 0 and 1 neither.
-    """
-    cdf_BK = logits_BK.double().softmax(-1).cumsum(-1)
-    total_B1 = cdf_BK[:, -1:]
-    # The first entry above the target is one where the function rises, and the target stays
-    # below the function's end, which no rounding may reach.
-    below_total_B1 = total_B1.nextafter(torch.zeros_like(total_B1))
-    target_B1 = torch.minimum(uniform_B[:, None].double() * total_B1, below_total_B1)
-    return torch.searchsorted(cdf_BK, target_B1, right=True)[:, 0]
-
-
-def choose(
-    logits_BK: Tensor, uniform_B: Tensor, temperature: float, top_k: int, top_p: float
-) -> Tensor:
-    """Temperature, then top-k, then top-p, then a draw; top-k of 1 is the first largest."""
-    if top_k == 1:
-        return logits_BK.argmax(-1)
-    kept_BK = keep_top_k(logits_BK.double() / temperature, top_k)
-    return draw(keep_top_p(kept_BK, top_p), uniform_B)
+    return (uncond + scale * (cond - uncond)).masked_fill(cond.isneginf(), -torch.inf)
 
 
 def guidance_scales(settings: Sampling, length: int) -> list[float]:
     """The guidance scale of each of the `length` steps of the coarse stage.
 
-    With g the scale of `settings`, and r going from 0 at the first step to 1 at the last one:
+    With g the scale of `settings`, and r growing from 0 at the first step to 1 at the last one:
     "constant" is g, "linear" is 1 + (g - 1) r (Muse, arXiv 2301.00704, section 2.7), "cosine" is
     1 + (g - 1) (1 - cos(pi r)) / 2 (the power-cosine schedule of MDT, arXiv 2303.14389, of power
-    1). Step i of L is in the window if start <= i / L < stop; else its scale is 1 (a limited
+    1). Step i of L is in the window if start <= i / L < stop; outside the scale is 1 (a limited
     interval, arXiv 2404.07724).
     """
     g, (start, stop) = settings.guidance, settings.guidance_window
@@ -193,12 +153,73 @@ def guidance_scales(settings: Sampling, length: int) -> list[float]:
     return scales
 
 
+def top_k_filter(logits_BK: Tensor, top_k: int) -> Tensor:
+    """Set all but the `top_k` largest logits to -inf; of equal ones the first stay. 0: no limit."""
+    if top_k == 0 or top_k >= logits_BK.shape[-1]:
+        return logits_BK
+    smallest_B1 = logits_BK.topk(top_k).values[..., -1:]
+    above = logits_BK > smallest_B1
+    tied = logits_BK == smallest_B1
+    room_B1 = top_k - above.sum(-1, keepdim=True)
+    return logits_BK.masked_fill(~(above | (tied & (tied.cumsum(-1) <= room_B1))), -torch.inf)
+
+
+def top_p_filter(logits_BK: Tensor, top_p: float) -> Tensor:
+    """Nucleus sampling (arXiv 1904.09751): set all but the most likely choices to -inf.
+
+    What remains are the fewest largest probabilities that add up to `top_p`, of equal ones the
+    first. 1 is no limit.
+    """
+    if top_p == 1:
+        return logits_BK
+    sorted_BK, order_BK = logits_BK.sort(descending=True, stable=True)
+    probabilities_BK = sorted_BK.softmax(-1)
+    before_BK = probabilities_BK.cumsum(-1) - probabilities_BK
+    drop_BK = torch.empty_like(order_BK, dtype=torch.bool)
+    drop_BK.scatter_(-1, order_BK, before_BK >= top_p)
+    return logits_BK.masked_fill(drop_BK, -torch.inf)
+
+
+def sample_inverse_cdf(logits_BK: Tensor, noise_B: Tensor) -> Tensor:
+    """Sample one choice a row by inverting the distribution function, in float64: int64 (B,).
+
+    A choice of probability zero is never sampled, not even for random numbers 0 and 1.
+    """
+    cdf_BK = logits_BK.double().softmax(-1).cumsum(-1)
+    total_B1 = cdf_BK[:, -1:]
+    # The first entry above the target is one where the function rises, and the target stays
+    # below the function's end, which no rounding may reach.
+    below_total_B1 = total_B1.nextafter(torch.zeros_like(total_B1))
+    target_B1 = torch.minimum(noise_B[:, None].double() * total_B1, below_total_B1)
+    return torch.searchsorted(cdf_BK, target_B1, right=True)[:, 0]
+
+
+def filter_logits(logits_BK: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Divide by the temperature, then apply top-k, then top-p: float64 (B, K)."""
+    return top_p_filter(top_k_filter(logits_BK.double() / temperature, top_k), top_p)
+
+
+def sample_logits(
+    logits_BK: Tensor, noise_B: Tensor, temperature: float, top_k: int, top_p: float
+) -> Tensor:
+    """Sample one choice a row, after temperature, top-k and top-p: int64 (B,).
+
+    A `top_k` of 1 is greedy: the first of the largest logits, whatever the random number.
+    """
+    if top_k == 1:
+        return logits_BK.argmax(-1)
+    return sample_inverse_cdf(filter_logits(logits_BK, temperature, top_k, top_p), noise_B)
+
+
+# --- The coarse stage -----------------------------------------------------------------------------
+
+
 class CoarseDecoder:
-    """The coarse model at work on a batch: here, and nowhere else, its transformer takes steps.
+    """Guided logits of a coarse model, position by position, with a cache.
 
     Under guidance the batch has a second half, the same images without their class. Each half is
-    computed only where it is needed. One that is needed again takes all positions that it missed,
-    whose labels were drawn, or kept, meanwhile, in a single pass.
+    computed only where it is needed. One that was left out and is needed again catches up with
+    all positions that it missed in a single pass.
     """
 
     def __init__(self, model: CoarseModel, classes_B: Tensor, *, guided: bool) -> None:
@@ -209,17 +230,17 @@ class CoarseDecoder:
 
     @torch.inference_mode()
     def logits(self, labels_BL: Tensor, position: int, guidance: float) -> Tensor:
-        """Logits (B, K) of label `position`, which follow from class and labels before it."""
+        """Logits (B, K) of label `position`, from the class and the labels before it."""
         if guidance == 1:
             return self._step(0, 1, labels_BL, position)
         if self.cached[0] == self.cached[1]:
             cond, uncond = self._step(0, 2, labels_BL, position).chunk(2)
         else:
             cond, uncond = (self._step(h, h + 1, labels_BL, position) for h in (0, 1))
-        return guide(cond, uncond, guidance)
+        return apply_guidance(cond, uncond, guidance)
 
     def _step(self, first: int, last: int, labels_BL: Tensor, position: int) -> Tensor:
-        """Takes halves `first` to `last` from where they are up to `position`."""
+        """Logits of halves `first` to `last`, computed from where they are up to `position`."""
         start = self.cached[first]
         images = slice(first * len(labels_BL), last * len(labels_BL))
         # The class token is at position 0, label i at i + 1.
@@ -233,57 +254,58 @@ class CoarseDecoder:
 def stream_coarse(
     model: CoarseModel,
     classes_B: Tensor,
-    uniforms_BL: Tensor,
+    noise_BL: Tensor,
     settings: Sampling,
-    kept_BL: Tensor | None = None,
+    known_labels_BL: Tensor | None = None,
 ) -> Generator[Tensor, None, None]:
-    """Draws the labels of each image, one after another, and yields those so far after each.
+    """Sample the labels of each image one after another, and yield those so far after each.
 
-    What is yielded is int64 (B, 1), (B, 2), ... (B, L), a view of what goes on to be filled. The
-    model is used as it is: switch its dropout off with `eval()`. Closed, it takes no more steps.
+    Yields int64 (B, 1), (B, 2), ... (B, L), all views of one tensor. Closed early, the generator
+    takes no more steps.
 
     Args:
-        classes_B: int64 in [0, classes], where the model is.
-        uniforms_BL: in [0, 1], as row 0 of `uniforms`. Position i uses number i, whatever is kept.
-        kept_BL: int64 (B, L), labels that are given, and -1 where one is to be drawn. Positions
-            that are kept in all images take no step of their own.
+        model: in evaluation mode, for no dropout.
+        classes_B: int64 in [0, classes], on the model's device.
+        noise_BL: in [0, 1], row 0 of `per_image_noise`. Position i uses number i, whatever is
+            known.
+        settings: of the coarse stage.
+        known_labels_BL: int64 (B, L), -1 where a label is to be sampled. Positions that are known
+            in all images take no step of their own.
     """
-    uniforms_BL = uniforms_BL.to(classes_B.device)
-    # Made out here, the labels are an ordinary tensor, that can go through a model again.
-    if kept_BL is None:
-        labels_BL = classes_B.new_full(uniforms_BL.shape, -1)
+    noise_BL = noise_BL.to(classes_B.device)
+    # Created outside of inference mode, so that a model can be trained on the labels.
+    if known_labels_BL is None:
+        labels_BL = classes_B.new_full(noise_BL.shape, -1)
     else:
-        labels_BL = kept_BL.to(classes_B.device, copy=True)
-    drawn_BL = labels_BL < 0
-    drawn_L = drawn_BL.any(0).tolist()
+        labels_BL = known_labels_BL.to(classes_B.device, copy=True)
+    unknown_BL = labels_BL < 0
+    sampled_L = unknown_BL.any(0).tolist()
     scales = guidance_scales(settings, model.config.length)
-    guided = any(scale != 1 and drawn for scale, drawn in zip(scales, drawn_L, strict=True))
+    guided = any(scale != 1 for scale, sampled in zip(scales, sampled_L, strict=True) if sampled)
     decoder = CoarseDecoder(model, classes_B, guided=guided)
-    for position, scale in enumerate(scales):
-        if drawn_L[position]:
-            labels_B = choose(
-                decoder.logits(labels_BL, position, scale),
-                uniforms_BL[:, position],
-                settings.temperature,
-                settings.top_k,
-                settings.top_p,
+    for i, scale in enumerate(scales):
+        if sampled_L[i]:
+            logits_BK = decoder.logits(labels_BL, i, scale)
+            labels_B = sample_logits(
+                logits_BK, noise_BL[:, i], settings.temperature, settings.top_k, settings.top_p
             )
-            labels_BL[:, position] = torch.where(
-                drawn_BL[:, position], labels_B, labels_BL[:, position]
-            )
-        yield labels_BL[:, : position + 1]
+            labels_BL[:, i] = torch.where(unknown_BL[:, i], labels_B, labels_BL[:, i])
+        yield labels_BL[:, : i + 1]
 
 
 def sample_coarse(
     model: CoarseModel,
     classes_B: Tensor,
-    uniforms_BL: Tensor,
+    noise_BL: Tensor,
     settings: Sampling,
-    kept_BL: Tensor | None = None,
+    known_labels_BL: Tensor | None = None,
 ) -> Tensor:
-    """The labels of each image, int64 (B, L): the last that `stream_coarse` yields."""
-    *_, labels_BL = stream_coarse(model, classes_B, uniforms_BL, settings, kept_BL)
+    """Sample the labels of each image, int64 (B, L): the last that `stream_coarse` yields."""
+    *_, labels_BL = stream_coarse(model, classes_B, noise_BL, settings, known_labels_BL)
     return labels_BL
+
+
+# --- The fine stage -------------------------------------------------------------------------------
 
 
 def sample_fine(
@@ -291,68 +313,53 @@ def sample_fine(
     clusters: Clusters,
     labels_BL: Tensor,
     classes_B: Tensor,
-    uniforms_BL: Tensor,
+    noise_BL: Tensor,
     settings: Sampling,
-    kept_BL: Tensor | None = None,
+    known_codes_BL: Tensor | None = None,
 ) -> Tensor:
-    """Draws the codes for given labels, all in one pass: int64 (B, L).
-
-    The model is used as it is: switch its dropout off with `eval()`.
+    """Sample the codes for given labels, all in one pass: int64 (B, L).
 
     Args:
-        model: None where each cluster has one member (the full-vocabulary baseline).
-        classes_B: int64 in [0, classes], where the model is.
-        uniforms_BL: in [0, 1], as row 1 of `uniforms`.
-        kept_BL: int64 (B, L), codes that are given, of these labels, and -1 where one is to be
-            drawn.
+        model: in evaluation mode; None if each cluster has one member (the full-vocabulary
+            baseline).
+        clusters: those of the labels.
+        labels_BL: int64 in [0, K).
+        classes_B: int64 in [0, classes], on the model's device.
+        noise_BL: in [0, 1], row 1 of `per_image_noise`.
+        settings: of the fine stage.
+        known_codes_BL: int64 (B, L), codes of these labels, -1 where one is to be sampled.
     """
     if model is None:
         return clusters.members_KS.to(labels_BL.device)[labels_BL, 0]
-    uniforms_BL = uniforms_BL.to(labels_BL.device)
-    # In parts: the products of FINE_TOKENS are large enough to be fast, and fit into memory.
+    noise_BL = noise_BL.to(labels_BL.device)
+    # Products of FINE_TOKENS are large enough to be fast, and small enough for any memory.
     halves = 1 if settings.fine_guidance == 1 else 2
-    at_a_time = max(1, FINE_TOKENS // (halves * labels_BL.shape[1]))
+    images = max(1, FINE_TOKENS // (halves * labels_BL.shape[1]))
     parts = zip(
-        labels_BL.split(at_a_time),
-        classes_B.split(at_a_time),
-        uniforms_BL.split(at_a_time),
-        strict=True,
+        labels_BL.split(images), classes_B.split(images), noise_BL.split(images), strict=True
     )
-    choices_BL = torch.cat([_fine_choices(model, *part, settings) for part in parts])
+    choices_BL = torch.cat([_sample_choices(model, *part, settings) for part in parts])
     codes_BL = model.codes(labels_BL, choices_BL)
-    if kept_BL is None:
+    if known_codes_BL is None:
         return codes_BL
-    kept_BL = kept_BL.to(codes_BL.device)
-    return torch.where(kept_BL < 0, codes_BL, kept_BL)
+    known_codes_BL = known_codes_BL.to(codes_BL.device)
+    return torch.where(known_codes_BL < 0, codes_BL, known_codes_BL)
 
 
 @torch.inference_mode()
-def _fine_choices(
-    model: FineModel,
-    labels_BL: Tensor,
-    classes_B: Tensor,
-    uniforms_BL: Tensor,
-    settings: Sampling,
+def _sample_choices(
+    model: FineModel, labels_BL: Tensor, classes_B: Tensor, noise_BL: Tensor, settings: Sampling
 ) -> Tensor:
     if settings.fine_guidance == 1:
         logits_BLK = model(labels_BL, classes_B)
     else:
         both = model(labels_BL.repeat(2, 1), _with_no_class(classes_B, model.no_class))
         cond, uncond = both.chunk(2)
-        logits_BLK = guide(cond, uncond, settings.fine_guidance)
-    # Image by image: in float64 the choices of a whole batch may be large.
-    return torch.stack(
-        [
-            choose(
-                logits_LK,
-                uniforms_L,
-                settings.fine_temperature,
-                settings.fine_top_k,
-                settings.fine_top_p,
-            )
-            for logits_LK, uniforms_L in zip(logits_BLK, uniforms_BL, strict=True)
-        ]
-    )
+        logits_BLK = apply_guidance(cond, uncond, settings.fine_guidance)
+    limits = settings.fine_temperature, settings.fine_top_k, settings.fine_top_p
+    # Image by image: in float64, the logits of a whole batch may be large.
+    images = zip(logits_BLK, noise_BL, strict=True)
+    return torch.stack([sample_logits(logits, noise, *limits) for logits, noise in images])
 
 
 def _with_no_class(classes_B: Tensor, no_class: int) -> Tensor:

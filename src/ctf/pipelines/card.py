@@ -19,7 +19,7 @@ from torch import nn
 from ctf.common import storage
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
-from ctf.models.sampling import in_words
+from ctf.models.sampling import format_settings
 from ctf.pipelines.export import class_sheet, write_png
 from ctf.pipelines.pipeline import LICENSE, Pipeline
 
@@ -150,7 +150,7 @@ def _parts(pipe: Pipeline) -> str:
         else "none",
         "coarse model": _transformer(pipe.coarse),
         "fine model": "none" if pipe.fine is None else _transformer(pipe.fine),
-        "sampling": in_words(dataclasses.asdict(pipe.sampling)),
+        "sampling": format_settings(dataclasses.asdict(pipe.sampling)),
     }
     return _table(("part", ""), rows.items())
 

@@ -173,7 +173,7 @@ def _coarse_steps(pipe: Pipeline, request: Request, batch: Batch) -> Generator[T
     return sampling.stream_coarse(
         pipe.coarse,
         batch.classes_B,
-        batch.uniforms_B2L[:, 0],
+        batch.noise_B2L[:, 0],
         request.sampling,
         batch.known_labels_BL,
     )
@@ -259,11 +259,11 @@ def members(
     if settings_.fine_guidance != 1:
         no_class_1 = torch.full_like(classes_1, pipe.fine.no_class)
         uncond_1K = pipe.fine(labels_1L, no_class_1)[:, position]
-        logits_1K = sampling.guide(logits_1K, uncond_1K, settings_.fine_guidance)
-    logits_1K = sampling.keep_top_k(
-        logits_1K.double() / settings_.fine_temperature, settings_.fine_top_k
+        logits_1K = sampling.apply_guidance(logits_1K, uncond_1K, settings_.fine_guidance)
+    logits_1K = sampling.filter_logits(
+        logits_1K, settings_.fine_temperature, settings_.fine_top_k, settings_.fine_top_p
     )
-    probabilities_K = sampling.keep_top_p(logits_1K, settings_.fine_top_p).softmax(-1)[0]
+    probabilities_K = logits_1K.softmax(-1)[0]
     probabilities_S = probabilities_K[pipe.fine.choices(members_S)]
     order_S = probabilities_S.argsort(descending=True, stable=True)
     return Members(label, members_S[order_S].cpu(), probabilities_S[order_S].cpu())

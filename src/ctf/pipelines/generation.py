@@ -47,14 +47,14 @@ class Batch:
 
     numbers: Which of the call's images these are.
     classes_B: int64, on the pipeline's device.
-    uniforms_B2L: The random numbers of both stages, see `sampling.uniforms`.
+    noise_B2L: The random numbers of both stages, see `sampling.per_image_noise`.
     known_BL: int64, the codes that are known, and -1 where one is to be sampled.
     known_labels_BL: Their coarse labels, and -1.
     """
 
     numbers: Sequence[int]
     classes_B: Tensor
-    uniforms_B2L: Tensor
+    noise_B2L: Tensor
     known_BL: Tensor
     known_labels_BL: Tensor
 
@@ -65,7 +65,7 @@ class Batch:
         return Batch(
             [self.numbers[row] for row in rows],
             self.classes_B[rows],
-            self.uniforms_B2L[rows],
+            self.noise_B2L[rows],
             self.known_BL[rows],
             known_labels_BL[rows],
         )
@@ -80,7 +80,7 @@ def batches(pipe: Pipeline, request: Request) -> Iterator[Batch]:
         yield Batch(
             range(count)[rows],
             torch.tensor(request.classes[rows], device=pipe.device),
-            sampling.uniforms(request.seeds[rows], pipe.coarse.config.length),
+            sampling.per_image_noise(request.seeds[rows], pipe.coarse.config.length),
             known_BL,
             torch.where(known_BL < 0, -1, pipe.clusters.labels_V[known_BL]),
         )
@@ -126,7 +126,7 @@ def finish(pipe: Pipeline, request: Request, batch: Batch, labels_BL: Tensor) ->
         pipe.clusters,
         labels_BL,
         batch.classes_B,
-        batch.uniforms_B2L[:, 1],
+        batch.noise_B2L[:, 1],
         request.sampling,
         batch.known_BL,
     )

@@ -252,7 +252,7 @@ class Pipeline:
             return sampling.sample_coarse(
                 self.coarse,
                 batch.classes_B,
-                batch.uniforms_B2L[:, 0],
+                batch.noise_B2L[:, 0],
                 request.sampling,
                 batch.known_labels_BL,
             )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ctf.bench.tables import listed, markdown, spread, write_plot, write_text
 from ctf.common import storage
-from ctf.models.sampling import in_words
+from ctf.models.sampling import format_settings
 from ctf.reproduce import experiments
 from ctf.reproduce.cells import Workspace
 from ctf.reproduce.findings import MISSING, PAPER_TABLE1, findings
@@ -139,7 +139,7 @@ def _table1(space: Workspace) -> list[str]:
         for label in ("baseline", "CTF"):
             outcome = space.outcome(experiments.search(plan, codes, ctf=label == "CTF"))
             if outcome is not None:
-                settings.append(f"{label} {in_words(outcome['best'])}")
+                settings.append(f"{label} {format_settings(outcome['best'])}")
         if len(settings) == 2:
             searches.append(f"Found by the search at V = {codes}: {'; '.join(settings)}.")
     paper = [(model, size, f"{fid:.2f} / {score}") for model, size, fid, score in PAPER_TABLE1]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ctf.data.decode import UnreadableImage, decode
+from ctf.data.decode import UnreadableImageError, decode
 from tests.data.helpers import GREY, RED, RGB, WHITE, encode
 
 
@@ -240,7 +240,7 @@ def test_animations_become_their_first_frame() -> None:
 
 def test_pixels_without_a_known_range_are_unreadable() -> None:
     for array in (DEEP.astype(np.int32), DEEP.astype(np.float32)):
-        with pytest.raises(UnreadableImage, match="range is not known"):
+        with pytest.raises(UnreadableImageError, match="range is not known"):
             decode(encode(Image.fromarray(array), "TIFF"), 8, WHITE)
 
 
@@ -249,12 +249,12 @@ def test_pixels_without_a_known_range_are_unreadable() -> None:
 def test_truncated_files_of_every_format_are_unreadable(file_format: str, share: float) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     data = encode(Image.fromarray(noise), file_format)
-    with pytest.raises(UnreadableImage, match="corrupt"):
+    with pytest.raises(UnreadableImageError, match="corrupt"):
         decode(data[: int(len(data) * share)], 8, WHITE)
 
 
 def test_a_png_with_a_flipped_byte_is_unreadable() -> None:
     data = bytearray(encode(Image.fromarray(RGB), "PNG"))
     data[len(data) // 2] ^= 0xFF
-    with pytest.raises(UnreadableImage, match="corrupt"):
+    with pytest.raises(UnreadableImageError, match="corrupt"):
         decode(bytes(data), 8, WHITE)

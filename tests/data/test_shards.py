@@ -19,7 +19,7 @@ def test_every_flipped_bit_is_noticed(
     data = bytearray(path.read_bytes())
     data[at % len(data)] ^= 1 << bit
     path.write_bytes(data)
-    with pytest.raises(shards.DamagedFile):
+    with pytest.raises(shards.DamagedFileError):
         shards.verify(path, (100,), "uint16", 2**16)
 
 

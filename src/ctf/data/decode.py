@@ -13,7 +13,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # by content, whatever the suffix is
 
 
-class UnreadableImage(Exception):
+class UnreadableImageError(Exception):
     """An image that cannot be used; the message is the reason, in a few words."""
 
 
@@ -21,14 +21,14 @@ def read_bytes(path: Path) -> bytes:
     """Read a whole file.
 
     Raises:
-        UnreadableImage: there is no such file, or it cannot be read.
+        UnreadableImageError: there is no such file, or it cannot be read.
     """
     try:
         if not path.is_file():  # missing, a broken link, or a pipe, which would block
-            raise UnreadableImage("not a file")
+            raise UnreadableImageError("not a file")
         return path.read_bytes()
     except OSError as error:
-        raise UnreadableImage(f"cannot be read: {error.strerror}") from None
+        raise UnreadableImageError(f"cannot be read: {error.strerror}") from None
 
 
 def decode(
@@ -47,7 +47,7 @@ def decode(
         The upright image, RGB.
 
     Raises:
-        UnreadableImage: it is damaged, too small or too large, or of an unsupported format.
+        UnreadableImageError: it is damaged, too small or too large, or of an unsupported format.
     """
     # Pillow only warns below twice its own limit.
     limit = max_pixels or Image.MAX_IMAGE_PIXELS or sys.maxsize
@@ -56,22 +56,24 @@ def decode(
             if file.width * file.height > limit:
                 raise Image.DecompressionBombError
             if file.mode in ("I", "F"):
-                raise UnreadableImage("32-bit or floating-point pixels, whose range is not known")
+                raise UnreadableImageError(
+                    "32-bit or floating-point pixels, whose range is not known"
+                )
             image = to_rgb(file, background)
-    except UnreadableImage:
+    except UnreadableImageError:
         raise
     except Image.DecompressionBombError:
-        raise UnreadableImage(f"more than {limit:,} pixels") from None
+        raise UnreadableImageError(f"more than {limit:,} pixels") from None
     except Exception:  # damaged data makes decoders raise nearly any exception
-        raise UnreadableImage("corrupt, truncated or of an unknown format") from None
-    check_size(*image.size, size)
+        raise UnreadableImageError("corrupt, truncated or of an unknown format") from None
+    if min(image.size) < size:
+        raise UnreadableImageError(too_small(*image.size, size))
     return image
 
 
-def check_size(width: int, height: int, size: int) -> None:
-    """Raise `UnreadableImage` if the width or the height is below `size` pixels."""
-    if min(width, height) < size:
-        raise UnreadableImage(f"{width}x{height}, smaller than --image-size {size}")
+def too_small(width: int, height: int, size: int) -> str:
+    """Return the reason why an image of less than `size` pixels cannot be used."""
+    return f"{width}x{height}, smaller than --image-size {size}"
 
 
 def to_rgb(file: ImageFile.ImageFile, background: tuple[int, ...]) -> Image.Image:

@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,7 @@ from ctf.common.progress import Progress
 from ctf.data import shards
 from ctf.data.image_set import ImageSet, Splits
 from ctf.data.tokens import MANIFEST, Manifest, Shard, Split, SplitManifest, is_damaged
-from ctf.data.transforms import VIEWS, as_tensor
+from ctf.data.transforms import VIEWS, View, as_tensor
 from ctf.models.tokenizer import VQModel
 
 
@@ -118,97 +118,74 @@ def extract(
     )
     world.on_main(lambda: _claim(folder, manifest))
 
+    total = sum(
+        len(rows) * shard.shape[1]
+        for split in sets
+        for shard, rows in _shards(manifest.split(split), order[split], world)
+    )
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
     tokenizer = copy.deepcopy(tokenizer)
     kernels.for_encoding(tokenizer, torch.bfloat16 if bf16 else torch.float32)
+    complete = True
     with signals.termination_requested() as stop:
-        extraction = _Extraction(tokenizer, folder, manifest, config.batch_size, stop)
-        extraction.run(sets, order, progress, world)
+        encoder = _ShardEncoder(tokenizer, folder, manifest, config.batch_size, stop, advance)
+        for split, image_set in sets.items():
+            classes = manifest.classes(split)
+            if world.is_main and is_damaged(folder, classes, manifest):
+                classes_N = image_set.classes_N[order[split]].astype(np.int64)
+                shards.save(folder / classes.file, classes_N)
+            for shard, rows in _shards(manifest.split(split), order[split], world):
+                complete &= encoder.encode(shard, image_set, rows, manifest.split(split).views)
+        if world.any(not complete):  # waits for all processes
+            message = f"{folder}: stopped and saved; run it again to resume"
+            raise Stopped(message if world.is_main else "")
     return manifest
 
 
-class _Extraction:
-    """The work of `extract` after the folder was claimed."""
+def _shards(
+    part: SplitManifest, order: np.ndarray, world: World
+) -> Iterator[tuple[Shard, np.ndarray]]:
+    """Yield this process's shards of a split, with the numbers of their images."""
+    starts = np.cumsum([0, *(shard.shape[0] for shard in part.shards)])
+    for i in range(world.rank, len(part.shards), world.size):
+        yield part.shards[i], order[starts[i] : starts[i + 1]]
 
-    def __init__(
-        self,
-        tokenizer: VQModel,
-        folder: Path,
-        manifest: Manifest,
-        batch_size: int,
-        stop: threading.Event,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.folder = folder
-        self.manifest = manifest
-        self.batch_size = batch_size
-        self.stop = stop
 
-    def run(
-        self,
-        sets: dict[Split, ImageSet],
-        order: dict[Split, np.ndarray],
-        progress: Progress | None,
-        world: World,
-    ) -> None:
-        """Encode this process's shards of both splits."""
-        total = sum(
-            shard.shape[0] * shard.shape[1]
-            for split in sets
-            for shard in self.manifest.split(split).shards[world.rank :: world.size]
-        )
-        done = 0
+@dataclasses.dataclass(frozen=True)
+class _ShardEncoder:
+    tokenizer: VQModel
+    folder: Path
+    manifest: Manifest
+    batch_size: int
+    stop: threading.Event
+    advance: Callable[[int], None]
 
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            if progress is not None:
-                progress(done, total)
-
-        complete = True
-        for split, image_set in sets.items():
-            if world.is_main:
-                self.write_classes(split, image_set.classes_N[order[split]])
-            start = 0
-            for number, shard in enumerate(self.manifest.split(split).shards):
-                rows = order[split][start : start + shard.shape[0]]
-                start += len(rows)
-                if number % world.size == world.rank:
-                    complete &= self.encode_shard(split, shard, image_set, rows, advance)
-        if world.any(not complete):  # waits for all processes
-            message = f"{self.folder}: stopped and saved; run it again to resume"
-            raise Stopped(message if world.is_main else "")
-
-    def write_classes(self, split: Split, classes_N: np.ndarray) -> None:
-        """Write the classes of a split, unless the file is intact."""
-        shard = self.manifest.classes(split)
-        if is_damaged(self.folder, shard, self.manifest):
-            shards.save(self.folder / shard.file, classes_N.astype(np.int64))
-
-    def encode_shard(
-        self,
-        split: Split,
-        shard: Shard,
-        image_set: ImageSet,
-        rows: np.ndarray,
-        advance: Callable[[int], None],
+    def encode(
+        self, shard: Shard, image_set: ImageSet, rows: np.ndarray, views: tuple[View, ...]
     ) -> bool:
         """Encode one shard, unless the file is intact; return whether it is complete."""
-        views = self.manifest.split(split).views
         begun = (self.folder / shard.file).with_suffix(".begun.npy")
         if not is_damaged(self.folder, shard, self.manifest):
             begun.unlink(missing_ok=True)
-            advance(len(rows) * len(views))
+            self.advance(len(rows) * len(views))
             return True
         codes = np.empty(shard.shape, self.manifest.dtype)
         encoded = _load_begun(begun, codes, self.manifest.codebook_size)
         if encoded:
-            advance(encoded * len(views))
+            self.advance(encoded * len(views))
         # Batches start with the shard, so that a resumed run encodes the same batches.
         while encoded < len(rows) and not self.stop.is_set():
             batch = slice(encoded, encoded + self.batch_size)
             for v, pixels_BHWC in enumerate(image_set.read_views(rows[batch], views)):
                 codes[batch, v] = _encode(self.tokenizer, pixels_BHWC)
-                advance(len(pixels_BHWC))
+                self.advance(len(pixels_BHWC))
             encoded += len(rows[batch])
         if encoded == len(rows):
             shards.save(self.folder / shard.file, codes)
@@ -225,7 +202,7 @@ def _load_begun(path: Path, codes: np.ndarray, codebook_size: int) -> int:
         begun = np.load(path)
         shards.verify(path, (len(begun), *codes.shape[1:]), str(codes.dtype), codebook_size)
         codes[: len(begun)] = begun
-    except (OSError, ValueError, EOFError, shards.DamagedFile):  # no file, or of another shard
+    except (OSError, ValueError, EOFError, shards.DamagedFileError):  # no file, or of another shard
         return 0
     return len(begun)
 

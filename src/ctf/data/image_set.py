@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from ctf.data.transforms import PLAIN, View
 
 
+@dataclass(eq=False, repr=False)
 class ImageSet(ABC):
     """N labelled images of one size.
 
@@ -29,21 +30,12 @@ class ImageSet(ABC):
         mirrors: whether mirrored images are as plausible as the originals.
     """
 
+    name: str
+    class_names: tuple[str, ...]
+    classes_N: NDArray[np.int64]
+    image_size: int
+    fingerprint: str
     mirrors = True
-
-    def __init__(
-        self,
-        name: str,
-        class_names: tuple[str, ...],
-        classes_N: NDArray[np.int64],
-        image_size: int,
-        fingerprint: str,
-    ) -> None:
-        self.name = name
-        self.class_names = class_names
-        self.classes_N = classes_N
-        self.image_size = image_size
-        self.fingerprint = fingerprint
 
     def __len__(self) -> int:
         return len(self.classes_N)

@@ -21,7 +21,7 @@ from PIL import Image, ImageColor
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
 from ctf.data import fashion_mnist
-from ctf.data.decode import SUFFIXES, UnreadableImage, decode
+from ctf.data.decode import SUFFIXES, UnreadableImageError, decode
 from ctf.data.image_set import BadImage, ImageSet, Splits
 from ctf.data.imagenet import readable_class_names
 from ctf.data.scan import THREADS, scan
@@ -139,7 +139,7 @@ class FileImageSet(ImageSet):
             try:
                 data = self._source.read(row)
                 return transform(decode(data, self.image_size, self._background))
-            except UnreadableImage as reason:
+            except UnreadableImageError as reason:
                 path = self._source.path / self._source.names[row]
                 raise UserError(
                     f"{path}: {reason}; it has changed since it was scanned, run the command again"

@@ -21,7 +21,7 @@ from PIL import Image
 
 from ctf.common import cache
 from ctf.common.progress import Progress
-from ctf.data.decode import UnreadableImage, check_size, decode
+from ctf.data.decode import UnreadableImageError, decode, too_small
 from ctf.data.sources.base import ImageSource
 
 THREADS = min(16, os.cpu_count() or 1)  # Pillow's decoders release the interpreter's lock
@@ -99,7 +99,7 @@ def scan(
         try:
             data = source.read(row)
             image = decode(data, 1, background)
-        except UnreadableImage as reason:
+        except UnreadableImageError as reason:
             unreadable[row] = str(reason)
             return
         known.digests[row] = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
@@ -107,26 +107,21 @@ def scan(
         if min(image.size) >= size:
             on_decoded(row, image)
 
-    count, last_saved = len(source.names), time.monotonic()
     unknown = np.flatnonzero(known.sizes[:, 0] == 0).tolist()
-    done = count - len(unknown)
+    last_saved = time.monotonic()
     with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about images that end up in `unreadable`
         for start in range(0, len(unknown), CHUNK):
-            for _ in pool.map(scan_image, unknown[start : start + CHUNK]):
-                done += 1
+            chunk = pool.map(scan_image, unknown[start : start + CHUNK])
+            for done, _ in enumerate(chunk, len(source.names) - len(unknown) + start + 1):
                 if progress is not None:
-                    progress(done, count)
+                    progress(done, len(source.names))
             if time.monotonic() - last_saved > SAVE_SECONDS:
                 known.save()
                 last_saved = time.monotonic()
     if len(unreadable) < len(unknown):
         known.save()
-    too_small = (known.sizes[:, 0] > 0) & (known.sizes.min(1) < size)
-    for row in np.flatnonzero(too_small).tolist():
-        try:
-            width, height = known.sizes[row].tolist()
-            check_size(width, height, size)
-        except UnreadableImage as reason:
-            unreadable[row] = str(reason)
+    for row in np.flatnonzero((known.sizes[:, 0] > 0) & (known.sizes.min(1) < size)).tolist():
+        width, height = known.sizes[row].tolist()
+        unreadable[row] = too_small(width, height, size)
     return Scan(known.digests, dict(sorted(unreadable.items())))

@@ -21,7 +21,7 @@ from ctf.common import storage
 CHUNK_BYTES = 1 << 20  # read at a time
 
 
-class DamagedFile(Exception):
+class DamagedFileError(Exception):
     """A file that does not hold the expected array; the message is the reason, in a few words."""
 
 
@@ -38,20 +38,20 @@ def data_offset(path: Path, shape: tuple[int, ...], dtype: str) -> int:
     """Return the offset of the array's values in the file, from its header and size alone.
 
     Raises:
-        DamagedFile: there is no file, it is truncated, or it holds another array.
+        DamagedFileError: there is no file, it is truncated, or it holds another array.
     """
     try:
         with open(path, "rb") as file:
             return _data_offset(file, shape, dtype)
     except OSError as error:
-        raise DamagedFile(_reason(error)) from None
+        raise DamagedFileError(_reason(error)) from None
 
 
 def verify(path: Path, shape: tuple[int, ...], dtype: str, below: int) -> bool:
     """Read a whole file, a chunk at a time, and return whether it has a checksum.
 
     Raises:
-        DamagedFile: see `data_offset`; or the checksum does not match, or a value is not in
+        DamagedFileError: see `data_offset`; or the checksum does not match, or a value is not in
             0..below - 1.
     """
     try:
@@ -64,7 +64,7 @@ def verify(path: Path, shape: tuple[int, ...], dtype: str, below: int) -> bool:
             while left:
                 chunk = file.read(min(left, CHUNK_BYTES))
                 if not chunk:
-                    raise DamagedFile("truncated")
+                    raise DamagedFileError("truncated")
                 left -= len(chunk)
                 digest.update(chunk)
                 values = np.frombuffer(chunk, dtype)
@@ -72,11 +72,11 @@ def verify(path: Path, shape: tuple[int, ...], dtype: str, below: int) -> bool:
                     outside = int(values[(values < 0) | (values >= below)][0])
             checksum = file.read()
     except OSError as error:
-        raise DamagedFile(_reason(error)) from None
+        raise DamagedFileError(_reason(error)) from None
     if checksum and checksum != _checksum(digest):
-        raise DamagedFile("does not match its checksum")
+        raise DamagedFileError("does not match its checksum")
     if outside is not None:
-        raise DamagedFile(f"holds {outside}, expected 0 to {below - 1}")
+        raise DamagedFileError(f"holds {outside}, expected 0 to {below - 1}")
     return bool(checksum)
 
 
@@ -107,18 +107,20 @@ class Reader:
 def _data_offset(file: BinaryIO, shape: tuple[int, ...], dtype: str) -> int:
     try:
         if np.lib.format.read_magic(file) != (1, 0):
-            raise DamagedFile("not a .npy file of version 1.0")
+            raise DamagedFileError("not a .npy file of version 1.0")
         got, by_column, got_dtype = np.lib.format.read_array_header_1_0(file)
-    except DamagedFile:
+    except DamagedFileError:
         raise
     except Exception:  # a damaged header makes the parser raise nearly any exception
-        raise DamagedFile("not a .npy file, or truncated") from None
+        raise DamagedFileError("not a .npy file, or truncated") from None
     if (got, got_dtype) != (shape, np.dtype(dtype)) or by_column:
-        raise DamagedFile(f"holds {got_dtype} of shape {got}, expected {dtype} of shape {shape}")
+        raise DamagedFileError(
+            f"holds {got_dtype} of shape {got}, expected {dtype} of shape {shape}"
+        )
     start = file.tell()
     size = os.fstat(file.fileno()).st_size
     if size < start + math.prod(shape) * got_dtype.itemsize:
-        raise DamagedFile("truncated")
+        raise DamagedFileError("truncated")
     return start
 
 

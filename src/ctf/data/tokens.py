@@ -148,7 +148,7 @@ def check(folder: Path, progress: Progress | None = None) -> CheckResult:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         results = pool.map(lambda shard: verify(folder, shard, manifest), files)
         for done, (shard, result) in enumerate(zip(files, results, strict=True), 1):
-            if isinstance(result, shards.DamagedFile):
+            if isinstance(result, shards.DamagedFileError):
                 damaged.append(f"{shard.file}: {result}")
             elif not result:
                 without_checksum += 1
@@ -162,7 +162,7 @@ def check(folder: Path, progress: Progress | None = None) -> CheckResult:
     return CheckResult(len(files), without_checksum)
 
 
-def verify(folder: Path, shard: Shard, manifest: Manifest) -> bool | shards.DamagedFile:
+def verify(folder: Path, shard: Shard, manifest: Manifest) -> bool | shards.DamagedFileError:
     """Return the damage of a file, or whether it has a checksum."""
     path = folder / shard.file
     is_classes = len(shard.shape) == 1
@@ -170,13 +170,13 @@ def verify(folder: Path, shard: Shard, manifest: Manifest) -> bool | shards.Dama
     below = len(manifest.class_names) if is_classes else manifest.codebook_size
     try:
         return shards.verify(path, shard.shape, dtype, below)
-    except shards.DamagedFile as damage:
+    except shards.DamagedFileError as damage:
         return damage
 
 
 def is_damaged(folder: Path, shard: Shard, manifest: Manifest) -> bool:
     """Whether a file is missing or damaged."""
-    return isinstance(verify(folder, shard, manifest), shards.DamagedFile)
+    return isinstance(verify(folder, shard, manifest), shards.DamagedFileError)
 
 
 class Tokens:
@@ -211,7 +211,7 @@ class Tokens:
             dtype = CLASS_DTYPE if shard is classes else self.manifest.dtype
             try:
                 self._offsets.append(shards.data_offset(folder / shard.file, shard.shape, dtype))
-            except shards.DamagedFile:
+            except shards.DamagedFileError:
                 damaged.append(shard.file)
         if damaged:
             raise UserError(

@@ -26,7 +26,7 @@ from PIL import Image
 from ctf.common import storage
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
-from ctf.data.decode import FORMATS, SUFFIXES, UnreadableImage, decode, read_bytes
+from ctf.data.decode import FORMATS, SUFFIXES, UnreadableImageError, decode, read_bytes
 from ctf.data.image_set import ImageSet
 from ctf.data.imagenet import readable_class_names
 from ctf.data.images import INCLUDED, open_images
@@ -368,7 +368,7 @@ def _folder_classes(
 def _load(path: Path, parse: Callable[[bytes], T]) -> T:
     try:
         return parse(read_bytes(path))
-    except UnreadableImage as reason:
+    except UnreadableImageError as reason:
         raise UserError(f"{path}: {reason}") from None
 
 
@@ -382,7 +382,7 @@ def _header_size(data: bytes) -> tuple[int, int]:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             return file.height, file.width
     except Exception:  # as in `decode`
-        raise UnreadableImage("corrupt, truncated or of an unknown format") from None
+        raise UnreadableImageError("corrupt, truncated or of an unknown format") from None
 
 
 def _size_error(

@@ -26,7 +26,7 @@ def run(model: ServedModel, jobs: Sequence[Job]) -> None:
 
     Raises:
         UserError: A task cannot be computed.
-        UnreadableImage: A file cannot be decoded.
+        UnreadableImageError: A file cannot be decoded.
     """
     match jobs[0].task:
         case Encode() as task:

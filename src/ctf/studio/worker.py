@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from starlette.exceptions import HTTPException
 
 from ctf.common.errors import UserError
-from ctf.data.decode import UnreadableImage
+from ctf.data.decode import UnreadableImageError
 from ctf.pipelines.generation import BATCH_SIZE
 from ctf.studio import compute, tasks
 from ctf.studio.tasks import Event, Generate, Job, Limits, ServedModel, Task
@@ -97,7 +97,7 @@ class Worker:
     def _compute(self, batch: Sequence[Job]) -> None:
         try:
             compute.run(self.model, batch)
-        except (UserError, UnreadableImage) as error:
+        except (UserError, UnreadableImageError) as error:
             if len(batch) == 1:
                 batch[0].send(tasks.error(422, str(error)))
                 return

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from ctf.data.decode import SUFFIXES
 Stamp = tuple[int, int, int]  # size in bytes, and the times of the last content and inode changes
 
 
+@dataclass(eq=False, repr=False)
 class ImageSource(ABC):
     """N encoded images that can be read in any order; opening a source decodes none of them.
 
@@ -31,23 +33,18 @@ class ImageSource(ABC):
         classes_N: class number of each image, int64; -1 if it has none and so cannot be used.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        title: str,
-        names: list[str],
-        class_names: tuple[str, ...],
-        classes_N: NDArray[np.int64],
-    ) -> None:
-        self.path, self.title, self.names = path, title, names
-        self.class_names, self.classes_N = class_names, classes_N
+    path: Path
+    title: str
+    names: list[str]
+    class_names: tuple[str, ...]
+    classes_N: NDArray[np.int64]
 
     @abstractmethod
     def read(self, row: int) -> bytes:
         """Read the encoded bytes of one image; thread-safe.
 
         Raises:
-            UnreadableImage: they cannot be read, or the image has no class.
+            UnreadableImageError: they cannot be read, or the image has no class.
         """
 
     @abstractmethod

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ctf.common.errors import UserError
-from ctf.data.decode import UnreadableImage
+from ctf.data.decode import UnreadableImageError
 from ctf.data.sources.base import ImageSource, archive_prefixes, classes_from_labels, file_stamp
 
 CACHE_BYTES = 1 << 28  # of row groups in memory; reading any image reads its whole row group
@@ -72,12 +72,12 @@ class ParquetSource(ImageSource):
     def read(self, row: int) -> bytes:
         """See `ImageSource.read`."""
         if self.classes_N[row] < 0:
-            raise UnreadableImage("no class, unlike the others")
+            raise UnreadableImageError("no class, unlike the others")
         column = self.row_groups.read(int(self._file_N[row]), int(self._group_N[row]))
         image = column[int(self._row_N[row])].as_py()
         data = image["bytes"] if image is not None else None
         if data is None:
-            raise UnreadableImage("its bytes are not in the table")
+            raise UnreadableImageError("its bytes are not in the table")
         return bytes(data)
 
     def stamps(self) -> NDArray[np.int64]:
@@ -102,7 +102,7 @@ class RowGroupCache:
         """Return the image column of a row group; one thread reads, the others wait for it.
 
         Raises:
-            UnreadableImage: the row group is damaged.
+            UnreadableImageError: the row group is damaged.
         """
         import pyarrow
 
@@ -112,7 +112,7 @@ class RowGroupCache:
                 try:
                     content = table.file.read_row_group(group, columns=[table.image_column])
                 except (pyarrow.ArrowException, OSError) as error:
-                    raise UnreadableImage(f"damaged: {_first_line(error)}") from None
+                    raise UnreadableImageError(f"damaged: {_first_line(error)}") from None
                 self._columns[file, group] = content.column(0)
                 while self.nbytes > CACHE_BYTES and len(self._columns) > 1:
                     self._columns.popitem(last=False)

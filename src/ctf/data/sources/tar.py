@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ctf.common import cache
 from ctf.common.errors import UserError
-from ctf.data.decode import SUFFIXES, UnreadableImage
+from ctf.data.decode import SUFFIXES, UnreadableImageError
 from ctf.data.sources.base import (
     ImageSource,
     archive_prefixes,
@@ -104,18 +104,18 @@ class TarSource(ImageSource):
     def read(self, row: int) -> bytes:
         """See `ImageSource.read`."""
         if row in self._damage:
-            raise UnreadableImage(self._damage[row])
+            raise UnreadableImageError(self._damage[row])
         if self.classes_N[row] < 0:
-            raise UnreadableImage("no label (.cls or .json), unlike the others")
+            raise UnreadableImageError("no label (.cls or .json), unlike the others")
         start, size = self._spans[row].tolist()
         if size > MAX_IMAGE_BYTES:
-            raise UnreadableImage(f"{size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
+            raise UnreadableImageError(f"{size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
         try:
             # Opened for each read: there may be more files than a process may keep open.
             with open(self._files[self._file_N[row]], "rb") as file:
                 return os.pread(file.fileno(), size, start)
         except OSError as error:
-            raise UnreadableImage(f"cannot be read: {error.strerror}") from None
+            raise UnreadableImageError(f"cannot be read: {error.strerror}") from None
 
     def stamps(self) -> NDArray[np.int64]:
         """See `ImageSource.stamps`."""

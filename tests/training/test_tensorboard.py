@@ -1,4 +1,4 @@
-"""A run for TensorBoard: the events are those of metrics.jsonl, whatever happened to the run."""
+"""A run for TensorBoard: its events are those of metrics.jsonl, whatever happened to the run."""
 
 import json
 import shutil
@@ -66,13 +66,13 @@ def test_a_finished_run(copy: Path, ctf: Command) -> None:
     assert {n: c for n, c in files(copy).items() if not n.startswith("tensorboard/")} == before
 
 
-def test_a_training_that_goes_on_and_one_that_is_resumed(copy: Path) -> None:
-    """What a resumed training dropped is made again, with other values here; nothing is doubled."""
+def test_no_step_is_shown_twice(copy: Path) -> None:
+    """Steps that a resumed training repeats, here with other values, are not shown twice."""
     stage = copy / "coarse"
     metrics = stage / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text(lines[0] + lines[1][:20])  # it is just writing
-    mirror = events._Stage(stage, copy)
+    mirror = events.ScalarEvents(stage, copy)
     mirror.update()
     assert {step for _, step, _ in scalars(mirror.out)} == {20}
     metrics.write_text("".join(lines))
@@ -90,27 +90,27 @@ def test_a_training_that_goes_on_and_one_that_is_resumed(copy: Path) -> None:
     assert [(e.step, e.value) for e in live.Scalars("train/loss")][1:] == [(40, 7.0)]
 
 
-def test_pictures_are_drawn_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[str] = []
+def test_images_are_written_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled: list[str] = []
     monkeypatch.setattr(
-        events.card, "picture", lambda pipe: drawn.append("x") or Image.new("L", (8, 8))
+        events.card, "sample_sheet", lambda pipe: sampled.append("x") or Image.new("L", (8, 8))
     )
     fine = copy / "fine" / "model.safetensors"
     content = fine.read_bytes()
     fine.unlink()
-    pictures = events._Pictures(copy)
-    pictures.update()
-    assert not drawn  # no fine model yet
+    images = events.ImageEvents(copy)
+    images.update()
+    assert not sampled  # no fine model yet
     fine.write_bytes(content)
-    pictures.update()
-    pictures.update()
-    assert drawn == ["x"]
+    images.update()
+    images.update()
+    assert sampled == ["x"]
 
 
-def test_samples_of_a_training(
+def test_samples_of_a_training_in_progress(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped after 20 steps of a stage, with a state saved: drawn by its averaged weights."""
+    """Stopped after 20 steps of a stage, with a state saved: sampled with its averaged weights."""
 
     def stop_in(stage: str) -> None:
         save = state.save_state
@@ -126,9 +126,9 @@ def test_samples_of_a_training(
             assert cli.main(fit_arguments(pictures, tmp_path / "run")) == 130
 
     run = tmp_path / "run"
-    samples = {stage: events._TrainingSamples(run, stage, 20) for stage in events.SAMPLED}
+    samples = {stage: events.SampleEvents(run, stage, 20) for stage in ("coarse", "fine")}
 
-    def drawn(stage: str) -> list[int]:
+    def sampled(stage: str) -> list[int]:
         samples[stage].update()
         folder = run / events.FOLDER / f"samples-{stage}"
         if not folder.is_dir():
@@ -136,23 +136,23 @@ def test_samples_of_a_training(
         return [event.step for event in read(folder).Images("samples")]
 
     stop_in("tokenizer")
-    assert drawn("coarse") == []
+    assert sampled("coarse") == []
     stop_in("coarse")
-    assert drawn("coarse") == [20] and drawn("coarse") == [20] and drawn("fine") == []
-    pipe = events.in_training(run)
+    assert sampled("coarse") == [20] and sampled("coarse") == [20] and sampled("fine") == []
+    pipe = events.load_unfinished(run)
     tensors = state.load_state(run / "coarse" / "state", 20)
     assert torch.equal(pipe.coarse.head.weight, tensors["ema.head.weight"])
     assert pipe.fine is not None and not pipe.fine.head.weight.any()
     stop_in("fine")
-    assert drawn("coarse") == [20] and drawn("fine") == [20]
-    pipe = events.in_training(run)
+    assert sampled("coarse") == [20] and sampled("fine") == [20]
+    pipe = events.load_unfinished(run)
     tensors = state.load_state(run / "fine" / "state", 20)
     assert pipe.fine is not None
     assert torch.equal(pipe.fine.head.weight, tensors["ema.head.weight"])
     # A mirror that is started again shows no step twice.
-    samples["fine"] = events._TrainingSamples(run, "fine", 20)
-    assert drawn("fine") == [20]
-    assert events._TrainingSamples(run, "fine", 21).update() is None and drawn("fine") == [20]
+    samples["fine"] = events.SampleEvents(run, "fine", 20)
+    assert sampled("fine") == [20]
+    assert events.SampleEvents(run, "fine", 21).update() is None and sampled("fine") == [20]
 
 
 def test_without_tensorboard(copy: Path, ctf: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from ctf.pipelines import llamagen
 from ctf.pipelines.pipeline import Pipeline
 from ctf.training import loop, recipes
 from ctf.training.stages import ModelStage, tokenizer_hash
-from ctf.training.warm_start import Source, open_source, weights
+from ctf.training.warm_start import Source, first_weights, open_source
 from tests.conftest import Command, files, save_pictures, sets
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "llamagen"
@@ -47,7 +47,7 @@ def full_vocabulary(tokens: Tokens) -> CoarseModel:
 def started(model: CoarseModel, parts: Clusters, tokens: Tokens) -> CoarseModel:
     new = CoarseModel(model.config, parts.count).eval()
     source = Source(model, tokens.manifest.class_names, "")
-    new.load_state_dict(weights(source, parts, tokens, new, CPU))
+    new.load_state_dict(first_weights(source, parts, tokens, new, CPU))
     return new
 
 
@@ -114,7 +114,7 @@ def test_classes_go_by_their_names(tokens: Tokens) -> None:
     old = full_vocabulary(tokens)
     config = dataclasses.replace(old.config, classes=2)
     source = Source(CoarseModel(config, V), ("red", "mauve"), "")
-    first = weights(source, identity(V), tokens, old, CPU)
+    first = first_weights(source, identity(V), tokens, old, CPU)
     red, _, none = source.model.backbone.class_embedding.weight
     rows = first["backbone.class_embedding.weight"]
     for got, expected in zip(rows, (none, none, red, none), strict=True):

@@ -328,17 +328,17 @@ def runs_show(
         folders: folders of one or several runs, which are plotted together
         out: .png file for the plot of loss, gradient norm, learning rate and speed
     """
-    from ctf.training import runs
+    from ctf.training import monitoring
 
     if out.suffix != ".png":
         raise UserError(f"--out {out}: expected a name that ends in .png")
-    shown = [runs.stages(folder) for folder in folders]
-    if not shown:
+    runs = [monitoring.load_trainings(folder) for folder in folders]
+    if not runs:
         raise UserError("got no run, expected at least one")
-    show(runs.table(shown))
+    show(monitoring.table(runs))
     if dry_run:
         return
-    runs.draw(shown, out)
+    monitoring.plot(runs, out)
     show(out)
 
 
@@ -360,9 +360,9 @@ def runs_tensorboard(
         samples_every: sample images each time the coarse or the fine model has trained for so many
             more steps; with 0, only when the pipeline is complete
     """
-    from ctf.training import runs, tensorboard
+    from ctf.training import monitoring, tensorboard
 
-    names = ", ".join(folder.name for folder in runs.trained(run))
+    names = ", ".join(folder.name for folder in monitoring.find_stages(run))
     folder = run / tensorboard.FOLDER
     if dry_run:
         show(f"would write {folder}: {names or 'nothing yet'}")

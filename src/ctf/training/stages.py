@@ -337,7 +337,7 @@ class ModelStage:
         model = CoarseModel(self.model_config, self.clusters.count)
         if self.warm_start is not None and not resumed:
             train, device = self.tokens[0], self.world.device
-            first = warm_start.weights(self.warm_start, self.clusters, train, model, device)
+            first = warm_start.first_weights(self.warm_start, self.clusters, train, model, device)
             load_strict(model, {k: v.cpu() for k, v in first.items()}, "the first weights")
         return model
 

@@ -1,11 +1,10 @@
-"""A run for TensorBoard: its metrics.jsonl mirrored into event files, while it trains or after.
+"""A run for TensorBoard: its metrics, and samples, as event files in RUN/tensorboard.
 
-The training itself writes metrics.jsonl and nothing else. Another process reads that and writes
-RUN/tensorboard, so no training waits for TensorBoard, fails with it or has to be asked for it
-beforehand; runs that are long finished can be shown; and resuming is not a case of its own. Where
-lines were dropped, since their steps are made again, and where the mirror is started again,
-everything is written anew, behind a mark upon which TensorBoard forgets what it had read: no step
-is shown twice.
+A training writes metrics.jsonl and nothing else. Another process reads that and writes the event
+files, so no training waits for TensorBoard or fails with it, and finished runs can be shown, too.
+A training that resumes drops lines, since it repeats their steps; then, and when this process is
+started again, everything is written again, after a mark that makes TensorBoard forget what it has
+read. No step is shown twice.
 """
 
 from __future__ import annotations
@@ -33,62 +32,68 @@ from ctf.pipelines.folder import (
     load_tokenizer,
 )
 from ctf.pipelines.pipeline import Pipeline
-from ctf.training import loop, metrics_log, runs, state
+from ctf.training import loop, monitoring, state
+from ctf.training.metrics_log import read_metrics
+from ctf.training.stages import Kind
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 FOLDER = "tensorboard"
-SECONDS = 5.0  # between two looks at the run
+POLL_SECONDS = 5.0
 SAMPLES_EVERY = 1000  # steps
-SAMPLED = ("coarse", "fine")
 
 
 def follow(run: Path, *, once: bool, samples_every: int = SAMPLES_EVERY) -> None:
-    """Mirrors a run into RUN/tensorboard, until interrupted.
+    """Write event files of a run to RUN/tensorboard until interrupted.
 
-    Each stage has its own folder there: training lines as train/loss and so on, held-out ones as
-    val/loss. The picture of the clusters, and samples once the pipeline is whole, are in pictures/;
-    samples of the coarse and the fine model in training are in samples-coarse/ and samples-fine/.
+    Each stage has a folder there, with train/loss and so on, and val/loss. The image of the
+    clusters and samples of the finished pipeline are in pictures/, samples of the coarse and the
+    fine model in training in samples-coarse/ and samples-fine/.
 
     Args:
-        once: write what there is, and return.
-        samples_every: steps of a training after which samples are drawn from its newest state; 0
-            for never.
+        run: Folder of the run.
+        once: Write what there is, and return.
+        samples_every: Steps of a training after which samples are generated from its newest state;
+            0 for never.
 
     Raises:
-        UserError: there is no such folder, or no TensorBoard.
+        UserError: There is no such folder, or TensorBoard is not installed.
     """
     if samples_every < 0:
         raise UserError(f"samples_every: got {samples_every}, expected 0 or more")
-    stages: dict[Path, _Stage] = {}
-    pictures = _Pictures(run)
-    samples = [_TrainingSamples(run, stage, samples_every) for stage in SAMPLED if samples_every]
+    scalars: dict[Path, ScalarEvents] = {}
+    images = ImageEvents(run)
+    kinds: tuple[Kind, ...] = ("coarse", "fine") if samples_every else ()
+    samples = [SampleEvents(run, kind, samples_every) for kind in kinds]
     while True:
-        for folder in runs.trained(run):
-            stages.setdefault(folder, _Stage(folder, run)).update()
-        pictures.update()
-        for stage in samples:
-            stage.update()
+        for folder in monitoring.find_stages(run):
+            if folder not in scalars:
+                scalars[folder] = ScalarEvents(folder, run)
+            scalars[folder].update()
+        images.update()
+        for events in samples:
+            events.update()
         if once:
             return
-        time.sleep(SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
-class _Stage:
-    """The event file of one stage, and the lines that are in it."""
+class ScalarEvents:
+    """The metrics of one stage."""
 
     def __init__(self, folder: Path, run: Path) -> None:
         self.folder, self.out = folder, run / FOLDER / folder.name
-        self.lines: list[dict[str, Any]] = []
-        self.writer = _begin(self.out)
+        self.lines: list[dict[str, Any]] = []  # that are written
+        self.writer = _open_writer(self.out)
 
     def update(self) -> None:
-        lines = metrics_log.read_metrics(self.folder)
-        if lines[: len(self.lines)] != self.lines:  # a resumed training dropped some
+        """Write the lines that are new; all of them if a resumed training has dropped some."""
+        lines = read_metrics(self.folder)
+        if lines[: len(self.lines)] != self.lines:
             self.writer.close()
-            self.lines, self.writer = [], _begin(self.out)
-        # When the line was written, so that the axis of relative time is that of the training.
+            self.lines, self.writer = [], _open_writer(self.out)
+        # The time of a line is when it was logged, for TensorBoard's axis of relative time.
         began = (self.folder / "config.json").stat().st_mtime
         for line in lines[len(self.lines) :]:
             for name, value in line.items():
@@ -100,101 +105,100 @@ class _Stage:
         self.writer.flush()
 
 
-class _Pictures:
-    """The event file of a run's pictures; each is written again when what it shows has changed."""
+class ImageEvents:
+    """The image of the clusters and samples of the pipeline, each written when it is new."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
-        self.writer: SummaryWriter | None = None  # a file in it would make a new run look taken
-        self.shown: dict[str, object] = {}
+        # Opened later: its file would make the folder of a run that is yet to begin not vacant.
+        self.writer: SummaryWriter | None = None
+        self.versions: dict[str, list[int]] = {}
 
     def update(self) -> None:
+        """Write the images whose files have changed since the last call."""
         swaps = self.run / "clusters" / "swaps.png"
-        if self._is_new("clusters", [swaps]):
+        if self._has_changed("clusters", [swaps]):
             self._add("clusters", Image.open(swaps))
         models = [self.run / name / "model.safetensors" for name in ("coarse", "fine")]
-        if self._is_new("samples", models):
+        if self._has_changed("samples", models):
             try:
                 pipe = Pipeline.from_pretrained(self.run)
             except UserError:
-                return  # not whole yet
+                return  # not complete yet
             self._add("samples", card.sample_sheet(pipe))
 
-    def _is_new(self, name: str, paths: list[Path]) -> bool:
-        """Whether files are there that were not when it was asked before."""
-        there = [path.stat().st_mtime_ns for path in paths if path.is_file()]
-        before, self.shown[name] = self.shown.get(name, []), there
-        return there != before
+    def _has_changed(self, name: str, paths: list[Path]) -> bool:
+        versions = [path.stat().st_mtime_ns for path in paths if path.is_file()]
+        before, self.versions[name] = self.versions.get(name, []), versions
+        return versions != before
 
-    def _add(self, name: str, picture: Image.Image) -> None:
-        self.writer = self.writer or _begin(self.run / FOLDER / "pictures")
-        self.writer.add_image(name, np.asarray(picture.convert("RGB")), 0, dataformats="HWC")
+    def _add(self, name: str, image: Image.Image) -> None:
+        self.writer = self.writer or _open_writer(self.run / FOLDER / "pictures")
+        self.writer.add_image(name, np.asarray(image.convert("RGB")), 0, dataformats="HWC")
         self.writer.flush()
 
 
-class _TrainingSamples:
-    """The event files of samples of a stage in training, one for each time that some are drawn."""
+class SampleEvents:
+    """Samples of a model in training, an event file for each time that some are generated."""
 
-    def __init__(self, run: Path, stage: str, every: int) -> None:
-        self.run, self.stage, self.every = run, stage, every
-        self.drawn = 0  # steps
+    def __init__(self, run: Path, kind: Kind, every: int) -> None:
+        self.run, self.kind, self.every = run, kind, every
+        self.sampled_at = 0  # step
 
     def update(self) -> None:
-        step = _newest(self.run / self.stage)
-        if step // self.every == self.drawn // self.every or loop.is_finished(
-            self.run / self.stage
-        ):
+        """Generate samples if the newest state is `every` steps or more ahead."""
+        step = state.newest_step(self.run / self.kind / "state")
+        due = step // self.every != self.sampled_at // self.every
+        if not due or loop.is_finished(self.run / self.kind):
             return
         try:
-            picture = card.sample_sheet(in_training(self.run))
+            image = card.sample_sheet(load_unfinished(self.run))
         except UserError:
             return  # a part is missing, or the training has just replaced this state
-        self.drawn = step
-        writer = _begin(self.run / FOLDER / f"samples-{self.stage}", step)
-        writer.add_image("samples", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        self.sampled_at = step
+        writer = _open_writer(self.run / FOLDER / f"samples-{self.kind}", step)
+        writer.add_image("samples", np.asarray(image.convert("RGB")), step, dataformats="HWC")
         writer.close()
 
 
-def in_training(run: Path) -> Pipeline:
-    """The pipeline as far as it is trained: averaged weights of the newest states where a stage is
-    not finished. While there is no fine model, each member of a cluster is as likely.
+def load_unfinished(run: Path) -> Pipeline:
+    """Return the pipeline of a run in training.
+
+    Models whose training is not finished have the averaged weights of their newest state. Before
+    there is a fine model, all members of a cluster are equally likely.
 
     Raises:
-        UserError: not even a coarse model has been saved.
+        UserError: There is no state of a coarse model yet.
     """
     cpu = torch.device("cpu")
     settings = load_settings(run)
-    parts = load_clusters(run / "clusters" / CLUSTERS)
+    clusters = load_clusters(run / "clusters" / CLUSTERS)
     tokenizer = load_tokenizer(run / "tokenizer", cpu)
-    coarse = load_coarse(run / "coarse", parts, cpu, _averaged(run / "coarse"))
+    coarse = load_coarse(run / "coarse", clusters, cpu, _averaged_weights(run / "coarse"))
     fine = None
-    if parts.largest > 1:
+    if clusters.largest > 1:
         folder = run / "fine"
-        if loop.is_finished(folder) or _newest(folder):
-            fine = load_fine(folder, parts, cpu, _averaged(folder))
+        if loop.is_finished(folder) or state.newest_step(folder / "state"):
+            fine = load_fine(folder, clusters, cpu, _averaged_weights(folder))
         else:
             smallest = dataclasses.replace(coarse.config, width=4, layers=1, heads=1)
-            fine = FineModel(smallest, parts).eval()  # its head is zero
+            fine = FineModel(smallest, clusters).eval()  # with an output layer of zeros
     kernels.for_sampling(coarse, fine, tokenizer, "eager")
-    return Pipeline(tokenizer, parts, coarse, fine, **vars(settings))
+    return Pipeline(tokenizer, clusters, coarse, fine, **vars(settings))
 
 
-def _averaged(stage: Path) -> dict[str, Tensor] | None:
-    """The averaged weights of the newest state; None where the stage is finished."""
+def _averaged_weights(stage: Path) -> dict[str, Tensor] | None:
+    """Return the averaged weights of the newest state; None if the stage is finished."""
     if loop.is_finished(stage):
         return None
-    return state.without_prefix(state.load_state(stage / "state", _newest(stage)), "ema.")
+    states = stage / "state"
+    return state.without_prefix(state.load_state(states, state.newest_step(states)), "ema.")
 
 
-def _newest(stage: Path) -> int:
-    return state.newest_step(stage / "state")
+def _open_writer(folder: Path, step: int = 0) -> SummaryWriter:
+    """Open a new event file, at whose mark readers forget older ones' steps from `step` on.
 
-
-def _begin(folder: Path, step: int = 0) -> SummaryWriter:
-    """A new event file, with a mark that makes readers forget the steps from `step` on of those
-    before it.
-
-    These stay: an open TensorBoard that finds the file gone that it was reading reads no other.
+    The older files stay: an open TensorBoard whose file disappears reads no other.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter

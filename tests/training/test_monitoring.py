@@ -1,4 +1,4 @@
-"""Runs seen from outside: the table says what the files say, and the picture shows every run."""
+"""Monitoring: the table has what the files have, and the image shows every run."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from ctf.common.errors import UserError
-from ctf.training import runs
+from ctf.training import monitoring
 from tests.conftest import STEPS, Command, files
 
 
@@ -63,16 +63,17 @@ def test_several_runs_and_one_in_training(run: Path, tmp_path: Path, ctf: Comman
 
 
 def test_a_folder_that_is_a_stage_itself(run: Path) -> None:
-    (stage,) = runs.stages(run / "fine")
-    assert (stage.run, stage.name, stage.steps, stage.finished) == ("fine", "fine", STEPS, True)
+    (training,) = monitoring.load_trainings(run / "fine")
+    assert (training.run, training.stage) == ("fine", "fine")
+    assert (training.steps, training.finished) == (STEPS, True)
 
 
 def test_many_lines_are_smoothed() -> None:
-    assert runs._smooth([1.0, 5.0, 3.0]) == [1.0, 5.0, 3.0]
+    assert monitoring.smooth([1.0, 5.0, 3.0]) == [1.0, 5.0, 3.0]
     straight = [float(i) for i in range(800)]
-    assert runs._smooth(straight) == pytest.approx(straight)  # it doesn't lag behind
+    assert monitoring.smooth(straight) == pytest.approx(straight)  # it doesn't lag behind
     noise = np.random.default_rng(0).normal(size=800)
-    assert np.std(runs._smooth(list(noise))) < 0.5
+    assert np.std(monitoring.smooth(list(noise))) < 0.5
 
 
 def test_mistakes(run: Path, tmp_path: Path, ctf: Command) -> None:
@@ -86,7 +87,7 @@ def test_mistakes(run: Path, tmp_path: Path, ctf: Command) -> None:
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="not the configuration of a training"):
-        runs.stages(tmp_path)
+        monitoring.load_trainings(tmp_path)
     before = list(tmp_path.iterdir())
     result = ctf("runs", "show", run, "--out", tmp_path / "curves.png", "--dry-run")
     assert result.code == 0 and "coarse" in result.out

@@ -22,13 +22,13 @@ from ctf.data.transforms import as_tensor
 from ctf.models.clusters import ClustersConfig, fit
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
+from ctf.models.objectives import Objective, coarse_objective, fine_objective
 from ctf.models.transformer import TransformerConfig
-from ctf.training.transformers import Objective, coarse_objective, fine_objective
 
 
 @dataclass
 class PatchTokenizer:
-    """The tokenizer: any object with these attributes and methods, see `ctf.models.Tokenizer`."""
+    """What `ctf.models.tokenizer.Tokenizer` asks for, and how to make it."""
 
     codebook_VC: Tensor
     image_size: int
@@ -41,10 +41,6 @@ class PatchTokenizer:
         kmeans = MiniBatchKMeans(codebook_size, random_state=0).fit(patches_NC)
         tokenizer.codebook_VC = torch.from_numpy(kmeans.cluster_centers_).float()
         return tokenizer
-
-    @property
-    def codebook_size(self) -> int:
-        return len(self.codebook_VC)
 
     @property
     def grid(self) -> int:
@@ -82,7 +78,7 @@ def train(
 
 def main(
     out: Path = Path("custom_tokenizer.png"), steps: int = 1000, images: int = 10_000
-) -> None:
+) -> Pipeline:
     """Train on Fashion-MNIST, and write a contact sheet of samples.
 
     Args:
@@ -107,6 +103,7 @@ def main(
     pipe = Pipeline(tokenizer, clusters, coarse, fine, data.class_names)
     rows = [(name, pipe.sample([name] * 8, seed=0).images) for name in data.class_names]
     image_grid(rows).save(out)
+    return pipe
 
 
 if __name__ == "__main__":

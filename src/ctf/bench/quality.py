@@ -74,7 +74,7 @@ def compare(
     source = str(pipe.origin.get("images"))
     if source not in INCLUDED:
         raise UserError(f"{model}: was trained on {source}, expected one of {', '.join(INCLUDED)}")
-    images = open_images(source, pipe.tokenizer.config.image_size).val
+    images = open_images(source, pipe.tokenizer.image_size).val
     with open_progress("held-out images") as progress:
         codes_NL, classes_N = _encode(pipe, images, min(held_out, len(images)), progress)
     qualities = []

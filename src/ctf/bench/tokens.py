@@ -34,7 +34,7 @@ from ctf.data.tokens import MANIFEST, Manifest, Shard, SplitManifest, Tokens
 from ctf.data.transforms import PLAIN, VIEWS, View, as_tensor
 from ctf.models.coarse import CoarseModel
 from ctf.models.tokenizer import VQModel
-from ctf.pipelines.pipeline import Pipeline
+from ctf.pipelines.folder import find_pipeline, load_tokenizer
 from ctf.training import optim
 
 IMAGENET_IMAGES = 1_281_167  # training images of ImageNet-1k
@@ -215,7 +215,7 @@ def equal_codes(device: torch.device, images: int = 1000) -> float:
 
     By the shipped tokenizer, of the first held-out images of Fashion-MNIST.
     """
-    tokenizer = Pipeline.from_pretrained("fashion-mnist", device=device, engine="eager").tokenizer
+    tokenizer = load_tokenizer(find_pipeline("fashion-mnist") / "tokenizer", device)
     val = open_images("fashion-mnist", tokenizer.config.image_size).val
     pixels_BHWC = val.read(np.arange(min(images, len(val))))
     codes = []

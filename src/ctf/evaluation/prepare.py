@@ -83,7 +83,7 @@ def prepare(
             search_samples = _search_samples(pipe, generation, search_samples, settings or {})
         name = folder.resolve().name if Path(model).is_dir() else model
         subject = Subject(name, hash_pipeline(folder), generation)
-        size = resize or pipe.tokenizer.config.image_size
+        size = resize or pipe.tokenizer.image_size
     source = _reference_source(model, reference, pipe)
     like_fashion = _is_like_fashion_mnist(pipe, source, size)
     loaded, images = _open_classifier(classifier, like_fashion, pipe, images, size, device)

@@ -10,6 +10,7 @@ Shapes: B batch, C code dimension, H, W height and width, L codes of an image, V
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,30 @@ class TokenizerConfig:
         return self.image_size // self.factor
 
 
+class Tokenizer(Protocol):
+    """What sampling needs of a tokenizer: `VQModel`, or one of your own.
+
+    Codes are the indices of code vectors (V, C) that can be decoded, and averaged over a cluster.
+    """
+
+    @property
+    def image_size(self) -> int:
+        """H = W, pixels."""
+
+    @property
+    def grid(self) -> int:
+        """Codes along each side of an image: L = grid ** 2."""
+
+    def codebook(self) -> Tensor:
+        """The code vectors: (V, C)."""
+
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        """Images in [-1, 1], (B, 3, H, W) -> codes (B, L), int64, row by row."""
+
+    def decode_vectors(self, vectors_BLC: Tensor) -> Tensor:
+        """Code vectors (B, L, C) -> images (B, 3, H, W), about [-1, 1] but not clipped."""
+
+
 class VQModel(nn.Module):
     """Encoder, quantiser and decoder."""
 
@@ -75,6 +100,10 @@ class VQModel(nn.Module):
         nn.init.normal_(self.embedding.weight)
         with torch.no_grad():
             self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=-1))
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size
 
     @property
     def grid(self) -> int:

@@ -14,7 +14,6 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 from PIL import Image
-from torch import nn
 
 from ctf.common import storage
 from ctf.common.errors import UserError
@@ -112,7 +111,7 @@ def text(pipe: Pipeline, name: str = FOLDER, *, with_image: bool = False) -> str
 
 
 def _summary(pipe: Pipeline) -> str:
-    size = pipe.tokenizer.config.image_size
+    size = pipe.tokenizer.image_size
     images = f"Generates images of {size} x {size} pixels of {len(pipe.class_names)} classes"
     if pipe.fine is None:
         return (
@@ -160,7 +159,7 @@ def _transformer(model: Any) -> str:
     return f"{_parameters(model)}: {shape.layers} layers, {shape.heads} heads, width {shape.width}"
 
 
-def _parameters(model: nn.Module) -> str:
+def _parameters(model: Any) -> str:
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
 
 

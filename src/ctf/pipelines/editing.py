@@ -278,7 +278,7 @@ def encode(pipe: Pipeline, images: Sequence[Image.Image]) -> Tensor:
     """
     if not images:
         raise UserError("got 0 images to encode, expected 1 or more")
-    size = pipe.tokenizer.config.image_size
+    size = pipe.tokenizer.image_size
     # Pillow's copies are plain images, without the format of the file.
     rgb = [to_rgb(cast(ImageFile.ImageFile, image.copy()), WHITE) for image in images]
     pixels_BHWC = np.stack([np.asarray(crop(image, size)) for image in rgb])

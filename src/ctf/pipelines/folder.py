@@ -270,8 +270,12 @@ def save(pipe: Pipeline, folder: Path, dtype: torch.dtype | None) -> None:
         dtype: Of the weights; None to store them as they are.
 
     Raises:
-        UserError: The folder holds something else; weights were quantised to int8.
+        UserError: The folder holds something else; weights were quantised to int8; the tokenizer
+            is not a `VQModel`.
     """
+    if not isinstance(pipe.tokenizer, VQModel):
+        kind = type(pipe.tokenizer).__name__
+        raise UserError(f"a pipeline with a {kind} cannot be saved, only one with a VQModel")
     claims.is_ours(folder, SETTINGS, what="a pipeline")
     coarse_config = {"clusters": fingerprint(pipe.clusters)}
     models: dict[str, tuple[nn.Module, dict[str, Any]]] = {

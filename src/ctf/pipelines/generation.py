@@ -18,6 +18,7 @@ from ctf.common.progress import Progress
 from ctf.data.transforms import as_pil
 from ctf.models import sampling
 from ctf.models.sampling import Sampling
+from ctf.models.tokenizer import VQModel
 from ctf.pipelines.arguments import Request
 
 if TYPE_CHECKING:
@@ -138,10 +139,11 @@ def finish(pipe: Pipeline, request: Request, batch: Batch, labels_BL: Tensor) ->
 @torch.inference_mode()
 def decode_vectors(pipe: Pipeline, vectors_BLC: Tensor, resize: int | None) -> Tensor:
     """Decode code vectors into images in [-1, 1]: (B, 3, H, W), resized before clipping."""
-    config = pipe.tokenizer.config
-    at_a_time = max(1, DECODER_ELEMENTS // (config.channels * config.image_size**2))
+    tokenizer = pipe.tokenizer
+    channels = tokenizer.config.channels if isinstance(tokenizer, VQModel) else 3
+    at_a_time = max(1, DECODER_ELEMENTS // (channels * tokenizer.image_size**2))
     parts = vectors_BLC.split(at_a_time)
-    images_BCHW = torch.cat([pipe.tokenizer.decode_vectors(part) for part in parts])
+    images_BCHW = torch.cat([tokenizer.decode_vectors(part) for part in parts])
     if resize is not None:
         size = (resize, resize)
         images_BCHW = torch.nn.functional.interpolate(images_BCHW, size=size, mode="bicubic")

@@ -24,7 +24,7 @@ from ctf.models.clusters import Clusters
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.sampling import Sampling
-from ctf.models.tokenizer import VQModel
+from ctf.models.tokenizer import Tokenizer
 from ctf.pipelines import arguments, editing, generation
 from ctf.pipelines.folder import PIPELINE_FILES, find_pipeline, load_parts, save
 from ctf.pipelines.generation import Batch, Samples
@@ -47,7 +47,7 @@ class Pipeline:
         origin: What the pipeline was made from, as JSON values.
     """
 
-    tokenizer: VQModel
+    tokenizer: Tokenizer
     clusters: Clusters
     coarse: CoarseModel
     fine: FineModel | None
@@ -96,9 +96,9 @@ class Pipeline:
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        pipe = cls(**load_parts(path, torch.device(device)))
-        kernels.for_sampling(pipe.coarse, pipe.fine, pipe.tokenizer, engine)
-        return pipe
+        parts = load_parts(path, torch.device(device))
+        kernels.for_sampling(parts["coarse"], parts["fine"], parts["tokenizer"], engine)
+        return cls(**parts)
 
     def save_pretrained(
         self, folder: str | Path, *, half: bool = False, license: str | None = None

@@ -127,11 +127,12 @@ async def health(request: Request) -> Response:
 
 def _model_info(model: ServedModel) -> dict[str, Any]:
     pipe = model.pipe
+    parts: dict[str, Any]
     parts = {"tokenizer": pipe.tokenizer, "coarse": pipe.coarse, "fine": pipe.fine}
     return {
         "name": model.name,
         "class_names": list(pipe.class_names),
-        "image_size": pipe.tokenizer.config.image_size,
+        "image_size": pipe.tokenizer.image_size,
         "grid": pipe.coarse.config.grid,
         "codebook_size": pipe.clusters.codebook_size,
         "clusters": pipe.clusters.count,

@@ -90,7 +90,7 @@ def _encode(model: ServedModel, task: Encode) -> dict[str, Any]:
     (coarse,) = pipe.preview(labels_1L)
     known = Generate((task.class_number,), (0,), pipe.sampling, known_BL=codes_1L)
     return {
-        "original": export.png(crop(upload, pipe.tokenizer.config.image_size)),
+        "original": export.png(crop(upload, pipe.tokenizer.image_size)),
         "coarse": export.png(coarse),
         "picture": _image_json(model, known, 0, samples, 0),
     }

@@ -18,7 +18,7 @@ from tests.conftest import CLASSES, SIDE, Command, files
     [
         (["demo", "--out", "NEW"], "about 2 minutes in all"),
         (["fit", "PICTURES", "--out", "NEW", "--preset", "tiny"], "600 steps"),
-        (["fit", "fashion-mnist", "--out", "NEW", "--minutes", 2], "60000 pictures to train on"),
+        (["fit", "fashion-mnist", "--out", "NEW", "--minutes", 2], "60000 images to train on"),
         (["sample", "RUN", "--out", "NEW"], "would sample 8 images of each of 3 classes"),
         (["tokenizer", "train", "PICTURES", "--out", "NEW", "--preset", "tiny"], "tokenizer: "),
         (["tokens", "extract", "PICTURES", "--run", "RUN", "--preset", "tiny"], "held out"),
@@ -31,7 +31,21 @@ from tests.conftest import CLASSES, SIDE, Command, files
             ["evaluate", "RUN", "--reference", "PICTURES", "--samples", 30, "--out", "NEW"],
             "would write",
         ),
-        (["convert", "llamagen", "--vq", "VQ", "--gpt", "GPT", "--out", "NEW"], "10 classes"),
+        (
+            [
+                "convert",
+                "llamagen",
+                "--vq",
+                "VQ",
+                "--gpt",
+                "GPT",
+                "--image-size",
+                8,
+                "--out",
+                "NEW",
+            ],
+            "10 classes",
+        ),
         (["push", "RUN", "--to", "someone/something"], "would push"),
     ],
 )

@@ -29,6 +29,7 @@ from tests.conftest import Command
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "llamagen"
 VQ, GPT = FIXTURES / "vq.pt", FIXTURES / "gpt.pt"
+SIDE = 8  # pixels of their images
 
 
 def arrays(name: str) -> dict[str, Tensor]:
@@ -44,14 +45,14 @@ def expected() -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("llamagen") / "converted"
-    llamagen.convert(VQ, GPT, out)
+    llamagen.convert(VQ, GPT, out, image_size=SIDE)
     return out
 
 
 @pytest.fixture(scope="module", params=["loaded", "converted"])
 def pipe(request: pytest.FixtureRequest, folder: Path) -> Pipeline:
     if request.param == "loaded":
-        return llamagen.load(VQ, GPT)
+        return llamagen.load(VQ, GPT, image_size=SIDE)
     return Pipeline.from_pretrained(folder)
 
 
@@ -126,7 +127,7 @@ def test_round_trip_to_identical_samples(folder: Path, tmp_path: Path) -> None:
     pipe = Pipeline.from_pretrained(folder)
     pipe.save_pretrained(tmp_path / "again")
     again = Pipeline.from_pretrained(tmp_path / "again")
-    loaded = llamagen.load(VQ, GPT)
+    loaded = llamagen.load(VQ, GPT, image_size=SIDE)
     one, *others = (p.sample([0, 3, 9], seed=5) for p in (pipe, again, loaded))
     for other in others:
         assert torch.equal(one.codes, other.codes)
@@ -137,7 +138,18 @@ def test_round_trip_to_identical_samples(folder: Path, tmp_path: Path) -> None:
 
 def test_convert_again(folder: Path, tmp_path: Path, ctf: Command) -> None:
     out = tmp_path / "out"
-    arguments = ("convert", "llamagen", "--vq", VQ, "--gpt", GPT, "--out", out)
+    arguments = (
+        "convert",
+        "llamagen",
+        "--vq",
+        VQ,
+        "--gpt",
+        GPT,
+        "--image-size",
+        SIDE,
+        "--out",
+        out,
+    )
     dry = ctf(*arguments, "--dry-run")
     assert dry.code == 0 and "10 classes" in dry.out and not out.exists()
     assert ctf(*arguments).code == 0
@@ -152,7 +164,9 @@ def test_convert_again(folder: Path, tmp_path: Path, ctf: Command) -> None:
 
 def test_nothing_else_is_replaced(run: Path, ctf: Command) -> None:
     before = (run / "pipeline.json").read_bytes()
-    result = ctf("convert", "llamagen", "--vq", VQ, "--gpt", GPT, "--out", run)
+    result = ctf(
+        "convert", "llamagen", "--vq", VQ, "--gpt", GPT, "--image-size", SIDE, "--out", run
+    )
     assert result.code == 2 and "a pipeline of another configuration" in result.err
     assert (run / "pipeline.json").read_bytes() == before
     result = ctf("convert", "llamagen", "--vq", VQ, "--image-size", 8, "--out", run)
@@ -186,7 +200,7 @@ def test_forms(tmp_path: Path, expected: dict[str, Tensor], form: str) -> None:
     }[form]
     path = tmp_path / "gpt.pt"
     torch.save(content, path, _use_new_zipfile_serialization=form != "old format")
-    pipe = llamagen.load(VQ, path)
+    pipe = llamagen.load(VQ, path, image_size=SIDE)
     drawn = pipe.sample(expected["labels"].tolist(), guidance=1, top_k=1)
     assert torch.equal(drawn.codes, expected["greedy_guidance_1"])
 
@@ -229,7 +243,7 @@ def test_transformers_are_those_of_the_paper(size: str, full: int, coarse: int) 
         # The fine model has the backbone of the coarse one, K embeddings, and V rows at its end.
         fine = FineModel(config, parts)
         assert millions(fine) == pytest.approx(full - (16384 - 512) * shape.width / 1e6, abs=1)
-    names = {llamagen._gpt_name(k): tuple(v.shape) for k, v in model.state_dict().items()}
+    names = {llamagen.gpt_name(k): tuple(v.shape) for k, v in model.state_dict().items()}
     assert names == original.gpt_shapes(shape.width, shape.layers)
 
 
@@ -239,7 +253,7 @@ def test_tokenizers_are_those_of_llamagen(name: str, size: int) -> None:
     with torch.device("meta"):
         model = VQModel(config)
     assert millions(model) == pytest.approx(size, abs=1)
-    names = {llamagen._vq_name(k, config): tuple(v.shape) for k, v in model.state_dict().items()}
+    names = {llamagen.vq_name(k, config): tuple(v.shape) for k, v in model.state_dict().items()}
     theirs = original.vq_shapes(config.multipliers)
     del theirs["quantize.codebook_used"]
     assert names == theirs
@@ -289,7 +303,7 @@ def test_size_b_in_bounded_memory(size_b: tuple[Path, Path], tmp_path: Path) -> 
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert len(stored) == len(given)
     for name, value in stored.items():
-        assert torch.equal(value, given[llamagen._gpt_name(name)])
+        assert torch.equal(value, given[llamagen.gpt_name(name)])
 
 
 @pytest.mark.parametrize(("pixels", "grid"), [(256, 16), (384, 24), (512, 32)])
@@ -348,7 +362,7 @@ def test_code_is_refused_and_not_run(tmp_path: Path, wrapped: bool) -> None:
     path = tmp_path / "gpt.pt"
     torch.save(content, path)
     message = refused(VQ, path)
-    assert "refused" in message and "system" in message and "nothing was run" in message
+    assert "refused" in message and "system" in message and "nothing was executed" in message
     assert not mark.exists()
     # It would have been.
     buffer = io.BytesIO(pickle.dumps(Evil(mark)))
@@ -378,7 +392,7 @@ def test_truncated(tmp_path: Path, share: float) -> None:
 def test_something_else(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "gpt.pt"
     path.write_bytes(content)
-    assert "not a checkpoint" in refused(VQ, path)
+    assert "not a PyTorch checkpoint" in refused(VQ, path)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"model": {"a": "text"}}, {1: torch.zeros(2)}, {}])
@@ -405,14 +419,14 @@ def test_values_that_are_not_finite(tmp_path: Path, value: float) -> None:
 
 
 def test_wrong_tensors(tmp_path: Path) -> None:
-    assert "tensor 'norm.weight' is missing" in refused(
+    assert "tensor 'norm.weight' of shape (64,) is missing" in refused(
         VQ, changed(GPT, tmp_path, **{"norm.weight": None})
     )
     assert "unknown tensor 'extra'" in refused(VQ, changed(GPT, tmp_path, extra=torch.zeros(3)))
     assert "has shape (64, 63), expected (64, 64)" in refused(
         VQ, changed(GPT, tmp_path, **{"layers.0.attention.wo.weight": torch.zeros(64, 63)})
     )
-    assert "a tensor of int64" in refused(
+    assert "of type torch.int64" in refused(
         VQ, changed(GPT, tmp_path, **{"norm.weight": torch.zeros(64, dtype=torch.int64)})
     )
     assert "conv_in.weight' is missing" in refused(
@@ -434,8 +448,8 @@ def test_a_size_that_is_none(tmp_path: Path) -> None:
 
 
 def test_what_does_not_belong_together(tmp_path: Path) -> None:
-    assert "not a LlamaGen tokenizer (--vq): it is a transformer" in refused(GPT, GPT)
-    assert "not a LlamaGen transformer (--gpt): it is a tokenizer" in refused(VQ, VQ)
+    assert "not a LlamaGen tokenizer: it is a transformer" in refused(GPT, GPT)
+    assert "not a LlamaGen transformer: it is a tokenizer" in refused(VQ, VQ)
     path = original.save(
         tmp_path / "gpt.pt", original.random_weights(original.gpt_shapes(64, 2, 128, 10))
     )

@@ -196,7 +196,7 @@ def test_what_it_cannot_start_from(run: Path, baseline: Path, tmp_path: Path, ct
         open_source(run, name)
     with pytest.raises(UserError, match=r"model\.safetensors: not found"):
         open_source(tmp_path, name)
-    llamagen.convert(FIXTURES / "vq.pt", FIXTURES / "gpt.pt", tmp_path / "llamagen")
+    llamagen.convert(FIXTURES / "vq.pt", FIXTURES / "gpt.pt", tmp_path / "llamagen", image_size=8)
     with pytest.raises(UserError, match="has another tokenizer than the run"):
         open_source(tmp_path / "llamagen", name)
     shutil.copytree(baseline, tmp_path / "other", symlinks=True)
@@ -220,7 +220,7 @@ def test_every_stage_on_a_converted_llamagen(tmp_path: Path, ctf: Command) -> No
     vq, gpt = FIXTURES / "vq.pt", FIXTURES / "gpt.pt"
     recipe = ("--preset", "tiny", "--steps", 20, "--set", "coarse_training.batch_size=8")
     for arguments in (
-        ("convert", "llamagen", "--vq", vq, "--gpt", gpt, "--out", source),
+        ("convert", "llamagen", "--vq", vq, "--gpt", gpt, "--image-size", 8, "--out", source),
         ("tokenizer", "evaluate", source, "--images", pictures),
         ("tokens", "extract", pictures, "--run", source, "--preset", "tiny"),
         ("clusters", "fit", source, "--count", 16, "--out", run),

@@ -23,7 +23,7 @@ lint: $(READY)
 
 # The site, in build/site. A dead link or a public name without a docstring fails it.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # torch first and pinned: what depends on it would otherwise choose another build.
 $(READY): pyproject.toml constraints.txt

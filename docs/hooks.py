@@ -79,8 +79,13 @@ def public_names() -> str:
             continue
         if not (value.__doc__ or "").strip():
             log.warning("ctf.%s has no docstring", name)
-        blocks.append(f"::: {value.__module__}.{value.__qualname__}")
-    return "\n\n".join(blocks)
+        path = f"{value.__module__}.{value.__qualname__}"
+        if path.startswith("ctf.models."):
+            blocks.append(f"## {name}\n\nSee [the models](models.md#{path}).")
+        else:
+            blocks.append(f"::: {path}")
+    # Pipeline has these as methods.
+    return "\n\n".join([*blocks, "::: ctf.pipelines.editing"])
 
 
 def commands() -> str:
@@ -98,7 +103,7 @@ def _section(command: list[str]) -> str:
 
 
 def _help(command: list[str]) -> str:
-    os.environ.update(COLUMNS="100", NO_COLOR="1", TERM="dumb")
+    os.environ.update(COLUMNS="80", NO_COLOR="1")
     main = importlib.import_module("ctf.cli.main").main
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
@@ -108,5 +113,5 @@ def _help(command: list[str]) -> str:
 
 def _subcommands(text: str) -> list[str]:
     """The names that the usage line of a help text lists."""
-    usage = re.search(r"\{([a-z0-9,-]+)\}", text.split("╭")[0])
-    return usage[1].split(",") if usage and "─ subcommands" in text else []
+    usage = re.search(r"\{([a-z0-9,-]+)\}", text.split("\n\n")[0])
+    return usage[1].split(",") if usage and " subcommands " in text else []

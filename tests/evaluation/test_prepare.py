@@ -161,12 +161,12 @@ ERRORS: list[tuple[str, str | None, dict[str, Any], str]] = [
     ("RUN", "PICTURES", {"classifier": Path("none")}, "none/config.json: not found"),
     (
         "RUN", "PICTURES", {"classifier": SHIPPED},
-        "the classifier has 10 classes (t-shirt, trouser, pullover, ...), the images have "
-        "3 classes (blue, green, red)",
+        "the classifier is for 10 classes (t-shirt, trouser, pullover, ...) at 32 x 32 pixels; "
+        "got 3 classes (blue, green, red) at 32 x 32 pixels",
     ),
-    ("SAMPLES", "PICTURES", {"classifier": SHIPPED}, "the classes of its images are unknown"),
-    ("NUMBERED", "SAMPLES", {"classifier": SHIPPED}, "the images have others, known by number"),
-    ("RUN", "PICTURES", {"classifier": SHIPPED, "resize": 16}, "have 16 x 16"),
+    ("SAMPLES", "PICTURES", {"classifier": SHIPPED}, "without named classes at 40 x 40"),
+    ("NUMBERED", "SAMPLES", {"classifier": SHIPPED}, "without named classes at 32 x 32"),
+    ("RUN", "PICTURES", {"classifier": SHIPPED, "resize": 16}, "at 16 x 16 pixels"),
     ("RUN", "PICTURES", {"against": Path("none.json")}, "none.json: not found"),
     ("RUN", "SEVEN", {}, "seven.npz: statistics of 7 features, but fashion has 128"),
     ("RUN", "OTHERS", {}, "others.npz: made with other features than fashion"),

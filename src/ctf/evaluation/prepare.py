@@ -80,7 +80,10 @@ def prepare(
         pipe = Pipeline.from_pretrained(folder, device)
         generation = _generation_config(pipe, samples, settings or {}, seed, balance, resize)
         if search_samples is not None:
-            search_samples = _search_samples(pipe, generation, search_samples, settings or {})
+            if searched := {*searched_settings(pipe)} & {*(settings or {})}:
+                raise UserError(f"{min(searched)} is set, but --search finds it; omit one of them")
+            search = dataclasses.replace(generation, samples=search_samples)
+            search_samples = search.rounded_up(len(pipe.class_names)).samples
         name = folder.resolve().name if Path(model).is_dir() else model
         subject = Subject(name, hash_pipeline(folder), generation)
         size = resize or pipe.tokenizer.image_size
@@ -139,17 +142,6 @@ def _generation_config(
     return generation
 
 
-def _search_samples(
-    pipe: Pipeline, generation: GenerationConfig, samples: int, settings: Mapping[str, Any]
-) -> int:
-    for name in searched_settings(pipe):
-        if name in settings:
-            raise UserError(f"{name} is set, but --search finds it; omit one of them")
-    return (
-        dataclasses.replace(generation, samples=samples).rounded_up(len(pipe.class_names)).samples
-    )
-
-
 def _is_like_fashion_mnist(pipe: Pipeline | None, source: str, size: int) -> bool:
     """Whether the images are like those that the included classifier was trained on."""
     known = source in INCLUDED if pipe is None else pipe.class_names == fashion_mnist.CLASSES
@@ -189,13 +181,18 @@ def _open_classifier(
     classifier = load_classifier(folder or SHIPPED, device)
     if images is not None:
         images = _renumber_classes(images, classifier.class_names)
-    try:
-        _check_classifier(classifier, pipe, images, size)
-    except UserError:
-        if folder is not None:
-            raise
+    height, width = (size, size) if images is None else images.size
+    subject = images if pipe is None else pipe
+    class_names = None if subject is None else subject.class_names
+    if height == width == classifier.image_size and class_names == classifier.class_names:
+        return classifier, images
+    if folder is None:
         return None, images
-    return classifier, images
+    raise UserError(
+        f"the classifier is for {_describe(classifier.class_names)} at {classifier.image_size} x "
+        f"{classifier.image_size} pixels; got {_describe(class_names)} at {width} x {height} "
+        "pixels\nuse one that was trained on the same classes at the same size"
+    )
 
 
 def _renumber_classes(images: ImageCollection, names: tuple[str, ...]) -> ImageCollection:
@@ -210,26 +207,7 @@ def _renumber_classes(images: ImageCollection, names: tuple[str, ...]) -> ImageC
     return dataclasses.replace(images, classes_N=classes_N, class_names=names)
 
 
-def _check_classifier(
-    classifier: Classifier, pipe: Pipeline | None, images: ImageCollection | None, size: int
-) -> None:
-    if images is not None and images.classes_N is None:
-        raise UserError(f"{images.name}: the classes of its images are unknown")
-    height, width = (size, size) if images is None else images.size
-    if not height == width == classifier.image_size:
-        raise UserError(
-            f"the classifier is for {classifier.image_size} pixels per side, the images have "
-            f"{width} x {height}"
-        )
-    subject = images if pipe is None else pipe
-    class_names = None if subject is None else subject.class_names
-    if class_names != classifier.class_names:
-        raise UserError(
-            f"the classifier has {_describe(classifier.class_names)}, the images have "
-            f"{_describe(class_names or ())}\nuse one that was trained on the same classes"
-        )
-
-
-def _describe(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{len(names)} classes ({shown})" if names else "others, known by number only"
+def _describe(names: Sequence[str] | None) -> str:
+    if names is None:
+        return "images without named classes"
+    return f"{len(names)} classes ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"

@@ -1,1 +1,1 @@
-"""Benchmarks of sampling, training and reading, each measured beside what it replaces."""
+"""Benchmarks of sampling, training and data reading, each compared with what it replaces."""

@@ -107,9 +107,11 @@ def _encode(
 
 @torch.inference_mode()
 def cross_entropy(pipe: Pipeline, codes_NL: Tensor, classes_N: Tensor) -> tuple[float, float]:
-    """Return that of labels, and that of codes given their labels: nats a token each."""
+    """Return the cross-entropy of labels, and of codes given their labels, in nats a token."""
     coarse = fine = 0.0
-    for codes_BL, classes_B in zip(codes_NL.split(BATCH), classes_N.split(BATCH), strict=True):
+    for codes_BL, classes_B in zip(
+        torch.split(codes_NL, BATCH), torch.split(classes_N, BATCH), strict=True
+    ):
         labels_BL = pipe.clusters.labels_V[codes_BL]
         # Step by step, since the rounding of cached keys and values counts, too.
         decoder = sampling.CoarseDecoder(pipe.coarse, classes_B, guided=False)

@@ -1,1 +1,1 @@
-"""The paper's tables and figures at a size that two CPU cores manage: what `ctf reproduce` does."""
+"""The paper's tables and figures at a size for two CPU cores: `ctf reproduce`."""

@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -53,7 +53,7 @@ def open_workspace(
 
 
 def compute(
-    space: Workspace, cells: Iterable[Cell], after_each: Callable[[], None] = lambda: None
+    space: Workspace, cells: Sequence[Cell], after_each: Callable[[], None] = lambda: None
 ) -> list[str]:
     """Compute the cells that have no result, and those they need, until all have one.
 

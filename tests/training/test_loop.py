@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ctf.common import rng, storage
 from ctf.common.errors import Stopped, UserError
 from ctf.training import loop, metrics_log, optim, state
-from ctf.training.state import collect, restore, save_state
+from ctf.training.state import Part, collect, save_state
 from tests.conftest import without_times
 
 IMAGES = np.arange(20, 32)
@@ -57,11 +57,8 @@ class Line(nn.Module):
         self.evaluations += 1
         return {"bias": float(self.line.bias.detach().sum())}
 
-    def state(self) -> Mapping[str, Tensor]:
-        return collect(line=self.line, optimizer=self.optimizer)
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        restore(tensors, line=self.line, optimizer=self.optimizer)
+    def parts(self) -> Mapping[str, Part]:
+        return {"line": self.line, "optimizer": self.optimizer}
 
 
 @pytest.fixture(autouse=True)
@@ -100,8 +97,8 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, kills: list[int]) -> None:
         with pytest.raises(Killed):
             loop.run(Line(kill), tmp_path / "killed", 70, evaluate_every=20)
     loop.run(resumed, tmp_path / "killed", 70, evaluate_every=20)
-    for name, value in whole.state().items():
-        assert torch.equal(resumed.state()[name], value), name
+    for name, value in collect(whole.parts()).items():
+        assert torch.equal(collect(resumed.parts())[name], value), name
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
     seconds = [entry["seconds"] for entry in lines(tmp_path / "killed")]
     assert seconds == sorted(seconds)
@@ -142,8 +139,8 @@ def test_a_damaged_state_costs_no_more_than_its_line(tmp_path: Path) -> None:
     newest.write_bytes(newest.read_bytes()[:-10])
     loop.run(resumed, tmp_path / "killed", 70, evaluate_every=20)
     assert resumed.steps_made == list(range(20, 70))
-    for name, value in whole.state().items():
-        assert torch.equal(resumed.state()[name], value), name
+    for name, value in collect(whole.parts()).items():
+        assert torch.equal(collect(resumed.parts())[name], value), name
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
 
 
@@ -176,8 +173,8 @@ def test_sigterm_saves_and_stops(
         assert signal.getsignal(signal.SIGTERM) == before
     loop.run(resumed, tmp_path / "stopped", 70, evaluate_every=20)
     assert resumed.steps_made[0] == stops[-1] + 1  # no step is lost
-    for name, value in whole.state().items():
-        assert torch.equal(resumed.state()[name], value), name
+    for name, value in collect(whole.parts()).items():
+        assert torch.equal(collect(resumed.parts())[name], value), name
     assert without_times(tmp_path / "stopped") == without_times(tmp_path / "whole")
 
 

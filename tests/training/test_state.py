@@ -53,10 +53,13 @@ def test_an_optimizer_goes_on_with_its_moments(tmp_path: Path) -> None:
 
     module, optimizer = make()
     train(module, optimizer, range(3))
-    storage.save_tensors(tmp_path / "state", state.collect(m=module, o=optimizer))
+    parts: dict[str, state.Part] = {"m": module, "o": optimizer, "count": torch.tensor(3)}
+    storage.save_tensors(tmp_path / "state", state.collect(parts))
     tensors, _ = storage.load_tensors(tmp_path / "state")
     again, its_optimizer = make()
-    state.restore(tensors, m=again, o=its_optimizer)
+    count = torch.tensor(0)
+    state.restore({"m": again, "o": its_optimizer, "count": count}, tensors)
+    assert count == 3
     for trained in ((module, optimizer), (again, its_optimizer)):
         train(*trained, range(3, 6))
     for mine, other in zip(module.parameters(), again.parameters(), strict=True):

@@ -28,7 +28,7 @@ from ctf.models.transformer import TransformerConfig
 from ctf.training import cost, loop, optim, transformers
 from ctf.training.loop import DEFAULT_EXECUTION, Execution
 from ctf.training.metrics_log import last_metrics
-from ctf.training.state import latest_state, save_state
+from ctf.training.state import collect, latest_state, save_state
 from ctf.training.transformers import Trainer, TrainingConfig
 from tests.conftest import without_times
 
@@ -254,10 +254,10 @@ def test_it_stops_before_what_is_not_finite(folder: Path, kind: Kind) -> None:
     trainer.step(0)
     with torch.no_grad():
         trainer.model.backbone.norm.weight[0] = torch.inf
-    before = {k: v.clone() for k, v in trainer.state().items()}
+    before = {k: v.clone() for k, v in collect(trainer.parts()).items()}
     with pytest.raises(UserError, match=r"step 1: loss is nan on .* stopped before the update"):
         trainer.step(1)
-    for name, value in trainer.state().items():
+    for name, value in collect(trainer.parts()).items():
         assert torch.equal(value, before[name]), name
 
 
@@ -302,9 +302,9 @@ def test_resumed_equals_uninterrupted(
         with pytest.raises(Killed):
             loop.run(make(folder, kind), tmp_path / "killed", 20, evaluate_every=8, progress=kill)
     loop.run(resumed, tmp_path / "killed", 20, evaluate_every=8)
-    assert whole.state().keys() == resumed.state().keys()
-    for name, value in whole.state().items():
-        assert torch.equal(resumed.state()[name], value), name
+    assert collect(whole.parts()).keys() == collect(resumed.parts()).keys()
+    for name, value in collect(whole.parts()).items():
+        assert torch.equal(collect(resumed.parts())[name], value), name
     assert without_times(tmp_path / "whole") == without_times(tmp_path / "killed")
 
 
@@ -317,12 +317,12 @@ def test_a_state_with_the_backbones_former_name_goes_on(
     first = make(folder, kind)
     for step in range(10):
         first.step(step)
-    old = {name.replace(".backbone.", ".trunk."): x for name, x in first.state().items()}
+    old = {name.replace(".backbone.", ".trunk."): x for name, x in collect(first.parts()).items()}
     assert {name.split(".")[1] for name in old if name[0] in "me"} == {"trunk", "head"}
     save_state(tmp_path / "old" / "state", 10, old)
     loop.run(resumed, tmp_path / "old", 20, evaluate_every=20)
-    for name, value in whole.state().items():
-        assert torch.equal(resumed.state()[name], value), name
+    for name, value in collect(whole.parts()).items():
+        assert torch.equal(collect(resumed.parts())[name], value), name
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def test_in_bfloat16_it_learns_the_same(folder: Path, kind: Kind) -> None:
         for step in range(100):
             trainer.step(step)
         losses[precision] = trainer.evaluate()["loss"]
-        assert {t.dtype for t in trainer.state().values()} == {torch.float32}
+        assert {t.dtype for t in collect(trainer.parts()).values()} == {torch.float32}
     untrained = make(folder, kind).evaluate()["loss"]
     assert losses["fp32"] < 0.9 * untrained
     assert losses["bf16"] != losses["fp32"]
@@ -452,7 +452,7 @@ def test_a_state_goes_on_in_another_precision(folder: Path, tmp_path: Path) -> N
     )
     for step in range(10):
         first.step(step)
-    save_state(tmp_path / "mixed" / "state", 10, first.state())
+    save_state(tmp_path / "mixed" / "state", 10, collect(first.parts()))
     loop.run(then, tmp_path / "mixed", 20, evaluate_every=20)
     expected, found = (last_metrics(tmp_path / x, "val")["loss"] for x in ("whole", "mixed"))
     assert found == pytest.approx(expected, rel=0.01) and found != expected

@@ -29,7 +29,7 @@ from ctf.evaluation.classifier import (
 )
 from ctf.pipelines.folder import to_channels_last
 from ctf.training import loop, optim
-from ctf.training.state import collect, restore
+from ctf.training.state import Part
 
 
 class ClassifierTrainer:
@@ -75,13 +75,9 @@ class ClassifierTrainer:
         """Return the accuracy on held-out images."""
         return {"accuracy": held_out_accuracy(self.model, self.images.val)}
 
-    def state(self) -> Mapping[str, Tensor]:
-        """Return all tensors that resuming needs."""
-        return collect(model=self.model, optimizer=self.optimizer)
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load what `state` returned."""
-        restore(tensors, model=self.model, optimizer=self.optimizer)
+    def parts(self) -> Mapping[str, Part]:
+        """Return all that resuming needs."""
+        return {"model": self.model, "optimizer": self.optimizer}
 
 
 def augment(

@@ -74,11 +74,8 @@ class Trainable(Protocol):
     def evaluate(self) -> Mapping[str, float]:
         """Return metrics on held-out data."""
 
-    def state(self) -> Mapping[str, Tensor]:
-        """Return all tensors that resuming needs; no name begins with "loop."."""
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load what `state` returned."""
+    def parts(self) -> Mapping[str, state.Part]:
+        """Return all that resuming needs, by names other than "loop"."""
 
 
 def begin(folder: Path, config: Mapping[str, Any], world: World = ALONE) -> bool:
@@ -147,7 +144,8 @@ def run(
             stop = world.any(requested.is_set()) and done < steps
             if save or stop:
                 line = {f"loop.{k}": torch.tensor(v, dtype=torch.double) for k, v in sums.items()}
-                state.save_state(folder / "state", done, {**trainable.state(), **line}, world)
+                tensors = state.collect(trainable.parts()) | line
+                state.save_state(folder / "state", done, tensors, world)
                 last_saved = time.monotonic()
             if stop:
                 message = f"{folder}: stopped after step {done} and saved; run it again to resume"
@@ -160,8 +158,8 @@ def _resume(trainable: Trainable, folder: Path, world: World) -> tuple[int, dict
     start = world.broadcast(state.latest_state(folder) if world.is_main else 0)
     if not start:
         return 0, {}
-    tensors = state.load_state(folder, start, trainable.state())
-    trainable.load_state(tensors)
+    tensors = state.load_state(folder, start, like=state.collect(trainable.parts()))
+    state.restore(trainable.parts(), tensors)
     sums = state.without_prefix(tensors, "loop.")
     return start, {name: float(value) for name, value in sums.items()}
 

@@ -179,13 +179,8 @@ class ModelStage:
     ) -> ModelStage:
         """Return the stage with the clusters of the run.
 
-        Args:
-            run: Folder of the run.
-            kind: Which model.
-            recipe: Its shape and its training.
-            world: The processes that train together.
-            execution: How steps are computed.
-            warm_start_from: Folder of a full-vocabulary pipeline that a coarse model starts from.
+        `warm_start_from` is the folder of a full-vocabulary pipeline that a coarse model starts
+        from; the rest are the attributes.
 
         Raises:
             UserError: There are no clusters, or see `warm_start.open_source`.

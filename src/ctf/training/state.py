@@ -159,36 +159,38 @@ def _remove(path: Path) -> None:
 # --- What a state consists of ---------------------------------------------------------------------
 
 
-Part = nn.Module | torch.optim.Optimizer
+Part = nn.Module | torch.optim.Optimizer | Tensor
 
 
-def collect(**parts: Part) -> dict[str, Tensor]:
-    """Return the weights of modules and the moments of optimizers, each part's by its name."""
-    return {
-        f"{name}.{key}": tensor
-        for name, part in parts.items()
-        for key, tensor in _tensors_of(part).items()
-    }
+def collect(parts: Mapping[str, Part]) -> dict[str, Tensor]:
+    """Return the tensors of the parts: "part.key" of modules and optimizers."""
+    tensors: dict[str, Tensor] = {}
+    for name, part in parts.items():
+        if isinstance(part, Tensor):
+            tensors[name] = part
+            continue
+        own = part.state_dict() if isinstance(part, nn.Module) else _optimizer_tensors(part)
+        tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
+    return tensors
 
 
-def restore(tensors: Mapping[str, Tensor], **parts: Part) -> None:
-    """Load what `collect` returned for the same parts.
+def restore(parts: Mapping[str, Part], tensors: Mapping[str, Tensor]) -> None:
+    """Load into the parts what `collect` returned.
 
     Raises:
         UserError: A module's tensor is missing, unknown, or of another shape.
     """
     for name, part in parts.items():
-        own = without_prefix(tensors, f"{name}.")
         if isinstance(part, nn.Module):
-            load_strict(part, own, "state")
+            load_strict(part, without_prefix(tensors, f"{name}."), "state")
+        elif isinstance(part, Tensor):
+            part.copy_(tensors[name])
         else:
-            _load_optimizer(part, own)
+            _load_optimizer(part, without_prefix(tensors, f"{name}."))
 
 
-def _tensors_of(part: Part) -> dict[str, Tensor]:
-    if isinstance(part, nn.Module):
-        return part.state_dict()
-    state: dict[int, dict[str, Tensor]] = part.state_dict()["state"]
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
     return {f"{i}.{key}": value for i, entry in state.items() for key, value in entry.items()}
 
 

@@ -32,7 +32,7 @@ from ctf.evaluation.lite0 import PerceptualLoss
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.pipelines.folder import load_tokenizer, to_channels_last
 from ctf.training import loop, optim
-from ctf.training.state import Part, collect, restore
+from ctf.training.state import Part
 
 EVALUATION_BATCH = 64  # images
 
@@ -268,20 +268,13 @@ class TokenizerTrainer:
         limit = self.training.evaluate_images
         return reconstruction_metrics(self.model, self.images.val, self.world.device, limit)
 
-    def state(self) -> Mapping[str, Tensor]:
-        """Return all tensors that resuming needs."""
-        return {**collect(**self._parts()), "usage_V": self.usage_V}
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load what `state` returned."""
-        restore(tensors, **self._parts())
-        self.usage_V.copy_(tensors["usage_V"])
-
-    def _parts(self) -> dict[str, Part]:
+    def parts(self) -> Mapping[str, Part]:
+        """Return all that resuming needs."""
         parts: dict[str, Part] = {"model": self.model, "optimizer": self.optimizer}
+        parts["usage_V"] = self.usage_V
         if self.discriminator is not None:
             parts["discriminator"] = self.discriminator
-            parts["judge_optimizer"] = self.discriminator_optimizer  # as it is called on the disk
+            parts["judge_optimizer"] = self.discriminator_optimizer  # its name on the disk
         return parts
 
 

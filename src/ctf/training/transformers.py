@@ -30,7 +30,7 @@ from ctf.models.fine import FineModel
 from ctf.models.objectives import Objective
 from ctf.training import optim
 from ctf.training.loop import DEFAULT_EXECUTION, Execution
-from ctf.training.state import collect, restore
+from ctf.training.state import Part
 
 Model = CoarseModel | FineModel
 
@@ -203,8 +203,6 @@ class Trainer:
                 total += weight * self.evaluated(*batch).double()
         return {"loss": float(self.world.sum(total)) / count}
 
-    def state(self) -> Mapping[str, Tensor]:
-        return collect(model=self.model, ema=self.averaged, optimizer=self.optimizer)
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        restore(tensors, model=self.model, ema=self.averaged, optimizer=self.optimizer)
+    def parts(self) -> Mapping[str, Part]:
+        """Return all that resuming needs."""
+        return {"model": self.model, "ema": self.averaged, "optimizer": self.optimizer}

@@ -395,7 +395,7 @@ def test_activations_that_are_computed_again_are_the_same(folder: Path, kind: Ki
     kept = {}
     for execution in (DEFAULT_EXECUTION, again):
         trainer = make(folder, kind, execution=execution)
-        _, codes_BL, classes_B = trainer._batch(0)
+        _, codes_BL, classes_B = trainer.batch(0)
         kept[execution] = cost.saved_bytes(
             trainer.model, lambda t=trainer, c=codes_BL, k=classes_B: t.trained(c, k)
         )

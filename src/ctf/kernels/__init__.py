@@ -1,22 +1,18 @@
-"""The same mathematics as in `ctf.models`, faster. Nothing in `ctf.models` knows of this package.
+"""The same mathematics as in `ctf.models`, faster; nothing in `ctf.models` knows of it.
 
-A model is built plain. A function of this module then makes it ready for what it will be used
-for, in place:
+A model is built plain, and one of these functions prepares it, in place, for what it is used for:
 
     for_training(model)                            forward and backward passes
-    for_evaluation(model)                          losses and logits without gradients
-    for_sampling(coarse, fine, tokenizer, engine)  the stages of a pipeline
-    for_encoding(tokenizer, dtype)                 the tokenizer's encoder
+    for_evaluation(model)                          losses and logits
+    for_sampling(coarse, fine, tokenizer, engine)  all stages of sampling
+    for_encoding(tokenizer, dtype)                 images to codes
 
-Where it can, it only changes the class of a module (`replace`): parameters, their names and their
-hooks stay as they are, so the model is saved, copied, averaged, sharded and wrapped as before.
-What a machine lacks is left plain.
+They replace classes of modules (`replace.py`), and leave plain what a machine has nothing for.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -26,6 +22,7 @@ from ctf.common.precision import supports_bf16
 from ctf.kernels import compiled, tokenizer_cpu, train_cpu
 from ctf.kernels.logits import LeanCoarseModel, LeanFineModel
 from ctf.kernels.products import Int8, Packed, has_layer
+from ctf.kernels.replace import replace
 from ctf.kernels.sampling_cpu import GrowingCache, pack
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
@@ -34,12 +31,6 @@ from ctf.models.transformer import Attention, Backbone
 
 Engine = Literal["auto", "eager", "compile", "int8"]
 Transformer = CoarseModel | FineModel
-
-
-def replace(module: nn.Module, faster: Mapping[type[nn.Module], type[nn.Module]]) -> None:
-    """Give all modules of the classes that are keys of `faster` the classes that are its values."""
-    for part in module.modules():
-        part.__class__ = faster.get(type(part), type(part))
 
 
 def for_evaluation(model: nn.Module) -> None:
@@ -76,7 +67,7 @@ def for_training(model: Transformer | VQModel, *, compile: bool = False) -> None
 def for_sampling(
     coarse: CoarseModel | None,
     fine: FineModel | None,
-    tokenizer: nn.Module | None,
+    tokenizer: object,
     engine: Engine = "auto",
 ) -> None:
     """Prepare the models of a pipeline to sample; each replaced layer is freed at once.
@@ -86,14 +77,14 @@ def for_sampling(
     Args:
         coarse: in evaluation mode, as the others.
         fine: None if each cluster has one member.
-        tokenizer: left as it is, unless it is a `VQModel`.
+        tokenizer: not changed unless it is a `VQModel`.
         engine: "eager" computes with PyTorch's own layers. "auto" computes the same, up to
             rounding, as fast as is known: packed on a processor, compiled on a GPU. "compile"
             compiles the steps of the coarse model. "int8" computes nearly the same: transformers
             in 8-bit integers and, where the processor multiplies bfloat16, the cached keys and
             values and the decoder's convolutions in that.
     """
-    models = [model for model in (coarse, fine, tokenizer) if model is not None]
+    models = [model for model in (coarse, fine, tokenizer) if isinstance(model, nn.Module)]
     for model in models:
         for_evaluation(model)
     device = _device(models[0])
@@ -121,7 +112,7 @@ def for_sampling(
     if fine is not None:
         pack(fine.backbone, kind)  # its head is read in slices, by cluster
     if isinstance(tokenizer, VQModel):
-        tokenizer_cpu.prepare(tokenizer, tokenizer.decoder, low or torch.float32)
+        tokenizer_cpu.prepare(tokenizer.decoder, low or torch.float32)
 
 
 def for_encoding(tokenizer: VQModel, dtype: torch.dtype = torch.float32) -> None:
@@ -132,7 +123,7 @@ def for_encoding(tokenizer: VQModel, dtype: torch.dtype = torch.float32) -> None
         dtype: of the convolutions in residual blocks. In float32 all is equal up to rounding.
     """
     for_evaluation(tokenizer)
-    tokenizer_cpu.prepare(tokenizer, tokenizer.encoder, dtype)
+    tokenizer_cpu.prepare(tokenizer.encoder, dtype)
 
 
 def available(engine: Engine, device: torch.device) -> bool:

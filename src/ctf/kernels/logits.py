@@ -87,9 +87,9 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         tokens, outputs = len(hidden_TD), len(weight_VD)
         w_VD = weight_VD.to(dtype)
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        grad_hidden_TD = torch.empty_like(hidden_TD) if needs_hidden else None
-        grad_weight_VD: Tensor | None = None
+        differentiate = any(ctx.needs_input_grad)
+        grad_hidden_TD = torch.empty_like(hidden_TD) if differentiate else None
+        grad_weight_VD = None
         each = max(1, SLICE // outputs)
         buffer_TV = hidden_TD.new_empty(min(each, tokens), outputs, dtype=torch.float32)
         total = hidden_TD.new_zeros((), dtype=torch.float32)
@@ -103,14 +103,11 @@ class _CrossEntropy(torch.autograd.Function):
                 logp_TV.copy_(h_TD @ w_VD.T)
             torch.log_softmax(logp_TV, -1, out=logp_TV)
             total -= logp_TV.gather(1, t_T1).sum()
-            if not (needs_hidden or needs_weight):
+            if grad_hidden_TD is None:
                 continue
             grad_TV = logp_TV.exp_().scatter_add_(1, t_T1, logp_TV.new_full(t_T1.shape, -1.0))
             grad_TV = grad_TV.div_(tokens).to(dtype)
-            if grad_hidden_TD is not None:
-                grad_hidden_TD[part] = grad_TV @ w_VD
-            if not needs_weight:
-                continue
+            grad_hidden_TD[part] = grad_TV @ w_VD
             if grad_weight_VD is None:
                 grad_weight_VD = (grad_TV.T @ h_TD).to(weight_VD.dtype)
             elif dtype == weight_VD.dtype:
@@ -122,9 +119,9 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if saved is None else saved * grad for saved in ctx.saved_tensors]
-        return *scaled, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
+        return grad * grad_hidden_TD, grad * grad_weight_VD, None, None
 
 
 def members_logits(

@@ -1,6 +1,6 @@
-"""Training of the coarse and the fine model on tokens: one trainer, the objective is an argument.
+"""Training of the coarse and the fine model on tokens: one trainer for any objective.
 
-Shapes: B batch, L tokens of an image, K clusters, S members of the largest cluster.
+Shapes: B batch, L tokens of an image.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint as checkpointed
+from torch.utils.checkpoint import checkpoint
 
 from ctf import kernels
 from ctf.common import rng
@@ -37,7 +37,7 @@ Model = CoarseModel | FineModel
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """How a model is trained: LlamaGen's AdamW, with warm-up, cosine and EMA."""
+    """Hyperparameters of a training: LlamaGen's AdamW, with warm-up, cosine decay and EMA."""
 
     steps: int = 100_000
     batch_size: int = 256  # images
@@ -48,7 +48,7 @@ class TrainingConfig:
     betas: tuple[float, ...] = (0.9, 0.95)
     weight_decay: float = 0.05
     clip: float = 1.0
-    class_dropout: float = 0.1  # how often the class is hidden, for classifier-free guidance
+    class_dropout: float = 0.1  # share of images without their class, for guidance
     ema: float = 0.999
     evaluate_every: int = 500  # steps
     evaluate_images: int = 1000
@@ -62,27 +62,36 @@ class TrainingConfig:
 
 
 class Loss(nn.Module):
-    """A model and its objective as one module: what uses the weights is within one forward pass,
-    as DDP and FSDP expect it."""
+    """A model and its objective as one module, as DDP and FSDP expect: one forward pass."""
 
     def __init__(self, model: Model, objective: Objective) -> None:
         super().__init__()
         self.model, self.objective = model, objective
 
     def forward(self, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
+        """Loss in nats a token, a scalar."""
         return self.objective(self.model, codes_BL, classes_B)
 
 
 class Trainer:
-    """A model, its moving average and its optimiser: a `loop.Trainable`.
+    """A model, its exponential moving average and its optimizer: a `loop.Trainable`.
 
-    It is evaluated by `objective` and trained on `training_objective`, by default the same.
-    Every process of the world trains on its share of each batch and ends with the same weights.
-    Products may be in bfloat16, as `Execution.precision` says; weights and optimiser are not.
+    Each process trains on its share of the batch, and all end with the same weights. Weights,
+    average and optimizer are in float32; products may be in bfloat16.
+
+    Args:
+        model: on any device.
+        objective: what the average is evaluated by.
+        train: tokens to train on.
+        val: held-out tokens.
+        training: hyperparameters.
+        world: all processes, and the device of this one.
+        execution: how a step is computed.
+        training_objective: what the model is trained on, by default `objective`.
 
     Raises:
-        UserError: the batch cannot be shared equally among the processes, or the device has no
-            products of the precision asked for.
+        UserError: the batch size is no multiple of the processes, or the device does not support
+            the precision.
     """
 
     def __init__(
@@ -100,27 +109,22 @@ class Trainer:
         self.train, self.val = train, val
         self.in_bf16 = uses_bf16(execution.precision, world.device)
         self.share = world.share(training.batch_size, "batch_size")
-        each = self.share.stop - self.share.start
-        self.micro_batch = min(each, execution.micro_batch or each)
+        share_size = self.share.stop - self.share.start
+        self.micro_batch = min(share_size, execution.micro_batch or share_size)
         model.to(world.device).train()
         world.broadcast_module(model)
         self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
-        trained = Loss(model, training_objective or objective)
-        self.evaluated = Loss(self.averaged, objective)
         kernels.for_evaluation(self.averaged)
         kernels.for_training(model, compile=execution.compile)
         if execution.checkpoint_activations:
-            for layer in model.backbone.layers:  # within the hooks of FSDP, which gather weights
-                layer.forward = functools.partial(checkpointed, layer.forward, use_reentrant=False)
+            for layer in model.backbone.layers:  # inside of FSDP's hooks, which gather the weights
+                layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        trained = Loss(model, training_objective or objective)
+        self.evaluated = Loss(self.averaged, objective)
         if execution.shard and world.size > 1:
-            mesh = init_device_mesh(world.device.type, (world.size,))
-            for loss in (trained, self.evaluated):
-                for layer in loss.model.backbone.layers:
-                    fully_shard(layer, mesh=mesh)
-            fully_shard(trained, mesh=mesh)
-            # Nothing follows that would cut it up again.
-            fully_shard(self.evaluated, mesh=mesh, reshard_after_forward=True)
-            self.trained: nn.Module = trained
+            self.trained: nn.Module = _shard(trained, world)
+            # No backward pass follows, so the root must give its weights up by itself.
+            _shard(self.evaluated, world, reshard_after_forward=True)
         else:
             self.trained = world.wrap(trained)
         self.ema = dict(self.averaged.named_parameters())
@@ -129,80 +133,88 @@ class Trainer:
         )
 
     def step(self, step: int) -> Mapping[str, Tensor | float]:
+        """Take the optimizer step number `step`, counted from 0, and return its metrics."""
         t = self.training
         rate = optim.learning_rate(
             step, t.steps, t.learning_rate, t.warm_up, t.schedule, t.final_learning_rate
         )
-        pictures_B, codes_BL, classes_B = self._batch(step)
+        indices_B, codes_BL, classes_B = self.batch(step)
         rng.seed_dropout(t.seed, 4, step, *([self.world.rank] if self.world.rank else []))
         self.optimizer.zero_grad(set_to_none=True)
-        count, total = len(codes_BL), torch.zeros((), device=self.world.device)
-        for start in range(0, count, self.micro_batch):
+        images, total = len(codes_BL), torch.zeros((), device=self.world.device)
+        for start in range(0, images, self.micro_batch):
             part = slice(start, start + self.micro_batch)
-            with self._messages(wanted=part.stop >= count):
-                with self._precision():
+            with self._gradient_sync(part.stop >= images):
+                with self._autocast():
                     loss = self.trained(codes_BL[part], classes_B[part])
-                loss = loss * (len(codes_BL[part]) / count)
+                loss = loss * (len(codes_BL[part]) / images)
                 loss.backward()
             total += loss.detach()
         mean = self.world.mean(total)
         norm = optim.update(
             self.optimizer, mean, rate, t.clip,
-            step=step, name="loss", images_B=pictures_B, world=self.world,
+            step=step, name="loss", images_B=indices_B, world=self.world,
         )  # fmt: skip
         optim.update_ema(self.ema, self.model, t.ema, step)
         tokens = t.batch_size * self.model.config.length
         return {"loss": mean, "gradient_norm": norm, "learning_rate": rate, "tokens": tokens}
 
+    def batch(self, step: int) -> tuple[np.ndarray, Tensor, Tensor]:
+        """Indices of the images of all processes' batch; codes and classes of this one's share."""
+        t = self.training
+        random = rng.generator(t.seed, 3, step)
+        indices_B = optim.batch_indices(len(self.train), t.batch_size, t.seed, step)
+        views_B = random.integers(self.train.views, size=t.batch_size)
+        dropped_B = random.random(t.batch_size) < t.class_dropout
+        classes_B = np.where(dropped_B, self.model.no_class, self.train.classes_N[indices_B])
+        codes_BL = self.train.codes(indices_B[self.share], views_B[self.share])
+        return indices_B, *self._to_device(codes_BL, classes_B[self.share])
+
+    def evaluate(self) -> Mapping[str, float]:
+        """Mean cross-entropy of held-out tokens under the averaged weights, in nats a token."""
+        images = min(len(self.val), self.training.evaluate_images)
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        # Not inference_mode: weights that FSDP gathers in it could not be trained.
+        with torch.no_grad(), self._autocast():
+            for first in range(0, images, self.world.size * self.micro_batch):
+                start = first + self.world.rank * self.micro_batch
+                indices_B = np.arange(start, min(start + self.micro_batch, images))
+                weight = len(indices_B)
+                if not weight:  # the others need this process's shards of the weights
+                    indices_B = np.zeros(1, np.int64)
+                batch = self._to_device(self.val.codes(indices_B), self.val.classes_N[indices_B])
+                total += weight * self.evaluated(*batch).double()
+        return {"loss": float(self.world.sum(total)) / images}
+
+    def parts(self) -> Mapping[str, Part]:
+        """All that resuming needs."""
+        return {"model": self.model, "ema": self.averaged, "optimizer": self.optimizer}
+
     @contextlib.contextmanager
-    def _messages(self, *, wanted: bool) -> Iterator[None]:
-        """Gradients go to the other processes after the last part of a batch only."""
+    def _gradient_sync(self, enabled: bool) -> Iterator[None]:
+        """Average gradients over the processes, or only accumulate them."""
         if isinstance(self.trained, FSDPModule):
-            self.trained.set_requires_gradient_sync(wanted)
-        if isinstance(self.trained, DistributedDataParallel) and not wanted:
+            self.trained.set_requires_gradient_sync(enabled)
+        if isinstance(self.trained, DistributedDataParallel) and not enabled:
             with self.trained.no_sync():
                 yield
         else:
             yield
 
-    def _precision(self) -> torch.autocast:
-        # No weight is used twice in a pass, so a copy of it need not wait for that.
-        kind = self.world.device.type
-        return torch.autocast(kind, torch.bfloat16, enabled=self.in_bf16, cache_enabled=False)
+    def _autocast(self) -> torch.autocast:
+        # Uncached: no weight is used twice in a pass.
+        device = self.world.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.in_bf16, cache_enabled=False)
 
-    def _batch(self, step: int) -> tuple[np.ndarray, Tensor, Tensor]:
-        """The pictures of a batch, which are the same for any number of processes, and codes and
-        classes of this process's share."""
-        t = self.training
-        random = rng.generator(t.seed, 3, step)
-        indices_B = optim.batch_indices(len(self.train), t.batch_size, t.seed, step)
-        views_B = random.integers(self.train.views, size=t.batch_size)
-        hidden_B = random.random(t.batch_size) < t.class_dropout
-        classes_B = np.where(hidden_B, self.model.no_class, self.train.classes_N[indices_B])
-        codes_BL = self.train.codes(indices_B[self.share], views_B[self.share])
-        return indices_B, *self._placed(codes_BL, classes_B[self.share])
-
-    def _placed(self, codes_BL: Tensor, classes_B: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _to_device(self, codes_BL: Tensor, classes_B: np.ndarray) -> tuple[Tensor, Tensor]:
         device = self.world.device
         return codes_BL.to(device), torch.from_numpy(classes_B).to(device)
 
-    def evaluate(self) -> Mapping[str, float]:
-        """Mean cross-entropy of held-out tokens under the averaged weights, nats a token."""
-        count = min(len(self.val), self.training.evaluate_images)
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        together = self.world.size * self.micro_batch
-        # Not inference_mode: what FSDP gathers in it could not be trained on.
-        with torch.no_grad(), self._precision():
-            for first in range(0, count, together):
-                start = first + self.world.rank * self.micro_batch
-                indices_B = np.arange(start, min(start + self.micro_batch, count))
-                weight = len(indices_B)
-                if not weight:  # others wait for this process's part of the weights
-                    indices_B = np.zeros(1, np.int64)
-                batch = self._placed(self.val.codes(indices_B), self.val.classes_N[indices_B])
-                total += weight * self.evaluated(*batch).double()
-        return {"loss": float(self.world.sum(total)) / count}
 
-    def parts(self) -> Mapping[str, Part]:
-        """Return all that resuming needs."""
-        return {"model": self.model, "ema": self.averaged, "optimizer": self.optimizer}
+def _shard(loss: Loss, world: World, reshard_after_forward: bool | None = None) -> Loss:
+    """Shard all weights over the processes, gathered block by block (FSDP2)."""
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for layer in loss.model.backbone.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(loss, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    return loss

@@ -282,9 +282,10 @@ def stream_coarse(
     sampled_L = unknown_BL.any(0).tolist()
     scales = guidance_scales(settings, model.config.length)
     guided = any(scale != 1 for scale, sampled in zip(scales, sampled_L, strict=True) if sampled)
-    decoder = CoarseDecoder(model, classes_B, guided=guided)
+    decoder: CoarseDecoder | None = None
     for i, scale in enumerate(scales):
         if sampled_L[i]:
+            decoder = decoder or CoarseDecoder(model, classes_B, guided=guided)
             logits_BK = decoder.logits(labels_BL, i, scale)
             labels_B = sample_logits(
                 logits_BK, noise_BL[:, i], settings.temperature, settings.top_k, settings.top_p
@@ -346,16 +347,21 @@ def sample_fine(
     return torch.where(known_codes_BL < 0, codes_BL, known_codes_BL)
 
 
+def fine_logits(model: FineModel, labels_BL: Tensor, classes_B: Tensor, guidance: float) -> Tensor:
+    """Guided logits of the choices of each token: (B, L, K)."""
+    if guidance == 1:
+        logits_BLK: Tensor = model(labels_BL, classes_B)
+        return logits_BLK
+    both = model(labels_BL.repeat(2, 1), _with_no_class(classes_B, model.no_class))
+    cond, uncond = both.chunk(2)
+    return apply_guidance(cond, uncond, guidance)
+
+
 @torch.inference_mode()
 def _sample_choices(
     model: FineModel, labels_BL: Tensor, classes_B: Tensor, noise_BL: Tensor, settings: Sampling
 ) -> Tensor:
-    if settings.fine_guidance == 1:
-        logits_BLK = model(labels_BL, classes_B)
-    else:
-        both = model(labels_BL.repeat(2, 1), _with_no_class(classes_B, model.no_class))
-        cond, uncond = both.chunk(2)
-        logits_BLK = apply_guidance(cond, uncond, settings.fine_guidance)
+    logits_BLK = fine_logits(model, labels_BL, classes_B, settings.fine_guidance)
     limits = settings.fine_temperature, settings.fine_top_k, settings.fine_top_p
     # Image by image: in float64, the logits of a whole batch may be large.
     images = zip(logits_BLK, noise_BL, strict=True)

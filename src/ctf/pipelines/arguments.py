@@ -24,19 +24,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """N images to sample.
-
-    classes, seeds: One for each image.
-    sampling: The settings of both stages.
-    known_NL: int64, the codes that are known, and -1 where one is to be sampled.
-    resize: Pixels per side; None for the tokenizer's size.
-    decode_separately: Decode image by image.
-    """
+    """N images to sample; known codes and labels are int64, and -1 where one is to be sampled."""
 
     classes: Sequence[int]
     seeds: Sequence[int]
     sampling: Sampling
-    known_NL: Tensor
+    known_codes_NL: Tensor
+    known_labels_NL: Tensor
     resize: int | None
     decode_separately: bool
 
@@ -49,18 +43,23 @@ def check_request(
     *,
     codes: Tensor | None = None,
     known: Tensor | None = None,
+    coarse: Tensor | None = None,
     resize: int | None = None,
     decode_separately: bool = False,
 ) -> Request:
-    """Check the arguments of `Pipeline.sample`, which documents them."""
+    """Check the arguments of `Pipeline.sample` and `refine`, which document them."""
     sampling = update_sampling(pipe.sampling, settings)
     numbers = class_numbers(pipe.class_names, classes)
     if not numbers:
         raise UserError("got 0 images to sample, expected 1 or more")
     check_resize(resize)
     seeds = seed_per_image(seed, len(numbers))
-    known_NL = known_codes(pipe, codes, known, len(numbers))
-    return Request(numbers, seeds, sampling, known_NL, resize, decode_separately)
+    codes_NL = known_codes(pipe, codes, known, len(numbers))
+    if coarse is not None:
+        labels_NL = coarse_labels(pipe, coarse, len(numbers))
+    else:
+        labels_NL = torch.where(codes_NL < 0, -1, pipe.clusters.labels_V[codes_NL])
+    return Request(numbers, seeds, sampling, codes_NL, labels_NL, resize, decode_separately)
 
 
 def update_sampling(default: Sampling, settings: Mapping[str, Any]) -> Sampling:

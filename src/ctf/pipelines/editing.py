@@ -89,10 +89,10 @@ def refine(
         UserError: As for `Pipeline.sample`; labels of another shape, type or range.
     """
     request = arguments.check_request(
-        pipe, classes, seed, settings, resize=resize, decode_separately=decode_separately
-    )
-    labels_NL = arguments.coarse_labels(pipe, coarse, len(request.classes))
-    return generation.generate(pipe, request, lambda batch: labels_NL[batch.numbers], progress)
+        pipe, classes, seed, settings,
+        coarse=coarse, resize=resize, decode_separately=decode_separately,
+    )  # fmt: skip
+    return generation.generate(pipe, request, progress)
 
 
 @renamed_keywords(keep="known", apart="decode_separately", wanted="active")
@@ -146,7 +146,7 @@ def _events(
 ) -> Generator[Event, None, None]:
     grid, length = pipe.coarse.config.grid, pipe.coarse.config.length
     labels_BT = batch.classes_B.new_empty(len(batch.numbers), 0)
-    steps = _coarse_steps(pipe, request, batch)
+    steps = generation.coarse_steps(pipe, request, batch)
     for done in range(1, length + 1):
         if active is not None:
             indices = active()
@@ -157,26 +157,16 @@ def _events(
                 # A new generator for the rest; it processes the labels so far in one pass.
                 batch = batch.select(rows, labels_BT)
                 steps.close()
-                steps = _coarse_steps(pipe, request, batch)
+                steps = generation.coarse_steps(pipe, request, batch)
         labels_BT = next(labels for labels in steps if labels.shape[1] == done)
         if done % grid == 0:
             images = []
             if preview:
-                images = as_pil(_preview(pipe, labels_BT, batch.known_BL, request.resize))
+                images = as_pil(_preview(pipe, labels_BT, batch.known_codes_BL, request.resize))
             numbers = tuple(batch.numbers)
             yield Event(done // grid, grid, labels_BT.clone().cpu(), images, None, numbers)
     samples = generation.finish(pipe, request, batch, labels_BT)
     yield Event(grid, grid, samples.coarse, samples.images, samples, tuple(batch.numbers))
-
-
-def _coarse_steps(pipe: Pipeline, request: Request, batch: Batch) -> Generator[Tensor, None, None]:
-    return sampling.stream_coarse(
-        pipe.coarse,
-        batch.classes_B,
-        batch.noise_B2L[:, 0],
-        request.sampling,
-        batch.known_labels_BL,
-    )
 
 
 @renamed_keywords(keep="known")
@@ -245,23 +235,18 @@ def members(
     Raises:
         UserError: As for `Pipeline.sample`; labels or a position of another shape, type or range.
     """
-    request = arguments.check_request(pipe, [class_id], 0, settings)
-    labels_1L = arguments.coarse_labels(pipe, coarse, 1)
+    request = arguments.check_request(pipe, [class_id], 0, settings, coarse=coarse)
+    labels_1L, used = request.known_labels_NL, request.sampling
     if not 0 <= position < labels_1L.shape[1]:
         raise UserError(f"position: got {position}, expected 0 to {labels_1L.shape[1] - 1}")
     label = int(labels_1L[0, position])
     members_S = pipe.clusters.members_KS[label, : int(pipe.clusters.sizes_K[label])]
     if pipe.fine is None:
         return Members(label, members_S.cpu(), torch.ones(1, dtype=torch.float64))
-    settings_ = request.sampling
     classes_1 = torch.tensor(request.classes, device=pipe.device)
-    logits_1K = pipe.fine(labels_1L, classes_1)[:, position]
-    if settings_.fine_guidance != 1:
-        no_class_1 = torch.full_like(classes_1, pipe.fine.no_class)
-        uncond_1K = pipe.fine(labels_1L, no_class_1)[:, position]
-        logits_1K = sampling.apply_guidance(logits_1K, uncond_1K, settings_.fine_guidance)
+    logits_1LK = sampling.fine_logits(pipe.fine, labels_1L, classes_1, used.fine_guidance)
     logits_1K = sampling.filter_logits(
-        logits_1K, settings_.fine_temperature, settings_.fine_top_k, settings_.fine_top_p
+        logits_1LK[:, position], used.fine_temperature, used.fine_top_k, used.fine_top_p
     )
     probabilities_K = logits_1K.softmax(-1)[0]
     probabilities_S = probabilities_K[pipe.fine.choices(members_S)]

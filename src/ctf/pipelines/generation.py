@@ -6,7 +6,7 @@ Shapes: N images of a call, B of a batch, L tokens of an image, C code dimension
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,17 +46,14 @@ class Samples:
 class Batch:
     """B images that are sampled together.
 
-    numbers: Which of the call's images these are.
-    classes_B: int64, on the pipeline's device.
+    numbers: Which of the request's images these are.
     noise_B2L: The random numbers of both stages, see `sampling.per_image_noise`.
-    known_BL: int64, the codes that are known, and -1 where one is to be sampled.
-    known_labels_BL: Their coarse labels, and -1.
     """
 
     numbers: Sequence[int]
     classes_B: Tensor
     noise_B2L: Tensor
-    known_BL: Tensor
+    known_codes_BL: Tensor
     known_labels_BL: Tensor
 
     def select(self, rows: list[int], labels_BT: Tensor) -> Batch:
@@ -67,7 +64,7 @@ class Batch:
             [self.numbers[row] for row in rows],
             self.classes_B[rows],
             self.noise_B2L[rows],
-            self.known_BL[rows],
+            self.known_codes_BL[rows],
             known_labels_BL[rows],
         )
 
@@ -77,13 +74,12 @@ def batches(pipe: Pipeline, request: Request) -> Iterator[Batch]:
     count, size = len(request.classes), max_batch(pipe, request.sampling)
     for start in range(0, count, size):
         rows = slice(start, start + size)
-        known_BL = request.known_NL[rows]
         yield Batch(
             range(count)[rows],
             torch.tensor(request.classes[rows], device=pipe.device),
             sampling.per_image_noise(request.seeds[rows], pipe.coarse.config.length),
-            known_BL,
-            torch.where(known_BL < 0, -1, pipe.clusters.labels_V[known_BL]),
+            request.known_codes_NL[rows],
+            request.known_labels_NL[rows],
         )
 
 
@@ -94,29 +90,29 @@ def max_batch(pipe: Pipeline, settings: Sampling) -> int:
     return min(BATCH_SIZE, max(1, memory.available(pipe.device) // 2 // (halves * cache_bytes)))
 
 
-def generate(
-    pipe: Pipeline,
-    request: Request,
-    coarse: Callable[[Batch], Tensor],
-    progress: Progress | None = None,
-) -> Samples:
-    """Sample all images of a request.
-
-    Args:
-        pipe: The models.
-        request: What to sample.
-        coarse: Returns the coarse labels of a batch: int64 (B, L).
-        progress: Called with the number of images sampled so far and N after each batch.
-    """
+def generate(pipe: Pipeline, request: Request, progress: Progress | None = None) -> Samples:
+    """Sample all images of a request."""
     done: list[Samples] = []
     for batch in batches(pipe, request):
-        done.append(finish(pipe, request, batch, coarse(batch)))
+        *_, labels_BL = coarse_steps(pipe, request, batch)
+        done.append(finish(pipe, request, batch, labels_BL))
         if progress is not None:
             progress(batch.numbers[-1] + 1, len(request.classes))
     return Samples(
         [image for samples in done for image in samples.images],
         torch.cat([samples.codes for samples in done]),
         torch.cat([samples.coarse for samples in done]),
+    )
+
+
+def coarse_steps(pipe: Pipeline, request: Request, batch: Batch) -> Generator[Tensor, None, None]:
+    """Yield the coarse labels sampled so far, (B, 1), (B, 2), ... (B, L)."""
+    return sampling.stream_coarse(
+        pipe.coarse,
+        batch.classes_B,
+        batch.noise_B2L[:, 0],
+        request.sampling,
+        batch.known_labels_BL,
     )
 
 
@@ -129,7 +125,7 @@ def finish(pipe: Pipeline, request: Request, batch: Batch, labels_BL: Tensor) ->
         batch.classes_B,
         batch.noise_B2L[:, 1],
         request.sampling,
-        batch.known_BL,
+        batch.known_codes_BL,
     )
     parts = codes_BL.split(1 if request.decode_separately else len(codes_BL))
     images = [image for part in parts for image in as_pil(pipe.decode(part, request.resize))]

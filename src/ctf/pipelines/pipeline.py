@@ -19,7 +19,6 @@ from ctf.common.deprecation import renamed_keywords
 from ctf.common.errors import UserError
 from ctf.common.progress import OpenProgress, Progress
 from ctf.kernels import Engine
-from ctf.models import sampling
 from ctf.models.clusters import Clusters
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
@@ -27,7 +26,7 @@ from ctf.models.sampling import Sampling
 from ctf.models.tokenizer import Tokenizer
 from ctf.pipelines import arguments, editing, generation
 from ctf.pipelines.folder import PIPELINE_FILES, find_pipeline, load_parts, save
-from ctf.pipelines.generation import Batch, Samples
+from ctf.pipelines.generation import Samples
 
 LICENSE = "license"  # the key of `origin` for the licence of the weights
 
@@ -247,17 +246,7 @@ class Pipeline:
             self, classes, seed, settings,
             codes=codes, known=known, resize=resize, decode_separately=decode_separately,
         )  # fmt: skip
-
-        def coarse(batch: Batch) -> Tensor:
-            return sampling.sample_coarse(
-                self.coarse,
-                batch.classes_B,
-                batch.noise_B2L[:, 0],
-                request.sampling,
-                batch.known_labels_BL,
-            )
-
-        return generation.generate(self, request, coarse, progress)
+        return generation.generate(self, request, progress)
 
     stream = editing.stream
     """Sample, and yield previews after each row of coarse labels; see `editing.stream`."""

@@ -29,7 +29,7 @@ def test_is_small() -> None:
 
 
 def test_uses_its_codebook(pipe: Pipeline) -> None:
-    measured = tokenizer.evaluate(pipe.tokenizer, open_images(NAME).val, limit=1000)
+    measured = tokenizer.reconstruction_metrics(pipe.tokenizer, open_images(NAME).val, limit=1000)
     assert pipe.tokenizer.config.codebook_size >= 4096
     assert measured["usage"] >= 0.95
     assert measured["psnr"] > 25

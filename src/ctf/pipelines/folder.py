@@ -230,7 +230,8 @@ def load_tokenizer(folder: Path, device: torch.device | str = "cpu") -> VQModel:
 
 def to_channels_last(module: M, device: torch.device) -> M:
     """Move a module to a device, its convolutions in the memory format that is fastest there."""
-    return module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return module
 
 
 def load_clusters(path: Path) -> Clusters:

@@ -127,7 +127,7 @@ def finish(pipe: Pipeline, request: Request, batch: Batch, labels_BL: Tensor) ->
         request.sampling,
         batch.known_codes_BL,
     )
-    parts = codes_BL.split(1 if request.decode_separately else len(codes_BL))
+    parts = torch.split(codes_BL, 1 if request.decode_separately else len(codes_BL))
     images = [image for part in parts for image in as_pil(pipe.decode(part, request.resize))]
     return Samples(images, codes_BL.cpu(), labels_BL.cpu())
 
@@ -138,7 +138,7 @@ def decode_vectors(pipe: Pipeline, vectors_BLC: Tensor, resize: int | None) -> T
     tokenizer = pipe.tokenizer
     channels = tokenizer.config.channels if isinstance(tokenizer, VQModel) else 3
     at_a_time = max(1, DECODER_ELEMENTS // (channels * tokenizer.image_size**2))
-    parts = vectors_BLC.split(at_a_time)
+    parts = torch.split(vectors_BLC, at_a_time)
     images_BCHW = torch.cat([tokenizer.decode_vectors(part) for part in parts])
     if resize is not None:
         size = (resize, resize)

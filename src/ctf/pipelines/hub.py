@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
 import sys
@@ -18,7 +19,8 @@ from typing import Any, NamedTuple
 
 import httpx2
 from huggingface_hub import HfApi, constants, errors, snapshot_download
-from huggingface_hub.utils import logging, validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import (
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -235,8 +237,8 @@ def _user_errors(address: Address, refused: str, advice: str) -> Iterator[None]:
         refused: What status 401, 403 or 404 means, in one line.
         advice: What to do about it, in one line.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.ERROR)
     # As everywhere in ctf, bars are for terminals; and for notebooks, which have their own.
     show_bars = sys.stderr.isatty() or "ipykernel" in sys.modules or are_progress_bars_disabled()
     if not show_bars:
@@ -246,7 +248,7 @@ def _user_errors(address: Address, refused: str, advice: str) -> Iterator[None]:
     except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
         raise UserError(_message(error, address, refused, advice)) from error
     finally:
-        logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(verbosity)
         if not show_bars:
             enable_progress_bars()
 

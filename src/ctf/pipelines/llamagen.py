@@ -328,7 +328,8 @@ def _check_size(gpt: Checkpoint, size: str | None) -> str:
 def _find_image_size(vq: Checkpoint, gpt: Checkpoint) -> int:
     """Return the pixels per side by RoPE's table, the training's arguments, or the default."""
     if gpt.rope is not None:
-        return math.isqrt(len(gpt.rope)) * 2 ** (vq.count("encoder.conv_blocks.") - 1)
+        factor = 2 ** (vq.count("encoder.conv_blocks.") - 1)
+        return int(math.isqrt(len(gpt.rope)) * factor)
     image_size = gpt.training_args.get("image_size")
     return image_size if isinstance(image_size, int) else IMAGE_SIZE
 

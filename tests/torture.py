@@ -1,13 +1,13 @@
-"""Kills `ctf fit` at random moments of every stage, and compares what it ends with.
+"""Kills `ctf fit` at random moments of every stage, and compares the results.
 
     python -m tests.torture --kills 50 --seed 0
 
-A run of tiny shapes is made once without disturbance, then over and over with kills: two aimed at
-each stage of a run, until all are used up. Three of four are SIGKILL, the others SIGTERM, upon
-which the run may die, or save and leave with 0. Each disturbed run is continued to its end, where
-every file must be the same, to the bit; of metrics.jsonl, fit.json and pipeline.json everything
-but times. A line for each kill says where it hit and what was on the disk; the last line is the
-verdict. Exits with 1 if anything differs.
+A run of tiny shapes is trained once without disturbance, then again and again with kills: two aimed
+at each stage of a run, until all are used up. Three of four are SIGKILL, the others SIGTERM, on
+which the run may die, or save and exit with 0. Each killed run is then resumed to its end. All its
+files must be the same, to the bit; metrics.jsonl, fit.json and pipeline.json except for times. A
+line for each kill says where it hit and what was on the disk; the last line is the verdict. Exits
+with 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import sklearn.cluster  # noqa: F401  all imports before the forks: a kill costs no new start
+import sklearn.cluster  # noqa: F401  imported before the forks: a kill costs no new start
 import torch._dynamo  # noqa: F401
 
 import ctf.training.fit  # noqa: F401
@@ -35,25 +35,25 @@ from tests.conftest import SIDE, comparable, save_pictures, sets
 STAGES = ("tokenizer", "tokens", "clusters", "coarse", "fine", "end")
 KILLS_A_STAGE = 2  # in each run
 TERM_SHARE = 0.25  # of the kills
-START_SECONDS = 0.3  # about what a run takes to find out where it was
-END_SECONDS = 0.2  # and to measure, after all stages, what came out
-PATIENCE = 120.0  # seconds that a run has to end, by itself or after SIGTERM
+START_SECONDS = 0.3  # about what a run takes to find out where to resume
+END_SECONDS = 0.2  # and to measure the finished pipeline
+PATIENCE = 120.0  # seconds in which a run must end, by itself or after SIGTERM
 
 
 class Run:
-    """One attempt at `ctf fit`, in a process of its own, and what it says in a file."""
+    """One attempt at `ctf fit`, in a process of its own, with its output in a file."""
 
-    def __init__(self, pictures: Path, folder: Path, said: Path) -> None:
-        self.folder, self.said = folder, said
+    def __init__(self, images: Path, folder: Path, output: Path) -> None:
+        self.folder, self.output = folder, output
         self.status: int | None = None
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(handle, 1)
             os.dup2(handle, 2)
             loop.LOG_EVERY, loop.SAVE_SECONDS = 2, -1.0  # a state every other step
-            code = cli.main(arguments(pictures, folder))
+            code = cli.main(arguments(images, folder))
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
@@ -65,7 +65,7 @@ class Run:
         return self.status is not None
 
     def wait(self, seconds: float, stage: str | None = None) -> bool:
-        """Waits that long, or until the run has come to a stage or has ended: whether it did."""
+        """Waits that long, or until the run has reached a stage or ended: whether it did."""
         until = time.monotonic() + seconds
         while not (self.ended() or (stage is not None and reached(self.folder, stage))):
             if time.monotonic() > until:
@@ -74,7 +74,7 @@ class Run:
         return True
 
     def kill(self, number: signal.Signals) -> None:
-        """Raises RuntimeError where the run does not end by it as it should."""
+        """Raises RuntimeError if the run does not end by it as it should."""
         if not self.ended():
             os.kill(self.pid, number)
         if not self.wait(PATIENCE):
@@ -83,23 +83,23 @@ class Run:
             raise RuntimeError(f"did not end within {PATIENCE:g} seconds of {number.name}")
         assert self.status is not None
         died = os.WIFSIGNALED(self.status) and os.WTERMSIG(self.status) == number
-        told = self.said.read_text(errors="replace")
+        text = self.output.read_text(errors="replace")
         left = os.WIFEXITED(self.status) and os.WEXITSTATUS(self.status) == 0
-        if not (died or (left and ("again" in told or "done" in told))) or "Traceback" in told:
-            raise RuntimeError(f"status {self.status} after {number.name}:\n{told}")
+        if not (died or (left and ("again" in text or "done" in text))) or "Traceback" in text:
+            raise RuntimeError(f"status {self.status} after {number.name}:\n{text}")
 
     def finish(self) -> None:
-        """Raises RuntimeError where the run does not end by itself, and well."""
+        """Raises RuntimeError if the run does not end by itself with 0."""
         self.wait(PATIENCE)
         if self.status != 0:
             self.kill(signal.SIGKILL)
-            raise RuntimeError(f"status {self.status}:\n{self.said.read_text(errors='replace')}")
+            raise RuntimeError(f"status {self.status}:\n{self.output.read_text(errors='replace')}")
 
 
-def arguments(pictures: Path, folder: Path) -> list[str]:
+def arguments(images: Path, folder: Path) -> list[str]:
     """`ctf fit` in seconds, with several evaluations and several shards."""
     return [
-        "fit", str(pictures), "--out", str(folder), "--preset", "tiny", "--steps", "30",
+        "fit", str(images), "--out", str(folder), "--preset", "tiny", "--steps", "30",
         "--image-size", str(SIDE), *sets(
             "tokens.shard_images=4", "tokenizer_training.evaluate_every=10",
             "coarse_training.evaluate_every=10", "fine_training.evaluate_every=10",
@@ -123,7 +123,7 @@ def reached(folder: Path, stage: str) -> bool:
 
 
 def on_disk(folder: Path) -> str:
-    """Stage and step of a run that was killed, and what it left."""
+    """Stage and step of a killed run, and the files it left."""
     stage = stage_of(folder)
     text = f"in {stage:<9}"
     if (metrics := folder / stage / "metrics.jsonl").is_file():
@@ -137,16 +137,16 @@ def on_disk(folder: Path) -> str:
 
 
 def differences(folder: Path, expected: dict[str, Any]) -> list[str]:
-    """The files that are not as they should be."""
+    """The files that differ."""
     found = comparable(folder)
     return [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
 
 
 def torture(root: Path, kills: int, seed: int) -> bool:
-    """Whether all runs ended the same."""
+    """Whether all runs ended with the same files."""
     chance = random.Random(seed)
-    pictures, said = save_pictures(root / "discs"), root / "said.txt"
-    Run(pictures, root / "undisturbed", said).finish()
+    images, output = save_pictures(root / "discs"), root / "output.txt"
+    Run(images, root / "undisturbed", output).finish()
     expected = comparable(root / "undisturbed")
     seconds = {**log(root / "undisturbed")["seconds"], "end": END_SECONDS}
     print(f"undisturbed: {len(expected)} files; seconds of each stage: {seconds}", flush=True)
@@ -162,7 +162,7 @@ def torture(root: Path, kills: int, seed: int) -> bool:
             began_in = stage_of(folder)
             if STAGES.index(began_in) > STAGES.index(stage):
                 continue  # the kill before came late
-            attempt = Run(pictures, folder, said)
+            attempt = Run(images, folder, output)
             attempt.wait(PATIENCE, stage)
             delay = chance.uniform(0, seconds[stage] / 2 + START_SECONDS * (began_in == stage))
             number = signal.SIGTERM if chance.random() < TERM_SHARE else signal.SIGKILL
@@ -173,7 +173,7 @@ def torture(root: Path, kills: int, seed: int) -> bool:
             hit[stage_of(folder)] += 1
             where = f"{killed}/{kills} {number.name} after {delay:.3f} s of {stage}"
             print(f"run {runs}, {where}: {on_disk(folder)}", flush=True)
-        Run(pictures, folder, said).finish()
+        Run(images, folder, output).finish()
         if different := differences(folder, expected):
             print(f"DIFFERENT: run {runs}: {', '.join(different)}")
             return False
@@ -187,10 +187,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ctf-torture-") as folder:
         try:
-            return 0 if torture(Path(folder), given.kills, given.seed) else 1
+            return 0 if torture(Path(folder), options.kills, options.seed) else 1
         except RuntimeError as error:
             print(f"FAILED: {error}")
             return 1

@@ -1,4 +1,4 @@
-"""The torture script: a short run of it, and that it finds a training that cannot be resumed."""
+"""The torture script: a short run, and that it detects a training that cannot be resumed."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_a_kill_in_each_stage() -> None:
+def test_runs_killed_in_each_stage_end_the_same() -> None:
     done = python("-m", "tests.torture", "--kills", "6", "--seed", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     *kills, verdict = (line for line in done.stdout.splitlines() if "run" in line)
@@ -26,7 +26,7 @@ def test_a_kill_in_each_stage() -> None:
     assert verdict.startswith("the same: 6 kills in ")
 
 
-def test_a_training_that_depends_on_its_process_is_found_out() -> None:
+def test_a_training_that_depends_on_its_process_is_detected() -> None:
     done = python(
         "-c",
         "import os, sys\n"

@@ -14,7 +14,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 def supports_bf16(device: torch.device) -> bool:
     """Return whether a device has instructions for bfloat16 products, which are then faster."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -254,9 +254,9 @@ class _Budget:
         return self.log.plan("tokens", measure)
 
     def _seconds(self, stage: str) -> float:
-        shares = dataclasses.asdict(self.recipe.time_shares)
+        shares: dict[str, float] = dataclasses.asdict(self.recipe.time_shares)
         stages = list(shares)
-        still_to_come = sum(shares[name] for name in stages[stages.index(stage) :])
+        still_to_come: float = sum(shares[name] for name in stages[stages.index(stage) :])
         left = self.minutes * 60 - sum(self.log.seconds.values())
         return max(1.0, left * shares[stage] / still_to_come) * (1 - OVERHEAD)
 

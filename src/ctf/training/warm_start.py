@@ -133,7 +133,8 @@ def _fit_head(
     squares_DD, products_DK = squares_DD / count, products_DK / count
     ridge = RIDGE * squares_DD.diagonal().mean()
     squares_DD += ridge * torch.eye(width, dtype=torch.float64)
-    return torch.linalg.solve(squares_DD, products_DK).T.to(new.head.weight)
+    rows_KD: Tensor = torch.linalg.solve(squares_DD, products_DK).T
+    return rows_KD.to(new.head.weight)
 
 
 def _log_sums(logits_TV: Tensor, labels_V: Tensor, clusters: int) -> Tensor:

@@ -1,3 +1,5 @@
+"""`python -m ctf` is the command `ctf`."""
+
 from ctf.cli.main import program
 
 program()

@@ -1,16 +1,16 @@
-"""What several tests share: pictures in many formats, a recipe of seconds, and one run of it."""
+"""Shared by the tests: images in many formats, a recipe that trains in seconds, and a run of it."""
 
 import colorsys
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Before anything imports huggingface_hub: no test reaches out. Those of the Hub have their own.
+# Before anything imports huggingface_hub: no test uses the network. The Hub's tests have a server.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Nor does any test leave something in the user's cache.
+# No test writes into the user's cache.
 os.environ["CTF_CACHE"] = tempfile.mkdtemp(prefix="ctf-tests-")
 
 import numpy as np
@@ -24,10 +24,10 @@ from ctf.pipelines.pipeline import Pipeline
 
 CLASSES = ("blue", "green", "red")
 HUES = {"blue": 0.62, "green": 0.33, "red": 0.0}
-SIDE = 32  # pixels that the run is made at
+SIDE = 32  # image size of the run
 
-# The tiny preset, smaller: seconds for all stages together.
-SMALLER = (
+# Makes the preset `tiny` smaller, so that all stages together take seconds.
+SMALLER_RECIPE = (
     "tokenizer.codebook_size=64", "tokenizer.channels=8", "tokenizer.latent_channels=16",
     "tokenizer.largest_grid=4", "tokenizer_training.batch_size=8", "clusters.count=8",
     "coarse.width=32", "coarse.layers=2", "coarse.heads=2", "coarse_training.batch_size=8",
@@ -37,7 +37,7 @@ STEPS = 40
 
 
 class Result(NamedTuple):
-    """What a command left behind on the terminal."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -47,27 +47,27 @@ class Result(NamedTuple):
 Command = Callable[..., Result]
 
 
-def picture(hue: float, seed: int) -> Image.Image:
-    """A light disc of about that hue on a dark ground, 48 x 40 pixels, RGB."""
+def disc_image(hue: float, seed: int) -> Image.Image:
+    """A bright disc of about that hue on a dark background, 48 x 40 pixels, RGB."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[0:40, 0:48]
     centre_y, centre_x, radius = random.uniform((12, 14, 7), (28, 34, 13))
     disc = ((y - centre_y) ** 2 + (x - centre_x) ** 2 < radius**2)[..., None]
-    light, dark = (
+    bright, dark = (
         np.array(colorsys.hsv_to_rgb((hue + random.uniform(-0.05, 0.05)) % 1, 0.9, value))
         for value in (random.uniform(0.7, 1.0), 0.15)
     )
-    pixels = np.where(disc, light, dark) + random.normal(0, 0.02, (40, 48, 3))
+    pixels = np.where(disc, bright, dark) + random.normal(0, 0.02, (40, 48, 3))
     return Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8))
 
 
-def save_pictures(root: Path, count: int = 8) -> Path:
-    """A subfolder per class of `count` pictures, in as many formats and modes."""
+def save_images(root: Path, count: int = 8) -> Path:
+    """Save `count` images per class, in a subfolder each, in all formats and several modes."""
     for number, name in enumerate(CLASSES):
         folder = root / name
         folder.mkdir(parents=True)
         for i in range(count):
-            image = picture(HUES[name], seed=100 * number + i)
+            image = disc_image(HUES[name], seed=100 * number + i)
             match i % 8:
                 case 0:
                     image.save(folder / f"{i}.jpg", quality=92)
@@ -81,10 +81,10 @@ def save_pictures(root: Path, count: int = 8) -> Path:
                 case 4:
                     image.convert("CMYK").save(folder / f"{i}.tif")
                 case 5:
-                    turned = image.transpose(Image.Transpose.ROTATE_90)
+                    rotated = image.transpose(Image.Transpose.ROTATE_90)
                     exif = Image.Exif()
-                    exif[0x0112] = 6  # to be turned back
-                    turned.save(folder / f"{i}.jpeg", exif=exif, quality=92)
+                    exif[0x0112] = 6  # orientation: rotate back
+                    rotated.save(folder / f"{i}.jpeg", exif=exif, quality=92)
                 case 6:
                     image.save(folder / f"{i}.bmp")
                 case _:
@@ -92,21 +92,21 @@ def save_pictures(root: Path, count: int = 8) -> Path:
     return root
 
 
-def sets(*more: str) -> list[str]:
-    """`--set` with the values of the recipe that takes seconds, and more."""
-    return ["--set", *SMALLER, *more]
+def recipe_options(*more: str) -> list[str]:
+    """`--set` with the values of the small recipe, and more."""
+    return ["--set", *SMALLER_RECIPE, *more]
 
 
-def fit_arguments(pictures: Path, out: Path, *more: str, steps: int = STEPS) -> list[str]:
-    """`ctf fit` at that recipe."""
+def fit_arguments(image_folder: Path, out: Path, *more: str, steps: int = STEPS) -> list[str]:
+    """The arguments of `ctf fit` with the small recipe."""
     size, count = str(SIDE), str(steps)
     return [
-        "fit", str(pictures), "--out", str(out), "--preset", "tiny", "--image-size", size,
-        "--steps", count, *more, *sets(),
+        "fit", str(image_folder), "--out", str(out), "--preset", "tiny", "--image-size", size,
+        "--steps", count, *more, *recipe_options(),
     ]  # fmt: skip
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by its relative path."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -115,18 +115,18 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
-TIMES = ("seconds", "tokens_per_second", "images_per_second")  # what no two runs have in common
+TIMES = ("seconds", "tokens_per_second", "images_per_second")  # differ between equal runs
 
 
 def without_times(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a stage's metrics.jsonl, but for what depends on the clock."""
+    """The lines of a stage's metrics.jsonl, without the values that depend on time."""
     lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
 def comparable(run: Path) -> dict[str, Any]:
-    """All that must be the same in two runs of one recipe, however often one was killed."""
-    content: dict[str, Any] = dict(files(run))
+    """All that is the same in two runs of one recipe, however often one was killed."""
+    content: dict[str, Any] = dict(read_files(run))
     for path in run.rglob("metrics.jsonl"):
         content[str(path.relative_to(run))] = without_times(path.parent)
     for name in {"fit.json", "pipeline.json"} & content.keys():
@@ -145,20 +145,20 @@ def tiny_llamagen() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pictures(tmp_path_factory.mktemp("pictures") / "discs")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_images(tmp_path_factory.mktemp("images") / "discs")
 
 
 @pytest.fixture(scope="session")
-def splits(pictures: Path) -> image_set.Splits:
-    return images.open_images(str(pictures), SIDE)
+def splits(image_folder: Path) -> image_set.Splits:
+    return images.open_images(str(image_folder), SIDE)
 
 
 @pytest.fixture(scope="session")
-def run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of `ctf fit`. Tests copy it before they change it."""
+def run(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of `ctf fit`; tests copy it before they change it."""
     out = tmp_path_factory.mktemp("run") / "run"
-    assert cli.main(fit_arguments(pictures, out)) == 0
+    assert cli.main(fit_arguments(image_folder, out)) == 0
     return out
 
 
@@ -169,12 +169,11 @@ def pipe(run: Path) -> Pipeline:
 
 @pytest.fixture
 def ctf(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs a command in this process."""
+    """Run a command in this process."""
 
     def command(*arguments: str | Path) -> Result:
-        given: Sequence[str] = [str(argument) for argument in arguments]
         capsys.readouterr()
-        code = cli.main(list(given))
+        code = cli.main([str(argument) for argument in arguments])
         return Result(code, *capsys.readouterr())
 
     return command

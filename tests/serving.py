@@ -18,7 +18,7 @@ from ctf import Pipeline
 from ctf.studio import server
 from ctf.studio.tasks import Limits
 from ctf.studio.worker import Worker
-from tests.conftest import picture
+from tests.conftest import disc_image
 
 LENGTH = 16  # tokens of an image of the shared run
 LIMITS = Limits(
@@ -72,7 +72,7 @@ def open_png(encoded: str) -> Image.Image:
 
 def image_file(size: tuple[int, int] = (48, 40), kind: str = "PNG") -> bytes:
     file = io.BytesIO()
-    picture(0.3, 1).resize(size).save(file, format=kind)
+    disc_image(0.3, 1).resize(size).save(file, format=kind)
     return file.getvalue()
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import Command, Result, sets
+from tests.conftest import Command, Result, recipe_options
 
 LLAMAGEN = Path(__file__).parents[1] / "fixtures" / "llamagen"
 
@@ -20,4 +20,6 @@ def check_refused(result: Result, *messages: str, lines: int = 2) -> str:
 
 
 def fit_tiny(ctf: Command, images: Path | str, out: Path, *more: Any) -> Result:
-    return ctf("fit", images, "--out", out, "--preset", "tiny", "--steps", 1, *more, *sets())
+    return ctf(
+        "fit", images, "--out", out, "--preset", "tiny", "--steps", 1, *more, *recipe_options()
+    )

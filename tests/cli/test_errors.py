@@ -20,11 +20,11 @@ from tests.conftest import (
     SIDE,
     STEPS,
     Command,
-    files,
+    disc_image,
     fit_arguments,
-    picture,
-    save_pictures,
-    sets,
+    read_files,
+    recipe_options,
+    save_images,
 )
 
 # --- images ---------------------------------------------------------------------------------------
@@ -32,12 +32,12 @@ from tests.conftest import (
 
 @pytest.fixture
 def partly_bad(tmp_path: Path) -> Path:
-    root = save_pictures(tmp_path / "pictures", count=4)
+    root = save_images(tmp_path / "images", count=4)
     intact = (root / "red" / "0.jpg").read_bytes()
     (root / "red" / "cut.jpg").write_bytes(intact[: len(intact) // 2])
     (root / "blue" / "empty.png").touch()
     (root / "green" / "letter.webp").write_text("dear aunt")
-    picture(0.5, 0).resize((20, 20)).save(root / "green" / "small.png")
+    disc_image(0.5, 0).resize((20, 20)).save(root / "green" / "small.png")
     return root
 
 
@@ -70,16 +70,16 @@ def odd(tmp_path: Path) -> Path:
     """Folders that are no data sets."""
     for name in ("empty", "one", "no red/red", "no red/blue", "other"):
         (tmp_path / "odd" / name).mkdir(parents=True)
-    picture(0.1, 0).save(tmp_path / "odd" / "one" / "1.png")
+    disc_image(0.1, 0).save(tmp_path / "odd" / "one" / "1.png")
     for i in range(3):
-        picture(0.1, i).save(tmp_path / "odd" / "no red" / "blue" / f"{i}.png")
+        disc_image(0.1, i).save(tmp_path / "odd" / "no red" / "blue" / f"{i}.png")
     (tmp_path / "odd" / "other" / "thesis.tex").write_text("mine")
     (tmp_path / "odd" / "file").write_text("mine")
     return tmp_path / "odd"
 
 
 @pytest.mark.parametrize(
-    ("pictures", "message"),
+    ("folder", "message"),
     [
         ("empty", "no usable images"),
         ("other", "no usable images"),
@@ -90,14 +90,14 @@ def odd(tmp_path: Path) -> Path:
     ],
 )
 def test_folders_that_are_no_data_sets_are_refused(
-    ctf: Command, odd: Path, tmp_path: Path, pictures: str, message: str
+    ctf: Command, odd: Path, tmp_path: Path, folder: str, message: str
 ) -> None:
-    before = files(odd)
+    before = read_files(odd)
     for more in ([], ["--skip-bad"], ["--dry-run"]):
-        error = check_refused(fit_tiny(ctf, odd / pictures, tmp_path / "run", *more), message)
-        assert str(odd / pictures) in error
+        error = check_refused(fit_tiny(ctf, odd / folder, tmp_path / "run", *more), message)
+        assert str(odd / folder) in error
     assert not (tmp_path / "run").exists()
-    assert files(odd) == before
+    assert read_files(odd) == before
 
 
 def test_a_misspelt_name_is_corrected(ctf: Command, tmp_path: Path) -> None:
@@ -133,11 +133,11 @@ def test_a_misspelt_name_is_corrected(ctf: Command, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_invalid_values_are_refused(
-    ctf: Command, pictures: Path, tmp_path: Path, more: list[Any], message: str
+    ctf: Command, image_folder: Path, tmp_path: Path, more: list[Any], message: str
 ) -> None:
     preset = [] if "--preset" in more else ["--preset", "tiny"]
     for dry in ([], ["--dry-run"]):
-        result = ctf("fit", pictures, "--out", tmp_path / "run", *preset, *more, *dry)
+        result = ctf("fit", image_folder, "--out", tmp_path / "run", *preset, *more, *dry)
         # Images that are too small are listed.
         check_refused(result, message, lines=3)
     assert list(tmp_path.iterdir()) == []
@@ -225,22 +225,22 @@ def test_class_numbers_begin_at_0(ctf: Command, pipe: Pipeline, tmp_path: Path) 
     ],
 )
 def test_mistakes_of_every_command_are_refused(
-    ctf: Command, run: Path, pictures: Path, tmp_path: Path, command: list[Any], message: str
+    ctf: Command, run: Path, image_folder: Path, tmp_path: Path, command: list[Any], message: str
 ) -> None:
-    before = files(run)
-    paths = {"RUN": run, "PICTURES": pictures, "NEW": tmp_path / "new"}
+    before = read_files(run)
+    paths = {"RUN": run, "PICTURES": image_folder, "NEW": tmp_path / "new"}
     check_refused(ctf(*[paths.get(word, word) for word in command]), message)
     assert list(tmp_path.iterdir()) == []
-    assert files(run) == before
+    assert read_files(run) == before
 
 
 def test_more_clusters_than_codes_are_refused(ctf: Command, run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "clusters")
-    before = files(copy)
+    before = read_files(copy)
     check_refused(ctf("clusters", "fit", copy, "--count", 65), "got 65 clusters, expected 1 to 64")
-    assert files(copy) == before
+    assert read_files(copy) == before
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -258,13 +258,13 @@ def test_more_clusters_than_codes_are_refused(ctf: Command, run: Path, tmp_path:
     ],
 )
 def test_an_output_folder_of_something_else_is_refused(
-    ctf: Command, run: Path, pictures: Path, odd: Path, kind: str, command: list[Any]
+    ctf: Command, run: Path, image_folder: Path, odd: Path, kind: str, command: list[Any]
 ) -> None:
-    before = files(odd)
-    paths = {"RUN": run, "PICTURES": pictures, "OUT": odd / kind}
+    before = read_files(odd)
+    paths = {"RUN": run, "PICTURES": image_folder, "OUT": odd / kind}
     error = check_refused(ctf(*[paths.get(word, word) for word in command]), "choose another")
     assert str(odd / kind) in error
-    assert files(odd) == before
+    assert read_files(odd) == before
 
 
 def test_a_sheet_does_not_replace_a_folder(ctf: Command, run: Path, tmp_path: Path) -> None:
@@ -272,14 +272,14 @@ def test_a_sheet_does_not_replace_a_folder(ctf: Command, run: Path, tmp_path: Pa
     check_refused(
         ctf("sample", run, "--count", 1, "--out", tmp_path / "sheet.png"), "cannot be written"
     )
-    assert files(tmp_path) == {}
+    assert read_files(tmp_path) == {}
 
 
 @pytest.fixture
-def locked(pictures: Path, run: Path) -> Iterator[Path]:
+def locked(image_folder: Path, run: Path) -> Iterator[Path]:
     """A folder that cannot be written, with a run and images in it; root gives up its rights."""
     root = Path(tempfile.mkdtemp())  # pytest's folders cannot be entered by others
-    shutil.copytree(pictures, root / "discs")
+    shutil.copytree(image_folder, root / "discs")
     shutil.copytree(run, root / "run")
     (root / "empty").mkdir()
     for folder in (root, *(path for path in root.rglob("*") if path.is_dir())):
@@ -298,8 +298,8 @@ def locked(pictures: Path, run: Path) -> Iterator[Path]:
 
 
 def test_a_read_only_folder_is_reported(ctf: Command, locked: Path) -> None:
-    before = files(locked)
-    recipe = ["--preset", "tiny", "--steps", STEPS + 1, *sets()]
+    before = read_files(locked)
+    recipe = ["--preset", "tiny", "--steps", STEPS + 1, *recipe_options()]
     paths = ("discs", "run", "new", "empty", "sheet.png")
     for command in (
         ["fit", "discs", "--out", "new", "--image-size", SIDE, "--steps", 1],
@@ -315,7 +315,7 @@ def test_a_read_only_folder_is_reported(ctf: Command, locked: Path) -> None:
     # Finished work needs no writing.
     assert ctf(*fit_arguments(locked / "discs", locked / "run")).code == 0
     assert ctf("sample", locked / "run", "--dry-run").code == 0
-    assert files(locked) == before
+    assert read_files(locked) == before
 
 
 def test_an_unreadable_folder_is_reported(ctf: Command, locked: Path) -> None:
@@ -342,4 +342,4 @@ def test_a_full_disk_is_reported(
             ctf("sample", run, "--count", 1, "--out", tmp_path / out),
             "the disk is full; the previous file is unchanged",
         )
-    assert files(tmp_path) == {}
+    assert read_files(tmp_path) == {}

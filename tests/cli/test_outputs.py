@@ -10,7 +10,7 @@ from PIL import Image
 
 from ctf.pipelines import export
 from tests.cli.helpers import LLAMAGEN
-from tests.conftest import CLASSES, SIDE, Command, files
+from tests.conftest import CLASSES, SIDE, Command, read_files
 
 
 @pytest.mark.parametrize(
@@ -50,15 +50,15 @@ from tests.conftest import CLASSES, SIDE, Command, files
     ],
 )
 def test_dry_runs_write_nothing(
-    ctf: Command, run: Path, pictures: Path, tmp_path: Path, command: list[Any], message: str
+    ctf: Command, run: Path, image_folder: Path, tmp_path: Path, command: list[Any], message: str
 ) -> None:
-    before = files(run)
-    paths = {"RUN": run, "PICTURES": pictures, "NEW": tmp_path / "new"}
+    before = read_files(run)
+    paths = {"RUN": run, "PICTURES": image_folder, "NEW": tmp_path / "new"}
     paths |= {"VQ": LLAMAGEN / "vq.pt", "GPT": LLAMAGEN / "gpt.pt"}
     result = ctf(*[paths.get(word, word) for word in command], "--dry-run")
     assert result.code == 0 and message in result.out, result
     assert list(tmp_path.iterdir()) == []
-    assert files(run) == before
+    assert read_files(run) == before
 
 
 def test_a_contact_sheet_is_the_same_each_time(ctf: Command, run: Path, tmp_path: Path) -> None:
@@ -84,7 +84,11 @@ def test_a_folder_of_samples_has_images_codes_and_settings(
     out = tmp_path / "samples"
     arguments = ["sample", run, "--count", 2, "--seed", 5, "--guidance", 1.5, "--out", out]
     assert ctf(*arguments).code == 0
-    assert sorted(files(out)) == [*(f"{i:06d}.png" for i in range(6)), "codes.npz", "settings.json"]
+    assert sorted(read_files(out)) == [
+        *(f"{i:06d}.png" for i in range(6)),
+        "codes.npz",
+        "settings.json",
+    ]
     arrays = np.load(out / "codes.npz")
     assert arrays["codes"].shape == arrays["coarse"].shape == (6, 16)
     assert arrays["classes"].tolist() == [0, 0, 1, 1, 2, 2]
@@ -94,11 +98,11 @@ def test_a_folder_of_samples_has_images_codes_and_settings(
     assert settings["sampling"]["guidance"] == 1.5 and settings["sampling"]["top_k"] == 0
     with Image.open(out / "000000.png") as image:
         assert image.size == (SIDE, SIDE) and image.mode == "RGB"
-    before = files(out)
+    before = read_files(out)
     assert ctf(*arguments).code == 0  # over itself
-    assert files(out) == before
+    assert read_files(out) == before
     assert ctf("sample", run, "--classes", "2,2", "--count", 1, "--out", out).code == 0  # fewer
-    assert sorted(files(out)) == ["000000.png", "000001.png", "codes.npz", "settings.json"]
+    assert sorted(read_files(out)) == ["000000.png", "000001.png", "codes.npz", "settings.json"]
     assert json.loads((out / "settings.json").read_text())["classes"] == [2, 2]
 
 
@@ -114,16 +118,26 @@ def test_a_folder_and_a_sheet_show_the_same(ctf: Command, run: Path, tmp_path: P
 def test_a_trained_classifier_scores_a_pipeline(
     ctf: Command,
     run: Path,
-    pictures: Path,
+    image_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CTF_CACHE", str(tmp_path / "cache"))
     folder, report = tmp_path / "classifier", tmp_path / "report.json"
-    train = ["classifier", "train", pictures, "--out", folder, "--image-size", SIDE, "--steps", 2]
+    train = [
+        "classifier",
+        "train",
+        image_folder,
+        "--out",
+        folder,
+        "--image-size",
+        SIDE,
+        "--steps",
+        2,
+    ]
     result = ctf(*train)
     assert result.code == 0 and "held-out images classified correctly" in result.out
-    arguments = ("evaluate", run, "--classifier", folder, "--reference", pictures)
+    arguments = ("evaluate", run, "--classifier", folder, "--reference", image_folder)
     more = ("--features", "fashion", "--samples", 30, "--out", report)
     result = ctf(*arguments, *more)
     assert result.code == 0, result.err

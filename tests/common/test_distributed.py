@@ -19,7 +19,7 @@ from ctf.cli import main as cli
 from ctf.common import storage
 from ctf.common.distributed import ALONE, World, init_world
 from ctf.common.errors import UserError
-from tests.conftest import Command, files, sets, without_times
+from tests.conftest import Command, read_files, recipe_options, without_times
 
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(ctf_package.__file__).parents[1]
@@ -56,7 +56,7 @@ def largest_difference(one: Path, other: Path) -> float:
 # At the rates of the preset, 20 steps enlarge the rounding of sums in another order a hundredfold,
 # on some processors; at these they don't, so that what differs is wrong.
 CALM = ("coarse_training.learning_rate=0.001", "fine_training.learning_rate=0.001")
-RECIPE = ("--preset", "tiny", "--steps", 20, *sets(*CALM))
+RECIPE = ("--preset", "tiny", "--steps", 20, *recipe_options(*CALM))
 
 
 def branch(run: Path, out: Path) -> Path:
@@ -113,9 +113,11 @@ def test_two_processes_train_what_one_trains(
     stage = together(kind, *options)
     agree(alone / kind, stage)
     # How it was computed is no part of what it is; and again, alone: it is done.
-    before = files(stage.parent)
-    assert before[f"{kind}/config.json"] == files(alone)[f"{kind}/config.json"]
-    assert ctf("train", kind, stage.parent, *RECIPE).code == 0 and files(stage.parent) == before
+    before = read_files(stage.parent)
+    assert before[f"{kind}/config.json"] == read_files(alone)[f"{kind}/config.json"]
+    assert (
+        ctf("train", kind, stage.parent, *RECIPE).code == 0 and read_files(stage.parent) == before
+    )
 
 
 def test_in_parts_as_at_once(run: Path, alone: Path, tmp_path: Path, ctf: Command) -> None:
@@ -179,7 +181,7 @@ def test_a_damaged_part_of_a_state(run: Path, together: Trained, tmp_path: Path)
 
 
 def same(one: Path, other: Path) -> None:
-    weights = [files(x)["model.safetensors"] for x in (one, other)]
+    weights = [read_files(x)["model.safetensors"] for x in (one, other)]
     assert weights[0] == weights[1] and without_times(one) == without_times(other)
 
 
@@ -188,7 +190,7 @@ def test_all_stop_before_what_is_not_finite(run: Path, tmp_path: Path) -> None:
     wild = ("--set", *RECIPE[RECIPE.index("--set") + 1 :], "coarse_training.learning_rate=1e30")
     done = torchrun(2, "train", "coarse", out, "--preset", "tiny", "--steps", 20, *wild)
     assert done.returncode != 0
-    assert done.stderr.count("is nan on a batch of 8, the pictures ") == 1, done.stderr
+    assert done.stderr.count("is nan on a batch of 8, the images ") == 1, done.stderr
     assert done.stderr.count("exitcode  : 2") + done.stderr.count("exitcode: 2") > 0
     assert "Traceback" not in done.stderr.split("ChildFailedError")[0].split("is nan on")[0]
 
@@ -202,14 +204,14 @@ def test_a_full_disk_ends_all(run: Path, tmp_path: Path, option: str) -> None:
     assert [path.name for path in (out / "coarse" / "state").iterdir()] == []
 
 
-def test_a_tokenizer_by_two(pictures: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_by_two(image_folder: Path, tmp_path: Path) -> None:
     """With codes that are placed and revived, and a discriminator.
 
     Each process has one thread: more would round sums otherwise, and where that moves a vector
     across the border of two codes, more than the rounding changes.
     """
     recipe = (
-        "--preset", "tiny", "--steps", 20, "--image-size", 32, *sets(
+        "--preset", "tiny", "--steps", 20, "--image-size", 32, *recipe_options(
             "tokenizer_training.adversarial_weight=0.1", "tokenizer_training.revive_every=5",
             "tokenizer_training.free_until=0.3", "tokenizer_training.revive_below=0.5",
             "tokenizer_training.learning_rate=0.0002",
@@ -217,7 +219,7 @@ def test_a_tokenizer_by_two(pictures: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     for count, out in ((1, one), (2, two)):
-        done = torchrun(count, "tokenizer", "train", pictures, "--out", out, *recipe)
+        done = torchrun(count, "tokenizer", "train", image_folder, "--out", out, *recipe)
         assert done.returncode == 0, done.stderr
     lines = [without_times(x / "tokenizer") for x in (one, two)]
     assert lines[0][0]["revived"] > 0 and "discriminator" in lines[0][0]
@@ -231,7 +233,7 @@ def test_a_tokenizer_by_two(pictures: Path, tmp_path: Path) -> None:
 
 def test_a_baseline_with_a_warm_start_by_two(run: Path, tmp_path: Path, ctf: Command) -> None:
     first, out = tmp_path / "first", tmp_path / "out"
-    recipe = ("--preset", "tiny", "--steps", 20, *sets())
+    recipe = ("--preset", "tiny", "--steps", 20, *recipe_options())
     assert torchrun(2, "train", "baseline", run, "--out", first, *recipe).returncode == 0
     assert ctf("clusters", "fit", run, "--count", 8, "--out", out).code == 0
     done = torchrun(2, "train", "coarse", out, "--warm-start", first, *recipe)
@@ -239,24 +241,26 @@ def test_a_baseline_with_a_warm_start_by_two(run: Path, tmp_path: Path, ctf: Com
     assert [step for step, _ in losses(out / "coarse")] == [0, 20, 20]
 
 
-def test_tokens_by_two(run: Path, pictures: Path, tmp_path: Path, ctf: Command) -> None:
+def test_tokens_by_two(run: Path, image_folder: Path, tmp_path: Path, ctf: Command) -> None:
     small = ("--preset", "tiny", "--views", "flip", "--set", "tokens.shard_images=7")
     for name in ("alone", "together"):
         (tmp_path / name).mkdir()
         shutil.copytree(run / "tokenizer", tmp_path / name / "tokenizer")
-    assert ctf("tokens", "extract", pictures, "--run", tmp_path / "alone", *small).code == 0
-    done = torchrun(2, "tokens", "extract", pictures, "--run", tmp_path / "together", *small)
+    assert ctf("tokens", "extract", image_folder, "--run", tmp_path / "alone", *small).code == 0
+    done = torchrun(2, "tokens", "extract", image_folder, "--run", tmp_path / "together", *small)
     assert done.returncode == 0, done.stderr
-    assert files(tmp_path / "alone") == files(tmp_path / "together")
+    assert read_files(tmp_path / "alone") == read_files(tmp_path / "together")
     assert len([*(tmp_path / "together" / "tokens").glob("train-0*.npy")]) > 2
 
 
-def test_tokens_by_two_of_which_one_gets_sigterm(run: Path, pictures: Path, tmp_path: Path) -> None:
+def test_tokens_by_two_of_which_one_gets_sigterm(
+    run: Path, image_folder: Path, tmp_path: Path
+) -> None:
     """The other one ends its share, both leave with 0, and one alone goes on."""
     small = ("--preset", "tiny", "--set", "tokens.shard_images=4", "tokens.batch_size=2")
     out = tmp_path / "run"
     shutil.copytree(run / "tokenizer", out / "tokenizer")
-    extract = ("tokens", "extract", pictures, "--run", out, *small)
+    extract = ("tokens", "extract", image_folder, "--run", out, *small)
     done = torchrun(2, 1, *extract, module="tests.interrupted")
     assert done.returncode == 0, done.stderr
     said = f"{out / 'tokens'}: stopped and saved; run it again to resume"
@@ -302,11 +306,11 @@ def test_the_first_speaks_for_all() -> None:
 
 
 def test_fit_is_one_process(
-    pictures: Path, tmp_path: Path, ctf: Command, monkeypatch: pytest.MonkeyPatch
+    image_folder: Path, tmp_path: Path, ctf: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    result = ctf("fit", pictures, "--out", tmp_path / "run")
-    assert result.code == 2 and "ctf fit is one process" in result.err
+    result = ctf("fit", image_folder, "--out", tmp_path / "run")
+    assert result.code == 2 and "ctf fit runs as one process" in result.err
     assert not (tmp_path / "run").exists()
 
 

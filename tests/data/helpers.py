@@ -10,7 +10,7 @@ from PIL import Image
 from ctf.common.errors import UserError
 from ctf.data.image_set import Splits
 from ctf.data.images import open_images
-from tests.conftest import picture
+from tests.conftest import disc_image
 
 WHITE, RED = (255, 255, 255), (255, 0, 0)
 SIZE = 16
@@ -34,7 +34,7 @@ def encode(image: Image.Image, file_format: str, **options: object) -> bytes:
 
 
 def encoded_disc(seed: int, file_format: str = "PNG") -> bytes:
-    return encode(picture(0.1 * seed, seed), file_format)
+    return encode(disc_image(0.1 * seed, seed), file_format)
 
 
 def save(path: Path, pixels: np.ndarray = RGB) -> None:

@@ -28,7 +28,7 @@ from ctf.evaluation.report import Report
 from ctf.evaluation.sample_cache import GenerationConfig
 from ctf.pipelines.folder import hash_pipeline
 from ctf.pipelines.pipeline import Pipeline
-from tests.conftest import CLASSES, SIDE, files
+from tests.conftest import CLASSES, SIDE, read_files
 from tests.evaluation.helpers import RealImages, noise, prepared, save_npz, silent
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -68,19 +68,19 @@ def test_sample_accuracy_is_the_accuracy_of_the_classifier_on_samples(images: Im
 
 @pytest.fixture(scope="module")
 def done(
-    run: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory, shared_cache: Path
+    run: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory, shared_cache: Path
 ) -> tuple[Path, Report]:
     """An evaluation of the run against the pictures that it was trained on."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CTF_CACHE", str(shared_cache))
         out = tmp_path_factory.mktemp("done") / "report.json"
-        return out, evaluate(run, pictures, samples=150, seed=3, settings={"top_k": 9}, out=out)
+        return out, evaluate(run, image_folder, samples=150, seed=3, settings={"top_k": 9}, out=out)
 
 
 def test_files_and_content_of_the_report(done: tuple[Path, Report], run: Path) -> None:
     out, result = done
     folder = out.with_suffix("")
-    assert sorted(files(folder)) == [
+    assert sorted(read_files(folder)) == [
         "asked.json", "report.json", "report.md", "samples.npz", "samples.png", "statistics.npz"
     ]  # fmt: skip
     assert out.read_bytes() == (folder / "report.json").read_bytes()
@@ -112,13 +112,13 @@ def test_samples_are_those_of_ctf_sample(done: tuple[Path, Report], run: Path) -
 
 
 def test_mean_distances_are_those_of_mean_features(
-    done: tuple[Path, Report], pictures: Path
+    done: tuple[Path, Report], image_folder: Path
 ) -> None:
     out, result = done
     samples = open_samples(out.with_suffix("") / "samples.npz")
     assert samples.classes_N is not None
     generated = np.concatenate(list(samples.batches()))
-    sets = open_images(str(pictures), SIDE)
+    sets = open_images(str(image_folder), SIDE)
     real = np.concatenate([s.read(np.arange(len(s))) for s in (sets.train, sets.val)])
     real_classes = np.concatenate([sets.train.classes_N, sets.val.classes_N])
     fashion = open_extractor("fashion")
@@ -133,16 +133,16 @@ def test_mean_distances_are_those_of_mean_features(
 
 
 def test_a_finished_evaluation_is_not_repeated(
-    done: tuple[Path, Report], run: Path, pictures: Path
+    done: tuple[Path, Report], run: Path, image_folder: Path
 ) -> None:
     out, result = done
-    before = files(out.parent)
+    before = read_files(out.parent)
     options: dict[str, Any] = {"samples": 150, "seed": 3, "settings": {"top_k": 9}, "out": out}
-    assert prepared(run, pictures, **options).run(no_generation) == result
-    assert files(out.parent) == before
+    assert prepared(run, image_folder, **options).run(no_generation) == result
+    assert read_files(out.parent) == before
     out.unlink()
-    assert prepared(run, pictures, **options).run(no_generation) == result
-    assert files(out.parent) == before
+    assert prepared(run, image_folder, **options).run(no_generation) == result
+    assert read_files(out.parent) == before
 
 
 @pytest.mark.parametrize(
@@ -160,16 +160,20 @@ def test_a_finished_evaluation_is_not_repeated(
     ],
 )
 def test_another_configuration_is_refused(
-    done: tuple[Path, Report], run: Path, pictures: Path, changes: dict[str, Any], difference: str
+    done: tuple[Path, Report],
+    run: Path,
+    image_folder: Path,
+    changes: dict[str, Any],
+    difference: str,
 ) -> None:
     out, _ = done
-    before = files(out.parent)
+    before = read_files(out.parent)
     options = {"samples": 150, "seed": 3, "settings": {"top_k": 9}, "out": out, **changes}
     with pytest.raises(UserError, match="an evaluation of another configuration: ") as error:
-        prepared(run, pictures, **options)
+        prepared(run, image_folder, **options)
     assert difference in str(error.value) and "choose another folder" in str(error.value)
     assert len(str(error.value).splitlines()) == 2
-    assert files(out.parent) == before
+    assert read_files(out.parent) == before
 
 
 def test_the_included_pipeline_with_all_defaults(here: Path) -> None:
@@ -192,11 +196,11 @@ def test_the_included_pipeline_with_all_defaults(here: Path) -> None:
 
 
 def test_a_search_determines_the_settings_of_the_samples(
-    run: Path, pictures: Path, here: Path
+    run: Path, image_folder: Path, here: Path
 ) -> None:
-    evaluation = prepared(run, pictures, samples=12, search_samples=12, out=here / "out")
+    evaluation = prepared(run, image_folder, samples=12, search_samples=12, out=here / "out")
     result = evaluation.run(silent)
-    assert {"search.json", "search.png"} <= files(here / "out").keys()
+    assert {"search.json", "search.png"} <= read_files(here / "out").keys()
     points = json.loads((here / "out" / "search.json").read_text())["points"]
     assert len(points) == 16 and result.search_samples == 12
     best = min(points, key=lambda point: point["fid"])["settings"]
@@ -204,22 +208,22 @@ def test_a_search_determines_the_settings_of_the_samples(
     assert generation is not None and generation.samples == 12 and generation.seed == 0
     assert {name: generation.settings[name] for name in best} == best
     assert generation.settings["fine_guidance"] == 1.0  # the pipeline's own
-    plain = evaluate(run, pictures, samples=12, settings=best)
+    plain = evaluate(run, image_folder, samples=12, settings=best)
     assert plain.scores == result.scores and plain.pictures == result.pictures
     assert evaluation.run(no_generation) == result
 
 
-def test_several_features_and_user_defined_ones(run: Path, pictures: Path, here: Path) -> None:
+def test_several_features_and_user_defined_ones(run: Path, image_folder: Path, here: Path) -> None:
     code = "def make():\n    return lambda x: x.flatten(2).mean(2)\n"
     (here / "my_colours.py").write_text(code)
     spec = "my_colours:make"
-    result = evaluate(run, pictures, samples=30, features=("fashion", spec, "fashion"))
+    result = evaluate(run, image_folder, samples=30, features=("fashion", spec, "fashion"))
     assert list(result.features) == ["fashion", spec]
     assert {f"FID-{spec}", "FID-fashion"} <= result.scores.keys()
     assert f"IS-{spec}" not in result.scores
     assert result.per_class["red"].keys() == {"mean distance-fashion", f"mean distance-{spec}"}
-    first = prepared(run, pictures, samples=30, features=(spec, "fashion"))
-    again = prepared(run, pictures, samples=30, features=("fashion", spec))
+    first = prepared(run, image_folder, samples=30, features=(spec, "fashion"))
+    again = prepared(run, image_folder, samples=30, features=("fashion", spec))
     assert first.config != again.config  # the search uses the first features
     del sys.modules["my_colours"]
 
@@ -228,21 +232,21 @@ def test_several_features_and_user_defined_ones(run: Path, pictures: Path, here:
 
 
 def test_samples_on_disk_have_the_same_scores_as_the_pipeline(
-    done: tuple[Path, Report], pictures: Path, here: Path
+    done: tuple[Path, Report], image_folder: Path, here: Path
 ) -> None:
     out, result = done
     path = out.with_suffix("") / "samples.npz"
-    from_npz = evaluate(path, pictures, out=here / "npz")
+    from_npz = evaluate(path, image_folder, out=here / "npz")
     assert from_npz.scores == result.scores and from_npz.subject.drawing is None
     assert from_npz.subject.hash == from_npz.pictures == result.pictures
-    assert sorted(files(here / "npz")) == [
+    assert sorted(read_files(here / "npz")) == [
         "asked.json", "report.json", "report.md", "samples.png", "statistics.npz"
     ]  # fmt: skip
     folder = here / "pngs"
     folder.mkdir()
     for i, pixels in enumerate(np.concatenate(list(open_samples(path).batches()))):
         Image.fromarray(pixels).save(folder / f"{i:04d}.png")
-    from_folder = evaluate(folder, pictures)
+    from_folder = evaluate(folder, image_folder)
     assert from_folder.scores == result.scores and from_folder.per_class == {}
     statistics = out.with_suffix("") / "statistics.npz"
     itself = evaluate(path, statistics)
@@ -309,7 +313,7 @@ print(json.dumps(codes))
 def test_a_killed_evaluation_resumes_to_the_same_bits(
     done: tuple[Path, Report],
     run: Path,
-    pictures: Path,
+    image_folder: Path,
     here: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -319,7 +323,7 @@ def test_a_killed_evaluation_resumes_to_the_same_bits(
     environment = {**os.environ, "PYTHONPATH": str(Path(report.__file__).parents[2])}
     out, moments = here / "report.json", ("3", "3", "4", "5", "3")
     finished = subprocess.run(
-        [sys.executable, "-c", KILLED_EVALUATIONS, str(run), str(pictures), str(out), *moments],
+        [sys.executable, "-c", KILLED_EVALUATIONS, str(run), str(image_folder), str(out), *moments],
         capture_output=True,
         env=environment,
     )
@@ -327,22 +331,22 @@ def test_a_killed_evaluation_resumes_to_the_same_bits(
     codes = json.loads(finished.stdout)
     assert codes[:3] == [-9, -9, -9], finished.stderr
     options: dict[str, Any] = {"samples": 150, "seed": 3, "settings": {"top_k": 9}, "out": out}
-    result = prepared(run, pictures, **options).run(silent)
+    result = prepared(run, image_folder, **options).run(silent)
     uninterrupted, expected_result = done
     assert result == expected_result
-    found, expected = files(here / "report"), files(uninterrupted.with_suffix(""))
+    found, expected = read_files(here / "report"), read_files(uninterrupted.with_suffix(""))
     assert found.keys() == expected.keys()
     for name in ("asked.json", "samples.npz", "statistics.npz", "report.md", "samples.png"):
         assert found[name] == expected[name], name
     assert found["report.json"] == expected["report.json"] == out.read_bytes()
 
 
-def test_other_folders_and_files_are_left_alone(run: Path, pictures: Path, here: Path) -> None:
+def test_other_folders_and_files_are_left_alone(run: Path, image_folder: Path, here: Path) -> None:
     (here / "other").mkdir()
     (here / "other" / "thesis.txt").write_text("mine")
     (here / "mine.json").write_text("mine")
     (here / "file").write_text("mine")
-    before = files(here)
+    before = read_files(here)
     for name, message in (
         ("other", "other exists, but is not an evaluation"),
         ("other.json", "other exists, but is not an evaluation"),
@@ -350,22 +354,22 @@ def test_other_folders_and_files_are_left_alone(run: Path, pictures: Path, here:
         ("mine.json", "mine.json exists without .*mine, the folder of its evaluation"),
     ):
         with pytest.raises(UserError, match=message):
-            prepared(run, pictures, samples=12, out=here / name)
-    assert files(here) == before
+            prepared(run, image_folder, samples=12, out=here / name)
+    assert read_files(here) == before
 
 
 # --- comparison -----------------------------------------------------------------------------------
 
 
 def test_comparison_with_another_report(
-    done: tuple[Path, Report], run: Path, pictures: Path, here: Path
+    done: tuple[Path, Report], run: Path, image_folder: Path, here: Path
 ) -> None:
     out, old = done
     for against in (out, out.with_suffix("")):
-        evaluation = prepared(run, pictures, samples=150, against=against)
+        evaluation = prepared(run, image_folder, samples=150, against=against)
         assert evaluation.against == old
     # It does not change the scores.
-    assert prepared(run, pictures, samples=150).config == evaluation.config
+    assert prepared(run, image_folder, samples=150).config == evaluation.config
     rows = report.difference_rows(evaluation.run(silent), old)
     assert [row[0] for row in rows] == ["FID-fashion", "IS-fashion", "KID-fashion x 1000"]
     assert {row[3] for row in rows} <= {"yes", "no"}
@@ -381,17 +385,17 @@ def test_comparison_with_another_report(
     ],
 )
 def test_incomparable_reports_are_refused_before_sampling(
-    done: tuple[Path, Report], run: Path, pictures: Path, changes: dict[str, Any], message: str
+    done: tuple[Path, Report], run: Path, image_folder: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        prepared(run, pictures, **{"samples": 150, "against": done[0], **changes})
+        prepared(run, image_folder, **{"samples": 150, "against": done[0], **changes})
 
 
 def test_features_that_are_not_finite_are_refused_before_sampling(
-    run: Path, pictures: Path, here: Path
+    run: Path, image_folder: Path, here: Path
 ) -> None:
     (here / "my_wrong.py").write_text("def make():\n    return lambda x: x.log().mean((2, 3))\n")
     with pytest.raises(UserError, match="not finite"):
-        evaluate(run, pictures, features=("my_wrong:make",), samples=12, out=here / "out")
-    assert sorted(files(here / "out")) == ["asked.json"]
+        evaluate(run, image_folder, features=("my_wrong:make",), samples=12, out=here / "out")
+    assert sorted(read_files(here / "out")) == ["asked.json"]
     del sys.modules["my_wrong"]

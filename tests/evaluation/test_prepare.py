@@ -28,29 +28,29 @@ from tests.evaluation.test_inception import random_weights
 pytestmark = pytest.mark.usefixtures("here")
 
 
-def test_each_configuration_has_its_own_folder(run: Path, pictures: Path, here: Path) -> None:
-    one, same, other = (prepared(run, pictures, seed=seed) for seed in (0, 0, 1))
+def test_each_configuration_has_its_own_folder(run: Path, image_folder: Path, here: Path) -> None:
+    one, same, other = (prepared(run, image_folder, seed=seed) for seed in (0, 0, 1))
     assert one.folder == same.folder != other.folder
     assert one.folder.parent == Path("evaluations") and one.folder.name.startswith("run-")
     copy = here / "copy"
     shutil.copytree(run, copy)
-    assert prepared(copy, pictures).config == one.config  # under any name
+    assert prepared(copy, image_folder).config == one.config  # under any name
     (copy / "pipeline.json").write_text((copy / "pipeline.json").read_text() + " ")
-    assert prepared(copy, pictures).config != one.config
+    assert prepared(copy, image_folder).config != one.config
     assert os.listdir(here) == ["copy"]  # `prepare` writes nothing
 
 
-def test_sample_counts_are_rounded_up_to_balanced_classes(run: Path, pictures: Path) -> None:
-    generation = prepared(run, pictures, search_samples=1000).subject.drawing
+def test_sample_counts_are_rounded_up_to_balanced_classes(run: Path, image_folder: Path) -> None:
+    generation = prepared(run, image_folder, search_samples=1000).subject.drawing
     assert generation is not None and generation.samples == 5001  # 3 classes
-    assert prepared(run, pictures, search_samples=1000).search_samples == 1002
-    uniform = prepared(run, pictures, search_samples=1000, balance="uniform")
+    assert prepared(run, image_folder, search_samples=1000).search_samples == 1002
+    uniform = prepared(run, image_folder, search_samples=1000, balance="uniform")
     assert uniform.subject.drawing is not None and uniform.subject.drawing.samples == 5000
     assert uniform.search_samples == 1000
 
 
-def test_config_is_plain_json(run: Path, pictures: Path) -> None:
-    plain = prepared(run, pictures, samples=12).config
+def test_config_is_plain_json(run: Path, image_folder: Path) -> None:
+    plain = prepared(run, image_folder, samples=12).config
     assert json.loads(json.dumps(plain)) == plain
     assert plain["drawing"] == config.to_json(GenerationConfig(**plain["drawing"]))
 
@@ -85,13 +85,13 @@ def test_class_accuracy_needs_known_classes_and_the_right_size(
 
 
 def test_a_classifier_is_identified_by_its_weights(
-    run: Path, pictures: Path, splits: Splits, here: Path
+    run: Path, image_folder: Path, splits: Splits, here: Path
 ) -> None:
     tiny = ClassifierConfig(width=16, steps=1, batch_size=8, warm_up=1)
     for name, seed in (("a", 0), ("b", 1)):
         train_classifier(splits, here / name, dataclasses.replace(tiny, seed=seed))
     first, same, other = (
-        prepared(run, pictures, samples=12, classifier=here / name) for name in "aab"
+        prepared(run, image_folder, samples=12, classifier=here / name) for name in "aab"
     )
     assert first.config == same.config != other.config
     assert {*first.config} == {*other.config}
@@ -105,7 +105,7 @@ def test_a_classifier_is_identified_by_its_weights(
 
 
 @pytest.fixture
-def paths(run: Path, pictures: Path, images: ImageSet, here: Path) -> dict[str, str]:
+def paths(run: Path, image_folder: Path, images: ImageSet, here: Path) -> dict[str, str]:
     """What the words in the cases below stand for."""
     few = here.parent / "few"
     for i in range(6):
@@ -123,7 +123,7 @@ def paths(run: Path, pictures: Path, images: ImageSet, here: Path) -> dict[str, 
     np.savez(here.parent / "seven.npz", **ones)
     np.savez(here.parent / "others.npz", **ones, features=np.array("made of others"))
     known = {
-        "RUN": run, "PICTURES": pictures, "FEW": few, "UNFINISHED": unfinished, "EMPTY": empty,
+        "RUN": run, "PICTURES": image_folder, "FEW": few, "UNFINISHED": unfinished, "EMPTY": empty,
         "SAMPLES": samples, "NUMBERED": numbered, "NINE": nine, "SHIPPED": SHIPPED,
         "SEVEN": here.parent / "seven.npz", "OTHERS": here.parent / "others.npz",
     }  # fmt: skip
@@ -215,10 +215,10 @@ def test_statistics_in_adm_reference_batches_are_checked_for_inception(
 
 
 def test_unreadable_images_of_a_reference_can_be_skipped(
-    run: Path, pictures: Path, here: Path
+    run: Path, image_folder: Path, here: Path
 ) -> None:
     copy = here / "discs"
-    shutil.copytree(pictures, copy)
+    shutil.copytree(image_folder, copy)
     (copy / "red" / "bad.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"bad\.png"):
         prepared(run, copy)

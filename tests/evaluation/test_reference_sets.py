@@ -397,15 +397,15 @@ def test_the_included_set_defaults_to_its_held_out_images() -> None:
     assert open_reference("fashion-mnist", 28).fingerprint != held_out.fingerprint
 
 
-def test_a_folder_defaults_to_all_of_its_images(pictures: Path) -> None:
-    splits = open_images(pictures, 16)
-    whole, train = (open_reference(str(pictures), 16, split) for split in (None, "train"))
+def test_a_folder_defaults_to_all_of_its_images(image_folder: Path) -> None:
+    splits = open_images(image_folder, 16)
+    whole, train = (open_reference(str(image_folder), 16, split) for split in (None, "train"))
     assert isinstance(whole, ImageCollection) and isinstance(train, ImageCollection)
     assert whole.count == 24 and train.count == len(splits.train) < 24
     assert whole.size == (16, 16) and whole.class_names == ("blue", "green", "red")
     expected = [images.read(np.arange(len(images))) for images in (splits.train, splits.val)]
     assert np.array_equal(read(whole), np.concatenate(expected))
-    black = open_reference(str(pictures), 16, background="black")
+    black = open_reference(str(image_folder), 16, background="black")
     assert black.fingerprint != whole.fingerprint
 
 

@@ -30,7 +30,7 @@ from ctf.pipelines import card, hub, pipeline
 from ctf.pipelines.folder import PIPELINE_FILES
 from ctf.pipelines.generation import Samples
 from ctf.pipelines.pipeline import Pipeline
-from tests.conftest import Command, files
+from tests.conftest import Command, read_files
 from tests.hub_server import TOKEN, Files, Hub, Repository, git_sha1
 
 ID = "org/discs"
@@ -82,7 +82,7 @@ def logged_in(server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
 @pytest.fixture
 def saved(pipe: Pipeline, tmp_path: Path) -> Files:
     pipe.save_pretrained(tmp_path / "saved")
-    return files(tmp_path / "saved")
+    return read_files(tmp_path / "saved")
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_revisions(discs: Repository, pipe: Pipeline, other: Pipeline, tmp_path:
     first = discs.branches["main"]
     discs.branches["v1"] = first
     other.save_pretrained(tmp_path / "other")
-    discs.commit(files(tmp_path / "other"))
+    discs.commit(read_files(tmp_path / "other"))
     drawn, drawn_by_other = (p.sample(CLASSES, seed=0) for p in (pipe, other))
     assert not torch.equal(drawn.codes, drawn_by_other.codes)
     for name in (f"{ID}@v1", f"{ID}@{first}"):
@@ -266,7 +266,7 @@ def test_a_full_vocabulary_baseline_has_no_fine_model(
         pipe.tokenizer, clusters.identity(count), every_code, None, pipe.class_names
     )
     baseline.save_pretrained(tmp_path / "baseline")
-    server.create(ID, files(tmp_path / "baseline"))
+    server.create(ID, read_files(tmp_path / "baseline"))
     pulled = Pipeline.from_pretrained(ID)
     assert pulled.fine is None
     assert same(pulled.sample(CLASSES, seed=0), baseline.sample(CLASSES, seed=0))
@@ -426,7 +426,7 @@ def test_pushed_and_pulled(logged_in: Hub, pipe: Pipeline, tmp_path: Path) -> No
     # Weights go another way than the rest, none is a pickle.
     pipe.save_pretrained(tmp_path / "saved", license="mit")
     assert {k: pushed[k] for k in PIPELINE_FILES} == {
-        k: files(tmp_path / "saved")[k] for k in PIPELINE_FILES
+        k: read_files(tmp_path / "saved")[k] for k in PIPELINE_FILES
     }
 
 

@@ -21,7 +21,7 @@ from ctf.pipelines import generation
 from ctf.pipelines.folder import PIPELINE_FILES, save_clusters
 from ctf.pipelines.generation import Samples
 from ctf.pipelines.pipeline import Pipeline
-from tests.conftest import CLASSES, SIDE, files
+from tests.conftest import CLASSES, SIDE, read_files
 
 LENGTH = 16  # of the run's 4 x 4 tokens
 PARTS = (
@@ -173,7 +173,7 @@ def test_saved_and_loaded(pipe: Pipeline, tmp_path: Path) -> None:
     sampling = Sampling(guidance=1.5, guidance_schedule="linear", guidance_window=(0.25, 1.0))
     chosen = dataclasses.replace(pipe, sampling=sampling)
     chosen.save_pretrained(folder)
-    assert sorted(files(folder)) == sorted((*PARTS, "README.md"))
+    assert sorted(read_files(folder)) == sorted((*PARTS, "README.md"))
     assert sorted(PIPELINE_FILES) == sorted(PARTS)  # which is what is downloaded
     copy = Pipeline.from_pretrained(folder)
     assert copy.class_names == pipe.class_names
@@ -182,20 +182,20 @@ def test_saved_and_loaded(pipe: Pipeline, tmp_path: Path) -> None:
     assert "guidance_schedule linear, guidance_window 0.25 to 1 |" in card
     assert copy.origin == pipe.origin
     assert same(copy.sample([0, 1, 2], seed=4), chosen.sample([0, 1, 2], seed=4))
-    before = files(folder)
+    before = read_files(folder)
     copy.save_pretrained(folder)  # over itself
-    assert files(folder) == before
+    assert read_files(folder) == before
 
 
 def test_equal_pipelines_are_equal_bytes(pipe: Pipeline, tmp_path: Path) -> None:
     for name in ("one", "other"):
         pipe.save_pretrained(tmp_path / name, license="mit")
-    assert files(tmp_path / "one") == files(tmp_path / "other")
+    assert read_files(tmp_path / "one") == read_files(tmp_path / "other")
     # The licence stays with the pipeline.
     copy = Pipeline.from_pretrained(tmp_path / "one")
     assert copy.origin == {**pipe.origin, "license": "mit"} != pipe.origin
     copy.save_pretrained(tmp_path / "third")
-    assert files(tmp_path / "third") == files(tmp_path / "one")
+    assert read_files(tmp_path / "third") == read_files(tmp_path / "one")
 
 
 def test_a_run_is_a_pipeline_wherever_it_is(parts: Path, pipe: Pipeline) -> None:
@@ -248,10 +248,10 @@ def test_something_else_is_not_written_over(pipe: Pipeline, tmp_path: Path, what
     else:
         target.mkdir()
         (target / "thesis.tex").write_text("mine")
-    before = files(tmp_path)
+    before = read_files(tmp_path)
     with pytest.raises(UserError, match="exists, but is not a pipeline"):
         pipe.save_pretrained(target)
-    assert files(tmp_path) == before
+    assert read_files(tmp_path) == before
 
 
 # --- parts that do not match ----------------------------------------------------------------------

@@ -506,7 +506,7 @@ def test_mistakes_in_labels(pipe: Pipeline, labels: Tensor, message: str) -> Non
 
 
 def test_pictures_are_encoded_as_those_of_the_training(
-    pipe: Pipeline, splits: Splits, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    pipe: Pipeline, splits: Splits, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sets = (splits.train, splits.val)
     crops = [image for part in sets for image in part.read(np.arange(len(part)))]
@@ -516,7 +516,7 @@ def test_pictures_are_encoded_as_those_of_the_training(
     as_tensor = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
     assert torch.equal(expected, pipe.tokenizer.encode(as_tensor))
     # From the files: of every mode, not yet square, some to be turned, some transparent.
-    files = sorted(path for path in pictures.rglob("*") if path.is_file())
+    files = sorted(path for path in image_folder.rglob("*") if path.is_file())
     opened = [Image.open(path) for path in files]
     assert {image.mode for image in opened} >= {"RGB", "RGBA", "CMYK"}
     from_files = pipe.encode(opened)

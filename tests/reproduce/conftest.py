@@ -17,7 +17,7 @@ from ctf.reproduce import experiments, report, runner
 from ctf.reproduce.cells import Cell, Workspace
 from ctf.reproduce.plan import FULL, Plan
 from ctf.training.recipes import GroupLoss, with_steps
-from tests.conftest import SIDE, save_pictures
+from tests.conftest import SIDE, save_images
 
 COARSE = TransformerShape(width=32, layers=2, heads=2)
 CODES, CLUSTERS, STEPS, BATCH = 64, 8, 20, 4
@@ -25,7 +25,7 @@ CODES, CLUSTERS, STEPS, BATCH = 64, 8, 20, 4
 
 @pytest.fixture(scope="session")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    images = save_pictures(tmp_path_factory.mktemp("reproduce") / "discs", 40)
+    images = save_images(tmp_path_factory.mktemp("reproduce") / "discs", 40)
     training = dataclasses.replace(with_steps(FULL.training, STEPS), batch_size=BATCH)
     return Plan(
         source=str(images),

@@ -10,8 +10,8 @@ from ctf.data.transforms import View
 from ctf.reproduce.subset import split_off
 
 
-def test_some_images_are_split_off(pictures: Path) -> None:
-    everything = open_images(str(pictures), 16).train
+def test_some_images_are_split_off(image_folder: Path) -> None:
+    everything = open_images(str(image_folder), 16).train
     rest, some = split_off(everything, 3)
     assert len(some) == 3 and len(rest) == len(everything) - 3
     spread = [0, len(everything) // 3, 2 * len(everything) // 3]
@@ -29,8 +29,8 @@ def test_some_images_are_split_off(pictures: Path) -> None:
     assert split_off(everything, 3)[1].fingerprint == some.fingerprint
 
 
-def test_neither_part_is_empty(pictures: Path) -> None:
-    everything = open_images(str(pictures), 16).train
+def test_neither_part_is_empty(image_folder: Path) -> None:
+    everything = open_images(str(image_folder), 16).train
     for count in (0, len(everything)):
         with pytest.raises(ValueError, match=f"{count} of {len(everything)} images"):
             split_off(everything, count)

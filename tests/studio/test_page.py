@@ -16,7 +16,7 @@ import torch
 from ctf.studio import server
 from ctf.studio.tasks import Limits
 from ctf.studio.worker import Worker
-from tests.conftest import Command, picture
+from tests.conftest import Command, disc_image
 from tests.serving import serving, wait_until
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -265,7 +265,7 @@ def test_an_uploaded_image_is_encoded_and_resampled(
     page: Any, tmp_path: Path, ctf: Command
 ) -> None:
     file = tmp_path / "mine.png"
-    picture(0.3, 1).save(file)
+    disc_image(0.3, 1).save(file)
     page.get_by_label("Its class").select_option("bag")
     page.set_input_files("#file", file)
     expect_done(page)

@@ -27,7 +27,7 @@ from ctf.training import cost, fit, optim
 from ctf.training.loop import Execution
 from ctf.training.recipes import IMAGENET, preset
 from ctf.training.tokenizer import PatchDiscriminator
-from tests.conftest import Command, sets
+from tests.conftest import Command, recipe_options
 
 CODES, K = 48, 12
 CLUSTERS = Clusters.from_labels(torch.arange(CODES) % K)  # 4 members each
@@ -252,7 +252,7 @@ def test_fit_says_the_same(splits: image_set.Splits) -> None:
 
 
 def test_dry_runs_say_what_a_device_holds(
-    run: Path, pictures: Path, tmp_path: Path, ctf: Command
+    run: Path, image_folder: Path, tmp_path: Path, ctf: Command
 ) -> None:
     options = ("--micro-batch", 2, "--checkpoint-activations", "--dry-run")
     said = "memory at 2 images a device, --checkpoint-activations: weights "
@@ -260,7 +260,7 @@ def test_dry_runs_say_what_a_device_holds(
         ("train", "coarse", run, "--size", "XL"),
         ("train", "fine", run, "--preset", "base"),
         ("train", "baseline", run, "--out", tmp_path / "baseline"),
-        ("fit", pictures, "--out", tmp_path / "run", "--image-size", 32),
+        ("fit", image_folder, "--out", tmp_path / "run", "--image-size", 32),
     ):
         result = ctf(*arguments, *options)
         assert result.code == 0, result.err
@@ -271,7 +271,7 @@ def test_dry_runs_say_what_a_device_holds(
 def test_the_real_clusters_are_calculated_with(run: Path, ctf: Command) -> None:
     """64 codes in 8 clusters of known sizes, on a grid of 4 x 4, and 3 classes."""
     parts = load_clusters(run / "clusters" / "clusters.safetensors")
-    said = ctf("train", "fine", run, "--preset", "tiny", "--dry-run", *sets()).out
+    said = ctf("train", "fine", run, "--preset", "tiny", "--dry-run", *recipe_options()).out
     model = FineModel(TransformerConfig(width=32, layers=1, heads=2, grid=4, classes=3), parts)
     assert f"would train {parameters(model) / 1e6:.1f} M parameters" in said
     logits = 8 * 16 * parts.largest * 4 * cost.FLOAT

@@ -34,10 +34,10 @@ from tests.conftest import (
     STEPS,
     Command,
     comparable,
-    files,
     fit_arguments,
-    save_pictures,
-    sets,
+    read_files,
+    recipe_options,
+    save_images,
 )
 
 SOURCE = Path(fit.__file__).parents[2]
@@ -66,7 +66,7 @@ def test_the_chain(run: Path, splits: image_set.Splits) -> None:
         assert [line["step"] for line in lines if line["split"] == "train"] == [20, STEPS]
         assert [line["step"] for line in lines if line["split"] == "val"] == [STEPS]
         assert not (run / stage / "state").exists()
-    assert not [name for name in files(run) if name.endswith(".tmp")]
+    assert not [name for name in read_files(run) if name.endswith(".tmp")]
 
     tokenizer_hash = storage.hash_file(run / "tokenizer" / "model.safetensors")
     train, val = (Tokens(run / "tokens", split, tokenizer_hash) for split in ("train", "val"))
@@ -87,21 +87,21 @@ def test_the_chain(run: Path, splits: image_set.Splits) -> None:
         assert measured[stage]["loss"] == metrics(run, stage)[-1]["loss"]
 
 
-def test_a_finished_run_stays_as_it_is(run: Path, pictures: Path) -> None:
+def test_a_finished_run_stays_as_it_is(run: Path, image_folder: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    content = files(run)
-    assert cli.main(fit_arguments(pictures, run)) == 0
-    assert files(run) == content
+    content = read_files(run)
+    assert cli.main(fit_arguments(image_folder, run)) == 0
+    assert read_files(run) == content
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
 def test_moved_pictures_are_the_same_pictures(
-    run: Path, pictures: Path, tmp_path: Path, ctf: Command
+    run: Path, image_folder: Path, tmp_path: Path, ctf: Command
 ) -> None:
-    before = files(run)
-    copy = save_pictures(tmp_path / "elsewhere" / pictures.name)
+    before = read_files(run)
+    copy = save_images(tmp_path / "elsewhere" / image_folder.name)
     assert ctf(*fit_arguments(copy, run)).code == 0
-    assert files(run) == before
+    assert read_files(run) == before
 
 
 def test_flat_folder_in_colour_at_64_pixels(tmp_path: Path, ctf: Command) -> None:
@@ -113,7 +113,7 @@ def test_flat_folder_in_colour_at_64_pixels(tmp_path: Path, ctf: Command) -> Non
         Image.fromarray(pixels).save(folder / f"{i}.png")
     out = tmp_path / "run"
     result = ctf("fit", folder, "--out", out, "--preset", "tiny", "--image-size", 64,
-                 "--steps", 2, *sets("tokenizer_training.batch_size=2"))  # fmt: skip
+                 "--steps", 2, *recipe_options("tokenizer_training.batch_size=2"))  # fmt: skip
     assert result.code == 0, result.err
     pipe = Pipeline.from_pretrained(out)
     assert pipe.class_names == ("flat",)
@@ -177,20 +177,20 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the real command that nothing happened to."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    process = python("-m", "ctf", *fit_arguments(pictures, out, steps=SHORT))
+    process = python("-m", "ctf", *fit_arguments(image_folder, out, steps=SHORT))
     assert process.returncode == 0, process.stderr
     return out
 
 
 @pytest.mark.parametrize("mode", ["growing", "random"])
 def test_killed_at_any_write_it_ends_the_same(
-    pictures: Path, undisturbed: Path, tmp_path: Path, mode: str
+    image_folder: Path, undisturbed: Path, tmp_path: Path, mode: str
 ) -> None:
     out = tmp_path / "run"
-    process = python("-c", KILLER, mode, *fit_arguments(pictures, out, steps=SHORT))
+    process = python("-c", KILLER, mode, *fit_arguments(image_folder, out, steps=SHORT))
     assert process.returncode == 0, process.stderr[-2000:]
     assert int(process.stdout.split()[-1]) > 1, "it was never killed"
     assert "Traceback" not in process.stderr
@@ -206,7 +206,11 @@ def test_killed_at_any_write_it_ends_the_same(
 
 
 def test_sigterm_in_every_stage(
-    pictures: Path, undisturbed: Path, tmp_path: Path, ctf: Command, monkeypatch: pytest.MonkeyPatch
+    image_folder: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    ctf: Command,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each time it exits with 0 and a message, and in the end everything is the same."""
     out = tmp_path / "run"
@@ -233,14 +237,14 @@ def test_sigterm_in_every_stage(
 
         with monkeypatch.context() as patch:
             patch.setattr(module, name, stop)
-            result = ctf(*fit_arguments(pictures, out, steps=SHORT))
+            result = ctf(*fit_arguments(image_folder, out, steps=SHORT))
         assert (result.code, result.out) == (0, f"{tmp_path}/{said}\n"), result.err
         assert signal.getsignal(signal.SIGTERM) == before
         if "/" in said:  # stopped in a stage, whose time so far is noted
             stage = said.split("/")[1].split(":")[0]
             log = json.loads((out / "fit.json").read_text())
             assert log["seconds"][stage] > 0 and stage not in log["done"]
-    assert ctf(*fit_arguments(pictures, out, steps=SHORT)).code == 0
+    assert ctf(*fit_arguments(image_folder, out, steps=SHORT)).code == 0
     assert comparable(out) == comparable(undisturbed)
 
 
@@ -268,7 +272,11 @@ def test_sigterm_while_clusters_are_fitted(
 
 
 def test_full_disk_at_any_write(
-    pictures: Path, undisturbed: Path, tmp_path: Path, ctf: Command, monkeypatch: pytest.MonkeyPatch
+    image_folder: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    ctf: Command,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every attempt gets a little further, and fails with a message and without half a file."""
     monkeypatch.setattr(loop, "LOG_EVERY", 2)
@@ -285,13 +293,13 @@ def test_full_disk_at_any_write(
     monkeypatch.setattr(os, "fsync", full_at_last)
     for attempt in range(1, 60):
         calls = attempt
-        result = ctf(*fit_arguments(pictures, out, steps=SHORT))
+        result = ctf(*fit_arguments(image_folder, out, steps=SHORT))
         if result.code == 0:
             break
         assert result.code == 2
         message = result.err[result.err.index("ctf: ") :]
         assert "the disk is full" in message and len(message.splitlines()) <= 2
-        assert not [name for name in files(out) if name.endswith(".tmp")]
+        assert not [name for name in read_files(out) if name.endswith(".tmp")]
     assert attempt > 5
     assert weights(out) == weights(undisturbed)
 
@@ -308,16 +316,20 @@ def limited(size: int) -> Iterator[None]:
 
 
 def test_states_larger_than_the_disk(
-    pictures: Path, undisturbed: Path, tmp_path: Path, ctf: Command
+    image_folder: Path, undisturbed: Path, tmp_path: Path, ctf: Command
 ) -> None:
     out = tmp_path / "run"
     with limited(500_000):
-        result = ctf(*fit_arguments(pictures, out, steps=SHORT))
+        result = ctf(*fit_arguments(image_folder, out, steps=SHORT))
     assert result.code == 2
     assert "tokenizer/state/step-00000010.safetensors: the disk is full" in result.err
     assert "Traceback" not in result.err
-    assert files(out).keys() == {"fit.json", "tokenizer/config.json", "tokenizer/metrics.jsonl"}
-    assert ctf(*fit_arguments(pictures, out, steps=SHORT)).code == 0
+    assert read_files(out).keys() == {
+        "fit.json",
+        "tokenizer/config.json",
+        "tokenizer/metrics.jsonl",
+    }
+    assert ctf(*fit_arguments(image_folder, out, steps=SHORT)).code == 0
     assert weights(out) == weights(undisturbed)
 
 
@@ -333,31 +345,31 @@ def test_states_larger_than_the_disk(
     ],
 )
 def test_a_run_of_another_configuration(
-    run: Path, pictures: Path, ctf: Command, more: list[str], message: str
+    run: Path, image_folder: Path, ctf: Command, more: list[str], message: str
 ) -> None:
-    before = files(run)
-    result = ctf(*fit_arguments(pictures, run, *more))
+    before = read_files(run)
+    result = ctf(*fit_arguments(image_folder, run, *more))
     assert result.code == 2
     assert f"{run} is a run of ctf fit of another configuration: " in result.err
     assert message in result.err
-    assert files(run) == before
+    assert read_files(run) == before
 
 
-def test_another_size_or_other_values(run: Path, pictures: Path, ctf: Command) -> None:
-    before = files(run)
+def test_another_size_or_other_values(run: Path, image_folder: Path, ctf: Command) -> None:
+    before = read_files(run)
     for wrong, message in (
-        (["--minutes", 1.0, "--image-size", 32, *sets()], "minutes was null, now 1.0"),
-        (["--steps", STEPS, "--image-size", 16, *sets()], "fingerprint was"),
-        (["--steps", STEPS, "--image-size", 32, *sets("coarse.width=48")],
+        (["--minutes", 1.0, "--image-size", 32, *recipe_options()], "minutes was null, now 1.0"),
+        (["--steps", STEPS, "--image-size", 16, *recipe_options()], "fingerprint was"),
+        (["--steps", STEPS, "--image-size", 32, *recipe_options("coarse.width=48")],
          "recipe.coarse.width was 32, now 48"),
     ):  # fmt: skip
-        result = ctf("fit", pictures, "--out", run, "--preset", "tiny", *map(str, wrong))
+        result = ctf("fit", image_folder, "--out", run, "--preset", "tiny", *map(str, wrong))
         assert result.code == 2 and message in result.err
-    assert files(run) == before
+    assert read_files(run) == before
 
 
 def test_new_pictures_are_another_configuration(run: Path, tmp_path: Path, ctf: Command) -> None:
-    more = save_pictures(tmp_path / "discs", count=9)
+    more = save_images(tmp_path / "discs", count=9)
     result = ctf(*fit_arguments(more, run))
     assert result.code == 2 and "fingerprint was" in result.err
 
@@ -365,27 +377,27 @@ def test_new_pictures_are_another_configuration(run: Path, tmp_path: Path, ctf: 
 # --- minutes --------------------------------------------------------------------------------------
 
 
-def with_minutes(pictures: Path, out: Path, minutes: float) -> list[str]:
+def with_minutes(image_folder: Path, out: Path, minutes: float) -> list[str]:
     return [
-        "fit", str(pictures), "--out", str(out), "--preset", "tiny", "--image-size", "32",
-        "--minutes", str(minutes), *sets(),
+        "fit", str(image_folder), "--out", str(out), "--preset", "tiny", "--image-size", "32",
+        "--minutes", str(minutes), *recipe_options(),
     ]  # fmt: skip
 
 
 def test_the_plan_of_a_time_budget_is_followed(
-    pictures: Path, tmp_path: Path, ctf: Command
+    image_folder: Path, tmp_path: Path, ctf: Command
 ) -> None:
     out = tmp_path / "run"
-    assert ctf(*with_minutes(pictures, out, 0.15)).code == 0
+    assert ctf(*with_minutes(image_folder, out, 0.15)).code == 0
     log = json.loads((out / "fit.json").read_text())
     assert log["plan"].keys() == {"tokenizer", "tokens", "coarse", "fine"}
     for stage in ("tokenizer", "coarse", "fine"):
         steps = log["plan"][stage]
         assert metrics(out, stage)[-1]["step"] == steps
         assert steps % loop.LOG_EVERY == 0 or steps < loop.LOG_EVERY
-    before = files(out)
-    assert ctf(*with_minutes(pictures, out, 0.15)).code == 0
-    assert files(out) == before
+    before = read_files(out)
+    assert ctf(*with_minutes(image_folder, out, 0.15)).code == 0
+    assert read_files(out) == before
 
 
 def test_time_is_shared_by_speed(
@@ -393,7 +405,7 @@ def test_time_is_shared_by_speed(
 ) -> None:
     """With steps of a known duration the plan is arithmetic; and it outlives a kill."""
     monkeypatch.setattr(loop, "seconds_per_step", lambda trial: 0.05)
-    recipe = config.override(resolve("tiny", splits), sets()[1:])
+    recipe = config.override(resolve("tiny", splits), recipe_options()[1:])
     planned: dict[str, int] = {}
 
     class Killed(Exception):
@@ -441,7 +453,7 @@ def test_with_little_time_only_some_images_are_encoded(
 ) -> None:
     """As many of each class."""
     monkeypatch.setattr(fit, "seconds_per_image", lambda *_: 0.05)
-    recipe = config.override(resolve("tiny", splits, steps=2), sets()[1:])
+    recipe = config.override(resolve("tiny", splits, steps=2), recipe_options()[1:])
     fit.fit(splits, tmp_path, recipe, minutes=0.02, device=torch.device("cpu"))
     train = Tokens(tmp_path / "tokens", "train")
     assert len(train) < len(splits.train)
@@ -451,40 +463,40 @@ def test_with_little_time_only_some_images_are_encoded(
 # --- one stage after another ----------------------------------------------------------------------
 
 
-def test_stage_by_stage(run: Path, pictures: Path, tmp_path: Path, ctf: Command) -> None:
+def test_stage_by_stage(run: Path, image_folder: Path, tmp_path: Path, ctf: Command) -> None:
     """The commands of the single stages end with the same bits as `ctf fit`."""
     out = tmp_path / "run"
-    recipe = ["--preset", "tiny", *sets()]
+    recipe = ["--preset", "tiny", *recipe_options()]
     steps = ["--steps", STEPS]
     for arguments in (
-        ["tokenizer", "train", pictures, "--out", out, "--image-size", 32, *steps, *recipe],
-        ["tokens", "extract", pictures, "--run", out, *recipe],
+        ["tokenizer", "train", image_folder, "--out", out, "--image-size", 32, *steps, *recipe],
+        ["tokens", "extract", image_folder, "--run", out, *recipe],
         ["clusters", "fit", out, "--count", 8],
         ["train", "coarse", out, *steps, *recipe],
         ["train", "fine", out, *steps, *recipe],
     ):
         result = ctf(*arguments)
         assert result.code == 0, result.err
-        before = files(out)
+        before = read_files(out)
         assert ctf(*arguments).code == 0  # it is done
-        assert files(out) == before
+        assert read_files(out) == before
     assert weights(out) == weights(run)
     drawn, expected = (
         Pipeline.from_pretrained(folder).sample([0, 1, 2], seed=3) for folder in (out, run)
     )
     assert torch.equal(drawn.codes, expected.codes)
 
-    result = ctf("tokenizer", "evaluate", out, "--images", pictures)
+    result = ctf("tokenizer", "evaluate", out, "--images", image_folder)
     assert result.code == 0 and "psnr" in result.out and " dB" in result.out
     result = ctf("clusters", "show", out)
     assert result.code == 0 and "clusters   8" in result.out and "swaps.png" in result.out
 
 
-def test_stages_in_the_wrong_order(pictures: Path, tmp_path: Path, ctf: Command) -> None:
+def test_stages_in_the_wrong_order(image_folder: Path, tmp_path: Path, ctf: Command) -> None:
     out = tmp_path / "run"
-    recipe = ["--preset", "tiny", *sets()]
+    recipe = ["--preset", "tiny", *recipe_options()]
     for arguments, missing in (
-        (["tokens", "extract", pictures, "--run", out, *recipe], "tokenizer/config.json"),
+        (["tokens", "extract", image_folder, "--run", out, *recipe], "tokenizer/config.json"),
         (["clusters", "fit", out], "tokenizer/config.json"),
         (["clusters", "show", out], "clusters/report.json"),
         (["train", "coarse", out, *recipe], "clusters/clusters.safetensors"),
@@ -500,14 +512,14 @@ def test_stages_in_the_wrong_order(pictures: Path, tmp_path: Path, ctf: Command)
 def test_a_tokenizer_that_was_changed(run: Path, tmp_path: Path, ctf: Command) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    for name, content in files(run).items():
+    for name, content in read_files(run).items():
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_bytes(content)
     path = out / "tokenizer" / "model.safetensors"
     tensors, _ = storage.load_tensors(path)
     storage.save_tensors(path, {k: v + 1e-3 for k, v in tensors.items()})
     for kind in ("coarse", "fine"):
-        result = ctf("train", kind, out, "--steps", STEPS, "--preset", "tiny", *sets())
+        result = ctf("train", kind, out, "--steps", STEPS, "--preset", "tiny", *recipe_options())
         assert result.code == 2 and "the tokenizer has changed" in result.err
     result = ctf("clusters", "fit", out, "--count", 8)
     assert result.code == 2 and "the tokenizer has changed" in result.err
@@ -519,7 +531,7 @@ def test_a_tokenizer_that_was_changed(run: Path, tmp_path: Path, ctf: Command) -
 @pytest.fixture(scope="module")
 def baseline(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("baseline") / "run"
-    arguments = ["--preset", "tiny", "--steps", "20", *sets()]
+    arguments = ["--preset", "tiny", "--steps", "20", *recipe_options()]
     assert cli.main(["train", "baseline", str(run), "--out", str(out), *arguments]) == 0
     return out
 
@@ -550,8 +562,8 @@ def test_the_baseline_saved_elsewhere(baseline: Path, tmp_path: Path) -> None:
 
 
 def test_the_baseline_again(run: Path, baseline: Path, tmp_path: Path, ctf: Command) -> None:
-    before = files(baseline)
-    recipe = ["--preset", "tiny", *sets()]
+    before = read_files(baseline)
+    recipe = ["--preset", "tiny", *recipe_options()]
     result = ctf("train", "baseline", run, "--out", baseline, "--steps", 20, *recipe)
     assert result.code == 0 and "done" in result.out
     result = ctf("train", "baseline", run, "--out", baseline, "--steps", 40, *recipe)
@@ -564,18 +576,18 @@ def test_the_baseline_again(run: Path, baseline: Path, tmp_path: Path, ctf: Comm
     (tmp_path / "mine" / "thesis.tex").write_text("mine")
     result = ctf("train", "baseline", run, "--out", tmp_path / "mine", *recipe)
     assert result.code == 2 and "is not a run with the tokens of" in result.err
-    assert files(baseline) == before
-    assert files(tmp_path / "mine") == {"thesis.tex": b"mine"}
+    assert read_files(baseline) == before
+    assert read_files(tmp_path / "mine") == {"thesis.tex": b"mine"}
     new = tmp_path / "new"
     result = ctf("train", "baseline", run, "--out", new, "--steps", 20, "--dry-run", *recipe)
     assert result.code == 0 and not new.exists()
 
 
-def test_fit_can_make_a_baseline_too(pictures: Path, tmp_path: Path, ctf: Command) -> None:
+def test_fit_can_make_a_baseline_too(image_folder: Path, tmp_path: Path, ctf: Command) -> None:
     out = tmp_path / "run"
-    identity = sets("clusters.method=identity")
+    identity = recipe_options("clusters.method=identity")
     arguments = ["--image-size", 32, "--steps", 2, "--preset", "tiny", *identity]
-    result = ctf("fit", pictures, "--out", out, *arguments)
+    result = ctf("fit", image_folder, "--out", out, *arguments)
     assert result.code == 0, result.err
     assert Pipeline.from_pretrained(out).fine is None
     assert not (out / "fine").exists()
@@ -589,19 +601,23 @@ def test_wrong_labels_are_part_of_the_configuration(
 ) -> None:
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "fine")
-    wrong = sets("fine_corruption=0.2", "fine_training.steps=2")
+    wrong = recipe_options("fine_corruption=0.2", "fine_training.steps=2")
     assert ctf("train", "fine", tmp_path / "run", "--preset", "tiny", *wrong).code == 0
     stored = json.loads((tmp_path / "run" / "fine" / "config.json").read_text())
     assert stored["corruption"] == 0.2
-    without = ctf("train", "fine", tmp_path / "run", "--preset", "tiny", *sets())
+    without = ctf("train", "fine", tmp_path / "run", "--preset", "tiny", *recipe_options())
     assert without.code == 2
-    bad = ctf("train", "fine", tmp_path / "run", "--preset", "tiny", *sets("fine_corruption=1"))
+    bad = ctf(
+        "train", "fine", tmp_path / "run", "--preset", "tiny", *recipe_options("fine_corruption=1")
+    )
     assert bad.code == 2
     assert "expected 0 to below 1" in bad.err
 
 
 def test_a_loss_of_groups_is_for_the_baseline(run: Path, tmp_path: Path, ctf: Command) -> None:
-    grouped = sets("group_loss.weight=1", "group_loss.clusters.count=4", "coarse_training.steps=2")
+    grouped = recipe_options(
+        "group_loss.weight=1", "group_loss.clusters.count=4", "coarse_training.steps=2"
+    )
     out = tmp_path / "baseline"
     assert ctf("train", "baseline", run, "--out", out, "--preset", "tiny", *grouped).code == 0
     stored = json.loads((out / "coarse" / "config.json").read_text())

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ctf.common.errors import UserError
 from ctf.training import monitoring
-from tests.conftest import STEPS, Command, files
+from tests.conftest import STEPS, Command, read_files
 
 
 def has(picture: Path, colour: str) -> bool:
@@ -25,7 +25,7 @@ def lines(folder: Path) -> list[dict[str, float]]:
 
 
 def test_a_finished_run(run: Path, tmp_path: Path, ctf: Command) -> None:
-    before = files(run)
+    before = read_files(run)
     result = ctf("runs", "show", run, "--out", tmp_path / "curves.png")
     assert result.code == 0, result.err
     head, *rows, written = result.out.splitlines()
@@ -43,7 +43,7 @@ def test_a_finished_run(run: Path, tmp_path: Path, ctf: Command) -> None:
         assert unit == counted.replace("_per_second", "/s")
         assert float(seconds) == pytest.approx(last["seconds"], abs=0.51)
     assert has(tmp_path / "curves.png", "C0") and not has(tmp_path / "curves.png", "C1")
-    assert files(run) == before
+    assert read_files(run) == before
 
 
 def test_several_runs_and_one_in_training(run: Path, tmp_path: Path, ctf: Command) -> None:

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ctf.cli import main as cli
 from ctf.training import loop, metrics_log, state
 from ctf.training import tensorboard as events
-from tests.conftest import Command, files, fit_arguments
+from tests.conftest import Command, fit_arguments, read_files
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -49,7 +49,7 @@ def copy(run: Path, tmp_path: Path) -> Path:
 
 
 def test_a_finished_run(copy: Path, ctf: Command) -> None:
-    before = files(copy)
+    before = read_files(copy)
     for _ in range(2):  # again: written anew, nothing twice
         result = ctf("runs", "tensorboard", copy, "--once")
         assert result.code == 0 and f"--logdir {copy / 'tensorboard'}" in result.out
@@ -63,7 +63,7 @@ def test_a_finished_run(copy: Path, ctf: Command) -> None:
     assert set(pictures.Tags()["images"]) == {"clusters", "samples"}
     (swaps,) = pictures.Images("clusters")
     assert (swaps.width, swaps.height) == Image.open(copy / "clusters" / "swaps.png").size
-    assert {n: c for n, c in files(copy).items() if not n.startswith("tensorboard/")} == before
+    assert {n: c for n, c in read_files(copy).items() if not n.startswith("tensorboard/")} == before
 
 
 def test_no_step_is_shown_twice(copy: Path) -> None:
@@ -108,7 +108,7 @@ def test_images_are_written_once(copy: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_samples_of_a_training_in_progress(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after 20 steps of a stage, with a state saved: sampled with its averaged weights."""
 
@@ -123,7 +123,7 @@ def test_samples_of_a_training_in_progress(
         with monkeypatch.context() as patch:
             patch.setattr(loop, "SAVE_SECONDS", -1.0)
             patch.setattr(state, "save_state", save_and_stop)
-            assert cli.main(fit_arguments(pictures, tmp_path / "run")) == 130
+            assert cli.main(fit_arguments(image_folder, tmp_path / "run")) == 130
 
     run = tmp_path / "run"
     samples = {stage: events.SampleEvents(run, stage, 20) for stage in ("coarse", "fine")}

@@ -21,7 +21,7 @@ from ctf.pipelines.pipeline import Pipeline
 from ctf.training import loop, recipes
 from ctf.training.stages import ModelStage, tokenizer_hash
 from ctf.training.warm_start import Source, first_weights, open_source
-from tests.conftest import Command, files, save_pictures, sets
+from tests.conftest import Command, read_files, recipe_options, save_images
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "llamagen"
 CPU = torch.device("cpu")
@@ -127,7 +127,7 @@ def test_classes_go_by_their_names(tokens: Tokens) -> None:
 @pytest.fixture(scope="module")
 def baseline(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("source") / "baseline"
-    arguments = ["--preset", "tiny", "--steps", "60", *sets("coarse.width=48")]
+    arguments = ["--preset", "tiny", "--steps", "60", *recipe_options("coarse.width=48")]
     assert cli.main(["train", "baseline", str(run), "--out", str(out), *arguments]) == 0
     return out
 
@@ -140,7 +140,7 @@ def lines(run: Path) -> list[dict[str, float]]:
 def test_training_starts_below_a_cold_start(
     run: Path, baseline: Path, tmp_path: Path, ctf: Command
 ) -> None:
-    warm, recipe = tmp_path / "warm", ("--preset", "tiny", *sets())
+    warm, recipe = tmp_path / "warm", ("--preset", "tiny", *recipe_options())
     assert ctf("clusters", "fit", run, "--count", 8, "--out", warm).code == 0
     arguments = ("train", "coarse", warm, "--steps", 20, "--warm-start", baseline, *recipe)
     dry = ctf(*arguments, "--dry-run")
@@ -153,8 +153,8 @@ def test_training_starts_below_a_cold_start(
     # The shape is that of the model it started from.
     config = json.loads((warm / "coarse" / "config.json").read_text())
     assert config["model"]["width"] == 48 and len(config["warm_start"]) == 64
-    before = files(warm)
-    assert ctf(*arguments).code == 0 and files(warm) == before
+    before = read_files(warm)
+    assert ctf(*arguments).code == 0 and read_files(warm) == before
     cold = ctf("train", "coarse", warm, "--steps", 20, *recipe)
     assert cold.code == 2 and "another configuration" in cold.err
     assert ctf("train", "fine", warm, "--steps", 20, *recipe).code == 0
@@ -164,7 +164,7 @@ def test_training_starts_below_a_cold_start(
 def test_resumed_it_does_not_start_again(
     run: Path, baseline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ctf: Command
 ) -> None:
-    options = ("--preset", "tiny", "--steps", 40, *sets())
+    options = ("--preset", "tiny", "--steps", 40, *recipe_options())
     for name in ("whole", "killed"):
         out = tmp_path / name
         assert ctf("clusters", "fit", run, "--count", 8, "--out", out).code == 0
@@ -179,7 +179,7 @@ def test_resumed_it_does_not_start_again(
                     raise Killed
 
             monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
-            recipe = recipes.adjust(recipes.preset("tiny"), 40, sets()[1:])
+            recipe = recipes.adjust(recipes.preset("tiny"), 40, recipe_options()[1:])
             with pytest.raises(Killed):
                 ModelStage.open(out, "coarse", recipe, warm_start_from=baseline).train(stop)
             assert (out / "coarse" / "state").is_dir()
@@ -215,7 +215,7 @@ def test_what_it_cannot_start_from(run: Path, baseline: Path, tmp_path: Path, ct
 
 
 def test_every_stage_on_a_converted_llamagen(tmp_path: Path, ctf: Command) -> None:
-    pictures = save_pictures(tmp_path / "pictures")
+    pictures = save_images(tmp_path / "pictures")
     source, run = tmp_path / "llamagen", tmp_path / "run"
     vq, gpt = FIXTURES / "vq.pt", FIXTURES / "gpt.pt"
     recipe = ("--preset", "tiny", "--steps", 20, "--set", "coarse_training.batch_size=8")

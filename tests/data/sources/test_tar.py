@@ -44,18 +44,18 @@ def samples(count: int, start: int = 0) -> dict[str, bytes]:
 @pytest.mark.parametrize("top", [".", "", "images", "/deep/down"])
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_a_tar_of_a_folder_is_that_folder(
-    pictures: Path, tmp_path: Path, top: str, form: int
+    image_folder: Path, tmp_path: Path, top: str, form: int
 ) -> None:
     front = f"{top}/" if top else ""
     members = {
-        f"{front}{path.relative_to(pictures)}": path.read_bytes()
-        for path in sorted(pictures.rglob("*.*"))
+        f"{front}{path.relative_to(image_folder)}": path.read_bytes()
+        for path in sorted(image_folder.rglob("*.*"))
     }
     members[f"{front}._hidden.png"] = members[f"{front}notes.txt"] = b"not an image"
     if top == "/deep/down":  # two folders around it: only one is removed
         members = {name.replace("/deep/", "/"): data for name, data in members.items()}
     found = open_images(pack(tmp_path / "discs.tar", members, form), SIZE)
-    expected = open_images(pictures, SIZE)
+    expected = open_images(image_folder, SIZE)
     assert by_content(found) == by_content(expected)
     assert found.train.class_names == expected.train.class_names
     assert found.train.name == "discs"
@@ -107,11 +107,11 @@ def test_several_files_in_a_folder_or_by_a_pattern(tmp_path: Path) -> None:
     assert {c for c, _ in one.values()} == {"0", "1", "2"}
 
 
-def test_archives_in_a_folder_of_images_are_ignored(pictures: Path, tmp_path: Path) -> None:
+def test_archives_in_a_folder_of_images_are_ignored(image_folder: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
-    shutil.copytree(pictures, mine)
+    shutil.copytree(image_folder, mine)
     pack(mine / "backup.tar", samples(4))
-    assert by_content(open_images(mine, SIZE)) == by_content(open_images(pictures, SIZE))
+    assert by_content(open_images(mine, SIZE)) == by_content(open_images(image_folder, SIZE))
 
 
 def test_images_read_from_disk_equal_those_in_memory(
@@ -258,8 +258,12 @@ def test_links_devices_and_paths_outside_are_ignored(tmp_path: Path) -> None:
     assert {p for p in tmp_path.rglob("*") if "cache" not in p.parts} == before
 
 
-def test_commands_take_tar_files(pictures: Path, run: Path, tmp_path: Path, ctf: Command) -> None:
-    members = {str(p.relative_to(pictures)): p.read_bytes() for p in sorted(pictures.rglob("*.*"))}
+def test_commands_take_tar_files(
+    image_folder: Path, run: Path, tmp_path: Path, ctf: Command
+) -> None:
+    members = {
+        str(p.relative_to(image_folder)): p.read_bytes() for p in sorted(image_folder.rglob("*.*"))
+    }
     path = pack(tmp_path / "discs.tar", members)
     small = ("--preset", "tiny", "--views", "flip")
     made = tmp_path / "run"
@@ -267,7 +271,7 @@ def test_commands_take_tar_files(pictures: Path, run: Path, tmp_path: Path, ctf:
     assert ctf("tokens", "extract", path, "--run", made, *small).code == 0
     assert ctf("tokens", "check", made).code == 0
     result = ctf("tokenizer", "evaluate", run, "--images", path)
-    assert result.out == ctf("tokenizer", "evaluate", run, "--images", pictures).out
+    assert result.out == ctf("tokenizer", "evaluate", run, "--images", image_folder).out
     os.truncate(path, 10_000)
     result = ctf("tokens", "extract", path, "--run", made, *small)
     assert result.code == 2 and "damaged, truncated" in result.err

@@ -83,9 +83,9 @@ def test_identity() -> None:
         (torch.tensor([0, 2, 2]), "cluster 1 is empty"),
         (torch.tensor([0, -1]), "label -1 is negative"),
         (torch.tensor([0, 2]), "label 2 is above"),
-        (torch.tensor([0.0, 1.0]), "not a row of int64"),
-        (torch.tensor([[0, 1]]), "not a row of int64"),
-        (torch.tensor([], dtype=torch.int64), "not a row of int64"),
+        (torch.tensor([0.0, 1.0]), "not an int64 vector"),
+        (torch.tensor([[0, 1]]), "not an int64 vector"),
+        (torch.tensor([], dtype=torch.int64), "not an int64 vector"),
     ],
 )
 def test_labels_that_are_no_partition(labels: Tensor, reason: str) -> None:

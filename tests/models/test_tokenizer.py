@@ -98,13 +98,13 @@ def test_sizes_of_the_released_tokenizers(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_size": 18}, r"image size 18 .* factor 4; take 16 or 20"),
-        ({"image_size": 3}, r"image size 3 .* factor 4; take 4$"),
+        ({"image_size": 18}, r"image size 18 .* factor 4; use 16 or 20"),
+        ({"image_size": 3}, r"image size 3 .* factor 4; use 4$"),
         ({"codebook_size": 0}, "codebook_size: got 0, expected 1 or more"),
         ({"blocks": 0}, "blocks: got 0"),
         ({"multipliers": ()}, r"multipliers: got \[\]"),
         ({"multipliers": (1, 0)}, r"multipliers: got \[1, 0\]"),
-        ({"groups": 3}, "8 channels cannot be put into 3 groups"),
+        ({"groups": 3}, "channels: got 8, expected a multiple of groups 3"),
     ],
 )
 def test_what_cannot_be_built(change: dict[str, object], message: str) -> None:

@@ -146,7 +146,7 @@ def test_wrong_values(splits: image_set.Splits, overrides: list[str], message: s
         (["coarse.width=130"], "width 130 with 4 heads: expected a multiple of 4 * heads = 16"),
         (["fine.layers=0"], "layers: got 0, expected 1 or more"),
         (["fine.dropout=1"], "dropout: got 1.0"),
-        (["tokenizer.groups=3"], "16 channels cannot be put into 3 groups"),
+        (["tokenizer.groups=3"], "channels: got 16, expected a multiple of groups 3"),
         (["tokenizer.multipliers=[]"], "multipliers: got []"),
         (["tokenizer.smallest_factor=64"], "image size 32 is not divisible"),
     ],

@@ -47,8 +47,8 @@ def for_training(model: Transformer | VQModel, *, compile: bool = False) -> None
     """Prepare a coarse model, a fine model or a tokenizer to be trained on the device it is on.
 
     Args:
-        model: weights in float32.
-        compile: compile the blocks of a transformer.
+        model: Weights in float32.
+        compile: Compile the blocks of a transformer.
     """
     for_evaluation(model)
     if isinstance(model, VQModel):
@@ -75,9 +75,9 @@ def for_sampling(
     Warns where the machine lacks what `engine` needs.
 
     Args:
-        coarse: in evaluation mode, as the others.
+        coarse: In evaluation mode, as the others.
         fine: None if each cluster has one member.
-        tokenizer: not changed unless it is a `VQModel`.
+        tokenizer: Not changed unless it is a `VQModel`.
         engine: "eager" computes with PyTorch's own layers. "auto" computes the same, up to
             rounding, as fast as is known: packed on a processor, compiled on a GPU. "compile"
             compiles the steps of the coarse model. "int8" computes nearly the same: transformers
@@ -88,13 +88,7 @@ def for_sampling(
     for model in models:
         for_evaluation(model)
     device = _device(models[0])
-    if engine == "auto" and device.type == "cuda":
-        engine = "compile" if available("compile", device) else "eager"
-    if not available(engine, device):
-        if engine != "auto":
-            text = f"{engine} is not available for {device.type} here; computing without it"
-            warnings.warn(text, stacklevel=2)
-        engine = "eager"
+    engine = _usable(engine, device)
     if engine == "compile":
         if coarse is not None:
             faster = {Attention: compiled.Attention, Backbone: compiled.CompiledBackbone}
@@ -119,8 +113,8 @@ def for_encoding(tokenizer: VQModel, dtype: torch.dtype = torch.float32) -> None
     """Prepare the encoder of a tokenizer.
 
     Args:
-        tokenizer: in evaluation mode.
-        dtype: of the convolutions in residual blocks. In float32 all is equal up to rounding.
+        tokenizer: In evaluation mode.
+        dtype: Of the convolutions in residual blocks. In float32 all is equal up to rounding.
     """
     for_evaluation(tokenizer)
     tokenizer_cpu.prepare(tokenizer.encoder, dtype)
@@ -137,6 +131,18 @@ def available(engine: Engine, device: torch.device) -> bool:
             return device.type == "cpu" and has_layer(Packed)
         case "int8":
             return device.type == "cpu" and has_layer(Int8)
+
+
+def _usable(engine: Engine, device: torch.device) -> Engine:
+    """What can be used of an engine; warns where that is another one than was requested."""
+    if engine == "auto" and device.type == "cuda":
+        return "compile" if available("compile", device) else "eager"
+    if available(engine, device):
+        return engine
+    if engine != "auto":
+        text = f"{engine} is not available for {device.type} here; computing without it"
+        warnings.warn(text, stacklevel=3)
+    return "eager"
 
 
 def is_exact(model: nn.Module) -> bool:

@@ -62,8 +62,8 @@ def cross_entropy(hidden_BLD: Tensor, weight_VD: Tensor, targets_BL: Tensor) -> 
     autocast, products are in its precision and all else is in float32.
 
     Args:
-        hidden_BLD: inputs of the output layer.
-        weight_VD: its rows.
+        hidden_BLD: Inputs of the output layer.
+        weight_VD: Its rows.
         targets_BL: int64 in [0, V).
     """
     device = hidden_BLD.device.type
@@ -130,10 +130,10 @@ def members_logits(
     """Products of each token with the rows of its own cluster: (T, S), then -inf.
 
     Args:
-        hidden_TD: inputs of the output layer.
-        weight_VD: the rows of cluster 0, then those of cluster 1, ...
-        labels_T: the cluster of each token.
-        sizes: number of rows of each cluster.
+        hidden_TD: Inputs of the output layer.
+        weight_VD: The rows of cluster 0, then those of cluster 1, ...
+        labels_T: The cluster of each token.
+        sizes: Number of rows of each cluster.
     """
     # Under autocast too: the products are small, and logits deserve the weights' precision.
     with torch.autocast(hidden_TD.device.type, enabled=False):

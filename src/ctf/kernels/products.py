@@ -69,8 +69,9 @@ class Packed(nn.Module):
 
 
 class Int8(nn.Module):
-    """A linear layer without bias in int8: a scale for each row of the matrix, and one for each
-    input, computed from it (dynamic quantisation).
+    """A linear layer without bias in int8 (dynamic quantisation).
+
+    Each row of the matrix has a scale, and each input one that is computed from it.
     """
 
     def __init__(self, weight_VD: Tensor) -> None:

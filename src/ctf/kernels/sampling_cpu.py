@@ -82,7 +82,8 @@ class GrowingCache(KVCache):
         values[:, :, start:end] = v_BNTE
         scores_BN1T = (q_BNTE.to(keys.dtype) * width**-0.5) @ keys.mT
         scores_BN1T[..., end:] = -torch.inf
-        return (scores_BN1T.softmax(-1) @ values).to(q_BNTE.dtype)
+        mixed_BN1E: Tensor = scores_BN1T.softmax(-1) @ values
+        return mixed_BN1E.to(q_BNTE.dtype)
 
     def _grown(self, stored_BNTE: Tensor, end: int) -> Tensor:
         room = -(-end // self.BLOCK) * self.BLOCK

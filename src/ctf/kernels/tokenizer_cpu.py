@@ -34,7 +34,7 @@ def first_argmax(products_NV: Tensor) -> Tensor:
     `argmax` takes an order of magnitude longer than `amax`, so it searches one block of codes only.
     """
     size = math.gcd(products_NV.shape[1], LOOK_UP_BLOCK)
-    blocks_NBS = products_NV.unflatten(1, (-1, size))
+    blocks_NBS: Tensor = products_NV.unflatten(1, (-1, size))
     block_N = blocks_NBS.amax(-1).argmax(-1)
     rows_N = torch.arange(len(block_N), device=block_N.device)
     return block_N * size + blocks_NBS[rows_N, block_N].argmax(-1)
@@ -44,8 +44,8 @@ def prepare(part: nn.Module, dtype: torch.dtype) -> None:
     """Prepare the encoder or the decoder of a tokenizer to compute without gradients.
 
     Args:
-        part: changed in place, and to the channels-last format.
-        dtype: of the 3x3 convolutions in residual blocks and of doublings. In float32 all is equal
+        part: Changed in place, and to the channels-last format.
+        dtype: Of the 3x3 convolutions in residual blocks and of doublings. In float32 all is equal
             up to rounding; in bfloat16, where the processor multiplies it, they take half the time.
     """
     part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -68,7 +68,8 @@ class FastResidualBlock(ResidualBlock):
         h = self.conv1(h.to(dtype)).to(x.dtype)
         h = F.silu(self.norm2(h), inplace=True)
         h = self.conv2(h.to(dtype)).to(x.dtype)
-        return h.add_(self.skip(x))
+        x = h.add_(self.skip(x))
+        return x
 
 
 class FastUpsample(Upsample):

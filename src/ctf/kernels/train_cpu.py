@@ -191,7 +191,8 @@ class _RMSNorm(torch.autograd.Function):
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
         r = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
-        return (x * r).mul_(weight)
+        normed: Tensor = x * r
+        return normed.mul_(weight)
 
     @staticmethod
     @once_differentiable

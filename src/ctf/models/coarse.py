@@ -17,7 +17,7 @@ class CoarseModel(nn.Module):
     """A class-conditional causal transformer over the labels of an image, row by row.
 
     Args:
-        config: its shape.
+        config: Its shape.
         vocab_size: K, the number of labels.
     """
 

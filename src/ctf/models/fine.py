@@ -22,8 +22,8 @@ class FineModel(nn.Module):
     """A class-conditional transformer with full attention over the labels of an image.
 
     Args:
-        config: its shape.
-        clusters: the partition that the labels belong to. It isn't stored with the weights.
+        config: Its shape.
+        clusters: The partition that the labels belong to. It isn't stored with the weights.
         softmax: "members": each token chooses among the members of its cluster, since nothing
             else can be right. "full": among all codes, for comparison; a sampled code need not
             belong to its label then.

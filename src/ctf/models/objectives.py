@@ -77,7 +77,8 @@ def grouped_objective(groups: Clusters, weight: float) -> Objective:
     """
 
     def loss(model: CoarseModel, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
-        logp_TV = model(codes_BL, classes_B).flatten(0, 1).log_softmax(-1)
+        logits_BLV: Tensor = model(codes_BL, classes_B)
+        logp_TV = logits_BLV.flatten(0, 1).log_softmax(-1)
         logp_code_T = logp_TV.gather(1, codes_BL.view(-1, 1))[:, 0]
         members_TS = groups.members_KS.to(codes_BL.device)[_labels(groups, codes_BL).flatten()]
         logp_TS = logp_TV.gather(1, members_TS.clamp(min=0))

@@ -264,11 +264,11 @@ def stream_coarse(
     takes no more steps.
 
     Args:
-        model: in evaluation mode, for no dropout.
+        model: In evaluation mode, for no dropout.
         classes_B: int64 in [0, classes], on the model's device.
-        noise_BL: in [0, 1], row 0 of `per_image_noise`. Position i uses number i, whatever is
+        noise_BL: In [0, 1], row 0 of `per_image_noise`. Position i uses number i, whatever is
             known.
-        settings: of the coarse stage.
+        settings: Of the coarse stage.
         known_labels_BL: int64 (B, L), -1 where a label is to be sampled. Positions that are known
             in all images take no step of their own.
     """
@@ -321,13 +321,13 @@ def sample_fine(
     """Sample the codes for given labels, all in one pass: int64 (B, L).
 
     Args:
-        model: in evaluation mode; None if each cluster has one member (the full-vocabulary
+        model: In evaluation mode; None if each cluster has one member (the full-vocabulary
             baseline).
-        clusters: those of the labels.
+        clusters: Those of the labels.
         labels_BL: int64 in [0, K).
         classes_B: int64 in [0, classes], on the model's device.
-        noise_BL: in [0, 1], row 1 of `per_image_noise`.
-        settings: of the fine stage.
+        noise_BL: In [0, 1], row 1 of `per_image_noise`.
+        settings: Of the fine stage.
         known_codes_BL: int64 (B, L), codes of these labels, -1 where one is to be sampled.
     """
     if model is None:

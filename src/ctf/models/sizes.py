@@ -1,7 +1,7 @@
-"""Sizes: shapes for any image and any number of classes, those of the papers, and what they cost.
+"""Sizes of models: shapes for any image and any number of classes, and those of the papers.
 
-Parameters and FLOPs of a transformer are formulas here, and nowhere else. A multiplication and an
-addition are two FLOPs; norms, activations, embeddings and the softmax count as none.
+Here are also the formulas of a transformer's parameters and FLOPs. A multiplication and an addition
+are two FLOPs; norms, activations, embeddings and the softmax count as none.
 
 Shapes: T positions (labels and class token), L labels of an image, D width, F hidden width of
 SwiGLU, V labels that a model reads.
@@ -18,17 +18,25 @@ from ctf.models.transformer import TransformerConfig
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerShape:
-    """A tokenizer for any image size: as many levels as the grid of codes asks for."""
+    """A tokenizer for any image size: more levels for larger images.
+
+    The other fields are those of `TokenizerConfig`.
+
+    Args:
+        multipliers: The last one is repeated for all further levels.
+        smallest_factor: Fewest pixels per code along each side, a power of 2.
+        largest_grid: Most codes along each side of an image.
+    """
 
     codebook_size: int = 4096
     code_dim: int = 8
     channels: int = 16
-    multipliers: tuple[int, ...] = (1, 2, 4)  # the last one stands for all further levels
+    multipliers: tuple[int, ...] = (1, 2, 4)
     blocks: int = 1
     latent_channels: int = 64
     groups: int = 8
-    smallest_factor: int = 4  # pixels a code stands for, along each side, at the least
-    largest_grid: int = 8  # codes along each side of an image, at the most
+    smallest_factor: int = 4
+    largest_grid: int = 8
 
     def __post_init__(self) -> None:
         if self.smallest_factor < 1 or self.smallest_factor.bit_count() != 1:
@@ -37,7 +45,11 @@ class TokenizerShape:
             raise UserError(f"largest_grid: got {self.largest_grid}, expected 1 or more")
 
     def config(self, image_size: int) -> TokenizerConfig:
-        """Raises UserError where the image size is not divisible by the factor."""
+        """The tokenizer for images of this size.
+
+        Raises:
+            UserError: The image size is not divisible by the factor.
+        """
         factor = self.smallest_factor
         while image_size / factor > self.largest_grid:
             factor *= 2
@@ -57,7 +69,7 @@ class TokenizerShape:
 
 @dataclasses.dataclass(frozen=True)
 class TransformerShape:
-    """A transformer for any grid and any number of classes."""
+    """A transformer for any grid and any number of classes; fields as in `TransformerConfig`."""
 
     width: int
     layers: int
@@ -65,6 +77,7 @@ class TransformerShape:
     dropout: float = 0.0
 
     def config(self, grid: int, classes: int) -> TransformerConfig:
+        """The transformer for this grid and number of classes."""
         return TransformerConfig(
             width=self.width,
             layers=self.layers,
@@ -75,10 +88,9 @@ class TransformerShape:
         )
 
 
-# The transformers of LlamaGen (arXiv 2406.06525, table 1) and of the paper: each one the
-# full-vocabulary baseline with K = V, the coarse model with K clusters, or the fine model.
-# Parameters with 1000 classes and V = 16384: 111, 343, 775, 1411 and 3097 M; with K = 512 87, 310,
-# 734, 1362 and 2995 M.
+# The transformers of LlamaGen (arXiv 2406.06525, table 1) and of the paper, for the coarse model,
+# the fine model or the full-vocabulary baseline. Parameters with 1000 classes and 16384 labels:
+# 111, 343, 775, 1411 and 3097 M; with 512 labels 87, 310, 734, 1362 and 2995 M.
 LLAMAGEN_SIZES = {
     "B": TransformerShape(width=768, layers=12, heads=12, dropout=0.1),
     "L": TransformerShape(width=1024, layers=24, heads=16, dropout=0.1),
@@ -87,13 +99,11 @@ LLAMAGEN_SIZES = {
     "3B": TransformerShape(width=3200, layers=24, heads=32, dropout=0.1),
 }
 
-
-# S is the fine model that docs/benchmarks.md recommends: the paper's, of the shape of L, takes
-# longer than what the smaller output layer of the coarse model saves.
+# S is the fine model that docs/benchmarks.md recommends: the paper's, of size L, takes more time
+# than the smaller output layer of the coarse model saves.
 SIZES = {"S": TransformerShape(width=384, layers=6, heads=6, dropout=0.1), **LLAMAGEN_SIZES}
 
-
-# LlamaGen's tokenizers, named after the pixels that a code stands for along each side: 72 and 70 M.
+# LlamaGen's tokenizers, named after their factor: 72 and 70 M parameters.
 TOKENIZERS = {
     "VQ-16": TokenizerConfig(),
     "VQ-8": TokenizerConfig(multipliers=(1, 2, 2, 4)),
@@ -107,8 +117,9 @@ def parameters(config: TransformerConfig, vocab_size: int, outputs: int) -> int:
     """Parameters of a coarse or a fine model.
 
     Args:
+        config: Its shape.
         vocab_size: V, rows of the label embedding.
-        outputs: rows of the output layer: V of a coarse model, all codes of a fine model.
+        outputs: Rows of the output layer: V of a coarse model, all codes of a fine model.
     """
     embeddings = config.classes + 1 + vocab_size
     norms = 2 * config.layers + 1
@@ -127,9 +138,7 @@ def block_flops(config: TransformerConfig, positions: int) -> int:
 
 
 def attention_flops(config: TransformerConfig, queries: int, keys: int) -> int:
-    """FLOPs of all blocks' attention of each query to each key: 2 D for its score, 2 D for its
-    value.
-    """
+    """FLOPs of all blocks' attention: 2 D for the score and 2 D for the value of each pair."""
     return 4 * config.layers * config.width * queries * keys
 
 
@@ -144,8 +153,9 @@ def forward_flops(config: TransformerConfig, positions: int, outputs: int) -> in
     Attention counts T^2 pairs, causal or not, as in PaLM (arXiv 2204.02311, appendix B).
 
     Args:
+        config: Shape of the model.
         positions: T, which is L in a coarse model and 1 + L in a fine model.
-        outputs: logits of a label: V in a coarse model; in a fine model how many members a
+        outputs: Logits of a label: V in a coarse model; in a fine model how many members a
             cluster has on average, or all codes with softmax "full".
     """
     return (

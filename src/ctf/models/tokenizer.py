@@ -4,7 +4,8 @@ The convolutional architecture of LlamaGen's VQ-16 and VQ-8 (arXiv 2406.06525, s
 VQGAN, arXiv 2012.09841), configurable down to a tiny one. Codes are looked up by cosine: both the
 encoder's vectors and the codebook's are L2-normalised (ViT-VQGAN, arXiv 2110.04627).
 
-Shapes: B batch, C code dimension, H, W height and width, L codes of an image, V codebook size.
+Shapes: B batch, C code dimension, H, W height and width, L codes of an image, N vectors, V codes of
+the codebook.
 """
 
 from __future__ import annotations
@@ -23,16 +24,30 @@ LOOK_UP_ROWS = 4096  # vectors whose nearest codes are found at a time
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Shape of a tokenizer. The defaults are LlamaGen's VQ-16."""
+    """The shape of a tokenizer. The defaults are LlamaGen's VQ-16.
+
+    Args:
+        image_size: Side of the images in pixels, a multiple of `factor`.
+        codebook_size: V.
+        code_dim: C.
+        channels: Of the first level.
+        multipliers: Of `channels`, one for each level. Each level but the last halves the sides.
+        blocks: Residual blocks of a level in the encoder; the decoder has one more.
+        latent_channels: Of the encoder's output.
+        groups: Of group normalisation; divides `channels`.
+
+    Raises:
+        UserError: A value is out of range.
+    """
 
     image_size: int = 256
     codebook_size: int = 16384
     code_dim: int = 8
     channels: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # of channels, one a level; each next one halves
-    blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    blocks: int = 2
     latent_channels: int = 256
-    groups: int = 32  # of the group normalisation
+    groups: int = 32
 
     def __post_init__(self) -> None:
         sizes = ("codebook_size", "code_dim", "channels", "blocks", "latent_channels", "groups")
@@ -42,23 +57,25 @@ class TokenizerConfig:
         if not self.multipliers or min(self.multipliers) < 1:
             raise UserError(f"multipliers: got {list(self.multipliers)}, expected 1 or more each")
         if self.channels % self.groups:
-            raise UserError(f"{self.channels} channels cannot be put into {self.groups} groups")
+            raise UserError(
+                f"channels: got {self.channels}, expected a multiple of groups {self.groups}"
+            )
         if self.image_size % self.factor:
             below = self.image_size // self.factor * self.factor
             near = f"{below} or {below + self.factor}" if below else str(self.factor)
             raise UserError(
                 f"image size {self.image_size} is not divisible by the tokenizer's factor "
-                f"{self.factor}; take {near}"
+                f"{self.factor}; use {near}"
             )
 
     @property
     def factor(self) -> int:
-        """How many pixels a code stands for, along each side."""
-        return 2 ** (len(self.multipliers) - 1)
+        """Pixels per code along each side."""
+        return 1 << len(self.multipliers) - 1
 
     @property
     def grid(self) -> int:
-        """Codes along each side of an image: L = grid ** 2."""
+        """Codes along each side; L = grid ** 2."""
         return self.image_size // self.factor
 
 
@@ -74,16 +91,16 @@ class Tokenizer(Protocol):
 
     @property
     def grid(self) -> int:
-        """Codes along each side of an image: L = grid ** 2."""
+        """Codes along each side; L = grid ** 2."""
 
     def codebook(self) -> Tensor:
         """The code vectors: (V, C)."""
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
-        """Images in [-1, 1], (B, 3, H, W) -> codes (B, L), int64, row by row."""
+        """Images (B, 3, H, W) in [-1, 1] -> codes (B, L), int64, row by row."""
 
     def decode_vectors(self, vectors_BLC: Tensor) -> Tensor:
-        """Code vectors (B, L, C) -> images (B, 3, H, W), about [-1, 1] but not clipped."""
+        """Code vectors (B, L, C) -> images (B, 3, H, W), about in [-1, 1] but not clamped."""
 
 
 class VQModel(nn.Module):
@@ -103,10 +120,12 @@ class VQModel(nn.Module):
 
     @property
     def image_size(self) -> int:
+        """Side of the images in pixels."""
         return self.config.image_size
 
     @property
     def grid(self) -> int:
+        """Codes along each side; L = grid ** 2."""
         return self.config.grid
 
     def codebook(self) -> Tensor:
@@ -114,27 +133,27 @@ class VQModel(nn.Module):
         return F.normalize(self.embedding.weight, dim=-1)
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
-        """Images in [-1, 1], (B, 3, H, W) -> codes (B, L), int64, row by row."""
+        """Images (B, 3, H, W) in [-1, 1] -> codes (B, L), int64, row by row."""
         vectors_BLC = self.encode_vectors(images_BCHW)
         return self.nearest(vectors_BLC.flatten(0, 1)).view(vectors_BLC.shape[:2])
 
     def decode(self, codes_BL: Tensor) -> Tensor:
-        """Codes (B, L) -> images in [-1, 1], (B, 3, H, W)."""
+        """Codes (B, L) -> images (B, 3, H, W) in [-1, 1]."""
         return self.decode_vectors(self.codebook()[codes_BL]).clamp(-1, 1)
 
     def encode_vectors(self, images_BCHW: Tensor) -> Tensor:
-        """Images in [-1, 1] -> the vectors that are looked up: (B, L, C), of length 1."""
+        """Images (B, 3, H, W) in [-1, 1] -> vectors to look up, of length 1: (B, L, C)."""
         vectors_BCHW = self.to_code(self.encoder(images_BCHW))
         return F.normalize(vectors_BCHW.flatten(2).transpose(1, 2), dim=-1)
 
     def decode_vectors(self, vectors_BLC: Tensor) -> Tensor:
-        """Code vectors (B, L, C) -> images (B, 3, H, W), about [-1, 1] but not clipped."""
-        side = self.grid
-        vectors_BCHW = vectors_BLC.transpose(1, 2).unflatten(2, (side, side))
-        return self.decoder(self.from_code(vectors_BCHW))
+        """Code vectors (B, L, C) -> images (B, 3, H, W), about in [-1, 1] but not clamped."""
+        vectors_BCHW = vectors_BLC.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        images_BCHW: Tensor = self.decoder(self.from_code(vectors_BCHW))
+        return images_BCHW
 
     def nearest(self, vectors_NC: Tensor) -> Tensor:
-        """Index of the code vector nearest to each vector of length 1: (N,), int64."""
+        """Code whose vector is nearest to each vector of length 1: (N,), int64."""
         codebook_CV = self.codebook().T
         # On the unit sphere the nearest is the one with the largest product. In slices: the
         # (N, V) products of a large batch would be the largest tensor of all.
@@ -166,8 +185,10 @@ class Encoder(nn.Module):
         self.output = nn.Conv2d(width, config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Encode images."""
         x = self.middle(self.levels(self.input(x)))
-        return self.output(F.silu(self.norm(x)))
+        x = self.output(F.silu(self.norm(x)))
+        return x
 
 
 class Decoder(nn.Module):
@@ -193,8 +214,10 @@ class Decoder(nn.Module):
         self.output = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Decode latents."""
         x = self.levels(self.middle(self.input(x)))
-        return self.output(F.silu(self.norm(x)))
+        x = self.output(F.silu(self.norm(x)))
+        return x
 
 
 def _norm(width: int, groups: int) -> nn.GroupNorm:
@@ -210,7 +233,7 @@ def _middle(width: int, groups: int) -> nn.Sequential:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, each after normalisation and SiLU, around a skip."""
+    """Two 3x3 convolutions, each after normalisation and SiLU, beside a skip connection."""
 
     def __init__(self, width_in: int, width_out: int, groups: int) -> None:
         super().__init__()
@@ -222,13 +245,15 @@ class ResidualBlock(nn.Module):
         self.skip: nn.Module = nn.Identity() if same else nn.Conv2d(width_in, width_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, width_in, H, W) -> (B, width_out, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return self.skip(x) + h
+        x = self.skip(x) + h
+        return x
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention of one head over all positions."""
+    """Self-attention over all positions, with one head."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -239,6 +264,7 @@ class AttentionBlock(nn.Module):
         self.output = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, width, H, W) -> (B, width, H, W)."""
         h = self.norm(x)
         # (B, D, H, W) -> (B, 1, H * W, D): one head
         q, k, v = (
@@ -246,26 +272,31 @@ class AttentionBlock(nn.Module):
             for layer in (self.query, self.key, self.value)
         )
         h = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
-        return x + self.output(h.reshape(x.shape))
+        x = x + self.output(h.reshape(x.shape))
+        return x
 
 
 class Downsample(nn.Module):
-    """Halves the sides; padded at the right and the bottom only, as VQGAN does."""
+    """Halve the sides; padded at the right and the bottom only, as in VQGAN."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        """(B, width, H, W) -> (B, width, H / 2, W / 2)."""
+        x = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return x
 
 
 class Upsample(nn.Module):
-    """Doubles the sides: nearest neighbour, then a convolution."""
+    """Double the sides: nearest neighbour, then a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        """(B, width, H, W) -> (B, width, 2 H, 2 W)."""
+        x = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return x

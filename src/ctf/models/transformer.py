@@ -35,19 +35,19 @@ class TransformerConfig:
     Args:
         width: D, a multiple of 4 * `heads`: half of a head's pairs rotate with the row, half with
             the column.
-        layers: number of blocks.
+        layers: Number of blocks.
         heads: N.
-        grid: side of the token grid; L = grid ** 2.
-        classes: number of classes, without the "no class" of classifier-free guidance.
-        dropout: of embedded tokens, attention outputs and SwiGLU outputs, as in LlamaGen.
-        ffn_multiple: the hidden width of SwiGLU is rounded up to a multiple of this.
-        rope_base: base of the frequencies of RoPE.
-        norm_eps: epsilon of RMSNorm.
+        grid: Side of the token grid; L = grid ** 2.
+        classes: Number of classes, without the "no class" of classifier-free guidance.
+        dropout: Of embedded tokens, attention outputs and SwiGLU outputs, as in LlamaGen.
+        ffn_multiple: The hidden width of SwiGLU is rounded up to a multiple of this.
+        rope_base: Base of the frequencies of RoPE.
+        norm_eps: Epsilon of RMSNorm.
         class_token_rope: "identity" does not rotate the class token. "zero" multiplies its
             query and key by zero, a quirk of LlamaGen that its released weights depend on.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: A value is out of range.
     """
 
     width: int
@@ -118,8 +118,8 @@ def rotate(x_BTZNE: Tensor, rotation_TP2: Tensor) -> Tensor:
     """Rotate each pair (2i, 2i + 1) as a complex number, at least in float32.
 
     Args:
-        x_BTZNE: queries and keys, stacked along Z.
-        rotation_TP2: rows of `rotation_table`.
+        x_BTZNE: Queries and keys, stacked along Z.
+        rotation_TP2: Rows of `rotation_table`.
     """
     pairs = x_BTZNE.to(torch.promote_types(x_BTZNE.dtype, torch.float32)).unflatten(-1, (-1, 2))
     rotation_TP = torch.view_as_complex(rotation_TP2)
@@ -146,12 +146,12 @@ class KVCache:
         """Store T keys and values from position `start` on, and attend causally to all so far.
 
         Args:
-            layer: index of the layer.
-            start: position of the first query; all before it are in the cache.
-            images: rows of the cache that the queries belong to.
-            q_BNTE: queries.
-            k_BNTE: keys.
-            v_BNTE: values.
+            layer: Index of the layer.
+            start: Position of the first query; all before it are in the cache.
+            images: Rows of the cache that the queries belong to.
+            q_BNTE: Queries.
+            k_BNTE: Keys.
+            v_BNTE: Values.
         """
         length = q_BNTE.shape[2]
         end = start + length
@@ -224,7 +224,8 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, rotation_TP2: Tensor, attend: Attend) -> Tensor:
         """The residual stream after this block: (B, T, D)."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation_TP2, attend)
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+        x_BTD = x_BTD + self.ffn(self.ffn_norm(x_BTD))
+        return x_BTD
 
 
 class Backbone(nn.Module):
@@ -254,8 +255,8 @@ class Backbone(nn.Module):
         rotation_TP2 = self.rotation(0, x_BTD.shape[1])
         for layer in self.layers:
             x_BTD = layer(x_BTD, rotation_TP2, attend)
-        x_BTD = self.norm(x_BTD)
-        return x_BTD
+        hidden_BTD: Tensor = self.norm(x_BTD)
+        return hidden_BTD
 
     def step(
         self, inputs_BT: Tensor, start: int, cache: KVCache, images: slice = slice(None)
@@ -263,17 +264,17 @@ class Backbone(nn.Module):
         """Causal hidden vectors of T positions from `start` on: (B, T, D).
 
         Args:
-            inputs_BT: the class at position 0, label i at position i + 1.
-            start: position of the first input.
-            cache: keys and values of all positions before; those of the inputs are added.
-            images: rows of the cache that the inputs belong to.
+            inputs_BT: The class at position 0, label i at position i + 1.
+            start: Position of the first input.
+            cache: Keys and values of all positions before; those of the inputs are added.
+            images: Rows of the cache that the inputs belong to.
         """
         x_BTD = self.embed(inputs_BT, start)
         rotation_TP2 = self.rotation(start, start + inputs_BT.shape[1])
         for i, layer in enumerate(self.layers):
             x_BTD = layer(x_BTD, rotation_TP2, partial(cache.attend, i, start, images))
-        x_BTD = self.norm(x_BTD)
-        return x_BTD
+        hidden_BTD: Tensor = self.norm(x_BTD)
+        return hidden_BTD
 
     def cache(self, batch: int) -> KVCache:
         """An empty cache for `step`."""

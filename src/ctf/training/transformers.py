@@ -80,17 +80,17 @@ class Trainer:
     average and optimizer are in float32; products may be in bfloat16.
 
     Args:
-        model: on any device.
-        objective: what the average is evaluated by.
-        train: tokens to train on.
-        val: held-out tokens.
-        training: hyperparameters.
-        world: all processes, and the device of this one.
-        execution: how a step is computed.
-        training_objective: what the model is trained on, by default `objective`.
+        model: On any device.
+        objective: What the average is evaluated by.
+        train: Tokens to train on.
+        val: Held-out tokens.
+        training: Hyperparameters.
+        world: All processes, and the device of this one.
+        execution: How a step is computed.
+        training_objective: What the model is trained on, by default `objective`.
 
     Raises:
-        UserError: the batch size is no multiple of the processes, or the device does not support
+        UserError: The batch size is no multiple of the processes, or the device does not support
             the precision.
     """
 

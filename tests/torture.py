@@ -100,7 +100,7 @@ def arguments(images: Path, folder: Path) -> list[str]:
     """`ctf fit` in seconds, with several evaluations and several shards."""
     return [
         "fit", str(images), "--out", str(folder), "--preset", "tiny", "--steps", "30",
-        "--image-size", str(SIDE), *sets(
+        "--image-size", str(SIDE), *recipe_options(
             "tokens.shard_images=4", "tokenizer_training.evaluate_every=10",
             "coarse_training.evaluate_every=10", "fine_training.evaluate_every=10",
         ),
@@ -145,7 +145,7 @@ def differences(folder: Path, expected: dict[str, Any]) -> list[str]:
 def torture(root: Path, kills: int, seed: int) -> bool:
     """Whether all runs ended with the same files."""
     chance = random.Random(seed)
-    images, output = save_pictures(root / "discs"), root / "output.txt"
+    images, output = save_images(root / "discs"), root / "output.txt"
     Run(images, root / "undisturbed", output).finish()
     expected = comparable(root / "undisturbed")
     seconds = {**log(root / "undisturbed")["seconds"], "end": END_SECONDS}

@@ -30,7 +30,7 @@ import torch._dynamo  # noqa: F401
 import ctf.training.fit  # noqa: F401
 from ctf.cli import main as cli
 from ctf.training import loop
-from tests.conftest import SIDE, comparable
+from tests.conftest import SIDE, comparable, recipe_options, save_images
 
 STAGES = ("tokenizer", "tokens", "clusters", "coarse", "fine", "end")
 KILLS_A_STAGE = 2  # in each run

@@ -1,10 +1,10 @@
-"""Packs the published files of Fashion-MNIST into the data file that the package ships.
+"""Pack the published files of Fashion-MNIST into the data file that the package includes.
 
     python scripts/pack_fashion_mnist.py /usr/share/datasets/fashion-mnist
 
-The argument is a folder with the four original idx .gz files, for example the one of Debian's
-package dataset-fashion-mnist. The pictures are stacked into grey PNG sheets, a thousand on top of
-each other; the result is read back and compared with the originals bit for bit.
+The argument is a folder with the four original idx .gz files, for example that of Debian's package
+dataset-fashion-mnist. The images are stacked into grey PNG sheets of a thousand images each. The
+result is read back and compared with the originals bit by bit.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ ORIGINAL_NAMES = {"train": "train", "test": "t10k"}
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """An idx file of bytes as an array: two zero bytes, type 8, rank, the lengths, the values."""
+    """Read an idx file of bytes: two zero bytes, type 8, rank, the lengths, the values."""
     try:
         data = gzip.decompress(path.read_bytes())
     except (OSError, EOFError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    zeros, kind, rank = struct.unpack(">HBB", data[:4])
-    if (zeros, kind) != (0, 8):
+    zeros, element_type, rank = struct.unpack(">HBB", data[:4])
+    if (zeros, element_type) != (0, 8):
         raise UserError(f"{path}: not an idx file of bytes")
     shape = struct.unpack(f">{rank}I", data[4 : 4 + 4 * rank])
     return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape)
@@ -51,7 +51,7 @@ def to_png(sheet: NDArray[np.uint8]) -> bytes:
 
 
 def pack(originals: tyro.conf.Positional[Path]) -> None:
-    """Packs the published files of Fashion-MNIST into the data file that the package ships.
+    """Pack the published files of Fashion-MNIST into the data file that the package includes.
 
     Args:
         originals: folder of the four idx .gz files, e.g. /usr/share/datasets/fashion-mnist
@@ -63,7 +63,7 @@ def pack(originals: tyro.conf.Positional[Path]) -> None:
         digest = hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest()
         if digest != fashion_mnist.SHA256[split]:
             raise UserError(
-                f"{originals}: its {split} pictures are not the published ones: got SHA-256 "
+                f"{originals}: its {split} images are not the published ones: got SHA-256 "
                 f"{digest}, expected {fashion_mnist.SHA256[split]}"
             )
         splits[split] = pixels, labels
@@ -72,7 +72,7 @@ def pack(originals: tyro.conf.Positional[Path]) -> None:
         for split, (pixels, labels) in splits.items():
             for start in range(0, len(pixels), SHEET):
                 sheet = pixels[start : start + SHEET].reshape(-1, pixels.shape[2])
-                # A ZipInfo has a fixed date, so the same pictures make the same file.
+                # A ZipInfo has a fixed date, so that the same images make the same file.
                 name = f"{split}/pixels-{start // SHEET:03d}.png"
                 file.writestr(zipfile.ZipInfo(name), to_png(sheet))
             entry = zipfile.ZipInfo(f"{split}/labels")
@@ -81,7 +81,7 @@ def pack(originals: tyro.conf.Positional[Path]) -> None:
         for before, after in zip(original, fashion_mnist.load_arrays(split), strict=True):
             if not np.array_equal(before, after):
                 raise UserError(f"{path}: {split} read back differs from {originals}")
-    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, bit for bit equal to the originals")
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, equal to the originals")
 
 
 if __name__ == "__main__":

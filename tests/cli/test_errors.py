@@ -180,8 +180,8 @@ def test_class_numbers_begin_at_0(ctf: Command, pipe: Pipeline, tmp_path: Path) 
         "class 10 of 10: expected 0 to 9, or a name: class a, class b, ",
     )
     assert not (tmp_path / "sheet.png").exists()
-    given = ["--classes", "9,class a", "--count", 1, "--out", tmp_path / "sheet.png"]
-    assert ctf("sample", tmp_path / "ten", *given).code == 0
+    options = ["--classes", "9,class a", "--count", 1, "--out", tmp_path / "sheet.png"]
+    assert ctf("sample", tmp_path / "ten", *options).code == 0
 
 
 @pytest.mark.parametrize(
@@ -189,46 +189,46 @@ def test_class_numbers_begin_at_0(ctf: Command, pipe: Pipeline, tmp_path: Path) 
     [
         (["clusters", "fit", "RUN", "--count", 65], "another configuration: count was 8, now 65"),
         (["clusters", "fit", "RUN", "--count", 0], "count is 0"),
-        (["tokens", "extract", "PICTURES", "--run", "RUN", "--limit", 0], "limit"),
+        (["tokens", "extract", "IMAGES", "--run", "RUN", "--limit", 0], "limit"),
         (
-            ["tokens", "extract", "PICTURES", "--run", "RUN", "--limit", 3],
+            ["tokens", "extract", "IMAGES", "--run", "RUN", "--limit", 3],
             "another configuration: ",
         ),
-        (["tokenizer", "train", "PICTURES", "--out", "RUN", "--image-size", 32], "another config"),
+        (["tokenizer", "train", "IMAGES", "--out", "RUN", "--image-size", 32], "another config"),
         (
-            ["tokenizer", "train", "PICTURES", "--out", "NEW", "--preset", "tiny", "--steps", 0],
+            ["tokenizer", "train", "IMAGES", "--out", "NEW", "--preset", "tiny", "--steps", 0],
             "steps: got 0",
         ),
         (["train", "coarse", "RUN", "--preset", "tiny", "--steps", 3], "another configuration"),
         (["train", "fine", "RUN", "--preset", "tony"], "unknown preset 'tony': did you mean"),
         (["train", "fine", "RUN", "--set", "fine.width=6"], "width 6 with"),
         (
-            ["classifier", "train", "PICTURES", "--out", "NEW", "--image-size", 32, "--steps", 0],
+            ["classifier", "train", "IMAGES", "--out", "NEW", "--image-size", 32, "--steps", 0],
             "steps: got 0",
         ),
         (["evaluate", "RUN", "--samples", 30], "nothing to score against; pass a --reference"),
         (
-            ["evaluate", "RUN", "--samples", 31, "--reference", "PICTURES"],
+            ["evaluate", "RUN", "--samples", 31, "--reference", "IMAGES"],
             "31 samples cannot be split equally among 3",
         ),
         (["evaluate", "RUN", "--samples", 30, "--reference", "nowhere"], "nowhere: no such folder"),
         (
-            ["evaluate", "RUN", "--samples", 30, "--reference", "PICTURES", "--features", "lite1"],
+            ["evaluate", "RUN", "--samples", 30, "--reference", "IMAGES", "--features", "lite1"],
             "unknown features 'lite1': did you mean 'lite0'?",
         ),
         (
-            ["evaluate", "RUN", "--samples", 3, "--reference", "PICTURES", "--classifier", "NEW"],
+            ["evaluate", "RUN", "--samples", 3, "--reference", "IMAGES", "--classifier", "NEW"],
             "not found",
         ),
         (["evaluate", "nowhere"], "no pipeline 'nowhere'"),
-        (["tokenizer", "evaluate", "nowhere", "--images", "PICTURES"], "no pipeline 'nowhere'"),
+        (["tokenizer", "evaluate", "nowhere", "--images", "IMAGES"], "no pipeline 'nowhere'"),
     ],
 )
 def test_mistakes_of_every_command_are_refused(
     ctf: Command, run: Path, image_folder: Path, tmp_path: Path, command: list[Any], message: str
 ) -> None:
     before = read_files(run)
-    paths = {"RUN": run, "PICTURES": image_folder, "NEW": tmp_path / "new"}
+    paths = {"RUN": run, "IMAGES": image_folder, "NEW": tmp_path / "new"}
     check_refused(ctf(*[paths.get(word, word) for word in command]), message)
     assert list(tmp_path.iterdir()) == []
     assert read_files(run) == before
@@ -250,10 +250,10 @@ def test_more_clusters_than_codes_are_refused(ctf: Command, run: Path, tmp_path:
 @pytest.mark.parametrize(
     "command",
     [
-        ["fit", "PICTURES", "--out", "OUT", "--image-size", SIDE, "--steps", 1],
-        ["tokenizer", "train", "PICTURES", "--out", "OUT", "--image-size", SIDE, "--steps", 1],
+        ["fit", "IMAGES", "--out", "OUT", "--image-size", SIDE, "--steps", 1],
+        ["tokenizer", "train", "IMAGES", "--out", "OUT", "--image-size", SIDE, "--steps", 1],
         ["train", "baseline", "RUN", "--out", "OUT"],
-        ["classifier", "train", "PICTURES", "--out", "OUT", "--image-size", SIDE],
+        ["classifier", "train", "IMAGES", "--out", "OUT", "--image-size", SIDE],
         ["sample", "RUN", "--count", 1, "--out", "OUT"],
     ],
 )
@@ -261,7 +261,7 @@ def test_an_output_folder_of_something_else_is_refused(
     ctf: Command, run: Path, image_folder: Path, odd: Path, kind: str, command: list[Any]
 ) -> None:
     before = read_files(odd)
-    paths = {"RUN": run, "PICTURES": image_folder, "OUT": odd / kind}
+    paths = {"RUN": run, "IMAGES": image_folder, "OUT": odd / kind}
     error = check_refused(ctf(*[paths.get(word, word) for word in command]), "choose another")
     assert str(odd / kind) in error
     assert read_files(odd) == before
@@ -310,8 +310,8 @@ def test_a_read_only_folder_is_reported(ctf: Command, locked: Path) -> None:
         ["sample", "run", "--count", 1, "--out", "new"],
         ["sample", "run", "--count", 1, "--out", "sheet.png"],
     ):
-        given = [locked / word if word in paths else word for word in command]
-        check_refused(ctf(*given), "cannot be written (Permission denied)")
+        arguments = [locked / word if word in paths else word for word in command]
+        check_refused(ctf(*arguments), "cannot be written (Permission denied)")
     # Finished work needs no writing.
     assert ctf(*fit_arguments(locked / "discs", locked / "run")).code == 0
     assert ctf("sample", locked / "run", "--dry-run").code == 0

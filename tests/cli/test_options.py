@@ -18,11 +18,11 @@ def parse(*arguments: str) -> dict[str, object]:
 
 
 def test_optional_values_are_parsed_as_their_type() -> None:
-    base = ("fit", "discs", "--out", "run")
-    assert parse(*base)["steps"] is None and parse(*base)["views"] is None
-    options = parse(*base, "--steps", "3", "--minutes", "2.5", "--views", "ten-crop")
+    fit = ("fit", "discs", "--out", "run")
+    assert parse(*fit)["steps"] is None and parse(*fit)["views"] is None
+    options = parse(*fit, "--steps", "3", "--minutes", "2.5", "--views", "ten-crop")
     assert (options["steps"], options["minutes"], options["views"]) == (3, 2.5, "ten-crop")
-    options = parse(*base, "--steps", "None", "--views", "None")
+    options = parse(*fit, "--steps", "None", "--views", "None")
     assert options["steps"] is None and options["views"] is None
 
 
@@ -37,11 +37,11 @@ def test_groups_of_options_are_dataclasses() -> None:
 
 def test_sampling_options_are_those_that_are_given() -> None:
     assert parse("sample", "run")["sampling"] == {}
-    given = {"guidance": 3.0, "top_k": 5, "guidance_window": (0.2, 0.8), "fine_top_p": 0.5}
+    expected = {"guidance": 3.0, "top_k": 5, "guidance_window": (0.2, 0.8), "fine_top_p": 0.5}
     arguments = ["--guidance", "3", "--top-k", "5", "--guidance-window", "0.2", "0.8"]
     options = parse("sample", "run", *arguments, "--fine-top-p", "0.5")
-    assert options["sampling"] == given
-    Sampling(**given)  # type: ignore[arg-type]
+    assert options["sampling"] == expected
+    Sampling(**expected)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -17,18 +17,18 @@ from tests.conftest import CLASSES, SIDE, Command, read_files
     ("command", "message"),
     [
         (["demo", "--out", "NEW"], "about 2 minutes in all"),
-        (["fit", "PICTURES", "--out", "NEW", "--preset", "tiny"], "600 steps"),
+        (["fit", "IMAGES", "--out", "NEW", "--preset", "tiny"], "600 steps"),
         (["fit", "fashion-mnist", "--out", "NEW", "--minutes", 2], "60000 images to train on"),
         (["sample", "RUN", "--out", "NEW"], "would sample 8 images of each of 3 classes"),
-        (["tokenizer", "train", "PICTURES", "--out", "NEW", "--preset", "tiny"], "tokenizer: "),
-        (["tokens", "extract", "PICTURES", "--run", "RUN", "--preset", "tiny"], "held out"),
+        (["tokenizer", "train", "IMAGES", "--out", "NEW", "--preset", "tiny"], "tokenizer: "),
+        (["tokens", "extract", "IMAGES", "--run", "RUN", "--preset", "tiny"], "held out"),
         (["clusters", "fit", "RUN", "--count", 4], "would cluster 64 codes"),
         (["train", "coarse", "RUN", "--preset", "tiny"], "would train"),
         (["train", "fine", "RUN", "--preset", "tiny"], "would train"),
         (["train", "baseline", "RUN", "--out", "NEW", "--preset", "tiny"], "would create"),
-        (["classifier", "train", "PICTURES", "--out", "NEW", "--image-size", 32], "would train"),
+        (["classifier", "train", "IMAGES", "--out", "NEW", "--image-size", 32], "would train"),
         (
-            ["evaluate", "RUN", "--reference", "PICTURES", "--samples", 30, "--out", "NEW"],
+            ["evaluate", "RUN", "--reference", "IMAGES", "--samples", 30, "--out", "NEW"],
             "would write",
         ),
         (
@@ -53,7 +53,7 @@ def test_dry_runs_write_nothing(
     ctf: Command, run: Path, image_folder: Path, tmp_path: Path, command: list[Any], message: str
 ) -> None:
     before = read_files(run)
-    paths = {"RUN": run, "PICTURES": image_folder, "NEW": tmp_path / "new"}
+    paths = {"RUN": run, "IMAGES": image_folder, "NEW": tmp_path / "new"}
     paths |= {"VQ": LLAMAGEN / "vq.pt", "GPT": LLAMAGEN / "gpt.pt"}
     result = ctf(*[paths.get(word, word) for word in command], "--dry-run")
     assert result.code == 0 and message in result.out, result

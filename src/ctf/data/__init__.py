@@ -1,1 +1,9 @@
-"""Images on disk, and the codes that a tokenizer makes of them."""
+"""Images and their codes on disk.
+
+sources     folders, .tar and .parquet files of encoded images
+decode      an encoded image -> an RGB image
+transforms  crops and views; conversion between PIL images, arrays and tensors
+scan        the size, hash and damage of every image of a source
+image_set   labelled images of one size; images opens them by name, fashion_mnist is included
+extraction  an image set -> codes, in the files of shards, which tokens reads
+"""

@@ -69,8 +69,8 @@ def test_long_names_are_read(tmp_path: Path) -> None:
         assert splits.train.class_names == ("a" * 150,)
 
 
-@pytest.mark.parametrize("beside", ["cls", "json", "names"])
-def test_labels_of_samples_are_classes(tmp_path: Path, beside: str) -> None:
+@pytest.mark.parametrize("label_kind", ["cls", "json", "names"])
+def test_labels_of_samples_are_classes(tmp_path: Path, label_kind: str) -> None:
     members: dict[str, bytes] = {}
     for i in range(24):
         members[f"{i:04d}.jpg"] = encoded_disc(i, "JPEG")
@@ -79,11 +79,11 @@ def test_labels_of_samples_are_classes(tmp_path: Path, beside: str) -> None:
             "cls": {f"{i:04d}.cls": b"%d" % (i % 12)},
             "json": {f"{i:04d}.json": json.dumps({"caption": "x", "label": i % 12}).encode()},
             "names": {f"{i:04d}.cls": b"class %c\n" % (97 + i % 12)},
-        }[beside]
+        }[label_kind]
     splits = open_images(pack(tmp_path / "a.tar", members), SIZE)
     names = tuple(f"class {c}" for c in "abcdefghijkl")
     assert splits.train.class_names == (
-        names if beside == "names" else tuple(map(str, range(12)))
+        names if label_kind == "names" else tuple(map(str, range(12)))
     )  # numbers as numbers, not "0", "1", "10", "11", "2"
     expected = {
         np.asarray(crop(decode(members[f"{i:04d}.jpg"], 1, (0, 0, 0)), SIZE)).tobytes(): i % 12

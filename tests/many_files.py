@@ -2,10 +2,10 @@
 
     python -m tests.many_files --count 1000000
 
-Makes a folder of that many files in 1000 classes, hard links to a few hundred small images, opens it
-twice, each time in a new process, and deletes it. The first time every file is decoded; the second
-time the scan is in the cache, and only the stamps of the files are compared. Prints wall-clock and
-CPU seconds and the peak memory.
+Makes a folder of that many files in 1000 classes, hard links to a few hundred small images, opens
+it twice, each time in a new process, and deletes it. The first time every file is decoded; the
+second time the scan is in the cache, and only the stamps of the files are compared. Prints
+wall-clock and CPU seconds and the peak memory.
 """
 
 from __future__ import annotations

@@ -1,10 +1,6 @@
-"""Tables in Markdown."""
+"""How results are shown."""
 
-from ctf.bench.tables import markdown, span, spread
-
-
-def test_a_table_in_markdown() -> None:
-    assert markdown(("a", "b"), [("1", "2")]) == "| a | b |\n|---|---|\n| 1 | 2 |"
+from ctf.bench.tables import span, spread
 
 
 def test_medians_with_their_spread() -> None:

@@ -9,8 +9,8 @@ import torch
 
 from ctf.bench import train
 from ctf.bench.shapes import Shapes
-from ctf.bench.tables import markdown
 from ctf.bench.train import TrainBenchmark
+from ctf.common.markdown import markdown_table
 from ctf.common.precision import supports_bf16
 from ctf.models.sizes import TransformerShape
 from tests.bench.test_harness import silent
@@ -45,7 +45,7 @@ def test_every_way_is_timed_in_every_round(small_shapes: Shapes, tmp_path: Path)
     assert train.speed_ups(results, "B", "plain", "baseline") == [
         a.seconds / b.seconds for a, b in zip(plain, ours, strict=True)
     ]
-    assert markdown(columns, rows) in (tmp_path / "train.md").read_text()
+    assert markdown_table(columns, rows) in (tmp_path / "train.md").read_text()
 
 
 def test_without_bfloat16_there_are_no_rows_of_it(

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from ctf.bench.sample import SampleResults, StageTiming, fine_batch
 from ctf.bench.shapes import PAPER, RECOMMENDED
-from ctf.bench.tables import Table, listed, markdown, span, spread, write_plot, write_text
+from ctf.bench.tables import Table, listed, span, spread
 from ctf.bench.work import Work
+from ctf.common import storage
+from ctf.common.markdown import markdown_table
 
 COLOURS = {"coarse": "#35618f", "fine": "#d98b2b", "decode": "#9aa5ad"}
 
@@ -77,12 +79,12 @@ def write(results: SampleResults, folder: Path) -> None:
         "Seconds are medians, in brackets the minimum and the maximum of "
         f"{benchmark.rounds} rounds in turn. Guidance {benchmark.guidance:g}, "
         f"{listed(results.environment)}.",
-        markdown(*_limits(results)),
+        markdown_table(*_limits(results)),
     ]
     for size in benchmark.sizes:
         for batch in benchmark.batches:
             title = f"### Size {size}, {_images(batch)}"
-            parts += [title, markdown(*speed(results, size, batch))]
+            parts += [title, markdown_table(*speed(results, size, batch))]
     start = [(part, f"{seconds:.2f}") for part, seconds in results.groups["start"].facts.items()]
     for title, table in (
         ("CTF and the baseline", _shares(results)),
@@ -92,8 +94,8 @@ def write(results: SampleResults, folder: Path) -> None:
         ("Greedy labels", _greedy(results)),
     ):
         if table[1]:
-            parts += [f"### {title}", markdown(*table)]
-    write_text(folder / "sample.md", parts)
+            parts += [f"### {title}", markdown_table(*table)]
+    storage.save_text(folder / "sample.md", "\n\n".join(parts) + "\n")
     _plot(results, folder / "sample.png")
 
 
@@ -256,4 +258,4 @@ def _plot(results: SampleResults, path: Path) -> None:
         fontsize=9,
         frameon=False,
     )
-    write_plot(path, figure)
+    storage.save_plot(path, figure)

@@ -30,8 +30,9 @@ from ctf.bench.harness import Group, Results, Timing
 from ctf.bench.shapes import IMAGENET, PAPER, RECOMMENDED, Shapes
 from ctf.bench.tokens import write_cache
 from ctf.bench.work import Machine
-from ctf.common import memory
+from ctf.common import memory, storage
 from ctf.common.distributed import World
+from ctf.common.markdown import markdown_table
 from ctf.common.precision import Precision, supports_bf16
 from ctf.common.progress import Progress
 from ctf.data.tokens import Tokens
@@ -106,7 +107,7 @@ def run(
     """
     groups = jobs(benchmark, device, shapes)
     results = harness.measure(benchmark, StepTiming, groups, folder / FILE, device, progress)
-    tables.write_text(folder / "train.md", report(results))
+    storage.save_text(folder / "train.md", "\n\n".join(report(results)) + "\n")
     return results
 
 
@@ -301,7 +302,7 @@ def report(results: TrainResults) -> list[str]:
         f"in bfloat16 {bf16}; the medians are the peaks."
     ]
     for size in results.benchmark.sizes:
-        parts += [f"### Size {size}", tables.markdown(*table(results, size))]
+        parts += [f"### Size {size}", markdown_table(*table(results, size))]
     return parts
 
 

@@ -16,7 +16,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ctf.common.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import Image
 
 METADATA = "ctf"  # the entry of a safetensors file's metadata that holds ours, as JSON
 
@@ -115,13 +119,30 @@ def _not_found(path: Path) -> UserError:
     return UserError(f"{path}: not found; is {path.parent} a folder made by ctf?")
 
 
-# --- JSON -----------------------------------------------------------------------------------------
+# --- Images, text and JSON ------------------------------------------------------------------------
+
+
+def save_png(path: Path, image: Image.Image) -> None:
+    """Write an image as PNG. Raises UserError as `atomic`."""
+    with atomic(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def save_plot(path: Path, figure: Figure) -> None:
+    """Write a plot as PNG. Raises UserError as `atomic`."""
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write text as UTF-8. Raises UserError as `atomic`."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def save_json(path: Path, content: Any) -> None:
     """Write plain values as indented JSON. Raises UserError as `atomic`."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    save_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def load_json(path: Path) -> Any:

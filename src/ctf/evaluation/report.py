@@ -17,6 +17,7 @@ from PIL import Image
 
 from ctf.common import config, storage
 from ctf.common.errors import UserError
+from ctf.common.markdown import markdown_table
 from ctf.common.version import __version__
 from ctf.data.image_grid import image_grid
 from ctf.evaluation.intervals import Difference, Estimate, difference
@@ -83,11 +84,8 @@ class Report:
 
 def write(folder: Path, report: Report, images: ImageCollection) -> None:
     """Write the report; report.json last, since it marks an evaluation as finished."""
-    shown = samples_sheet(images)
-    with storage.atomic(folder / "samples.png") as temporary:
-        shown.save(temporary, format="PNG")
-    with storage.atomic(folder / "report.md") as temporary:
-        temporary.write_text(markdown(report), encoding="utf-8")
+    storage.save_png(folder / "samples.png", samples_sheet(images))
+    storage.save_text(folder / "report.md", markdown(report))
     storage.save_json(folder / FILE, config.to_json(report))
 
 
@@ -253,13 +251,8 @@ def _generation_section(generation: GenerationConfig, search_samples: int | None
     return ["## How the samples were generated", "\n".join(lines), plot]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [
-        f"| {' | '.join(header)} |",
-        "|---" + "|---:" * (len(header) - 1) + "|",
-        *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows),
-    ]
-    return "\n".join(lines)
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return markdown_table(columns, rows, ("---", *["---:"] * (len(columns) - 1)))
 
 
 def _pixels(size: Sequence[int]) -> str:

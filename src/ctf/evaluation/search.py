@@ -215,5 +215,4 @@ def _plot(points: Sequence[Point], best: Point, suffix: str, path: Path) -> None
     if has_score:
         axes.set_title("the number at a point is its guidance scale", fontsize=9)
     figure.legend(loc="outside right upper", fontsize=7, title="temperature", title_fontsize=8)
-    with storage.atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    storage.save_plot(path, figure)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from PIL import Image
 
 from ctf.common import storage
 from ctf.common.errors import UserError
+from ctf.common.markdown import markdown_table
 from ctf.common.progress import Progress
 from ctf.models.sampling import format_settings
-from ctf.pipelines.export import class_sheet, write_png
+from ctf.pipelines.export import class_sheet
 from ctf.pipelines.pipeline import LICENSE, Pipeline
 
 FILE = "README.md"
@@ -28,6 +29,7 @@ FOLDER = "path/to/this/folder"  # the name of a pipeline that is not on the Hub
 SHEET_CLASSES, SHEET_COLUMNS = 5, 4
 MAX_CLASS_NAMES = 20
 
+DIVIDER = (" --- ", " --- ")  # of tables
 HUB_DATASETS = {"fashion-mnist": "zalando-datasets/fashion_mnist"}
 PAPER = "https://arxiv.org/abs/2503.16194"
 LLAMAGEN = "https://arxiv.org/abs/2406.06525"
@@ -41,10 +43,9 @@ def save(pipe: Pipeline, folder: Path) -> None:
 
 def write(folder: Path, card: str, sheet: Image.Image | None = None) -> None:
     """Write the text of a card, and its contact sheet."""
-    with storage.atomic(folder / FILE) as temporary:
-        temporary.write_text(card, encoding="utf-8")
+    storage.save_text(folder / FILE, card)
     if sheet is not None:
-        write_png(folder / IMAGE, sheet)
+        storage.save_png(folder / IMAGE, sheet)
 
 
 def load_edited(folder: Path) -> str | None:
@@ -151,7 +152,7 @@ def _parts(pipe: Pipeline) -> str:
         "fine model": "none" if pipe.fine is None else _transformer(pipe.fine),
         "sampling": format_settings(dataclasses.asdict(pipe.sampling)),
     }
-    return _table(("part", ""), rows.items())
+    return markdown_table(("part", ""), [*rows.items()], DIVIDER)
 
 
 def _transformer(model: Any) -> str:
@@ -168,7 +169,7 @@ def _metrics(origin: dict[str, Any]) -> str:
     if not rows:
         return ""
     note = "On held-out images; losses in nats per token.\n\n" if "recipe" in origin else ""
-    return note + _table(("metric", "value"), rows.items())
+    return note + markdown_table(("metric", "value"), [*rows.items()], DIVIDER)
 
 
 def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -189,7 +190,3 @@ def _origin(origin: dict[str, Any]) -> str:
     """Return all of `origin` that has no section of its own, as JSON."""
     rest = {key: value for key, value in origin.items() if key not in ("metrics", LICENSE)}
     return f"```json\n{json.dumps(rest, indent=2, ensure_ascii=False)}\n```" if rest else ""
-
-
-def _table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> str:
-    return "\n".join(f"| {key} | {value} |" for key, value in (head, ("---", "---"), *rows))

@@ -197,7 +197,7 @@ def write(
     if not again or len(samples.images) > 1:
         names = [pipe.class_names[number] for number in settings.classes]
         image = contact_sheet(samples.images, names, settings.count)
-    write_png(out, image)
+    storage.save_png(out, image)
     return f"{out}: {image.width} x {image.height} pixels"
 
 
@@ -208,7 +208,7 @@ def _write_folder(out: Path, samples: Samples, settings: Settings) -> None:
         if old.stem.isdigit() and int(old.stem) >= len(samples.images):
             old.unlink()
     for i, image in enumerate(samples.images):
-        write_png(out / f"{i:06d}.png", image)
+        storage.save_png(out / f"{i:06d}.png", image)
     with storage.atomic(out / "codes.npz") as temporary, open(temporary, "wb") as file:
         np.savez_compressed(
             file,
@@ -217,9 +217,3 @@ def _write_folder(out: Path, samples: Samples, settings: Settings) -> None:
             classes=np.array(settings.class_per_image()),
             seeds=np.arange(settings.seed, settings.seed + len(samples.images)),
         )
-
-
-def write_png(path: Path, image: Image.Image) -> None:
-    """Write an image as a PNG file."""
-    with storage.atomic(path) as temporary:
-        temporary.write_bytes(png(image))

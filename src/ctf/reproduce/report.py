@@ -6,8 +6,9 @@ import shutil
 import statistics
 from typing import TYPE_CHECKING
 
-from ctf.bench.tables import listed, markdown, spread, write_plot, write_text
+from ctf.bench.tables import listed, spread
 from ctf.common import storage
+from ctf.common.markdown import markdown_table
 from ctf.models.sampling import format_settings
 from ctf.reproduce import experiments
 from ctf.reproduce.cells import Workspace
@@ -43,7 +44,7 @@ def write(space: Workspace) -> None:
         "# The paper's experiments in small",
         *_head(space),
         "## What holds here",
-        markdown(("claim", "here", "holds"), findings(space)),
+        markdown_table(("claim", "here", "holds"), findings(space)),
         *_tokenizers(space),
         *_table1(space),
         *_table2(space),
@@ -51,7 +52,7 @@ def write(space: Workspace) -> None:
         *_figure1(space),
         *_figure2(space),
     ]
-    write_text(space.results / "report.md", parts)
+    storage.save_text(space.results / "report.md", "\n\n".join(parts) + "\n")
 
 
 def _head(space: Workspace) -> list[str]:
@@ -125,7 +126,7 @@ def _tokenizers(space: Workspace) -> list[str]:
                 f"{outcome['usage']:.1%}", *distances, f"{outcome['seconds_of_training']:.0f}",
             ]
         )  # fmt: skip
-    return ["## Tokenizers", "Trained alike; on the held-out images.", markdown(header, rows)]
+    return ["## Tokenizers", "Trained alike; on the held-out images.", markdown_table(header, rows)]
 
 
 def _table1(space: Workspace) -> list[str]:
@@ -149,9 +150,9 @@ def _table1(space: Workspace) -> list[str]:
         "least as many parameters as both models of CTF together. Guidance and temperatures are "
         "from the same search with the same number of points for both, on other seeds and against "
         "the reserved images.",
-        markdown(("V", "seed", "model", *_columns(plan)), rows),
+        markdown_table(("V", "seed", "model", *_columns(plan)), rows),
         *searches,
-        markdown(("the paper's, ImageNet 256", "parameters", "FID / IS"), paper),
+        markdown_table(("the paper's, ImageNet 256", "parameters", "FID / IS"), paper),
         *_plot_margins(space),
     ]
 
@@ -180,7 +181,7 @@ def _plot_margins(space: Workspace) -> list[str]:
 
 
 def _image(space: Workspace, figure: Figure, name: str, text: str) -> str:
-    write_plot(space.results / name, figure)
+    storage.save_plot(space.results / name, figure)
     return f"![{text}]({name})"
 
 
@@ -200,7 +201,7 @@ def _table2(space: Workspace) -> list[str]:
         "Images a second, from classes to images, each with its tuned guidance. Medians, in "
         f"brackets the minimum and the maximum of {cell.rounds} rounds in turn; the last column is "
         "the ratio within each round.",
-        markdown(("batch", "baseline", "CTF", "how many times as fast"), rows),
+        markdown_table(("batch", "baseline", "CTF", "how many times as fast"), rows),
         f"The paper: {PAPER_TABLE2}.",
     ]
 
@@ -219,7 +220,7 @@ def _table3(space: Workspace) -> list[str]:
             if outcome is not None and choice.setting is not None:
                 label = f"{outcome['settings'][choice.setting]:g}, {label}"
             rows.append([label, *_row(space, choice.cell)])
-        parts += [f"### {title}", markdown(("choice", *_columns(plan)), rows)]
+        parts += [f"### {title}", markdown_table(("choice", *_columns(plan)), rows)]
         if title in PAPER_TABLE3:
             parts.append(f"The paper (FID / IS): {PAPER_TABLE3[title]}.")
     return parts
@@ -250,11 +251,11 @@ def _figure1(space: Workspace) -> list[str]:
         "## Figure 1: codes of a cluster look nearly the same",
         "PSNR of held-out images whose codes were all swapped for random members of their "
         "clusters, against the images of the true codes.",
-        markdown(header, rows),
+        markdown_table(header, rows),
         f"The paper: {PAPER_FIGURE1}.",
         *(["![Images whose codes were swapped](figure1.png)"] if copy.is_file() else []),
         "The fine stage alone: held-out images, codes resampled from their true labels.",
-        markdown(("codes", *names), details),
+        markdown_table(("codes", *names), details),
     ]
 
 
@@ -270,7 +271,7 @@ def _figure2(space: Workspace) -> list[str]:
         "## Figure 2: quality over training",
         "Each point is a training run of its own length, with the settings that were tuned at the "
         "full length.",
-        markdown(("steps", "model", *_columns(plan)), rows),
+        markdown_table(("steps", "model", *_columns(plan)), rows),
         f"The paper: {PAPER_FIGURE2}.",
         *(_plot_training(space, points) if all(points.values()) else []),
     ]

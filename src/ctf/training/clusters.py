@@ -61,6 +61,5 @@ def fit_clusters(
     if not sheet.exists():
         shown_BL = codes_BL[:SHEET_COLUMNS]
         image = swap_sheet(tokenizer, clusters, control, shown_BL, seed=config.seed)
-        with storage.atomic(sheet) as temporary:
-            image.save(temporary, format="PNG")
+        storage.save_png(sheet, image)
     return clusters

@@ -45,8 +45,7 @@ def demo(out: Path, minutes: float, device: torch.device, console: Console) -> N
 
 
 def _save_sheet(pipe: Pipeline, path: Path) -> Path:
-    with storage.atomic(path) as temporary:
-        class_sheet(pipe, range(len(pipe.class_names)), COLUMNS).save(temporary, format="PNG")
+    storage.save_png(path, class_sheet(pipe, range(len(pipe.class_names)), COLUMNS))
     return path
 
 

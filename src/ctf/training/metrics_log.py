@@ -38,9 +38,8 @@ class MetricsLog:
 
         def write() -> None:
             if self.path.is_file():
-                with storage.atomic(self.path) as temporary:
-                    text = "".join(json.dumps(line) + "\n" for line in lines)
-                    temporary.write_text(text, encoding="utf-8")
+                text = "".join(json.dumps(line) + "\n" for line in lines)
+                storage.save_text(self.path, text)
 
         self.world.on_main(write)
         return float(lines[-1]["seconds"]) if lines else 0.0

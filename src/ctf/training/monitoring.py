@@ -162,8 +162,7 @@ def plot(runs: Sequence[Sequence[Training]], path: Path) -> None:
     figure.legend(
         handles=handles, loc="outside upper center", ncols=columns, fontsize=9, frameon=False
     )
-    with storage.atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    storage.save_plot(path, figure)
 
 
 def _plot_curves(axes: Axes, panel: Panel, training: Training, color: str) -> None:

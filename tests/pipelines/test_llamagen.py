@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctf.common.errors import UserError
-from ctf.data import imagenet, transforms
+from ctf.data import transforms
 from ctf.models import clusters, sizes
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
@@ -466,19 +466,7 @@ def test_image_sizes_that_are_wrong(tmp_path: Path) -> None:
     assert llamagen.load(VQ, path).coarse.config.grid == 4
 
 
-# --- ImageNet's classes ---------------------------------------------------------------------------
-
-
-def test_imagenet_classes() -> None:
-    classes = imagenet.imagenet_classes()
-    assert len(classes) == len({*classes.values()}) == 1000 and sorted(classes) == [*classes]
-    assert classes["n01440764"] == "tench" and classes["n02099601"] == "golden retriever"
-    assert imagenet.readable_class_names(("n02099601", "n01440764")) == (
-        "golden retriever",
-        "tench",
-    )
-    for others in (("n02099601", "cats"), ("nothing",), ("n00000000",)):
-        assert imagenet.readable_class_names(others) == others
+# --- scoring --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -106,27 +106,6 @@ class ImageOptions:
     skip_bad: bool = False
 
 
-# In a box of their own: "image options".
-Image = Annotated[ImageOptions, OmitArgPrefixes, arg(name="image")]
-
-if TYPE_CHECKING:
-    SamplingOptions = dict[str, Any]  # the fields of Sampling that are given
-else:
-
-    def __getattr__(name: str) -> type:
-        """Make SamplingOptions from the fields of Sampling on first use, since it imports torch."""
-        if name != "SamplingOptions":
-            raise AttributeError(name)
-        from ctf.models.sampling import Sampling
-
-        hint = arg(help_behavior_hint="(default: the pipeline's)")
-        fields = {key: Annotated[kind, hint] for key, kind in get_type_hints(Sampling).items()}
-        options = TypedDict(name, fields, total=False)
-        _, _, arguments = Sampling.__doc__.partition("Args:")
-        options.__doc__ = f"How images are sampled.\n\n    Args:{arguments}"
-        return globals().setdefault(name, options)
-
-
 @dataclasses.dataclass(frozen=True)
 class ExecutionOptions:
     """How training is computed; results are the same up to rounding.
@@ -179,3 +158,26 @@ class TransformerOptions:
     shard: bool = False
     device: Device = "auto"
     dry_run: DryRun = False
+
+
+# These options are shown in boxes of their own, below the others.
+ImageGroup = Annotated[ImageOptions, OmitArgPrefixes, arg(name="image")]
+ExecutionGroup = Annotated[ExecutionOptions, OmitArgPrefixes, arg(name="execution")]
+
+if TYPE_CHECKING:
+    SamplingGroup = dict[str, Any]  # the fields of Sampling that are given
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Make SamplingGroup from the fields of Sampling on first use, since it imports torch."""
+        if name != "SamplingGroup":
+            raise AttributeError(name)
+        from ctf.models.sampling import Sampling
+
+        hint = arg(help_behavior_hint="(default: the pipeline's)")
+        fields = {key: Annotated[kind, hint] for key, kind in get_type_hints(Sampling).items()}
+        options = TypedDict("SamplingOptions", fields, total=False)
+        _, _, arguments = Sampling.__doc__.partition("Args:")
+        options.__doc__ = f"How images are sampled.\n\n    Args:{arguments}"
+        group = Annotated[options, OmitArgPrefixes, arg(name="sampling")]
+        return globals().setdefault(name, group)

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import Positional, arg
 
 from ctf.cli import options
 from ctf.cli.common import (
@@ -69,8 +69,8 @@ def fit(
     set: options.Overrides = (),
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
-    image_options: options.Image,
-    execution: Annotated[options.ExecutionOptions, OmitArgPrefixes],
+    image_options: options.ImageGroup,
+    execution: options.ExecutionGroup,
 ) -> None:
     """Train all stages, from images to a pipeline; run it again to resume after an interruption.
 
@@ -168,7 +168,7 @@ def sample(
     engine: options.Engine = "auto",
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
-    sampling: Annotated[options.SamplingOptions, OmitArgPrefixes],
+    sampling: options.SamplingGroup,
 ) -> None:
     """Sample images from a pipeline.
 
@@ -183,7 +183,7 @@ def sample(
         out: .png file for a contact sheet, or folder for single images, codes and settings.json
         resize: side of the images in pixels; by default the tokenizer's
         settings: settings.json from a folder of samples or from the studio, to sample its images
-            again; no other settings can be given, and the model is the one it names by default
+            again, by default from the pipeline that it names; excludes other options of sampling
         engine: auto is the fastest, equal up to rounding; int8 is faster but not quite equal;
             compile uses torch.compile; eager uses plain PyTorch operators
     """
@@ -255,8 +255,8 @@ def evaluate(
     weights: options.Weights = None,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
-    sampling: Annotated[options.SamplingOptions, OmitArgPrefixes],
-    image_options: options.Image,
+    sampling: options.SamplingGroup,
+    image_options: options.ImageGroup,
 ) -> None:
     """Score the samples of a pipeline, or existing images, against a reference set.
 

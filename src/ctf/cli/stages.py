@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import Positional, arg
 
 from ctf.cli import options
 from ctf.cli.common import command, open_device, open_progress, open_splits, show
@@ -26,7 +26,7 @@ def tokenizer_train(
     set: options.Overrides = (),
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
-    image_options: options.Image,
+    image_options: options.ImageGroup,
 ) -> None:
     """Train the tokenizer of a run, which encodes images as codes and decodes them.
 
@@ -60,7 +60,7 @@ def tokenizer_evaluate(
     features: options.Maybe[str] = None,
     weights: options.Weights = None,
     device: options.Device = "auto",
-    image_options: options.Image,
+    image_options: options.ImageGroup,
 ) -> None:
     """Measure how well held-out images are reconstructed, and how much of the codebook is used.
 
@@ -110,7 +110,7 @@ def tokens_extract(
     precision: options.Precision = "auto",
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
-    image_options: options.Image,
+    image_options: options.ImageGroup,
 ) -> None:
     """Encode all images with the tokenizer of a run, once, ahead of training.
 
@@ -220,7 +220,7 @@ def train_coarse(
     *,
     warm_start: options.Maybe[Path] = None,
     training: options.Flat[options.TransformerOptions],
-    execution: Annotated[options.ExecutionOptions, OmitArgPrefixes],
+    execution: options.ExecutionGroup,
 ) -> None:
     """Train the coarse model of a run that has tokens and clusters.
 
@@ -239,7 +239,7 @@ def train_fine(
     /,
     *,
     training: options.Flat[options.TransformerOptions],
-    execution: Annotated[options.ExecutionOptions, OmitArgPrefixes],
+    execution: options.ExecutionGroup,
 ) -> None:
     """Train the fine model of a run that has tokens and clusters.
 
@@ -256,7 +256,7 @@ def train_baseline(
     out: Path,
     warm_start: options.Maybe[Path] = None,
     training: options.Flat[options.TransformerOptions],
-    execution: Annotated[options.ExecutionOptions, OmitArgPrefixes],
+    execution: options.ExecutionGroup,
 ) -> None:
     """Train the full-vocabulary baseline on the tokens of a run, as a run of its own.
 
@@ -383,7 +383,7 @@ def classifier_train(
     steps: Annotated[options.Maybe[int], arg(help="training steps; by default 7000")] = None,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
-    image_options: options.Image,
+    image_options: options.ImageGroup,
 ) -> None:
     """Train a small image classifier for scoring samples, and print its held-out accuracy.
 

@@ -68,7 +68,7 @@ def test_tiny_runs() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_sizes_that_do_not_divide(name: str) -> None:
-    with pytest.raises(UserError, match=r"image size 67 is not divisible .* factor \d+; take"):
+    with pytest.raises(UserError, match=r"image size 67 is not divisible .* factor \d+; use"):
         preset(name).tokenizer.config(67)
 
 

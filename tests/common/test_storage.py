@@ -51,7 +51,7 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["json", "tensors"])
-def test_full_disk(tmp_path: Path, kind: str) -> None:
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a"
     path.write_text("before")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -68,7 +68,7 @@ def test_full_disk(tmp_path: Path, kind: str) -> None:
     assert names(tmp_path) == ["a"]
 
 
-def test_disk_that_is_full_when_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_when_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -79,7 +79,7 @@ def test_disk_that_is_full_when_synced(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("save", [storage.save_json, storage.save_tensors])
-def test_place_that_cannot_be(tmp_path: Path, save: object) -> None:
+def test_paths_that_cannot_be_written(tmp_path: Path, save: object) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="cannot be written"):
         save(tmp_path / "file" / "a", {})  # type: ignore[operator]
@@ -113,7 +113,7 @@ def test_tensors_and_metadata(tmp_path: Path) -> None:
     assert float(loaded["x"].sum()) == 15
 
 
-def test_metadata_of_others(tmp_path: Path) -> None:
+def test_metadata_of_other_programs_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     for metadata in ({}, {"format": "pt"}):
         save_file({"x": torch.zeros(1)}, path, metadata=metadata)
@@ -156,14 +156,14 @@ def test_hashes(tmp_path: Path) -> None:
 # --- what a kill leaves ---------------------------------------------------------------------------
 
 
-def test_temporaries_are_told_from_what_is_the_users(tmp_path: Path) -> None:
+def test_only_own_temporaries_are_removed(tmp_path: Path) -> None:
     for name in (".a.json.12.tmp", ".b.tmp", "c.tmp", ".d.x.tmp", "e.12.tmp"):
         (tmp_path / name).touch()
     storage.remove_temporaries(tmp_path)
     assert names(tmp_path) == [".b.tmp", ".d.x.tmp", "c.tmp", "e.12.tmp"]
 
 
-def test_the_name_of_a_temporary(tmp_path: Path) -> None:
+def test_a_temporary_is_recognized_by_its_name(tmp_path: Path) -> None:
     with storage.atomic(tmp_path / "a.json") as temporary:
         temporary.write_text("1")
         storage.remove_temporaries(tmp_path)  # so it takes it for one

@@ -121,7 +121,7 @@ def test_published_sizes() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("width", [64, 128])
-def test_activations_are_those_that_autograd_keeps(dropout: float, width: int) -> None:
+def test_activations_are_those_that_autograd_saves(dropout: float, width: int) -> None:
     shape = dataclasses.replace(SHAPE, width=width, layers=4, grid=16, dropout=dropout)
     model = CoarseModel(shape, K).train()
     kernels.replace(model, {torch.nn.Dropout: train_cpu.Dropout})  # its masks are as on a GPU
@@ -141,7 +141,7 @@ def test_activations_are_those_that_autograd_keeps(dropout: float, width: int) -
     assert kept == pytest.approx(2 * (expected + shape.length * width * each), rel=0.02)
 
 
-def test_checkpointing_keeps_the_inputs_of_blocks() -> None:
+def test_checkpointing_stores_the_inputs_of_blocks() -> None:
     many, one = (dataclasses.replace(SHAPE, layers=layers) for layers in (10, 1))
     plain, less = (
         cost.activation_bytes(many, 16, checkpointing=checkpointing)
@@ -192,7 +192,7 @@ def test_the_papers_recipes(name: str) -> None:
     assert optim.learning_rate(10**6, t.steps, t.learning_rate, 0, t.schedule, 0.0) == 1e-4
 
 
-def test_hours_are_the_sum_that_is_shown() -> None:
+def test_hours_by_hand() -> None:
     one = cost.Cost("x", 1, images=1000, flops_each=10**15, formula="", work="")
     # 1e18 / (4 x 312e12 x 0.5)
     assert one.hours(312e12, 4, 0.5) == pytest.approx(1602.56 / 3600, rel=1e-5)
@@ -243,7 +243,7 @@ def test_command(ctf: Command) -> None:
         assert result.code == 2 and message in result.err
 
 
-def test_fit_says_the_same(splits: image_set.Splits) -> None:
+def test_fit_describes_the_same_costs(splits: image_set.Splits) -> None:
     recipe = preset("tiny")
     setting = cost.Setting(32, len(splits.train), 3, devices=1)
     assert fit.describe(splits, recipe, None).endswith(cost.describe(recipe, setting))
@@ -251,7 +251,7 @@ def test_fit_says_the_same(splits: image_set.Splits) -> None:
         cost.Setting(0)
 
 
-def test_dry_runs_say_what_a_device_holds(
+def test_dry_runs_print_the_memory(
     run: Path, image_folder: Path, tmp_path: Path, ctf: Command
 ) -> None:
     options = ("--micro-batch", 2, "--checkpoint-activations", "--dry-run")
@@ -268,7 +268,7 @@ def test_dry_runs_say_what_a_device_holds(
     assert not [*tmp_path.iterdir()]
 
 
-def test_the_real_clusters_are_calculated_with(run: Path, ctf: Command) -> None:
+def test_dry_runs_use_the_real_clusters(run: Path, ctf: Command) -> None:
     """64 codes in 8 clusters of known sizes, on a grid of 4 x 4, and 3 classes."""
     parts = load_clusters(run / "clusters" / "clusters.safetensors")
     said = ctf("train", "fine", run, "--preset", "tiny", "--dry-run", *recipe_options()).out
@@ -279,21 +279,21 @@ def test_the_real_clusters_are_calculated_with(run: Path, ctf: Command) -> None:
 
 
 @pytest.mark.parametrize("execution", [Execution(), Execution(5, True, True)])
-def test_memory_as_it_is_computed(execution: Execution) -> None:
+def test_memory_depends_on_the_execution(execution: Execution) -> None:
     setting = cost.Setting(256, execution=execution)
     (coarse,) = (c for c in cost.costs(preset("imagenet256-B"), setting) if c.name == "coarse")
     memory, shape = coarse.memory_of(execution), SIZES["B"].config(16, 1000)
-    pictures, parts = (5, 8) if execution.shard else (32, 1)
-    assert coarse.micro_batch == pictures
+    images, parts = (5, 8) if execution.shard else (32, 1)
+    assert coarse.micro_batch == images
     assert memory["AdamW"] == math.ceil(8 * coarse.parameters / parts)
-    assert memory["activations"] == pictures * cost.activation_bytes(
+    assert memory["activations"] == images * cost.activation_bytes(
         shape, 256, checkpointing=execution.shard
     )
-    assert memory["logits"] == pictures * 256 * 512 * 8
+    assert memory["logits"] == images * 256 * 512 * 8
     said = "".join(cost.describe_cost(coarse, setting))
     used = ", --checkpoint-activations, --shard: weights"
     assert (used in said) == execution.shard and ("with both" in said) != execution.shard
 
 
-def test_alone_there_is_nothing_to_share(ctf: Command) -> None:
+def test_a_single_device_cannot_shard(ctf: Command) -> None:
     assert "--shard" not in ctf("cost", "imagenet256-B", "--devices", 1).out

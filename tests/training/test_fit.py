@@ -1,4 +1,4 @@
-"""All stages in order: killed at any moment, on a full disk, within minutes, one by one."""
+"""All stages in order: killed at any moment, on a full disk, within a time budget, one by one."""
 
 import errno
 import json
@@ -59,7 +59,7 @@ def metrics(run: Path, stage: str) -> list[dict[str, Any]]:
 # --- the whole chain ------------------------------------------------------------------------------
 
 
-def test_the_chain(run: Path, splits: image_set.Splits) -> None:
+def test_a_run_has_all_stages_and_their_metrics(run: Path, splits: image_set.Splits) -> None:
     stages = ("tokenizer", "coarse", "fine")
     for stage in stages:
         lines = metrics(run, stage)
@@ -95,7 +95,7 @@ def test_a_finished_run_stays_as_it_is(run: Path, image_folder: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_moved_pictures_are_the_same_pictures(
+def test_moved_images_are_the_same_configuration(
     run: Path, image_folder: Path, tmp_path: Path, ctf: Command
 ) -> None:
     before = read_files(run)
@@ -104,7 +104,7 @@ def test_moved_pictures_are_the_same_pictures(
     assert read_files(run) == before
 
 
-def test_flat_folder_in_colour_at_64_pixels(tmp_path: Path, ctf: Command) -> None:
+def test_a_flat_folder_of_color_images_at_64_pixels(tmp_path: Path, ctf: Command) -> None:
     folder = tmp_path / "flat"
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -278,7 +278,7 @@ def test_full_disk_at_any_write(
     ctf: Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every attempt gets a little further, and fails with a message and without half a file."""
+    """Every attempt gets a little further, and fails with a message and no half-written file."""
     monkeypatch.setattr(loop, "LOG_EVERY", 2)
     monkeypatch.setattr(loop, "SAVE_SECONDS", -1.0)
     out, sync, calls = tmp_path / "run", os.fsync, 0
@@ -306,7 +306,7 @@ def test_full_disk_at_any_write(
 
 @contextmanager
 def limited(size: int) -> Iterator[None]:
-    """No file can grow above that many bytes: what a full disk does, for anyone."""
+    """Limit the size of files, which also stops root, unlike permissions."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -315,7 +315,7 @@ def limited(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_states_larger_than_the_disk(
+def test_a_disk_too_small_for_a_state(
     image_folder: Path, undisturbed: Path, tmp_path: Path, ctf: Command
 ) -> None:
     out = tmp_path / "run"
@@ -344,7 +344,7 @@ def test_states_larger_than_the_disk(
         (["--views", "plain"], 'recipe.tokens.views was "flip", now "plain"'),
     ],
 )
-def test_a_run_of_another_configuration(
+def test_runs_of_another_configuration_are_refused(
     run: Path, image_folder: Path, ctf: Command, more: list[str], message: str
 ) -> None:
     before = read_files(run)
@@ -355,7 +355,9 @@ def test_a_run_of_another_configuration(
     assert read_files(run) == before
 
 
-def test_another_size_or_other_values(run: Path, image_folder: Path, ctf: Command) -> None:
+def test_other_options_are_another_configuration(
+    run: Path, image_folder: Path, ctf: Command
+) -> None:
     before = read_files(run)
     for wrong, message in (
         (["--minutes", 1.0, "--image-size", 32, *recipe_options()], "minutes was null, now 1.0"),
@@ -368,7 +370,7 @@ def test_another_size_or_other_values(run: Path, image_folder: Path, ctf: Comman
     assert read_files(run) == before
 
 
-def test_new_pictures_are_another_configuration(run: Path, tmp_path: Path, ctf: Command) -> None:
+def test_new_images_are_another_configuration(run: Path, tmp_path: Path, ctf: Command) -> None:
     more = save_images(tmp_path / "discs", count=9)
     result = ctf(*fit_arguments(more, run))
     assert result.code == 2 and "fingerprint was" in result.err
@@ -400,10 +402,10 @@ def test_the_plan_of_a_time_budget_is_followed(
     assert read_files(out) == before
 
 
-def test_time_is_shared_by_speed(
+def test_steps_follow_from_the_measured_speed(
     splits: image_set.Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With steps of a known duration the plan is arithmetic; and it outlives a kill."""
+    """With steps of a known duration the plan is arithmetic, and a kill does not change it."""
     monkeypatch.setattr(loop, "seconds_per_step", lambda trial: 0.05)
     recipe = config.override(resolve("tiny", splits), recipe_options()[1:])
     planned: dict[str, int] = {}
@@ -463,7 +465,9 @@ def test_with_little_time_only_some_images_are_encoded(
 # --- one stage after another ----------------------------------------------------------------------
 
 
-def test_stage_by_stage(run: Path, image_folder: Path, tmp_path: Path, ctf: Command) -> None:
+def test_single_stages_end_with_the_same_bits(
+    run: Path, image_folder: Path, tmp_path: Path, ctf: Command
+) -> None:
     """The commands of the single stages end with the same bits as `ctf fit`."""
     out = tmp_path / "run"
     recipe = ["--preset", "tiny", *recipe_options()]
@@ -492,7 +496,9 @@ def test_stage_by_stage(run: Path, image_folder: Path, tmp_path: Path, ctf: Comm
     assert result.code == 0 and "clusters   8" in result.out and "swaps.png" in result.out
 
 
-def test_stages_in_the_wrong_order(image_folder: Path, tmp_path: Path, ctf: Command) -> None:
+def test_stages_in_the_wrong_order_are_refused(
+    image_folder: Path, tmp_path: Path, ctf: Command
+) -> None:
     out = tmp_path / "run"
     recipe = ["--preset", "tiny", *recipe_options()]
     for arguments, missing in (
@@ -509,7 +515,7 @@ def test_stages_in_the_wrong_order(image_folder: Path, tmp_path: Path, ctf: Comm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tokenizer_that_was_changed(run: Path, tmp_path: Path, ctf: Command) -> None:
+def test_tokens_of_a_changed_tokenizer_are_refused(run: Path, tmp_path: Path, ctf: Command) -> None:
     out = tmp_path / "run"
     out.mkdir()
     for name, content in read_files(run).items():
@@ -552,7 +558,7 @@ def test_the_baseline_is_a_pipeline_without_a_fine_stage(run: Path, baseline: Pa
     assert first["loss"] < np.log(64)
 
 
-def test_the_baseline_saved_elsewhere(baseline: Path, tmp_path: Path) -> None:
+def test_a_saved_baseline_loads(baseline: Path, tmp_path: Path) -> None:
     pipe = Pipeline.from_pretrained(baseline)
     pipe.save_pretrained(tmp_path / "copy")
     assert not (tmp_path / "copy" / "fine").exists()
@@ -561,7 +567,9 @@ def test_the_baseline_saved_elsewhere(baseline: Path, tmp_path: Path) -> None:
     assert torch.equal(copy.sample([1], seed=0).codes, pipe.sample([1], seed=0).codes)
 
 
-def test_the_baseline_again(run: Path, baseline: Path, tmp_path: Path, ctf: Command) -> None:
+def test_a_baseline_is_trained_once(
+    run: Path, baseline: Path, tmp_path: Path, ctf: Command
+) -> None:
     before = read_files(baseline)
     recipe = ["--preset", "tiny", *recipe_options()]
     result = ctf("train", "baseline", run, "--out", baseline, "--steps", 20, *recipe)
@@ -596,9 +604,7 @@ def test_fit_can_make_a_baseline_too(image_folder: Path, tmp_path: Path, ctf: Co
 # --- options for comparison -----------------------------------------------------------------------
 
 
-def test_wrong_labels_are_part_of_the_configuration(
-    run: Path, tmp_path: Path, ctf: Command
-) -> None:
+def test_corruption_is_part_of_the_configuration(run: Path, tmp_path: Path, ctf: Command) -> None:
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "fine")
     wrong = recipe_options("fine_corruption=0.2", "fine_training.steps=2")
@@ -614,7 +620,7 @@ def test_wrong_labels_are_part_of_the_configuration(
     assert "expected 0 to below 1" in bad.err
 
 
-def test_a_loss_of_groups_is_for_the_baseline(run: Path, tmp_path: Path, ctf: Command) -> None:
+def test_the_group_loss_is_for_the_baseline(run: Path, tmp_path: Path, ctf: Command) -> None:
     grouped = recipe_options(
         "group_loss.weight=1", "group_loss.clusters.count=4", "coarse_training.steps=2"
     )

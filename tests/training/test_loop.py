@@ -210,7 +210,9 @@ def test_counts_are_logged_per_second_of_training(
     assert not any("tokens" in entry for entry in lines(tmp_path))
 
 
-def test_states_are_saved_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_are_saved_every_few_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loop, "SAVE_SECONDS", 3600.0)
     saved = []
     monkeypatch.setattr(state, "save_state", lambda folder, step, *_: saved.append(step))

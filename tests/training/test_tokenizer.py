@@ -96,7 +96,7 @@ def watch(obj: Any, name: str) -> list[tuple[Tensor, Tensor]]:
 # --- the losses -----------------------------------------------------------------------------------
 
 
-def test_the_gradient_passes_the_look_up_unchanged() -> None:
+def test_the_gradient_passes_the_quantization_unchanged() -> None:
     t = trainer(codebook_weight=0.0, commitment_weight=0.0, clip=1e9)
     encoded, decoded = watch(t.model, "encode_vectors"), watch(t.model, "decode_vectors")
     codebook_VC = t.model.codebook().detach().clone()
@@ -141,7 +141,7 @@ def test_the_codebook_loss_moves_codes_and_the_commitment_loss_the_encoder() -> 
             assert (value is not None and bool(value.any())) == (name == moves), (weights, name)
 
 
-def test_half_of_the_pictures_are_mirrored() -> None:
+def test_half_of_the_images_are_mirrored() -> None:
     t = trainer(batch_size=30)
     encoded = watch(t.model, "encode_vectors")
     mirrored = []
@@ -249,7 +249,7 @@ def test_codes_settle_in_the_end() -> None:
         assert ("revived" in t.step(step)) == revives
 
 
-def test_usage_is_a_moving_average_of_the_fair_share() -> None:
+def test_usage_is_a_moving_average() -> None:
     t = trainer(revive_every=10)
     encoded = watch(t.model, "encode_vectors")
     codebook_VC = t.model.codebook().detach().clone()
@@ -326,7 +326,7 @@ def test_options_act_on_the_tokenizer() -> None:
 
 
 @torch.no_grad()
-def test_the_discriminator_judges_patches_alike_in_any_batch() -> None:
+def test_the_discriminator_rates_patches_alike_in_any_batch() -> None:
     torch.manual_seed(0)
     discriminator = PatchDiscriminator()
     images_BCHW = as_tensor(IMAGES.val.read(range(3)))
@@ -336,7 +336,7 @@ def test_the_discriminator_judges_patches_alike_in_any_batch() -> None:
     torch.testing.assert_close(judged, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_done_and_refused(tmp_path: Path) -> None:
+def test_a_finished_tokenizer_is_loaded_and_others_are_refused(tmp_path: Path) -> None:
     training = dataclasses.replace(TRAINING, steps=2)
     train(MODEL, training, IMAGES, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -406,7 +406,7 @@ def test_values_out_of_range(change: dict[str, Any], message: str) -> None:
         dataclasses.replace(TRAINING, **change)
 
 
-def test_codes_are_placed_where_the_vectors_are() -> None:
+def test_the_codebook_is_initialized_with_vectors() -> None:
     t = trainer(steps=20, free_until=0.5)
     before = t.model.embedding.weight.clone()
     for step in range(9):

@@ -24,7 +24,7 @@ def test_command(
 ) -> None:
     monkeypatch.setattr(tokens, "measure", functools.partial(tokens.measure, shapes=shapes))
     out = tmp_path / "found.json"
-    small = ("--images", 5000, "--pictures", 1, "--rounds", 1, "--out", out)
+    small = ("--images", 5000, "--encoded", 1, "--rounds", 1, "--out", out)
     result = ctf("bench", "tokens", *small)
     assert result.code == 0 and "opening 5,000 images" in result.out
     found = json.loads(out.read_text())

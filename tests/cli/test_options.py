@@ -66,3 +66,18 @@ def test_sampling_options_are_the_fields_of_sampling(ctf: Command, command: str)
     shown = ctf(command, "--help").out
     for field in dataclasses.fields(Sampling):
         assert f"--{field.name.replace('_', '-')} " in shown
+
+
+@pytest.mark.parametrize(
+    ("command", "present", "former"),
+    [
+        (["cost"], "--images INT", "--pictures INT"),
+        (["bench", "tokens"], "--encoded INT", "--pictures INT"),
+        (["push"], "--sheet, --no-sheet", "--picture"),
+    ],
+)
+def test_help_shows_present_names_before_former_ones(
+    ctf: Command, command: list[str], present: str, former: str
+) -> None:
+    shown = ctf(*command, "--help").out
+    assert 0 < shown.index(present) < shown.index(former)

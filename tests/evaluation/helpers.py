@@ -14,6 +14,7 @@ from PIL import Image
 from ctf.data.image_set import ImageSet
 from ctf.evaluation.evaluate import Evaluation
 from ctf.evaluation.extractors import Extractor, Features
+from ctf.evaluation.options import EvaluationOptions
 from ctf.evaluation.prepare import prepare
 from ctf.evaluation.reference_sets import ImageCollection
 
@@ -84,11 +85,17 @@ def save_npz(path: Path, pixels: Pixels, classes_N: NDArray[np.int64] | None = N
     return path
 
 
+OTHERS = {"settings", "background", "skip_bad"}  # arguments of `prepare`, not options
+
+
 def prepared(model: str | Path, reference: str | Path | None = None, **options: Any) -> Evaluation:
     """`prepare` with the features that are fastest."""
+    options = {"features": ("fashion",), "search": "search_samples" in options, **options}
+    others = {name: options.pop(name) for name in OTHERS & options.keys()}
     source = None if reference is None else str(reference)
-    defaults: dict[str, Any] = {"features": ("fashion",), "device": torch.device("cpu")}
-    return prepare(str(model), source, **{**defaults, **options})
+    return prepare(
+        str(model), EvaluationOptions(source, **options), device=torch.device("cpu"), **others
+    )
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from ctf.evaluation import report
 from ctf.evaluation.classifier import SHIPPED, classify, shipped_classifier
 from ctf.evaluation.evaluate import sample_accuracy
 from ctf.evaluation.extractors import open_extractor
+from ctf.evaluation.options import EvaluationOptions
 from ctf.evaluation.prepare import prepare
 from ctf.evaluation.reference_sets import open_samples
 from ctf.evaluation.report import Report
@@ -178,7 +179,7 @@ def test_another_configuration_is_refused(
 
 def test_the_included_pipeline_with_all_defaults(here: Path) -> None:
     """lite0 and fashion, the held-out images, class accuracy."""
-    evaluation = prepare("fashion-mnist", samples=20, device=torch.device("cpu"))
+    evaluation = prepare("fashion-mnist", EvaluationOptions(samples=20), device=torch.device("cpu"))
     assert [extractor.name for extractor in evaluation.extractors] == ["lite0", "fashion"]
     assert evaluation.reference.name == "fashion-mnist (val)"
     assert evaluation.classifier is not None
@@ -280,6 +281,7 @@ def test_real_images_against_themselves_have_perfect_scores(images: ImageSet, he
 KILLED_EVALUATIONS = """
 import contextlib, json, os, sys, torch
 from pathlib import Path
+from ctf.evaluation.options import EvaluationOptions
 from ctf.evaluation.prepare import prepare
 
 @contextlib.contextmanager
@@ -293,9 +295,11 @@ def evaluate(moment):
             os.kill(os.getpid(), 9)
         return real(handle)
     os.fsync = fsync
+    options = EvaluationOptions(
+        reference, samples=150, out=Path(out), features=("fashion",), seed=3
+    )
     prepare(
-        model, reference, samples=150, seed=3, settings={"top_k": 9}, features=("fashion",),
-        out=Path(out), device=torch.device("cpu"),
+        model, options, settings={"top_k": 9}, device=torch.device("cpu")
     ).run(silent)
 
 model, reference, out, *moments = sys.argv[1:]

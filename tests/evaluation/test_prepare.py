@@ -17,6 +17,7 @@ from ctf.common.errors import UserError
 from ctf.data.image_set import ImageSet, Splits
 from ctf.evaluation.classifier import SHIPPED, ClassifierConfig, classify, shipped_classifier
 from ctf.evaluation.evaluate import add_class_accuracies
+from ctf.evaluation.options import EvaluationOptions
 from ctf.evaluation.prepare import prepare
 from ctf.evaluation.reference_sets import ImageCollection
 from ctf.evaluation.sample_cache import GenerationConfig
@@ -72,7 +73,7 @@ def test_class_accuracy_needs_known_classes_and_the_right_size(
     else:
         known = {"npz": classes_N, "unknown": None, "other": classes_N + 1}[kind]
         save_npz(path, pixels, known)
-    evaluation = prepare(str(path), "fashion-mnist", device=torch.device("cpu"))
+    evaluation = prepare(str(path), EvaluationOptions("fashion-mnist"), device=torch.device("cpu"))
     assert [e.name for e in evaluation.extractors] == ["lite0", "fashion"]
     assert (evaluation.classifier is not None) == (kind in ("folder", "npz"))
     if evaluation.classifier is not None and evaluation.images is not None:

@@ -662,7 +662,7 @@ def test_processes_of_their_own(pipe: Pipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "saved")
     sheets = [tmp_path / "online.png", tmp_path / "offline.png"]
     with Hub() as running:
-        push = ("push", tmp_path / "saved", "--to", "me/discs@v1", "--no-picture")
+        push = ("push", tmp_path / "saved", "--to", "me/discs@v1", "--no-sheet")
         env = clean(tmp_path / "one", HF_ENDPOINT=running.address, HF_TOKEN=TOKEN)
         pushed = run_ctf(*push, env={**env, "HF_HUB_DISABLE_XET": "1"})
         assert pushed.returncode == 0, pushed.stderr

@@ -231,7 +231,7 @@ def test_command(ctf: Command) -> None:
     assert "coarse: 86.5 M parameters, 1501368 steps of 256, 300 epochs" in result.out
     assert "16 x H100: 5.32e+19 / (16 x 9.89e+14 x 0.4) = 2.33 hours" in result.out
     assert "with --checkpoint-activations" in result.out and "with --shard" in result.out
-    few = ctf("cost", "tiny", "--pictures", 600, "--classes", 3, "--set", "coarse.layers=2")
+    few = ctf("cost", "tiny", "--images", 600, "--classes", 3, "--set", "coarse.layers=2")
     assert few.code == 0 and "coarse: 0.6 M parameters, 600 steps of 32, 32 epochs" in few.out
     for wrong, message in (
         (("x",), "unknown preset 'x'"),

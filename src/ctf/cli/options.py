@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar, U
 from tyro.conf import OmitArgPrefixes, Positional, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from ctf.common.options import Maybe as Maybe
+from ctf.evaluation.options import EvaluationOptions
+from ctf.evaluation.options import Weights as Weights
+
 T = TypeVar("T")
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -37,7 +41,6 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     )
 
 
-Maybe = Annotated[T | None, arg(help_behavior_hint="")]  # its help says what the default is
 Flat = Annotated[T, arg(name="")]  # a dataclass whose fields are options of the command
 
 Images = Annotated[
@@ -77,13 +80,6 @@ ImageSize = Annotated[
 Views = Annotated[
     Maybe[Literal["plain", "flip", "ten-crop"]],
     arg(help="augmentation of the training images; by default flip, or plain for fashion-mnist"),
-]
-Weights = Annotated[
-    Maybe[Path],
-    arg(
-        help="file of the Inception network's weights; by default it is searched for in the caches "
-        "of torch.hub and the Hugging Face Hub"
-    ),
 ]
 Device = Annotated[
     DeviceName, arg(help="where to compute; auto is a GPU if there is one, else the CPU")
@@ -156,6 +152,14 @@ class TransformerOptions:
     steps: Steps = None
     set: Overrides = ()
     shard: bool = False
+    device: Device = "auto"
+    dry_run: DryRun = False
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateOptions(EvaluationOptions):
+    """Options of `ctf evaluate`: those of the evaluation, and how to run it."""
+
     device: Device = "auto"
     dry_run: DryRun = False
 

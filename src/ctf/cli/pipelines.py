@@ -111,6 +111,7 @@ def cost(
     /,
     *,
     size: options.Maybe[options.Size] = None,
+    # tyro shows aliases first, so the former name is the one that is not an alias
     images: Annotated[options.Maybe[int], arg(name="pictures", aliases=("--images",))] = None,
     classes: options.Maybe[int] = None,
     image_size: options.Maybe[int] = None,
@@ -240,21 +241,7 @@ def evaluate(
     model: Annotated[str, Positional, arg(metavar="MODEL")],
     /,
     *,
-    reference: options.Maybe[str] = None,
-    samples: options.Maybe[int] = None,
-    out: options.Maybe[Path] = None,
-    against: options.Maybe[Path] = None,
-    features: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="")] = (),
-    seed: int = 0,
-    search: bool = False,
-    search_samples: int = 1000,
-    balance: Literal["balanced", "uniform"] = "balanced",
-    split: options.Maybe[Literal["train", "val", "all"]] = None,
-    resize: options.Maybe[int] = None,
-    classifier: options.Maybe[Path] = None,
-    weights: options.Weights = None,
-    device: options.Device = "auto",
-    dry_run: options.DryRun = False,
+    evaluation: options.Flat[options.EvaluateOptions],
     sampling: options.SamplingGroup,
     image_options: options.ImageGroup,
 ) -> None:
@@ -265,57 +252,30 @@ def evaluate(
     Args:
         model: fashion-mnist, the folder of a run or pipeline, org/name[@revision] on the Hugging
             Face Hub, a folder of images of one size, or an .npz file of images (arr_0)
-        reference: fashion-mnist, image files (a folder, .tar or .parquet), or an .npz file of
-            images or statistics; by default the included set that the pipeline was trained on
-        samples: number of samples; by default 5000, or the next multiple of the number of classes
-        out: folder of the report, or .json file to copy it to from a folder of the same name; by
-            default a folder in evaluations/, named after the model and the options
-        against: report.json of another evaluation, to compare the scores with
-        features: feature networks for FID and other scores: lite0, inception, fashion or
-            mymodule:factory; by default lite0, and fashion for the classes of Fashion-MNIST
-        seed: image i is sampled from seed + i
-        search: search for the best guidance and temperatures first, with other seeds
-        search_samples: samples for each setting that the search tries
-        balance: balanced is an equal number of samples per class, uniform is random classes
-        split: part of the reference set; by default val of an included set, all of other images
-        resize: side in pixels to resize samples to before scoring, as LlamaGen does (384 to 256)
-        classifier: folder of the classifier that measures the class accuracy; by default the
-            included one, for the classes of Fashion-MNIST
     """
     from ctf.evaluation import report
     from ctf.evaluation.prepare import prepare
 
     with open_progress("images") as progress:
-        evaluation = prepare(
+        prepared = prepare(
             model,
-            reference,
-            samples=samples,
-            features=features,
-            weights=weights,
-            classifier=classifier,
+            evaluation,
             settings=sampling,
-            seed=seed,
-            balance=balance,
-            resize=resize,
-            split=split,
             background=image_options.background,
             skip_bad=image_options.skip_bad,
-            search_samples=search_samples if search else None,
-            against=against,
-            out=out,
-            device=open_device(device),
+            device=open_device(evaluation.device),
             progress=progress,
         )
-    if dry_run:
-        show(f"would write {evaluation.folder}: {evaluation.config}")
+    if evaluation.dry_run:
+        show(f"would write {prepared.folder}: {prepared.config}")
         return
-    result = evaluation.run(open_progress)
+    result = prepared.run(open_progress)
     print_table(("score", "value", "95 % interval"), report.score_rows(result))
-    if evaluation.against is not None:
-        columns = (f"minus {against}", "difference", "95 % interval", "may be chance")
-        print_table(columns, report.difference_rows(result, evaluation.against))
-    written = "report.md, report.json" + (", samples.npz" if evaluation.pipe is not None else "")
-    show(f"{evaluation.folder}: {written}")
+    if prepared.against is not None:
+        columns = (f"minus {evaluation.against}", "difference", "95 % interval", "may be chance")
+        print_table(columns, report.difference_rows(result, prepared.against))
+    written = "report.md, report.json" + (", samples.npz" if prepared.pipe is not None else "")
+    show(f"{prepared.folder}: {written}")
 
 
 @command("studio")

@@ -108,6 +108,7 @@ def bench_tokens(
     out: options.Maybe[Path] = None,
     images: int = 1_281_167,
     size: options.Size = "B",
+    # tyro shows aliases first, so the former name is the one that is not an alias
     encoded: Annotated[int, arg(name="pictures", aliases=("--encoded",))] = 4,
     rounds: Rounds = 3,
     device: options.Device = "auto",

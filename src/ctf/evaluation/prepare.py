@@ -18,15 +18,15 @@ from ctf.evaluation import report
 from ctf.evaluation.classifier import SHIPPED, Classifier, load_classifier
 from ctf.evaluation.evaluate import Evaluation
 from ctf.evaluation.extractors import Extractor, open_extractor
+from ctf.evaluation.options import EvaluationOptions
 from ctf.evaluation.reference_sets import (
     ImageCollection,
-    Split,
     StoredStatistics,
     open_reference,
     open_samples,
 )
 from ctf.evaluation.report import Subject
-from ctf.evaluation.sample_cache import Balance, GenerationConfig
+from ctf.evaluation.sample_cache import GenerationConfig
 from ctf.evaluation.scores import check_statistics
 from ctf.evaluation.search import SEED_OFFSET, searched_settings
 from ctf.pipelines.arguments import check_seed, update_sampling
@@ -38,37 +38,31 @@ SAMPLES = 5000  # by default
 
 def prepare(
     model: str,
-    reference: str | None = None,
+    options: EvaluationOptions,
     *,
-    samples: int | None = None,
-    features: Sequence[str] = (),
-    weights: Path | None = None,
-    classifier: Path | None = None,
     settings: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    balance: Balance = "balanced",
-    resize: int | None = None,
-    split: Split | None = None,
     background: str = "white",
     skip_bad: bool = False,
-    search_samples: int | None = None,
-    against: Path | None = None,
-    out: Path | None = None,
     device: torch.device,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Open and check everything that an evaluation needs.
 
-    The arguments are those of `ctf evaluate`, which describes them; None and () are its defaults.
-    `search_samples` is None for no search. `progress` is called with the number of files read and
-    to read, if a folder of images is read.
+    Args:
+        model: A pipeline's name or folder, or images to score.
+        options: All other options of `ctf evaluate`.
+        settings: Fields of `Sampling` that differ from the pipeline's.
+        background: Colour behind transparent pixels of the reference.
+        skip_bad: Leave out unreadable images of the reference.
+        device: Where to compute.
+        progress: Called with the number of files read and to read, if a folder of images is read.
 
     Raises:
         UserError: something does not exist, is invalid, or does not fit the rest.
     """
-    pipe, images = None, None
+    pipe, images, search_samples = None, None, None
     if _is_images(Path(model)):
-        if settings or not (samples is resize is search_samples is None):
+        if settings or options.search or not options.samples is options.resize is None:
             raise UserError(
                 f"{model}: all images of a folder or file are scored as they are; a number of "
                 "samples, settings, --resize and --search are for pipelines"
@@ -78,21 +72,21 @@ def prepare(
     else:
         folder = find_pipeline(model)
         pipe = Pipeline.from_pretrained(folder, device)
-        generation = _generation_config(pipe, samples, settings or {}, seed, balance, resize)
-        if search_samples is not None:
+        generation = _generation_config(pipe, options, settings or {})
+        if options.search:
             if searched := {*searched_settings(pipe)} & {*(settings or {})}:
                 raise UserError(f"{min(searched)} is set, but --search finds it; omit one of them")
-            search = dataclasses.replace(generation, samples=search_samples)
+            search = dataclasses.replace(generation, samples=options.search_samples)
             search_samples = search.rounded_up(len(pipe.class_names)).samples
         name = folder.resolve().name if Path(model).is_dir() else model
         subject = Subject(name, hash_pipeline(folder), generation)
-        size = resize or pipe.tokenizer.image_size
-    source = _reference_source(model, reference, pipe)
+        size = options.resize or pipe.tokenizer.image_size
+    source = _reference_source(model, options.reference, pipe)
     like_fashion = _is_like_fashion_mnist(pipe, source, size)
-    loaded, images = _open_classifier(classifier, like_fashion, pipe, images, size, device)
-    extractors = _open_extractors(features, like_fashion, weights, device)
+    loaded, images = _open_classifier(options.classifier, like_fashion, pipe, images, size, device)
+    extractors = _open_extractors(options, like_fashion, device)
     known = open_reference(
-        source, size, split, background=background, skip_bad=skip_bad, progress=progress
+        source, size, options.split, background=background, skip_bad=skip_bad, progress=progress
     )
     for extractor in extractors:
         if isinstance(known, StoredStatistics):
@@ -101,7 +95,7 @@ def prepare(
             check_statistics(known.statistics, extractor, size)
     evaluation = Evaluation(
         subject, pipe, images, known, extractors, loaded, search_samples,
-        None if against is None else report.load(against), out, device,
+        None if options.against is None else report.load(options.against), options.out, device,
     )  # fmt: skip
     evaluation.check()
     return evaluation
@@ -124,21 +118,16 @@ def _reference_source(model: str, reference: str | None, pipe: Pipeline | None) 
 
 
 def _generation_config(
-    pipe: Pipeline,
-    samples: int | None,
-    settings: Mapping[str, Any],
-    seed: int,
-    balance: Balance,
-    resize: int | None,
+    pipe: Pipeline, options: EvaluationOptions, settings: Mapping[str, Any]
 ) -> GenerationConfig:
     sampling = dataclasses.asdict(update_sampling(pipe.sampling, settings))
     class_count = len(pipe.class_names)
-    count = SAMPLES if samples is None else samples
-    generation = GenerationConfig(count, seed, balance, sampling, resize)
-    if samples is None:
+    count = SAMPLES if options.samples is None else options.samples
+    generation = GenerationConfig(count, options.seed, options.balance, sampling, options.resize)
+    if options.samples is None:
         generation = generation.rounded_up(class_count)
     generation.classes(class_count)  # raises a UserError if they cannot be balanced
-    check_seed(seed, SEED_OFFSET + generation.samples)
+    check_seed(options.seed, SEED_OFFSET + generation.samples)
     return generation
 
 
@@ -149,9 +138,10 @@ def _is_like_fashion_mnist(pipe: Pipeline | None, source: str, size: int) -> boo
 
 
 def _open_extractors(
-    features: Sequence[str], like_fashion: bool, weights: Path | None, device: torch.device
+    options: EvaluationOptions, like_fashion: bool, device: torch.device
 ) -> list[Extractor]:
-    names = tuple(dict.fromkeys(features)) or ("lite0", *["fashion"] * like_fashion)
+    names = tuple(dict.fromkeys(options.features)) or ("lite0", *["fashion"] * like_fashion)
+    weights = options.weights
     if weights is not None and "inception" not in names:
         raise UserError(f"--weights {weights}: only --features inception takes weights")
     return [

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, NoReturn, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -33,12 +33,12 @@ from ctf.data.images import INCLUDED, open_images
 from ctf.data.scan import THREADS
 from ctf.data.sources.base import has_image_suffix
 from ctf.evaluation.distances import Gaussian
+from ctf.evaluation.options import Split
 
 BATCH = 64  # images
 IMAGES, CLASSES = "arr_0", "arr_1"  # names of ADM's arrays
 WHITE = (255, 255, 255)
 
-Split = Literal["train", "val", "all"]
 T = TypeVar("T")
 
 

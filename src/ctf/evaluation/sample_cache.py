@@ -9,7 +9,7 @@ import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -17,11 +17,10 @@ from ctf.common import storage
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
 from ctf.common.rng import generator
+from ctf.evaluation.options import Balance
 from ctf.evaluation.reference_sets import ImageCollection, open_samples, save_images
 from ctf.pipelines.generation import BATCH_SIZE
 from ctf.pipelines.pipeline import Pipeline
-
-Balance = Literal["balanced", "uniform"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from ctf.data.tokens import Tokens
 from ctf.data.transforms import as_pil
 from ctf.evaluation import reference_sets, scores
 from ctf.evaluation.distances import frechet_distance_estimate
+from ctf.evaluation.options import EvaluationOptions
 from ctf.evaluation.prepare import prepare
 from ctf.evaluation.sample_cache import GenerationConfig
 from ctf.evaluation.search import search
@@ -106,13 +107,15 @@ class ScoreCell(Cell):
         settings = {**self.tuned.best(space), **self.settings}
         evaluation = prepare(
             str(folder),
-            space.plan.source,
-            samples=self.samples,
-            features=space.plan.features,
+            EvaluationOptions(
+                space.plan.source,
+                samples=self.samples,
+                out=space.run(self) / "report",
+                features=space.plan.features,
+                seed=self.seed,
+                split="val",
+            ),
             settings=settings,
-            seed=self.seed,
-            split="val",
-            out=space.run(self) / "report",
             device=space.device,
         )
         began = time.monotonic()

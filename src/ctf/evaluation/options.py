@@ -1,0 +1,59 @@
+"""The options of `ctf evaluate`; imports no torch, so that the command line parses fast."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from ctf.common.options import Maybe
+
+Balance = Literal["balanced", "uniform"]
+Split = Literal["train", "val", "all"]
+Weights = Annotated[
+    Maybe[Path],
+    arg(
+        help="file of the Inception network's weights; by default it is searched for in the caches "
+        "of torch.hub and the Hugging Face Hub"
+    ),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationOptions:
+    """What to score against, and how.
+
+    Attributes:
+        reference: fashion-mnist, image files (a folder, .tar or .parquet), or an .npz file of
+            images or statistics; by default the included set that the pipeline was trained on
+        samples: number of samples; by default 5000, or the next multiple of the number of classes
+        out: folder of the report, or .json file to copy it to from a folder of the same name; by
+            default a folder in evaluations/, named after the model and the options
+        against: report.json of another evaluation, to compare the scores with
+        features: feature networks for FID and other scores: lite0, inception, fashion or
+            mymodule:factory; by default lite0, and fashion for the classes of Fashion-MNIST
+        seed: image i is sampled from seed + i
+        search: search for the best guidance and temperatures first, with other seeds
+        search_samples: samples for each setting that the search tries
+        balance: balanced is an equal number of samples per class, uniform is random classes
+        split: part of the reference set; by default val of an included set, all of other images
+        resize: side in pixels to resize samples to before scoring, as LlamaGen does (384 to 256)
+        classifier: folder of the classifier that measures the class accuracy; by default the
+            included one, for the classes of Fashion-MNIST
+    """
+
+    reference: Maybe[str] = None
+    samples: Maybe[int] = None
+    out: Maybe[Path] = None
+    against: Maybe[Path] = None
+    features: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="")] = ()
+    seed: int = 0
+    search: bool = False
+    search_samples: int = 1000
+    balance: Balance = "balanced"
+    split: Maybe[Split] = None
+    resize: Maybe[int] = None
+    classifier: Maybe[Path] = None
+    weights: Weights = None

@@ -131,7 +131,7 @@ def test_a_limit_takes_the_first_of_the_balanced_order(tmp_path: Path, tokenizer
     # As many as there are is no limit.
     manifest = extract(tokenizer, "abc", IMAGES, tmp_path / "all", config, limit=20)
     assert (manifest.limit, manifest.seed, manifest.train.count) == (None, None, 20)
-    with pytest.raises(UserError, match="limit of training images is 0"):
+    with pytest.raises(UserError, match="limit: got 0, expected 1 or more training images"):
         extract(tokenizer, "abc", IMAGES, tmp_path / "0", config, limit=0)
     assert not (tmp_path / "0").exists()
 
@@ -368,9 +368,9 @@ def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
 
 
 def test_invalid_configurations_are_refused() -> None:
-    with pytest.raises(UserError, match="batch_size is 0"):
+    with pytest.raises(UserError, match="batch_size: got 0"):
         TokensConfig(batch_size=0)
-    with pytest.raises(UserError, match="shard_images is -1"):
+    with pytest.raises(UserError, match="shard_images: got -1"):
         TokensConfig(shard_images=-1)
 
 

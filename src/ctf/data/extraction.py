@@ -49,7 +49,7 @@ class TokensConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "shard_images"):
             if getattr(self, name) < 1:
-                raise UserError(f"tokens: {name} is {getattr(self, name)}, expected 1 or more")
+                raise UserError(f"tokens.{name}: got {getattr(self, name)}, expected 1 or more")
 
 
 @memory.keep_freed()
@@ -95,7 +95,7 @@ def extract(
             f"open them with --image-size {size}"
         )
     if limit is not None and limit < 1:
-        raise UserError(f"limit of training images is {limit}, expected 1 or more")
+        raise UserError(f"limit: got {limit}, expected 1 or more training images")
     if limit is not None and limit >= len(images.train):
         limit = None
     device = next(tokenizer.parameters()).device

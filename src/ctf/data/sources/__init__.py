@@ -60,7 +60,7 @@ def _open_archives(path: Path, title: str, files: list[Path], base: Path | None)
     if len(suffixes) > 1 or not suffixes <= ARCHIVES.keys():
         got = "a file" if base is None else f"files of {', '.join(sorted(suffixes))}"
         raise UserError(
-            f"{path}: got {got}, expected a folder of images, or only "
-            f"{' or only '.join(ARCHIVES)} files"
+            f"{path}: got {got}, expected a folder of images, or files that are all "
+            f"{' or all '.join(ARCHIVES)}"
         )
     return ARCHIVES[suffixes.pop()](path, title, files, base)

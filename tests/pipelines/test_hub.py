@@ -1,7 +1,7 @@
-"""Pipelines from and to the Hub, by its real client, against a server on this machine."""
+"""Pipelines from and to the Hub, with its real client, against a server on this machine."""
 
 import copy
-import json
+import io
 import os
 import re
 import socket
@@ -16,36 +16,32 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard, constants
-from huggingface_hub.repocard import metadata_load
+from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.strategies import SearchStrategy
 from PIL import Image
 
+import ctf as package
 from ctf.common.errors import UserError
-from ctf.models import clusters
-from ctf.models.coarse import CoarseModel
-from ctf.pipelines import card, hub, pipeline
+from ctf.pipelines import card, hub
 from ctf.pipelines.folder import PIPELINE_FILES
-from ctf.pipelines.generation import Samples
 from ctf.pipelines.pipeline import Pipeline
 from tests.conftest import Command, read_files
-from tests.hub_server import TOKEN, Files, Hub, Repository, git_sha1
+from tests.pipelines.helpers import CLASSES, same
+from tests.pipelines.hub_server import TOKEN, Files, Hub, Repository, git_sha1
 
 ID = "org/discs"
 WEIGHTS = "coarse/model.safetensors"
-CLASSES = [0, 1, 2, 1]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_other_host() -> Iterator[None]:
-    """Whatever is asked for by name must be this machine."""
-    ask = socket.getaddrinfo
+    """No test resolves the name of another machine."""
+    getaddrinfo = socket.getaddrinfo
 
     def guarded(host: Any, *rest: Any, **more: Any) -> Any:
-        assert host in ("127.0.0.1", "localhost"), f"a test asked for {host!r}"
-        return ask(host, *rest, **more)
+        assert host in ("127.0.0.1", "localhost"), f"a test resolved {host!r}"
+        return getaddrinfo(host, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", guarded)
@@ -54,7 +50,7 @@ def _no_other_host() -> Iterator[None]:
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The Hub of this process; its cache, and no token."""
+    """The Hub, for this process; an empty cache, and no token."""
     with Hub() as running:
         monkeypatch.setattr(constants, "ENDPOINT", running.address)
         template = running.address + "/{repo_id}/resolve/{revision}/{filename}"
@@ -73,7 +69,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def logged_in(server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """Plain HTTP, which is all that the server speaks."""
+    """The Hub, with a token; uploads by plain HTTP, the only protocol that the server has."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     return server
@@ -87,28 +83,21 @@ def saved(pipe: Pipeline, tmp_path: Path) -> Files:
 
 @pytest.fixture
 def discs(server: Hub, saved: Files) -> Repository:
+    """A repository with the pipeline."""
     return server.create(ID, saved)
 
 
 @pytest.fixture
 def other(pipe: Pipeline) -> Pipeline:
-    """Of the same shapes, with other weights."""
+    """A pipeline of the same shapes with other weights."""
     changed = copy.deepcopy(pipe)
     for parameter in changed.coarse.parameters():
         parameter.mul_(1.5)
     return changed
 
 
-def same(one: Samples, other: Samples) -> bool:
-    pairs = zip(one.images, other.images, strict=True)
-    return (
-        torch.equal(one.codes, other.codes)
-        and torch.equal(one.coarse, other.coarse)
-        and all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
-    )
-
-
-def mistake(error: pytest.ExceptionInfo[UserError]) -> str:
+def message(error: pytest.ExceptionInfo[UserError]) -> str:
+    """The text of an error, which has one or two lines."""
     text = str(error.value)
     assert len(text.splitlines()) <= 2, text
     return text
@@ -116,12 +105,12 @@ def mistake(error: pytest.ExceptionInfo[UserError]) -> str:
 
 # --- Names ----------------------------------------------------------------------------------------
 
-PARTS: SearchStrategy[str] = st.from_regex(r"[a-z0-9]([a-z0-9._]?[a-z0-9]){0,8}", fullmatch=True)
+NAMES = st.from_regex(r"[a-z0-9]([a-z0-9._]?[a-z0-9]){0,8}", fullmatch=True)
 REVISIONS = st.from_regex(r"\w[\w+-]{0,5}(/\w[\w-]{0,5}){0,2}", fullmatch=True)
 
 
-@given(PARTS, PARTS, st.none() | REVISIONS.filter(str.isascii))
-def test_an_address_is_what_it_is_written_as(org: str, name: str, revision: str | None) -> None:
+@given(NAMES, NAMES, st.none() | REVISIONS.filter(str.isascii))
+def test_an_address_is_parsed_as_it_is_written(org: str, name: str, revision: str | None) -> None:
     if name.endswith(".git"):
         return
     address = hub.Address(f"{org}/{name}", revision)
@@ -145,24 +134,24 @@ def test_no_name_leads_out_of_the_cache(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["discs", "./org/discs", "/org/discs", "a/b/c", "org/../x", "a--b/c"]
 )
-def test_what_is_no_name_of_the_hub_is_not_asked_for(server: Hub, name: str) -> None:
+def test_other_names_are_not_requested_from_the_hub(server: Hub, name: str) -> None:
     with pytest.raises(UserError, match="not a folder, a shipped pipeline or org/name") as error:
         Pipeline.from_pretrained(name)
-    mistake(error)
+    message(error)
     assert server.requests == []
 
 
-def test_one_revision_at_a_time(server: Hub, run: Path) -> None:
+def test_two_revisions_or_one_of_a_local_pipeline(server: Hub, run: Path) -> None:
     with pytest.raises(UserError, match="got revision 'v2' as well") as error:
         Pipeline.from_pretrained(f"{ID}@v1", revision="v2")
-    mistake(error)
-    for here in (run, "fashion-mnist"):
+    message(error)
+    for local in (run, "fashion-mnist"):
         with pytest.raises(UserError, match="a local pipeline has no revisions, got 'v2'"):
-            Pipeline.from_pretrained(here, revision="v2")
+            Pipeline.from_pretrained(local, revision="v2")
     assert server.requests == []
 
 
-def test_a_folder_goes_first(
+def test_a_folder_takes_precedence(
     discs: Repository, pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Hub
 ) -> None:
     pipe.save_pretrained(tmp_path / ID)
@@ -171,24 +160,26 @@ def test_a_folder_goes_first(
     assert server.requests == []
 
 
-# --- Downloaded -----------------------------------------------------------------------------------
+# --- Downloads ------------------------------------------------------------------------------------
 
 
-def test_downloaded(discs: Repository, server: Hub, pipe: Pipeline) -> None:
-    odd = {
+def test_a_download_has_the_files_of_a_pipeline_only(
+    discs: Repository, server: Hub, pipe: Pipeline
+) -> None:
+    others = {
         "pytorch_model.bin": b"\x80",
         "../outside": b"x",
         "tokens/a.npy": b"x",
         "coarse/x.pt": b"",
     }
-    discs.commit({**discs.files(), **odd})
+    discs.commit({**discs.files(), **others})
     pulled = Pipeline.from_pretrained(ID)
     assert same(pulled.sample(CLASSES, seed=3), pipe.sample(CLASSES, seed=3))
     assert pulled.origin == pipe.origin and pulled.class_names == pipe.class_names
-    # No other file is asked for, whatever there is.
+    # No other file is requested.
     assert server.downloads() == sorted(PIPELINE_FILES)
     assert not list(Path(constants.HF_HUB_CACHE).parent.rglob("outside"))
-    # What is there is not downloaded again, unless it is asked for.
+    # Cached files are downloaded again only if forced.
     Pipeline.from_pretrained(ID)
     assert [path for _, path in server.requests] == [f"/api/models/{ID}/revision/main"]
     assert server.downloads() == []
@@ -201,21 +192,21 @@ def test_revisions(discs: Repository, pipe: Pipeline, other: Pipeline, tmp_path:
     discs.branches["v1"] = first
     other.save_pretrained(tmp_path / "other")
     discs.commit(read_files(tmp_path / "other"))
-    drawn, drawn_by_other = (p.sample(CLASSES, seed=0) for p in (pipe, other))
-    assert not torch.equal(drawn.codes, drawn_by_other.codes)
+    old, new = (p.sample(CLASSES, seed=0) for p in (pipe, other))
+    assert not torch.equal(old.codes, new.codes)
     for name in (f"{ID}@v1", f"{ID}@{first}"):
-        assert same(Pipeline.from_pretrained(name).sample(CLASSES, seed=0), drawn)
-    assert same(Pipeline.from_pretrained(ID, revision="v1").sample(CLASSES, seed=0), drawn)
-    assert same(Pipeline.from_pretrained(ID).sample(CLASSES, seed=0), drawn_by_other)
+        assert same(Pipeline.from_pretrained(name).sample(CLASSES, seed=0), old)
+    assert same(Pipeline.from_pretrained(ID, revision="v1").sample(CLASSES, seed=0), old)
+    assert same(Pipeline.from_pretrained(ID).sample(CLASSES, seed=0), new)
 
 
-def test_a_private_one(discs: Repository, tmp_path: Path) -> None:
+def test_a_private_repository(discs: Repository, tmp_path: Path) -> None:
     discs.private = True
     with pytest.raises(UserError) as error:
         Pipeline.from_pretrained(ID)
     assert (
         "shows no such repository (401)\ncheck the name; if the repository is private"
-        in mistake(error)
+        in message(error)
     )
     Pipeline.from_pretrained(ID, token=TOKEN, cache_dir=tmp_path / "mine")
     assert (tmp_path / "mine" / "models--org--discs").is_dir()
@@ -247,24 +238,17 @@ def test_from_the_cache(
         "unreachable": "cannot be reached\ncheck the network: [Errno 111] Connection refused",
         "500": "answered 500: Internal Server Error",
     }
-    assert expected.get(way, "network access is disabled\nrun the command once without") in mistake(
+    assert expected.get(way, "network access is disabled\nrun the command once without") in message(
         error
     )
 
 
-def test_the_network_is_needed_to_download_anew(discs: Repository) -> None:
+def test_forced_downloads_need_the_network(discs: Repository) -> None:
     with pytest.raises(UserError, match="cannot be downloaded again without network access"):
         Pipeline.from_pretrained(ID, local_files_only=True, force_download=True)
 
 
-def test_a_full_vocabulary_baseline_has_no_fine_model(
-    server: Hub, pipe: Pipeline, tmp_path: Path
-) -> None:
-    count = pipe.clusters.codebook_size
-    every_code = CoarseModel(pipe.coarse.config, count)
-    baseline = Pipeline(
-        pipe.tokenizer, clusters.identity(count), every_code, None, pipe.class_names
-    )
+def test_a_baseline_has_no_fine_model(server: Hub, baseline: Pipeline, tmp_path: Path) -> None:
     baseline.save_pretrained(tmp_path / "baseline")
     server.create(ID, read_files(tmp_path / "baseline"))
     pulled = Pipeline.from_pretrained(ID)
@@ -272,10 +256,10 @@ def test_a_full_vocabulary_baseline_has_no_fine_model(
     assert same(pulled.sample(CLASSES, seed=0), baseline.sample(CLASSES, seed=0))
 
 
-# --- Broken off, damaged, missing -----------------------------------------------------------------
+# --- Interrupted, damaged and missing files -------------------------------------------------------
 
 
-def test_a_download_that_is_cut_goes_on_where_it_was(
+def test_a_connection_that_is_cut_is_resumed(
     discs: Repository, server: Hub, pipe: Pipeline
 ) -> None:
     half = len(discs.files()[WEIGHTS]) // 2
@@ -286,35 +270,37 @@ def test_a_download_that_is_cut_goes_on_where_it_was(
     assert [0 < int(found[1]) <= half for found in ranges if found] == [True]
 
 
-def test_a_download_that_breaks_off_goes_on_with_the_next_call(
+def test_an_interrupted_download_is_continued_by_the_next_call(
     discs: Repository, server: Hub, pipe: Pipeline
 ) -> None:
     server.faults.cuts[WEIGHTS] = (5000, 1000)
     with pytest.raises(UserError, match=f"{ID}: the connection to the Hub .* was lost") as error:
         Pipeline.from_pretrained(ID)
-    assert "run the command again" in mistake(error)
-    # Nothing half-written is left that could be taken for whole.
+    assert "run the command again" in message(error)
+    # No incomplete file is left.
     cache = Path(constants.HF_HUB_CACHE)
     assert not list(cache.rglob(WEIGHTS)) and not list(cache.rglob("*.incomplete"))
     with pytest.raises(UserError, match="not completely, in the cache"):
         Pipeline.from_pretrained(ID, local_files_only=True)
     server.faults.cuts.clear()
-    asked_before = server.downloads()
-    assert WEIGHTS in asked_before
+    before = server.downloads()
+    assert WEIGHTS in before
     pulled = Pipeline.from_pretrained(ID)
     assert same(pulled.sample(CLASSES, seed=0), pipe.sample(CLASSES, seed=0))
-    assert server.downloads() == sorted({*PIPELINE_FILES} - ({*asked_before} - {WEIGHTS}))
+    assert server.downloads() == sorted({*PIPELINE_FILES} - ({*before} - {WEIGHTS}))
 
 
 @pytest.mark.parametrize("damaged", [WEIGHTS, "pipeline.json"])
-def test_a_wrong_hash(discs: Repository, server: Hub, pipe: Pipeline, damaged: str) -> None:
-    """Of the right size, which is all that huggingface_hub looks at."""
+def test_a_file_that_does_not_match_its_hash_is_deleted(
+    discs: Repository, server: Hub, pipe: Pipeline, damaged: str
+) -> None:
+    """Its size is right, which is all that huggingface_hub verifies."""
     server.faults.flipped.add(damaged)
     for _ in range(2):
         with pytest.raises(UserError) as error:
             Pipeline.from_pretrained(ID)
         expected = f"{ID}: {damaged}: does not match its hash; deleted\nrun the command again"
-        assert expected in mistake(error)
+        assert expected in message(error)
     server.faults.flipped.clear()
     server.downloads()
     pulled = Pipeline.from_pretrained(ID)
@@ -322,7 +308,7 @@ def test_a_wrong_hash(discs: Repository, server: Hub, pipe: Pipeline, damaged: s
     assert server.downloads() == [damaged]
 
 
-def test_hashes_are_compared_even_if_the_call_that_downloaded_was_killed(
+def test_hashes_are_verified_after_a_killed_download(
     discs: Repository, server: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.faults.flipped.add(WEIGHTS)
@@ -337,27 +323,27 @@ def test_hashes_are_compared_even_if_the_call_that_downloaded_was_killed(
         Pipeline.from_pretrained(ID, local_files_only=True)
 
 
-def test_hashes_are_compared_once(
+def test_hashes_are_verified_once(
     discs: Repository, saved: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compared: list[str] = []
-    compare = hub.is_intact
+    verified: list[str] = []
+    is_intact = hub.is_intact
     monkeypatch.setattr(
-        hub, "is_intact", lambda path: (compared.append(path.name), compare(path))[1]
+        hub, "is_intact", lambda path: (verified.append(path.name), is_intact(path))[1]
     )
     Pipeline.from_pretrained(ID)
-    assert len(compared) == len(PIPELINE_FILES)
+    assert len(verified) == len(PIPELINE_FILES)
     Pipeline.from_pretrained(ID)
-    assert len(compared) == len(PIPELINE_FILES)
-    # huggingface_hub's own tools are at ease with the cache as it is.
+    assert len(verified) == len(PIPELINE_FILES)
+    # The cache is still valid for huggingface_hub's own tools.
     report = huggingface_hub.scan_cache_dir()
     assert not report.warnings and report.size_on_disk == sum(
         len(saved[file]) for file in PIPELINE_FILES
     )
 
 
-def test_gits_hash(tmp_path: Path) -> None:
-    """Of the empty file, and the one of git's documentation."""
+def test_files_are_compared_with_gits_hash(tmp_path: Path) -> None:
+    """The hash of the empty file, and one from git's documentation."""
     assert git_sha1(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
     content = b"what is up, doc?"
     name = git_sha1(content)
@@ -375,17 +361,19 @@ def test_a_missing_file(discs: Repository, missing: str) -> None:
     discs.commit({path: content for path, content in discs.files().items() if path != missing})
     with pytest.raises(UserError) as error:
         Pipeline.from_pretrained(ID)
-    assert mistake(error).startswith(f"{ID}: the repository has no {missing}\nexpected all files")
+    assert message(error).startswith(f"{ID}: the repository has no {missing}\nexpected all files")
 
 
-def test_a_repository_of_something_else(server: Hub) -> None:
+def test_a_repository_without_a_pipeline(server: Hub) -> None:
     server.create("org/words", {"config.json": b"{}", "model.safetensors": b"x"})
     with pytest.raises(UserError) as error:
         Pipeline.from_pretrained("org/words")
-    assert mistake(error) == "org/words is not a pipeline: the repository has no pipeline.json"
+    assert message(error) == "org/words is not a pipeline: the repository has no pipeline.json"
 
 
-def test_not_there(discs: Repository, server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_repositories_and_revisions(
+    discs: Repository, server: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for token, status in (("", 401), (TOKEN, 404)):
         monkeypatch.setenv("HF_TOKEN", token)
         with pytest.raises(UserError) as error:
@@ -393,27 +381,27 @@ def test_not_there(discs: Repository, server: Hub, monkeypatch: pytest.MonkeyPat
         expected = (
             f"org/nothing: not a local folder, and the Hub shows no such repository ({status})"
         )
-        assert mistake(error).splitlines()[0] == expected
+        assert message(error).splitlines()[0] == expected
     with pytest.raises(UserError) as error:
         Pipeline.from_pretrained(f"{ID}@v9")
-    assert mistake(error).startswith(f"{ID} has no revision 'v9'\n")
+    assert message(error).startswith(f"{ID} has no revision 'v9'\n")
     monkeypatch.delenv("HF_TOKEN")
     discs.gated = True
     with pytest.raises(UserError) as error:
         Pipeline.from_pretrained(ID)
-    assert f"request it at {server.address}/{ID}, and log in" in mistake(error)
+    assert f"request it at {server.address}/{ID}, and log in" in message(error)
 
 
-def test_no_room_for_the_cache(discs: Repository, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written(discs: Repository, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file.*: (Not a directory|File exists)\n.*HF_HUB_CACHE"):
         Pipeline.from_pretrained(ID, cache_dir=tmp_path / "file")
 
 
-# --- Pushed ---------------------------------------------------------------------------------------
+# --- Uploads --------------------------------------------------------------------------------------
 
 
-def test_pushed_and_pulled(logged_in: Hub, pipe: Pipeline, tmp_path: Path) -> None:
+def test_a_pushed_pipeline_loads_as_it_was(logged_in: Hub, pipe: Pipeline, tmp_path: Path) -> None:
     address = pipe.push_to_hub("me/discs", license="mit", commit_message="First discs")
     repository = logged_in.repositories["me/discs"]
     assert address == f"{logged_in.address}/me/discs/commit/{repository.branches['main']}"
@@ -423,11 +411,16 @@ def test_pushed_and_pulled(logged_in: Hub, pipe: Pipeline, tmp_path: Path) -> No
     pulled = Pipeline.from_pretrained("me/discs")
     assert same(pulled.sample(CLASSES, seed=3), pipe.sample(CLASSES, seed=3))
     assert pulled.origin == {**pipe.origin, "license": "mit"}
-    # Weights go another way than the rest, none is a pickle.
+    # Large files are uploaded in another way than the rest.
     pipe.save_pretrained(tmp_path / "saved", license="mit")
     assert {k: pushed[k] for k in PIPELINE_FILES} == {
         k: read_files(tmp_path / "saved")[k] for k in PIPELINE_FILES
     }
+    licensed = Pipeline.from_pretrained(tmp_path / "saved")
+    expected = card.text(licensed, "me/discs", with_image=True)
+    assert pushed["README.md"].decode() == expected
+    with Image.open(io.BytesIO(pushed["samples.png"])) as sheet:
+        assert np.array_equal(np.asarray(sheet), np.asarray(card.sample_sheet(pipe)))
 
 
 def test_pushing_the_same_again_uploads_nothing(logged_in: Hub, pipe: Pipeline) -> None:
@@ -439,7 +432,7 @@ def test_pushing_the_same_again_uploads_nothing(logged_in: Hub, pipe: Pipeline) 
     assert [path for method, path in logged_in.requests if method == "PUT"] == []
 
 
-def test_pushed_to_a_branch_in_half_precision(logged_in: Hub, pipe: Pipeline) -> None:
+def test_a_push_to_a_branch_in_half_precision(logged_in: Hub, pipe: Pipeline) -> None:
     pipe.push_to_hub("me/discs", private=True, image=False)
     pipe.push_to_hub("me/discs@small", half=True, image=False)
     repository = logged_in.repositories["me/discs"]
@@ -450,7 +443,7 @@ def test_pushed_to_a_branch_in_half_precision(logged_in: Hub, pipe: Pipeline) ->
     Pipeline.from_pretrained("me/discs@small")
 
 
-def test_what_an_older_push_left_is_removed(logged_in: Hub, pipe: Pipeline, saved: Files) -> None:
+def test_files_of_an_older_push_are_deleted(logged_in: Hub, pipe: Pipeline, saved: Files) -> None:
     mine = {"notes.txt": b"mine"}
     logged_in.create("me/discs", {**saved, **mine, "samples.png": b"old", "README.md": b"old"})
     pipe.push_to_hub("me/discs", image=False)
@@ -459,15 +452,13 @@ def test_what_an_older_push_left_is_removed(logged_in: Hub, pipe: Pipeline, save
     assert pushed["README.md"] != b"old"
 
 
-def test_pushes_that_are_refused(
-    server: Hub, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refused_pushes(server: Hub, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
 
     def refusal(to: str, **options: Any) -> str:
         with pytest.raises(UserError) as error:
             pipe.push_to_hub(to, **options)
-        return mistake(error)
+        return message(error)
 
     assert "got 'discs', expected org/name or org/name@branch" in refusal("discs")
     assert "refuses to be written to (401)\ncheck the name, and that your token" in refusal("me/x")
@@ -483,89 +474,10 @@ def test_pushes_that_are_refused(
     assert sorted(server.repositories["me/x"].files()) == [".gitattributes"]
 
 
-# --- The card -------------------------------------------------------------------------------------
-
-
-def test_the_card(logged_in: Hub, pipe: Pipeline, tmp_path: Path) -> None:
-    pipe.push_to_hub("me/discs", license="apache-2.0")
-    pushed = logged_in.repositories["me/discs"].files()
-    path = tmp_path / "README.md"
-    path.write_bytes(pushed["README.md"])
-    assert metadata_load(path) == {
-        "library_name": "ctf",
-        "license": "apache-2.0",
-        "pipeline_tag": "unconditional-image-generation",
-        "tags": ["arxiv:2503.16194", "arxiv:2406.06525", "autoregressive", "class-conditional"],
-    }
-    told = ModelCard.load(path)
-    assert told.data.library_name == "ctf"
-    text = told.text
-    assert "# discs\n" in text and "blue; green; red" in text and "`apache-2.0`" in text
-    assert 'Pipeline.from_pretrained("me/discs")' in text and "ctf sample me/discs --out" in text
-    # The recipe and whatever else it was made of, to be read by programs, too.
-    (block,) = re.findall(r"```json\n(.*?)\n```", text, re.DOTALL)
-    said = json.loads(block)
-    assert said == {k: v for k, v in pipe.origin.items() if k != "metrics"}
-    rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", text, re.MULTILINE))
-    for stage, values in pipe.origin["metrics"].items():
-        for name, value in values.items():
-            assert float(rows[f"{stage} {name}"]) == pytest.approx(value, rel=1e-5)
-    assert rows["clusters"].startswith(f"{pipe.clusters.count} of up to")
-    # The picture is one that the pipeline draws.
-    assert "](samples.png)" in text
-    (tmp_path / "samples.png").write_bytes(pushed["samples.png"])
-    with Image.open(tmp_path / "samples.png") as drawn:
-        assert np.array_equal(np.asarray(drawn), np.asarray(card.sample_sheet(pipe)))
-
-
-def test_the_python_of_the_card_runs(
-    discs: Repository, pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", card.text(pipe, ID), re.DOTALL)
-    assert len(code.strip().splitlines()) == 3
-    monkeypatch.chdir(tmp_path)
-    exec(code, {})
-    with Image.open("image.png") as drawn:
-        expected = pipe.sample(["blue"], seed=0).images[0]
-        assert np.array_equal(np.asarray(drawn), np.asarray(expected))
-
-
-def test_nothing_is_invented(pipe: Pipeline) -> None:
-    pipe.origin = {}
-    text = card.text(pipe)
-    assert "## Metrics" not in text and "## How it was made" not in text
-    assert "license:" not in text and "Not stated." in text
-    pipe.origin = {"converted_from": {"project": "LlamaGen", "size": "B"}, "metrics": 3}
-    assert '"size": "B"' in card.text(pipe)
-    pipe.class_names = tuple(f"class {i}" for i in range(1000))
-    assert "class 19; and 980 more" in card.text(pipe)
-    pipe.origin = {"images": "fashion-mnist"}
-    assert "- zalando-datasets/fashion_mnist" in card.text(pipe)
-
-
-def test_an_edited_card_is_kept_and_no_other(
-    pipe: Pipeline, other: Pipeline, tmp_path: Path
-) -> None:
-    folder = tmp_path / "saved"
-    pipe.save_pretrained(folder)
-    assert card.load_edited(folder) is None
-    other.origin = {**pipe.origin, "note": "other weights"}
-    other.save_pretrained(folder)
-    assert "other weights" in (folder / "README.md").read_text()
-    mine = (folder / "README.md").read_text().replace("# A pipeline of ctf", "# Mine")
-    (folder / "README.md").write_text(mine)
-    pipe.save_pretrained(folder)
-    assert (folder / "README.md").read_text() == card.load_edited(folder) == mine
-    (folder / "README.md").write_bytes(b"\xff")
-    with pytest.raises(UserError, match="not text in UTF-8"):
-        pipe.save_pretrained(folder)
-
-
 # --- Commands -------------------------------------------------------------------------------------
 
 
-def test_push(logged_in: Hub, run: Path, ctf: Command) -> None:
-    """A run has more in it than a pipeline."""
+def test_ctf_push_uploads_the_pipeline_of_a_run(logged_in: Hub, run: Path, ctf: Command) -> None:
     assert (run / "tokens").is_dir()
     planned = ctf("push", run, "--to", "me/discs", "--dry-run")
     assert planned.out.strip() == (
@@ -583,7 +495,7 @@ def test_push(logged_in: Hub, run: Path, ctf: Command) -> None:
     assert not any(path.endswith((".bin", ".pt", ".pkl", ".npy")) for path in pushed.files())
 
 
-def test_push_with_a_card_of_ones_own(
+def test_ctf_push_keeps_an_edited_card(
     logged_in: Hub, pipe: Pipeline, ctf: Command, tmp_path: Path
 ) -> None:
     folder = tmp_path / "saved"
@@ -597,7 +509,7 @@ def test_push_with_a_card_of_ones_own(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (("sample", "org/nothing"), "shows no such repository (401)"),
         (("sample", f"{ID}@v9"), f"{ID} has no revision 'v9'"),
@@ -609,19 +521,19 @@ def test_push_with_a_card_of_ones_own(
         (("push", "org/nothing", "--to", "me/discs"), "shows no such repository (401)"),
     ],
 )
-def test_mistakes(
-    discs: Repository, server: Hub, ctf: Command, arguments: tuple[str, ...], told: str
+def test_errors_on_the_command_line(
+    discs: Repository, server: Hub, ctf: Command, arguments: tuple[str, ...], expected: str
 ) -> None:
     server.create("org/words", {"config.json": b"{}"})
     server.create("org/part", {k: v for k, v in discs.files().items() if k != WEIGHTS})
     result = ctf(*arguments)
-    assert result.code == 2 and told in result.err
+    assert result.code == 2 and expected in result.err
     lines = result.err.strip().splitlines()
     assert len(lines) <= 2 and lines[0].startswith("ctf: "), result.err
 
 
 @pytest.mark.parametrize("fault", ["cut", "flipped", "500", "unreachable"])
-def test_mistakes_of_the_network(
+def test_network_errors_on_the_command_line(
     discs: Repository, server: Hub, ctf: Command, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     match fault:
@@ -638,45 +550,33 @@ def test_mistakes_of_the_network(
     assert result.code == 2 and len(lines) <= 2 and lines[0].startswith("ctf: "), result.err
 
 
-# --- As others run it -----------------------------------------------------------------------------
+# --- Other processes ------------------------------------------------------------------------------
 
 
 def clean(home: Path, **more: str) -> dict[str, str]:
-    """The environment of a process that has its own home on the Hub, and no token."""
-    kept = {k: v for k, v in os.environ.items() if not k.upper().startswith(("HF_", "HUGGING"))}
-    source = str(Path(pipeline.__file__).parents[2])
-    return {**kept, "PYTHONPATH": source, "HF_HOME": str(home), **more}
+    """The environment of a process with another HF_HOME and no token."""
+    others = {k: v for k, v in os.environ.items() if not k.upper().startswith(("HF_", "HUGGING"))}
+    source = str(Path(package.__file__).parents[1])
+    return {**others, "PYTHONPATH": source, "HF_HOME": str(home), **more}
 
 
-def run_python(*arguments: str | Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+def run_ctf(*arguments: str | Path, env: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "ctf", *map(str, arguments), "--device", "cpu"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
-def run_ctf(*arguments: str | Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return run_python("-m", "ctf", *arguments, "--device", "cpu", env=env)
-
-
-def test_processes_of_their_own(pipe: Pipeline, tmp_path: Path) -> None:
-    """Pushed, pulled, offline: all by the environment, where people set it."""
+def test_processes_configured_by_the_environment(pipe: Pipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "saved")
     sheets = [tmp_path / "online.png", tmp_path / "offline.png"]
     with Hub() as running:
         push = ("push", tmp_path / "saved", "--to", "me/discs@v1", "--no-sheet")
         env = clean(tmp_path / "one", HF_ENDPOINT=running.address, HF_TOKEN=TOKEN)
-        pushed = run_ctf(*push, env={**env, "HF_HUB_DISABLE_XET": "1"})
-        assert pushed.returncode == 0, pushed.stderr
+        run_ctf(*push, env={**env, "HF_HUB_DISABLE_XET": "1"})
         running.downloads()
         env = clean(tmp_path / "another", HF_ENDPOINT=running.address)
-        pulled = run_ctf("sample", "me/discs@v1", "--out", sheets[0], env=env)
-        assert pulled.returncode == 0, pulled.stderr
+        run_ctf("sample", "me/discs@v1", "--out", sheets[0], env=env)
         assert running.downloads() == sorted(PIPELINE_FILES)
     env["HF_HUB_OFFLINE"] = "1"
-    offline = run_ctf("sample", "me/discs@v1", "--out", sheets[1], env=env)
-    assert offline.returncode == 0, offline.stderr
+    run_ctf("sample", "me/discs@v1", "--out", sheets[1], env=env)
     assert sheets[0].read_bytes() == sheets[1].read_bytes()
-
-
-def test_importing_the_package_does_not_import_the_hubs(tmp_path: Path) -> None:
-    code = "import ctf, ctf.cli.main, sys; sys.exit('huggingface_hub' in sys.modules)"
-    assert run_python("-c", code, env=clean(tmp_path)).returncode == 0

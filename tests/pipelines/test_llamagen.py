@@ -1,4 +1,4 @@
-"""Released LlamaGen checkpoints: what the original computed, and every way a file can be wrong."""
+"""LlamaGen checkpoints: parity with the original, forms of files, and files that are wrong."""
 
 import argparse
 import dataclasses
@@ -24,8 +24,8 @@ from ctf.models.fine import FineModel
 from ctf.models.tokenizer import VQModel
 from ctf.pipelines import llamagen
 from ctf.pipelines.pipeline import Pipeline
-from tests import original
 from tests.conftest import Command
+from tests.pipelines import llamagen_files
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "llamagen"
 VQ, GPT = FIXTURES / "vq.pt", FIXTURES / "gpt.pt"
@@ -61,11 +61,13 @@ def weights(path: Path) -> dict[str, Tensor]:
     return stored
 
 
-# --- what the original computed -------------------------------------------------------------------
+# --- Parity with the original ---------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_teacher_forced_logits(pipe: Pipeline, expected: dict[str, Tensor]) -> None:
+def test_teacher_forced_logits_are_the_originals(
+    pipe: Pipeline, expected: dict[str, Tensor]
+) -> None:
     logits_BLK = pipe.coarse(expected["tokens"], expected["labels"])
     torch.testing.assert_close(logits_BLK, expected["teacher_forced_logits"], rtol=0, atol=1e-4)
     loss = F.cross_entropy(logits_BLK.mT, expected["tokens"])
@@ -73,14 +75,18 @@ def test_teacher_forced_logits(pipe: Pipeline, expected: dict[str, Tensor]) -> N
 
 
 @pytest.mark.parametrize("guidance", [1, 2])
-def test_greedy_tokens(pipe: Pipeline, expected: dict[str, Tensor], guidance: int) -> None:
-    drawn = pipe.sample(expected["labels"].tolist(), guidance=guidance, top_k=1)
-    assert torch.equal(drawn.codes, expected[f"greedy_guidance_{guidance}"])
-    assert torch.equal(drawn.codes, drawn.coarse)
+def test_greedy_tokens_are_the_originals(
+    pipe: Pipeline, expected: dict[str, Tensor], guidance: int
+) -> None:
+    out = pipe.sample(expected["labels"].tolist(), guidance=guidance, top_k=1)
+    assert torch.equal(out.codes, expected[f"greedy_guidance_{guidance}"])
+    assert torch.equal(out.codes, out.coarse)
 
 
 @torch.no_grad()
-def test_tokenizer(pipe: Pipeline, expected: dict[str, Tensor]) -> None:
+def test_codes_and_decoded_images_are_the_originals(
+    pipe: Pipeline, expected: dict[str, Tensor]
+) -> None:
     codes_BL = pipe.tokenizer.encode(expected["vq_images"])
     assert torch.equal(codes_BL, expected["vq_codes"])
     for codes, decoded in (
@@ -94,8 +100,8 @@ def test_tokenizer(pipe: Pipeline, expected: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def test_the_zero_entry_of_the_class_token(pipe: Pipeline, expected: dict[str, Tensor]) -> None:
-    """A named option, which converted models carry and without which they compute otherwise."""
+def test_the_class_tokens_rope_entry_is_zero(pipe: Pipeline, expected: dict[str, Tensor]) -> None:
+    """It is an option in their config, without which the logits differ."""
     shape = pipe.coarse.config
     assert shape.class_token_rope == "zero"
     model = CoarseModel(
@@ -106,24 +112,24 @@ def test_the_zero_entry_of_the_class_token(pipe: Pipeline, expected: dict[str, T
     assert float((logits_BLK - expected["teacher_forced_logits"]).abs().max()) > 1e-3
 
 
-# --- what is made of them -------------------------------------------------------------------------
+# --- Converted pipelines --------------------------------------------------------------------------
 
 
-def test_converted_is_a_full_vocabulary_pipeline(folder: Path) -> None:
+def test_a_converted_pipeline_is_a_full_vocabulary_baseline(folder: Path) -> None:
     pipe = Pipeline.from_pretrained(folder)
     assert pipe.fine is None and pipe.clusters.largest == 1 and pipe.clusters.count == 256
     assert pipe.class_names == tuple("0123456789")
     assert pipe.tokenizer.config.image_size == 8 and pipe.coarse.config.grid == 4
     came_from = pipe.origin["converted_from"]
     assert came_from["vq"]["file"] == "vq.pt" and len(came_from["gpt"]["sha256"]) == 64
-    # The tokenizer came in half precision, and stays so; computing is in single.
+    # The tokenizer's weights are stored in half precision, as in the file, and loaded in single.
     assert (folder / "tokenizer" / "model.safetensors").stat().st_size < 0.6 * sum(
         4 * p.numel() for p in pipe.tokenizer.parameters()
     )
     assert {p.dtype for p in pipe.tokenizer.parameters()} == {torch.float32}
 
 
-def test_round_trip_to_identical_samples(folder: Path, tmp_path: Path) -> None:
+def test_saving_again_gives_identical_samples(folder: Path, tmp_path: Path) -> None:
     pipe = Pipeline.from_pretrained(folder)
     pipe.save_pretrained(tmp_path / "again")
     again = Pipeline.from_pretrained(tmp_path / "again")
@@ -136,7 +142,7 @@ def test_round_trip_to_identical_samples(folder: Path, tmp_path: Path) -> None:
         )
 
 
-def test_convert_again(folder: Path, tmp_path: Path, ctf: Command) -> None:
+def test_converting_again_writes_the_same(folder: Path, tmp_path: Path, ctf: Command) -> None:
     out = tmp_path / "out"
     arguments = (
         "convert",
@@ -162,7 +168,7 @@ def test_convert_again(folder: Path, tmp_path: Path, ctf: Command) -> None:
     assert other.code == 2 and len(other.err.splitlines()) <= 2
 
 
-def test_nothing_else_is_replaced(run: Path, ctf: Command) -> None:
+def test_other_pipelines_are_not_overwritten(run: Path, ctf: Command) -> None:
     before = (run / "pipeline.json").read_bytes()
     result = ctf(
         "convert", "llamagen", "--vq", VQ, "--gpt", GPT, "--image-size", SIDE, "--out", run
@@ -173,7 +179,7 @@ def test_nothing_else_is_replaced(run: Path, ctf: Command) -> None:
     assert result.code == 2 and "a tokenizer of another configuration" in result.err
 
 
-def test_tokenizer_alone(tmp_path: Path, ctf: Command) -> None:
+def test_a_tokenizer_is_converted_alone(tmp_path: Path, ctf: Command) -> None:
     out = tmp_path / "run"
     result = ctf("convert", "llamagen", "--vq", VQ, "--image-size", 16, "--out", out)
     assert result.code == 0 and "16 pixels -> 8 x 8 of 256 codes" in result.out
@@ -182,11 +188,11 @@ def test_tokenizer_alone(tmp_path: Path, ctf: Command) -> None:
     ]  # fmt: skip
 
 
-# --- forms a checkpoint comes in ------------------------------------------------------------------
+# --- Forms of checkpoints -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["module", "state_dict", "bare", "compiled", "ddp", "old format"])
-def test_forms(tmp_path: Path, expected: dict[str, Tensor], form: str) -> None:
+def test_all_forms_of_a_state_dict(tmp_path: Path, expected: dict[str, Tensor], form: str) -> None:
     own = weights(GPT)
     table = torch.zeros(17, 8, 2)
     extra = {"optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}, "steps": 3}
@@ -201,27 +207,27 @@ def test_forms(tmp_path: Path, expected: dict[str, Tensor], form: str) -> None:
     path = tmp_path / "gpt.pt"
     torch.save(content, path, _use_new_zipfile_serialization=form != "old format")
     pipe = llamagen.load(VQ, path, image_size=SIDE)
-    drawn = pipe.sample(expected["labels"].tolist(), guidance=1, top_k=1)
-    assert torch.equal(drawn.codes, expected["greedy_guidance_1"])
+    out = pipe.sample(expected["labels"].tolist(), guidance=1, top_k=1)
+    assert torch.equal(out.codes, expected["greedy_guidance_1"])
 
 
-def test_its_trainings_arguments(tmp_path: Path) -> None:
-    """They are stored as an argparse.Namespace, and say what pictures the model was trained for."""
+def test_the_training_arguments_have_the_image_size(tmp_path: Path) -> None:
+    """They are stored as an argparse.Namespace."""
     arguments = argparse.Namespace(gpt_model="GPT-B", image_size=16, lr=1e-4, betas=[0.9, 0.95])
-    path = original.save(tmp_path / "gpt.pt", weights(GPT), args=arguments, steps=1)
+    path = llamagen_files.save(tmp_path / "gpt.pt", weights(GPT), args=arguments, steps=1)
     assert llamagen.load(VQ, path).coarse.config.grid == 8
     assert llamagen.load(VQ, path, image_size=8).coarse.config.grid == 4
 
 
-def test_other_grids() -> None:
-    """Nothing but the table of RoPE depends on the size of the pictures."""
+def test_any_image_size_can_be_chosen() -> None:
+    """Only the table of RoPE depends on it."""
     for size in (8, 12, 16):
         pipe = llamagen.load(VQ, GPT, image_size=size)
-        drawn = pipe.sample([1], seed=0)
-        assert drawn.images[0].size == (size, size) and drawn.codes.shape == (1, (size // 2) ** 2)
+        out = pipe.sample([1], seed=0)
+        assert out.images[0].size == (size, size) and out.codes.shape == (1, (size // 2) ** 2)
 
 
-# --- sizes ----------------------------------------------------------------------------------------
+# --- Sizes ----------------------------------------------------------------------------------------
 
 
 def millions(module: torch.nn.Module) -> float:
@@ -232,7 +238,9 @@ def millions(module: torch.nn.Module) -> float:
     ("size", "full", "coarse"),
     [("B", 111, 87), ("L", 343, 310), ("XL", 775, 734), ("XXL", 1411, 1362), ("3B", 3097, 2995)],
 )
-def test_transformers_are_those_of_the_paper(size: str, full: int, coarse: int) -> None:
+def test_transformers_have_the_papers_sizes_and_the_originals_names(
+    size: str, full: int, coarse: int
+) -> None:
     shape = sizes.SIZES[size]
     config = shape.config(16, 1000)
     parts = clusters.Clusters.from_labels(torch.arange(16384) % 512)
@@ -244,17 +252,17 @@ def test_transformers_are_those_of_the_paper(size: str, full: int, coarse: int) 
         fine = FineModel(config, parts)
         assert millions(fine) == pytest.approx(full - (16384 - 512) * shape.width / 1e6, abs=1)
     names = {llamagen.gpt_name(k): tuple(v.shape) for k, v in model.state_dict().items()}
-    assert names == original.gpt_shapes(shape.width, shape.layers)
+    assert names == llamagen_files.gpt_shapes(shape.width, shape.layers)
 
 
 @pytest.mark.parametrize(("name", "size"), [("VQ-16", 72), ("VQ-8", 70)])
-def test_tokenizers_are_those_of_llamagen(name: str, size: int) -> None:
+def test_tokenizers_have_the_originals_sizes_and_names(name: str, size: int) -> None:
     config = sizes.TOKENIZERS[name]
     with torch.device("meta"):
         model = VQModel(config)
     assert millions(model) == pytest.approx(size, abs=1)
     names = {llamagen.vq_name(k, config): tuple(v.shape) for k, v in model.state_dict().items()}
-    theirs = original.vq_shapes(config.multipliers)
+    theirs = llamagen_files.vq_shapes(config.multipliers)
     del theirs["quantize.codebook_used"]
     assert names == theirs
     assert config.factor == int(name.removeprefix("VQ-"))
@@ -265,25 +273,27 @@ import re, sys
 from pathlib import Path
 from ctf.pipelines import llamagen
 llamagen.convert(*map(Path, sys.argv[1:]), size="B", image_size=256)
-# Not getrusage: it begins with the memory of the process that started this one.
+# Not getrusage, which starts with the memory of the parent process.
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """
 
 
 @pytest.fixture(scope="module")
 def size_b(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Random weights in the original's format: size B and VQ-16 as they are released."""
+    """Files with random weights of the released size B and VQ-16."""
     root = tmp_path_factory.mktemp("size-b")
-    shapes = original.vq_shapes()
-    vq = original.save(root / "vq_ds16_c2i.pt", original.random_weights(shapes))
-    gpt = original.save(
-        root / "c2i_B_256.pt", original.random_weights(original.gpt_shapes(768, 12)), steps=1
+    shapes = llamagen_files.vq_shapes()
+    vq = llamagen_files.save(root / "vq_ds16_c2i.pt", llamagen_files.random_weights(shapes))
+    gpt = llamagen_files.save(
+        root / "c2i_B_256.pt",
+        llamagen_files.random_weights(llamagen_files.gpt_shapes(768, 12)),
+        steps=1,
     )
     return vq, gpt
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
-def test_size_b_in_bounded_memory(size_b: tuple[Path, Path], tmp_path: Path) -> None:
+def test_size_b_is_converted_in_bounded_memory(size_b: tuple[Path, Path], tmp_path: Path) -> None:
     vq, gpt = size_b
     done = subprocess.run(
         [sys.executable, "-c", CONVERT, vq, gpt, tmp_path / "out"],
@@ -295,7 +305,7 @@ def test_size_b_in_bounded_memory(size_b: tuple[Path, Path], tmp_path: Path) -> 
     assert (config["model"]["heads"], config["model"]["grid"]) == (12, 16)
     names = json.loads((tmp_path / "out" / "pipeline.json").read_text())["class_names"]
     assert len(names) == len(set(names)) == 1000 and names[207] == "golden retriever"
-    # What was written are the given weights, bit for bit, under our names.
+    # The weights are written bit for bit, under our names.
     from safetensors import safe_open
 
     given = weights(gpt)
@@ -307,7 +317,7 @@ def test_size_b_in_bounded_memory(size_b: tuple[Path, Path], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("pixels", "grid"), [(256, 16), (384, 24), (512, 32)])
-def test_the_grids_of_released_models(
+def test_grids_of_the_released_models(
     size_b: tuple[Path, Path], tmp_path: Path, ctf: Command, pixels: int, grid: int
 ) -> None:
     vq, gpt = size_b
@@ -319,7 +329,7 @@ def test_the_grids_of_released_models(
     assert "transformer of 110.9 M parameters, 1000 classes, guidance 2.0" in result.out
 
 
-def test_another_size_than_the_file_has(size_b: tuple[Path, Path], ctf: Command) -> None:
+def test_a_size_that_does_not_match(size_b: tuple[Path, Path], ctf: Command) -> None:
     vq, gpt = size_b
     result = ctf("convert", "llamagen", "--vq", vq, "--gpt", gpt, "--size", "L", "--out", "x")
     assert result.code == 2
@@ -328,7 +338,7 @@ def test_another_size_than_the_file_has(size_b: tuple[Path, Path], ctf: Command)
     assert len(result.err.splitlines()) <= 2
 
 
-# --- files that are wrong -------------------------------------------------------------------------
+# --- Files that are wrong -------------------------------------------------------------------------
 
 
 def refused(vq: Path, gpt: Path, **more: object) -> str:
@@ -340,13 +350,15 @@ def refused(vq: Path, gpt: Path, **more: object) -> str:
 
 
 def changed(path: Path, tmp_path: Path, **replaced: Tensor | None) -> Path:
-    """A copy of a checkpoint with tensors replaced, or left out where None."""
+    """A copy of a checkpoint with tensors replaced, or removed where None."""
     stored = {**weights(path), **replaced}
-    return original.save(tmp_path / path.name, {k: v for k, v in stored.items() if v is not None})
+    return llamagen_files.save(
+        tmp_path / path.name, {k: v for k, v in stored.items() if v is not None}
+    )
 
 
 class Evil:
-    """Runs a command when it is unpickled."""
+    """An object that runs a command when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -356,24 +368,24 @@ class Evil:
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_code_is_refused_and_not_run(tmp_path: Path, wrapped: bool) -> None:
-    mark = tmp_path / "was-run"
+def test_code_is_refused_and_not_executed(tmp_path: Path, wrapped: bool) -> None:
+    mark = tmp_path / "executed"
     content = {"model": weights(GPT), "args": Evil(mark)} if wrapped else Evil(mark)
     path = tmp_path / "gpt.pt"
     torch.save(content, path)
     message = refused(VQ, path)
     assert "refused" in message and "system" in message and "nothing was executed" in message
     assert not mark.exists()
-    # It would have been.
+    # Unpickling it does run the command.
     buffer = io.BytesIO(pickle.dumps(Evil(mark)))
     pickle.load(buffer)
     assert mark.exists()
 
 
-def test_no_other_class_is_read(tmp_path: Path) -> None:
-    path = original.save(tmp_path / "gpt.pt", weights(GPT), args=argparse.HelpFormatter("x"))
+def test_other_classes_are_refused(tmp_path: Path) -> None:
+    path = llamagen_files.save(tmp_path / "gpt.pt", weights(GPT), args=argparse.HelpFormatter("x"))
     assert "argparse.HelpFormatter" in refused(VQ, path)
-    path = original.save(
+    path = llamagen_files.save(
         tmp_path / "gpt.pt", weights(GPT), args=argparse.Namespace(inner=Evil(tmp_path / "run"))
     )
     assert "system" in refused(VQ, path)
@@ -381,7 +393,7 @@ def test_no_other_class_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_truncated(tmp_path: Path, share: float) -> None:
+def test_truncated_files(tmp_path: Path, share: float) -> None:
     path = tmp_path / "gpt.pt"
     data = GPT.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
@@ -389,14 +401,14 @@ def test_truncated(tmp_path: Path, share: float) -> None:
 
 
 @pytest.mark.parametrize("content", [b"hello", b"\x80\x02", b"PK\x03\x04", bytes(200)])
-def test_something_else(tmp_path: Path, content: bytes) -> None:
+def test_files_of_another_kind(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "gpt.pt"
     path.write_bytes(content)
     assert "not a PyTorch checkpoint" in refused(VQ, path)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"model": {"a": "text"}}, {1: torch.zeros(2)}, {}])
-def test_not_a_state_dict(tmp_path: Path, content: object) -> None:
+def test_content_that_is_not_a_state_dict(tmp_path: Path, content: object) -> None:
     path = tmp_path / "gpt.pt"
     torch.save(content, path)
     assert str(path) in refused(VQ, path)
@@ -418,7 +430,7 @@ def test_values_that_are_not_finite(tmp_path: Path, value: float) -> None:
         assert name in message and "not finite" in message
 
 
-def test_wrong_tensors(tmp_path: Path) -> None:
+def test_missing_unknown_and_misshapen_tensors(tmp_path: Path) -> None:
     assert "tensor 'norm.weight' of shape (64,) is missing" in refused(
         VQ, changed(GPT, tmp_path, **{"norm.weight": None})
     )
@@ -437,9 +449,10 @@ def test_wrong_tensors(tmp_path: Path) -> None:
     )
 
 
-def test_a_size_that_is_none(tmp_path: Path) -> None:
-    path = original.save(
-        tmp_path / "gpt.pt", original.random_weights(original.gpt_shapes(80, 3, 256, 10))
+def test_sizes_that_were_not_released(tmp_path: Path) -> None:
+    path = llamagen_files.save(
+        tmp_path / "gpt.pt",
+        llamagen_files.random_weights(llamagen_files.gpt_shapes(80, 3, 256, 10)),
     )
     message = refused(VQ, path)
     assert "width 80 and 3 layers" in message and "B (768, 12)" in message
@@ -447,11 +460,12 @@ def test_a_size_that_is_none(tmp_path: Path) -> None:
     assert "(11, 80), expected (11, 768) in size B" in refused(VQ, path, size="B")
 
 
-def test_what_does_not_belong_together(tmp_path: Path) -> None:
+def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
     assert "not a LlamaGen tokenizer: it is a transformer" in refused(GPT, GPT)
     assert "not a LlamaGen transformer: it is a tokenizer" in refused(VQ, VQ)
-    path = original.save(
-        tmp_path / "gpt.pt", original.random_weights(original.gpt_shapes(64, 2, 128, 10))
+    path = llamagen_files.save(
+        tmp_path / "gpt.pt",
+        llamagen_files.random_weights(llamagen_files.gpt_shapes(64, 2, 128, 10)),
     )
     assert "predicts 128 codes" in refused(VQ, path) and "belong together" in refused(VQ, path)
     caption, table = "cls_embedding.cap_proj.fc1.weight", "cls_embedding.embedding_table.weight"
@@ -459,14 +473,16 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
     assert "not those for text" in refused(VQ, text)
 
 
-def test_image_sizes_that_are_wrong(tmp_path: Path) -> None:
+def test_wrong_image_sizes(tmp_path: Path) -> None:
     assert "image size 9 is not divisible" in refused(VQ, GPT, image_size=9)
-    path = original.save(tmp_path / "gpt.pt", {**weights(GPT), "freqs_cis": torch.zeros(17, 8, 2)})
+    path = llamagen_files.save(
+        tmp_path / "gpt.pt", {**weights(GPT), "freqs_cis": torch.zeros(17, 8, 2)}
+    )
     assert "trained for 4 x 4 codes, expected 8 x 8" in refused(VQ, path, image_size=16)
     assert llamagen.load(VQ, path).coarse.config.grid == 4
 
 
-# --- scoring --------------------------------------------------------------------------------------
+# --- Resizing -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

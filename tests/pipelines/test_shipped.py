@@ -1,4 +1,4 @@
-"""The shipped pipeline is what the README says it is."""
+"""The included pipeline is as good as the README says."""
 
 from pathlib import Path
 
@@ -44,13 +44,13 @@ def test_samples_are_not_copies_of_each_other(pipe: Pipeline) -> None:
     assert len(codes_BL.unique(dim=0)) == 8
 
 
-def test_says_what_it_was_made_of(pipe: Pipeline) -> None:
+def test_origin_says_how_it_was_made(pipe: Pipeline) -> None:
     assert pipe.origin["images"] == NAME
     assert pipe.origin["license"] == "apache-2.0"
     assert set(pipe.origin["metrics"]) == {"tokenizer", "coarse", "fine"}
 
 
-def test_round_trip_draws_the_same(pipe: Pipeline, tmp_path: Path) -> None:
+def test_a_saved_copy_samples_the_same(pipe: Pipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "copy")
     copy = Pipeline.from_pretrained(tmp_path / "copy")
     one, other = pipe.sample([3, 9], seed=5), copy.sample([3, 9], seed=5)

@@ -161,7 +161,8 @@ def _transformer(model: Any) -> str:
 
 
 def _parameters(model: Any) -> str:
-    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+    # Layers replaced by an engine have no parameters, but their state is the original's.
+    return f"{sum(t.numel() for t in model.state_dict().values()) / 1e6:.1f} M parameters"
 
 
 def _metrics(origin: dict[str, Any]) -> str:

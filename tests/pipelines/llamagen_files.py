@@ -1,5 +1,7 @@
-"""Names and shapes of the tensors in LlamaGen's own checkpoints, written down from its constructors
-(tokenizer/tokenizer_image/vq_model.py, autoregressive/models/gpt.py), and files made of them.
+"""Names and shapes of the tensors in LlamaGen's checkpoints, and files with such tensors.
+
+They follow the constructors in tokenizer/tokenizer_image/vq_model.py and
+autoregressive/models/gpt.py of its repository.
 """
 
 from collections.abc import Iterator, Sequence
@@ -96,20 +98,20 @@ def vq_shapes(multipliers: Sequence[int] = (1, 1, 2, 2, 4), codes: int = 16384) 
 
 
 def random_weights(shapes: Shapes, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Weights of such shapes: small ones, and ones for the normalisations."""
+    """Small random weights, and ones for the normalisations."""
     generator = torch.Generator().manual_seed(0)
 
-    def draw() -> Iterator[tuple[str, Tensor]]:
+    def named_weights() -> Iterator[tuple[str, Tensor]]:
         for name, shape in shapes.items():
             if "norm" in name and name.endswith("weight"):
                 yield name, torch.ones(shape, dtype=dtype)
             else:
                 yield name, (torch.rand(shape, generator=generator) * 0.04 - 0.02).to(dtype)
 
-    return dict(draw())
+    return dict(named_weights())
 
 
 def save(path: Path, weights: dict[str, Tensor], **more: Any) -> Path:
-    """A checkpoint as LlamaGen's trainings write it."""
+    """Write a checkpoint as LlamaGen's training does."""
     torch.save({"model": weights, **more}, path)
     return path

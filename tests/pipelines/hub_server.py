@@ -1,7 +1,8 @@
-"""The few endpoints of the Hugging Face Hub that are used, here, with faults to switch on.
+"""A server with the endpoints of the Hugging Face Hub that ctf uses, and faults to inject.
 
-What it answers is what the real one does, as far as huggingface_hub looks at it: git's SHA-1 names
-small files, SHA-256 large ones, which lie at another host (here: another name of this one).
+Its answers are those of the real one, as far as huggingface_hub reads them: small files are named
+by git's SHA-1, large ones by SHA-256, and large ones are at another host (here: another name of the
+same one).
 """
 
 import base64
@@ -20,7 +21,7 @@ Files = dict[str, bytes]
 
 
 def is_large(path: str) -> bool:
-    """As .gitattributes of a new repository says."""
+    """By the .gitattributes of a new repository."""
     return path.endswith((".safetensors", ".png"))
 
 
@@ -41,7 +42,7 @@ class Repository:
     gated: bool = False
 
     def commit(self, files: Files, branch: str = "main", message: str = "made by a test") -> str:
-        """Makes `files` all that there is on the branch; returns the commit's name."""
+        """Make `files` the content of a branch; return the commit's name."""
         name = hashlib.sha1(f"{len(self.commits)} {message}".encode()).hexdigest()
         self.commits[name] = dict(files)
         self.branches[branch] = name
@@ -59,14 +60,13 @@ class Repository:
 @dataclass
 class Faults:
     status: int | None = None  # of every answer
-    cuts: dict[str, tuple[int, int]] = field(
-        default_factory=dict
-    )  # no byte from here on; how often
-    flipped: set[str] = field(default_factory=set)  # files of which a byte arrives as another
+    # Files whose connection is cut: at which byte, and how often.
+    cuts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    flipped: set[str] = field(default_factory=set)  # files with a wrong byte
 
 
 class Hub:
-    """The server, in threads of its own. `with Hub() as hub:` it listens at `hub.address`."""
+    """The server, in threads: `with Hub() as hub:` it listens at `hub.address`."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -100,14 +100,14 @@ class Hub:
         return self.repositories[name]
 
     def downloads(self) -> list[str]:
-        """The files whose content was asked for, since the last call."""
-        found = [
+        """The files whose content was requested since the last call."""
+        requested = [
             path.partition("file=")[2] or path.rpartition("/resolve/")[2].partition("/")[2]
             for method, path in self.requests
             if method == "GET" and ("/resolve/" in path or path.startswith("/storage/"))
         ]
         self.requests.clear()
-        return sorted(set(found))
+        return sorted(set(requested))
 
 
 class Refusal(Exception):
@@ -170,28 +170,28 @@ class Handler(BaseHTTPRequestHandler):
     def answer(
         self, content: Any, status: int = 200, headers: dict[str, str] | None = None, cut: int = -1
     ) -> None:
-        """Sends bytes, or anything else as JSON; `cut` many bytes of it, if it is not negative."""
-        sent = content if isinstance(content, bytes) else json.dumps(content).encode()
+        """Send bytes, or anything else as JSON; only the first `cut` bytes unless negative."""
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(sent)), **(headers or {})}.items():
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(sent if cut < 0 else sent[:cut])
+            self.wfile.write(body if cut < 0 else body[:cut])
         self.close_connection = cut >= 0
 
-    # --- What is there ----------------------------------------------------------------------------
+    # --- Reading ----------------------------------------------------------------------------------
 
     def is_logged_in(self) -> bool:
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
     def repository(self, name: str) -> Repository:
-        found = self.hub.repositories.get(name)
-        if found is None or (found.private and not self.is_logged_in()):
+        repository = self.hub.repositories.get(name)
+        if repository is None or (repository.private and not self.is_logged_in()):
             raise Refusal(404 if self.is_logged_in() else 401, "RepoNotFound")
-        if found.gated and not self.is_logged_in():
+        if repository.gated and not self.is_logged_in():
             raise Refusal(403, "GatedRepo")
-        return found
+        return repository
 
     def revision(self, name: str, revision: str | None) -> tuple[str, Files]:
         repository = self.repository(name)
@@ -250,7 +250,7 @@ class Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         self.answer(content[start:], 206 if start else 200, headers, cut)
 
-    # --- What is pushed ---------------------------------------------------------------------------
+    # --- Writing ----------------------------------------------------------------------------------
 
     def write_access(self) -> None:
         if not self.is_logged_in():
@@ -258,14 +258,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def create(self) -> None:
         self.write_access()
-        asked = json.loads(self.body)
-        name = f"{asked['organization']}/{asked['name']}"
-        if asked["organization"] == "others":
+        request = json.loads(self.body)
+        name = f"{request['organization']}/{request['name']}"
+        if request["organization"] == "others":
             raise Refusal(403)
         url = f"{self.hub.address}/{name}"
         if name in self.hub.repositories:
             raise Refusal(409, url=url)
-        self.hub.create(name, {".gitattributes": b""}, private=asked.get("visibility") == "private")
+        self.hub.create(
+            name, {".gitattributes": b""}, private=request.get("visibility") == "private"
+        )
         self.answer({"url": url})
 
     def branch(self, name: str, branch: str) -> None:
@@ -277,10 +279,10 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({})
 
     def validate(self) -> None:
-        found = re.search(r"^license: (.+)$", json.loads(self.body)["content"], re.MULTILINE)
-        if found and found[1] not in LICENSES:
-            wrong = f'"license" must be one of {", ".join(LICENSES)}'
-            raise Refusal(400, errors=[{"message": wrong}])
+        match = re.search(r"^license: (.+)$", json.loads(self.body)["content"], re.MULTILINE)
+        if match and match[1] not in LICENSES:
+            message = f'"license" must be one of {", ".join(LICENSES)}'
+            raise Refusal(400, errors=[{"message": message}])
         self.answer({"errors": [], "warnings": []})
 
     def preupload(self, name: str, revision: str) -> None:

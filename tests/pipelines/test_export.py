@@ -1,0 +1,114 @@
+"""Samples as files, and settings files that reproduce them; through `ctf sample`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ctf.pipelines import export
+from ctf.pipelines.pipeline import Pipeline
+from tests.conftest import Command
+from tests.pipelines.helpers import LENGTH, same
+
+
+@pytest.fixture
+def written(ctf: Command, run: Path, tmp_path: Path) -> Path:
+    """A folder with two samples of each of two classes."""
+    out = tmp_path / "written"
+    options = ["--classes", "red,0", "--count", 2, "--seed", 5, "--guidance", 3]
+    assert ctf("sample", run, *options, "--out", out).code == 0
+    return out
+
+
+def test_settings_are_stored_as_keywords_of_sample(ctf: Command, run: Path, tmp_path: Path) -> None:
+    options = ["--guidance", 4, "--guidance-window", 0.25, 0.75, "--guidance-schedule", "linear"]
+    result = ctf("sample", run, "--count", 1, *options, "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    stored = json.loads((tmp_path / "out" / "settings.json").read_text())["sampling"]
+    assert stored["guidance_window"] == [0.25, 0.75] and stored["guidance_schedule"] == "linear"
+    pipe = Pipeline.from_pretrained(run)
+    expected = pipe.sample(
+        [0, 1, 2], guidance=4.0, guidance_window=(0.25, 0.75), guidance_schedule="linear"
+    )
+    assert same(pipe.sample([0, 1, 2], **stored), expected)
+    with np.load(tmp_path / "out" / "codes.npz") as codes:
+        assert (codes["codes"] == expected.codes.numpy()).all()
+
+
+def test_settings_sample_a_folder_again(
+    ctf: Command, run: Path, written: Path, tmp_path: Path
+) -> None:
+    command = ("sample", run, "--settings", written / "settings.json", "--out", tmp_path / "again")
+    planned = ctf(*command, "--dry-run")
+    assert planned.code == 0 and "would sample " in planned.out
+    assert not (tmp_path / "again").exists()
+    result = ctf(*command)
+    assert result.code == 0, result.err
+    first, second = (folder / "settings.json" for folder in (written, tmp_path / "again"))
+    assert first.read_bytes() == second.read_bytes()
+    with np.load(written / "codes.npz") as a, np.load(tmp_path / "again" / "codes.npz") as b:
+        assert all((a[name] == b[name]).all() for name in a.files)
+
+
+@pytest.mark.parametrize(("count", "width"), [(2, 2 * 68 + 4), (1, 32)])
+def test_settings_sample_a_sheet_or_a_single_image(
+    ctf: Command, run: Path, written: Path, tmp_path: Path, count: int, width: int
+) -> None:
+    settings = json.loads((written / "settings.json").read_text())
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({**settings, "count": count, "classes": [2]}))
+    assert ctf("sample", run, "--settings", path, "--out", tmp_path / "out.png").code == 0
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.width == width
+
+
+def test_known_codes_and_labels_are_part_of_the_settings(sharp: Pipeline) -> None:
+    known = tuple(i < LENGTH // 2 for i in range(LENGTH))
+    settings = export.Settings((1,), 2, 7, sharp.sampling, codes=tuple(range(LENGTH)), keep=known)
+    completed = export.sample(sharp, settings)
+    assert completed.codes[:, : LENGTH // 2].tolist() == [list(range(LENGTH // 2))] * 2
+    labels = tuple(completed.coarse[0].tolist())
+    refined = export.sample(sharp, export.Settings((1,), 2, 7, sharp.sampling, coarse=labels))
+    assert refined.coarse.tolist() == [list(labels)] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"model": None}, [], "names no model, expected e.g."),
+        ({"weights": "0" * 64}, [], "sampled from another pipeline"),
+        ({}, ["--guidance", 2], "remove --guidance"),
+        ({}, ["--seed", 2], "remove --seed"),
+        ({"sed": 1}, [], "unknown key 'sed'"),
+        ({"model": "nowhere"}, [], "no pipeline 'nowhere'"),
+        ({"classes": [5]}, [], "class 5 of 3"),
+        ({"count": 0}, [], "count is 0"),
+        ({"coarse": [0] * LENGTH, "codes": [0] * LENGTH}, [], "got coarse and codes"),
+        ({"codes": [0] * LENGTH}, [], "expected both or neither"),
+        ({"coarse": [0] * 3}, [], "coarse: got shape (3,)"),
+        ({"coarse": [2**64] * LENGTH}, [], "whole numbers of 64 bits"),
+    ],
+)
+def test_errors_in_settings(
+    ctf: Command,
+    run: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    options: list[str],
+    message: str,
+) -> None:
+    path, out = tmp_path / "settings.json", tmp_path / "out.png"
+    settings = {"classes": [0], "count": 1, "seed": 0, "sampling": {}, "model": str(run)}
+    path.write_text(json.dumps({**settings, **changes}))
+    result = ctf("sample", *options, "--settings", path, "--out", out)
+    assert result.code == 2 and message in result.err, result
+    assert len(result.err.splitlines()) <= 2 and "Traceback" not in result.err
+    assert not out.exists()
+
+
+def test_a_model_or_settings_are_required(ctf: Command) -> None:
+    result = ctf("sample")
+    assert result.code == 2 and "got no model" in result.err

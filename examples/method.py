@@ -41,7 +41,7 @@ CLASS_DROPOUT = 0.1  # share of images without their class, for classifier-free 
 def train(
     model: nn.Module, loss_of: Callable[[Tensor], Tensor], images: int, rate: float, steps: int
 ) -> None:
-    """Minimise the loss of random images; the learning rate falls linearly to zero."""
+    """Minimize the loss of random images; the learning rate falls linearly to zero."""
     optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.05)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 20) * (1 - step / steps)
@@ -65,12 +65,12 @@ def train_tokenizer(images_NCHW: Tensor, steps: int) -> VQModel:
         vectors_BLC = tokenizer.encode_vectors(images_BCHW)
         codes_N = tokenizer.nearest(vectors_BLC.detach().flatten(0, 1))
         revive_unused_codes(codes_N, vectors_BLC.detach().flatten(0, 1))
-        quantised_BLC = tokenizer.codebook()[codes_N].view_as(vectors_BLC)
-        # Forwards the code vectors; backwards as if nothing had been quantised.
-        straight_BLC = vectors_BLC + (quantised_BLC - vectors_BLC).detach()
+        quantized_BLC = tokenizer.codebook()[codes_N].view_as(vectors_BLC)
+        # Forwards the code vectors; backwards as if nothing had been quantized.
+        straight_BLC = vectors_BLC + (quantized_BLC - vectors_BLC).detach()
         error = F.mse_loss(tokenizer.decode_vectors(straight_BLC), images_BCHW)
-        codebook = (quantised_BLC - vectors_BLC.detach()).square().sum(-1).mean()
-        commitment = (quantised_BLC.detach() - vectors_BLC).square().sum(-1).mean()
+        codebook = (quantized_BLC - vectors_BLC.detach()).square().sum(-1).mean()
+        commitment = (quantized_BLC.detach() - vectors_BLC).square().sum(-1).mean()
         return error + codebook + 0.25 * commitment
 
     def revive_unused_codes(codes_N: Tensor, vectors_NC: Tensor) -> None:

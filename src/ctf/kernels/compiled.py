@@ -78,8 +78,7 @@ class CompiledBackbone(Backbone):
 
         for i, layer in enumerate(self.layers):
             x_B1D = layer(x_B1D, rotations_LP2[position], functools.partial(attend, i))
-        x_B1D = self.norm(x_B1D)
-        return x_B1D
+        return self.norm(x_B1D)
 
 
 @functools.cache

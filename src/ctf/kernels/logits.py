@@ -70,8 +70,7 @@ def cross_entropy(hidden_BLD: Tensor, weight_VD: Tensor, targets_BL: Tensor) -> 
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else weight_VD.dtype
     hidden_TD, targets_T = hidden_BLD.flatten(0, -2), targets_BL.flatten()
-    loss: Tensor = _CrossEntropy.apply(hidden_TD, weight_VD, targets_T, dtype)
-    return loss
+    return _CrossEntropy.apply(hidden_TD, weight_VD, targets_T, dtype)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -28,8 +28,7 @@ def linear(x: Tensor, weight_VD: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return out
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 @functools.cache
@@ -57,8 +56,7 @@ class Packed(nn.Module):
 
     def weight(self) -> Tensor:
         """The matrix in its usual layout, exactly."""
-        dense: Tensor = self.packed.to_dense()
-        return dense
+        return self.packed.to_dense()
 
     def bytes(self) -> int:
         """Memory of the weights."""
@@ -69,7 +67,7 @@ class Packed(nn.Module):
 
 
 class Int8(nn.Module):
-    """A linear layer without bias in int8 (dynamic quantisation).
+    """A linear layer without bias in int8 (dynamic quantization).
 
     Each row of the matrix has a scale, and each input one that is computed from it.
     """
@@ -79,19 +77,18 @@ class Int8(nn.Module):
         weight_VD = weight_VD.detach().float().contiguous()
         scale_V = (weight_VD.abs().amax(1) / 127).clamp(min=1e-12).double()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch announces that quantisation will move
-            quantised = torch.quantize_per_channel(
+            warnings.simplefilter("ignore")  # PyTorch announces that quantization will move
+            quantized = torch.quantize_per_channel(
                 weight_VD, scale_V, torch.zeros(len(scale_V), dtype=torch.int64), 0, torch.qint8
             )
-            self.packed = torch.ops.quantized.linear_prepack(quantised, None)
+            self.packed = torch.ops.quantized.linear_prepack(quantized, None)
         self.shape = weight_VD.shape
         # Without VNNI, products of full range could overflow.
         self.reduced = not torch.cpu._is_vnni_supported()
 
     def forward(self, x: Tensor) -> Tensor:
         """About the product x @ weight.T."""
-        out: Tensor = torch.ops.quantized.linear_dynamic(x, self.packed, self.reduced)
-        return out
+        return torch.ops.quantized.linear_dynamic(x, self.packed, self.reduced)
 
     def bytes(self) -> int:
         """Memory of the weights and scales, about."""

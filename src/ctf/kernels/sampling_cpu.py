@@ -41,8 +41,7 @@ class PackedSwiGLU(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """As `SwiGLU.forward`, without dropout."""
         gate, value = self.first[0](x_BTD).chunk(2, -1)
-        x_BTD = self.w2(F.silu(gate) * value)
-        return x_BTD
+        return self.w2(F.silu(gate) * value)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if isinstance(self.first[0], Packed):  # Int8 no longer has the model's own weights

@@ -68,8 +68,7 @@ class FastResidualBlock(ResidualBlock):
         h = self.conv1(h.to(dtype)).to(x.dtype)
         h = F.silu(self.norm2(h), inplace=True)
         h = self.conv2(h.to(dtype)).to(x.dtype)
-        x = h.add_(self.skip(x))
-        return x
+        return h.add_(self.skip(x))
 
 
 class FastUpsample(Upsample):

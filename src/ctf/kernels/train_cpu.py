@@ -31,8 +31,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """As `nn.Linear.forward`."""
-        out: Tensor = _Linear.apply(x, self.weight, _precision(x))
-        return out
+        return _Linear.apply(x, self.weight, _precision(x))
 
 
 class Attention(transformer.Attention):
@@ -52,8 +51,7 @@ class SwiGLU(transformer.SwiGLU):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """As `transformer.SwiGLU.forward`."""
         w1, w3, w2 = self.w1.weight, self.w3.weight, self.w2.weight
-        x_BTD = self.dropout(_SwiGLU.apply(x_BTD, w1, w3, w2, _precision(x_BTD)))
-        return x_BTD
+        return self.dropout(_SwiGLU.apply(x_BTD, w1, w3, w2, _precision(x_BTD)))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -61,8 +59,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """As `nn.RMSNorm.forward`."""
-        out: Tensor = _RMSNorm.apply(x_BTD, self.weight, self.eps)
-        return out
+        return _RMSNorm.apply(x_BTD, self.weight, self.eps)
 
 
 class Dropout(nn.Dropout):

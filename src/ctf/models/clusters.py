@@ -1,7 +1,7 @@
 """Clusters of similar codes: a code's cluster is its coarse label (the paper's section 3.1).
 
 The paper (arXiv 2503.16194) leaves open how k-means is run. Here it clusters the vectors as the
-quantiser compares them (of length 1), keeps the best of 10 restarts, leaves no cluster empty, and
+quantizer compares them (of length 1), keeps the best of 10 restarts, leaves no cluster empty, and
 puts equal vectors in one cluster.
 
 Shapes: B batch, C code dimension, K clusters, L codes of an image, S members of the largest

@@ -40,21 +40,18 @@ class CoarseModel(nn.Module):
             labels_BL: int64 in [0, K).
             classes_B: int64 in [0, classes], the last being `no_class`.
         """
-        logits_BLK: Tensor = self.head(self.hidden(labels_BL, classes_B))
-        return logits_BLK
+        return self.head(self.hidden(labels_BL, classes_B))
 
     def hidden(self, labels_BL: Tensor, classes_B: Tensor) -> Tensor:
         """Input of the output layer for `forward`: (B, L, D)."""
-        hidden_BLD: Tensor = self.backbone(labels_BL[:, :-1], classes_B, causal=True)
-        return hidden_BLD
+        return self.backbone(labels_BL[:, :-1], classes_B, causal=True)
 
     def loss(self, labels_BL: Tensor, classes_B: Tensor) -> Tensor:
-        """Mean cross-entropy of the labels, -log p(k_i | c, k_<i), in nats a token: a scalar."""
+        """Mean cross-entropy of the labels, -log p(k_i | y, k_1 ... k_(i-1)), in nats a token."""
         return F.cross_entropy(self(labels_BL, classes_B).flatten(0, 1), labels_BL.flatten())
 
     def step(
         self, inputs_BT: Tensor, start: int, cache: KVCache, images: slice = slice(None)
     ) -> Tensor:
         """Logits (B, K) of label `start` + T - 1; arguments as in `Backbone.step`."""
-        logits_BK: Tensor = self.head(self.backbone.step(inputs_BT, start, cache, images)[:, -1])
-        return logits_BK
+        return self.head(self.backbone.step(inputs_BT, start, cache, images)[:, -1])

@@ -72,15 +72,14 @@ class FineModel(nn.Module):
 
     def hidden(self, labels_BL: Tensor, classes_B: Tensor) -> Tensor:
         """Input of the output layer for `forward`: (B, L, D)."""
-        hidden_BLD: Tensor = self.backbone(labels_BL, classes_B, causal=False)[:, 1:]
-        return hidden_BLD
+        return self.backbone(labels_BL, classes_B, causal=False)[:, 1:]
 
     def code_rows(self) -> Tensor:
         """The output layer's rows in the order of the codes: (V, D)."""
         return self.head.weight[self.rows_V]
 
     def loss(self, labels_BL: Tensor, classes_B: Tensor, codes_BL: Tensor) -> Tensor:
-        """Mean cross-entropy of the codes, -log p(v_i | c, k_1 ... k_L), in nats a token."""
+        """Mean cross-entropy of the codes, -log p(v_i | y, k_1 ... k_L), in nats a token."""
         logits_TS = self(labels_BL, classes_B).flatten(0, 1)
         return F.cross_entropy(logits_TS, self.choices(codes_BL).flatten())
 

@@ -350,8 +350,7 @@ def sample_fine(
 def fine_logits(model: FineModel, labels_BL: Tensor, classes_B: Tensor, guidance: float) -> Tensor:
     """Guided logits of the choices of each token: (B, L, K)."""
     if guidance == 1:
-        logits_BLK: Tensor = model(labels_BL, classes_B)
-        return logits_BLK
+        return model(labels_BL, classes_B)
     both = model(labels_BL.repeat(2, 1), _with_no_class(classes_B, model.no_class))
     cond, uncond = both.chunk(2)
     return apply_guidance(cond, uncond, guidance)

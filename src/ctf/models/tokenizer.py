@@ -2,7 +2,7 @@
 
 The convolutional architecture of LlamaGen's VQ-16 and VQ-8 (arXiv 2406.06525, section 2.1, after
 VQGAN, arXiv 2012.09841), configurable down to a tiny one. Codes are looked up by cosine: both the
-encoder's vectors and the codebook's are L2-normalised (ViT-VQGAN, arXiv 2110.04627).
+encoder's vectors and the codebook's are L2-normalized (ViT-VQGAN, arXiv 2110.04627).
 
 Shapes: B batch, C code dimension, H, W height and width, L codes of an image, N vectors, V codes of
 the codebook.
@@ -34,7 +34,7 @@ class TokenizerConfig:
         multipliers: Of `channels`, one for each level. Each level but the last halves the sides.
         blocks: Residual blocks of a level in the encoder; the decoder has one more.
         latent_channels: Of the encoder's output.
-        groups: Of group normalisation; divides `channels`.
+        groups: Of group normalization; divides `channels`.
 
     Raises:
         UserError: A value is out of range.
@@ -104,7 +104,7 @@ class Tokenizer(Protocol):
 
 
 class VQModel(nn.Module):
-    """Encoder, quantiser and decoder."""
+    """Encoder, quantizer and decoder."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class VQModel(nn.Module):
         return self.config.grid
 
     def codebook(self) -> Tensor:
-        """The code vectors as the quantiser compares them: (V, C), of length 1."""
+        """The code vectors as the quantizer compares them: (V, C), of length 1."""
         return F.normalize(self.embedding.weight, dim=-1)
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
@@ -149,8 +149,7 @@ class VQModel(nn.Module):
     def decode_vectors(self, vectors_BLC: Tensor) -> Tensor:
         """Code vectors (B, L, C) -> images (B, 3, H, W), about in [-1, 1] but not clamped."""
         vectors_BCHW = vectors_BLC.transpose(1, 2).unflatten(2, (self.grid, self.grid))
-        images_BCHW: Tensor = self.decoder(self.from_code(vectors_BCHW))
-        return images_BCHW
+        return self.decoder(self.from_code(vectors_BCHW))
 
     def nearest(self, vectors_NC: Tensor) -> Tensor:
         """Code whose vector is nearest to each vector of length 1: (N,), int64."""
@@ -187,8 +186,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Encode images."""
         x = self.middle(self.levels(self.input(x)))
-        x = self.output(F.silu(self.norm(x)))
-        return x
+        return self.output(F.silu(self.norm(x)))
 
 
 class Decoder(nn.Module):
@@ -216,8 +214,7 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Decode latents."""
         x = self.levels(self.middle(self.input(x)))
-        x = self.output(F.silu(self.norm(x)))
-        return x
+        return self.output(F.silu(self.norm(x)))
 
 
 def _norm(width: int, groups: int) -> nn.GroupNorm:
@@ -233,7 +230,7 @@ def _middle(width: int, groups: int) -> nn.Sequential:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, each after normalisation and SiLU, beside a skip connection."""
+    """Two 3x3 convolutions, each after normalization and SiLU, beside a skip connection."""
 
     def __init__(self, width_in: int, width_out: int, groups: int) -> None:
         super().__init__()
@@ -248,8 +245,7 @@ class ResidualBlock(nn.Module):
         """(B, width_in, H, W) -> (B, width_out, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        x = self.skip(x) + h
-        return x
+        return self.skip(x) + h
 
 
 class AttentionBlock(nn.Module):
@@ -272,8 +268,7 @@ class AttentionBlock(nn.Module):
             for layer in (self.query, self.key, self.value)
         )
         h = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
-        x = x + self.output(h.reshape(x.shape))
-        return x
+        return x + self.output(h.reshape(x.shape))
 
 
 class Downsample(nn.Module):
@@ -285,8 +280,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width, H, W) -> (B, width, H / 2, W / 2)."""
-        x = self.conv(F.pad(x, (0, 1, 0, 1)))
-        return x
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -298,5 +292,4 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width, H, W) -> (B, width, 2 H, 2 W)."""
-        x = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return x
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -168,7 +168,7 @@ class KVCache:
 class Attention(nn.Module):
     """Multi-head self-attention; which positions see which is the caller's choice."""
 
-    rotate = staticmethod(rotate)
+    rotate = staticmethod(rotate)  # a compiler without complex numbers has another one
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -181,8 +181,7 @@ class Attention(nn.Module):
         """Attention's contribution to the residual stream: (B, T, D)."""
         mixed_BNTE = attend(*self.rotated_heads(x_BTD, rotation_TP2))
         x_BTD = self.out(mixed_BNTE.transpose(1, 2).flatten(2))
-        x_BTD = self.dropout(x_BTD)
-        return x_BTD
+        return self.dropout(x_BTD)
 
     def rotated_heads(self, x_BTD: Tensor, rotation_TP2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, both rotated, and values: each (B, N, T, E)."""
@@ -207,12 +206,11 @@ class SwiGLU(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """The feed-forward contribution to the residual stream: (B, T, D)."""
         x_BTD = self.w2(F.silu(self.w1(x_BTD)) * self.w3(x_BTD))
-        x_BTD = self.dropout(x_BTD)
-        return x_BTD
+        return self.dropout(x_BTD)
 
 
 class Block(nn.Module):
-    """Attention, then SwiGLU, each on normalised inputs and added to the residual stream."""
+    """Attention, then SwiGLU, each on normalized inputs and added to the residual stream."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -224,15 +222,14 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, rotation_TP2: Tensor, attend: Attend) -> Tensor:
         """The residual stream after this block: (B, T, D)."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation_TP2, attend)
-        x_BTD = x_BTD + self.ffn(self.ffn_norm(x_BTD))
-        return x_BTD
+        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
 
 
 class Backbone(nn.Module):
     """Everything but the output layer: class and labels -> hidden vectors.
 
     The class embedding has classes + 1 rows; the last stands for "no class". Weights are
-    initialised from torch's global generator: normal, standard deviation 0.02, as in LlamaGen.
+    initialized from torch's global generator: normal, standard deviation 0.02, as in LlamaGen.
     """
 
     cache_class: type[KVCache] = KVCache
@@ -246,7 +243,7 @@ class Backbone(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.apply(_initialise)
+        self.apply(_initialize)
 
     def forward(self, labels_BT: Tensor, classes_B: Tensor, *, causal: bool) -> Tensor:
         """Hidden vectors of the class token and of T <= L labels: (B, 1 + T, D)."""
@@ -255,8 +252,7 @@ class Backbone(nn.Module):
         rotation_TP2 = self.rotation(0, x_BTD.shape[1])
         for layer in self.layers:
             x_BTD = layer(x_BTD, rotation_TP2, attend)
-        hidden_BTD: Tensor = self.norm(x_BTD)
-        return hidden_BTD
+        return self.norm(x_BTD)
 
     def step(
         self, inputs_BT: Tensor, start: int, cache: KVCache, images: slice = slice(None)
@@ -273,8 +269,7 @@ class Backbone(nn.Module):
         rotation_TP2 = self.rotation(start, start + inputs_BT.shape[1])
         for i, layer in enumerate(self.layers):
             x_BTD = layer(x_BTD, rotation_TP2, partial(cache.attend, i, start, images))
-        hidden_BTD: Tensor = self.norm(x_BTD)
-        return hidden_BTD
+        return self.norm(x_BTD)
 
     def cache(self, batch: int) -> KVCache:
         """An empty cache for `step`."""
@@ -295,15 +290,14 @@ class Backbone(nn.Module):
         else:
             class_B1D = self.class_embedding(inputs_BT[:, :1])
             x_BTD = torch.cat([class_B1D, self.label_embedding(inputs_BT[:, 1:])], dim=1)
-        embedded_BTD: Tensor = self.dropout(x_BTD)
-        return embedded_BTD
+        return self.dropout(x_BTD)
 
     def rotation(self, start: int, stop: int) -> Tensor:
         """Rotations of positions `start` to `stop`: (T, P, 2)."""
         return rotation_table(self.config, self.label_embedding.weight.device)[start:stop]
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=INITIAL_STD)
 

@@ -159,12 +159,16 @@ def test_memory_of_the_states() -> None:
         )
         for devices in (1, 8)
     )
+    assert alone.memory is not None and eight.memory is not None
     states = ("weights", "gradients", "AdamW", "EMA")
-    assert sum(alone.memory[name] for name in states) == 20 * alone.parameters
-    assert [eight.memory[name] for name in states] == [alone.memory[name] for name in states]
+    one, several = alone.memory(Execution()), eight.memory(Execution())
+    sharded = eight.memory(Execution(shard=True))
+    assert sum(one[name] for name in states) == 20 * alone.parameters
+    assert [several[name] for name in states] == [one[name] for name in states]
     for name in states:
-        assert eight.sharded[name] == math.ceil(alone.memory[name] / 8)
-    assert 8 * eight.memory["activations"] == alone.memory["activations"]  # a batch is shared
+        assert sharded[name] == math.ceil(one[name] / 8)
+    assert alone.memory(Execution(shard=True)) == one
+    assert 8 * several["activations"] == one["activations"]  # a batch is shared
 
 
 # --- recipes --------------------------------------------------------------------------------------
@@ -282,7 +286,8 @@ def test_dry_runs_use_the_real_clusters(run: Path, ctf: Command) -> None:
 def test_memory_depends_on_the_execution(execution: Execution) -> None:
     setting = cost.Setting(256, execution=execution)
     (coarse,) = (c for c in cost.costs(preset("imagenet256-B"), setting) if c.name == "coarse")
-    memory, shape = coarse.memory_of(execution), SIZES["B"].config(16, 1000)
+    assert coarse.memory is not None
+    memory, shape = coarse.memory(execution), SIZES["B"].config(16, 1000)
     images, parts = (5, 8) if execution.shard else (32, 1)
     assert coarse.micro_batch == images
     assert memory["AdamW"] == math.ceil(8 * coarse.parameters / parts)

@@ -259,7 +259,7 @@ def test_a_stage_from_begin_to_finish(tmp_path: Path) -> None:
     loop.run(line, folder, 20, evaluate_every=20)
     assert loop.begin(folder, config)
     assert (folder / "state").is_dir()
-    loop.finish(folder, line.line.state_dict(), {"a": "b"})
+    loop.finish(folder, line.line.state_dict())
     assert loop.is_finished(folder)
     assert not loop.begin(folder, config)
     assert sorted(path.name for path in folder.iterdir()) == [

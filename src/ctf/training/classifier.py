@@ -151,5 +151,5 @@ def train_classifier(
         )
         # Half the size; the 11 bits of half precision are enough for weights that stay fixed.
         weights = {k: v.half() for k, v in trainer.model.state_dict().items()}
-        loop.finish(folder, weights, {})
+        loop.finish(folder, weights)
     return load_classifier(folder, device)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -62,42 +62,22 @@ class Setting:
             raise UserError(f"utilisation: got {self.utilization:g}, expected above 0, at most 1")
 
 
+Memory = Callable[[Execution], dict[str, int]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """The cost of one stage.
-
-    Attributes:
-        name: Of the stage.
-        parameters: Of its model.
-        images: That pass through the model, repetitions included.
-        flops_each: FLOPs of one of them.
-        formula: Of `flops_each`.
-        work: How `images` came about, in words.
-        micro_batch: Images that a device takes at a time.
-        memory: Bytes on one device by what they are for, with neither of the two options below.
-        sharded: Entries of `memory` that differ with --shard.
-        checkpointed: Entries of `memory` that differ with --checkpoint-activations.
-    """
+    """The cost of one stage."""
 
     name: str
     parameters: int
-    images: int
-    flops_each: int
-    formula: str
-    work: str
-    micro_batch: int = 0
-    memory: dict[str, int] = dataclasses.field(default_factory=dict)
-    sharded: dict[str, int] = dataclasses.field(default_factory=dict)
-    checkpointed: dict[str, int] = dataclasses.field(default_factory=dict)
-
-    def memory_of(self, execution: Execution) -> dict[str, int]:
-        """Return the bytes on one device, by what they are for, for a way of execution."""
-        memory = dict(self.memory)
-        if execution.shard:
-            memory |= self.sharded
-        if execution.checkpoint_activations:
-            memory |= self.checkpointed
-        return memory
+    images: int  # that pass through the model, repetitions included
+    flops_each: int  # of one of them
+    formula: str  # of `flops_each`
+    work: str  # how `images` came about, in words
+    micro_batch: int = 0  # images that a device takes at a time
+    memory: Memory | None = None  # bytes on one device, by what they are for
+    options: Sequence[str] = ()  # fields of the execution that change the memory
 
     @property
     def flops(self) -> int:
@@ -173,12 +153,25 @@ def _transformer_cost(
     micro_batch = min(micro_batch, setting.execution.micro_batch or micro_batch)
     block = sizes.block_weights(config)
     blocks = config.layers * block
-    states = _states(parameters, averaged=True)
-    sharded: dict[str, int] = {}
-    if setting.devices > 1:
-        sharded = {key: -(-size // setting.devices) for key, size in states.items()}
-        # FSDP2 gathers a block while the one before it computes; the rest stays gathered.
-        sharded["gathered"] = FLOAT * (2 * block + parameters - blocks)
+    shardable = setting.devices > 1
+
+    def memory(execution: Execution) -> dict[str, int]:
+        sharded, checkpointing = execution.shard and shardable, execution.checkpoint_activations
+        states = _states(parameters, averaged=True)
+        if sharded:
+            states = {name: -(-size // setting.devices) for name, size in states.items()}
+        each = activation_bytes(config, positions, checkpointing=checkpointing)
+        memory = {
+            **states,
+            "bf16 copies": HALF * (block if checkpointing else blocks),
+            "logits": logits(micro_batch * config.length),
+            "activations": micro_batch * each,
+        }
+        if sharded:
+            # FSDP2 gathers a block while the one before it computes; the rest stays gathered.
+            memory["gathered"] = FLOAT * (2 * block + parameters - blocks)
+        return memory
+
     return Cost(
         name=name,
         parameters=parameters,
@@ -190,17 +183,8 @@ def _transformer_cost(
         ),
         work=_work(training, setting),
         micro_batch=micro_batch,
-        memory={
-            **states,
-            "bf16 copies": HALF * blocks,
-            "logits": logits(micro_batch * config.length),
-            "activations": micro_batch * activation_bytes(config, positions),
-        },
-        sharded=sharded,
-        checkpointed={
-            "bf16 copies": HALF * block,
-            "activations": micro_batch * activation_bytes(config, positions, checkpointing=True),
-        },
+        memory=memory,
+        options=("checkpoint_activations", *(["shard"] if shardable else [])),
     )
 
 
@@ -299,7 +283,7 @@ def _tokenizer_cost(config: TokenizerConfig, training: TokenizerTraining, settin
         formula=formula,
         work=_work(training, setting),
         micro_batch=micro_batch,
-        memory={**_states(trained, averaged=False), "activations": micro_batch * each},
+        memory=lambda _: {**_states(trained, averaged=False), "activations": micro_batch * each},
     )
 
 
@@ -358,27 +342,25 @@ def describe_cost(cost: Cost, setting: Setting) -> Iterator[str]:
         time = _time(cost.hours(peak, devices, utilization))
         quotient = f"{cost.flops:.2e} / ({devices} x {peak:.3g} x {utilization:g})"
         yield f"  {devices} x {name}: {quotient} = {time}"
-    if cost.memory:
-        yield from _describe_memory(cost, setting.execution)
+    if cost.memory is not None:
+        yield from _describe_memory(cost, cost.memory, setting.execution)
 
 
-def _describe_memory(cost: Cost, execution: Execution) -> Iterator[str]:
-    """Yield the memory as it is, and what options that are not used would make of it."""
-    options = {"checkpoint_activations": "--checkpoint-activations"} if cost.checkpointed else {}
-    options |= {"shard": "--shard"} if cost.sharded else {}
-    unused = {name: text for name, text in options.items() if not getattr(execution, name)}
-    used = "".join(f", {text}" for name, text in options.items() if name not in unused)
-    memory = cost.memory_of(execution)
-    summands = " + ".join(f"{name} {_bytes(size)}" for name, size in memory.items())
-    total = _bytes(sum(memory.values()))
+def _describe_memory(cost: Cost, memory: Memory, execution: Execution) -> Iterator[str]:
+    """Yield the memory as it is, and what it would be with options that are not used."""
+    flags = {name: f"--{name.replace('_', '-')}" for name in cost.options}
+    unused = [name for name in flags if not getattr(execution, name)]
+    used = "".join(f", {flag}" for name, flag in flags.items() if name not in unused)
+    parts = memory(execution)
+    summands = " + ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
+    total = _bytes(sum(parts.values()))
     yield f"  memory at {cost.micro_batch} images a device{used}: {summands} = {total}"
 
     def total_with(*names: str) -> str:
         changes: dict[str, Any] = dict.fromkeys(names, True)
-        other = dataclasses.replace(execution, **changes)
-        return _bytes(sum(cost.memory_of(other).values()))
+        return _bytes(sum(memory(dataclasses.replace(execution, **changes)).values()))
 
-    others = [f"with {text} {total_with(name)}" for name, text in unused.items()]
+    others = [f"with {flags[name]} {total_with(name)}" for name in unused]
     if len(unused) > 1:
         others.append(f"with both {total_with(*unused)}")
     if others:

@@ -185,12 +185,7 @@ def _means(sums: Mapping[str, float], count: int) -> dict[str, float]:
     return means
 
 
-def finish(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    world: World = ALONE,
-) -> None:
+def finish(folder: Path, tensors: Mapping[str, Tensor], world: World = ALONE) -> None:
     """Write the trained weights, which mark a stage as finished, and remove its states.
 
     Sharded weights are written in full; all processes must call this.
@@ -198,7 +193,7 @@ def finish(
     full = {name: full_tensor(tensor) for name, tensor in tensors.items()}
 
     def write() -> None:
-        storage.save_tensors(folder / "model.safetensors", full, metadata)
+        storage.save_tensors(folder / "model.safetensors", full)
         shutil.rmtree(folder / "state", ignore_errors=True)
 
     world.on_main(write)

@@ -33,15 +33,10 @@ class TimeShares:
 
 @dataclasses.dataclass(frozen=True)
 class GroupLoss:
-    """The cluster-level loss of IAR (arXiv 2501.00880), added to a full-vocabulary model's own.
+    """The cluster-level loss of IAR (arXiv 2501.00880), added to a full-vocabulary model's own."""
 
-    Attributes:
-        weight: Of the loss; 0 for none.
-        clusters: How the codes are clustered for this loss.
-    """
-
-    weight: float = 0.0
-    clusters: ClustersConfig = dataclasses.field(
+    weight: float = 0.0  # 0 for none
+    clusters: ClustersConfig = dataclasses.field(  # of the codes, for this loss alone
         default_factory=lambda: ClustersConfig(method="balanced", count=128)
     )
 
@@ -52,14 +47,7 @@ class GroupLoss:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Shapes and training of every stage.
-
-    Attributes:
-        image_size: Of folders of images, unless the user chooses another.
-        fine_corruption: Share of the labels that are replaced by wrong ones when the fine model is
-            trained, so that it tolerates mistakes of the coarse model.
-        group_loss: Of the coarse model, if it is a full-vocabulary baseline.
-    """
+    """Shapes and training of every stage."""
 
     tokenizer: TokenizerShape
     tokenizer_training: TokenizerTraining
@@ -71,10 +59,11 @@ class Recipe:
     fine_softmax: Literal["members", "full"]
     fine_training: TrainingConfig
     sampling: Sampling
-    image_size: int = 64
+    image_size: int = 64  # of folders of images, unless the user chooses another
     time_shares: TimeShares = TimeShares()
+    # Share of wrong labels when the fine model is trained, so that it tolerates coarse mistakes.
     fine_corruption: float = 0.0
-    group_loss: GroupLoss = GroupLoss()
+    group_loss: GroupLoss = GroupLoss()  # of a full-vocabulary baseline
 
     def __post_init__(self) -> None:
         if not 0 <= self.fine_corruption < 1:

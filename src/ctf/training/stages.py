@@ -147,17 +147,7 @@ def make_baseline(run: Path, out: Path) -> Clusters:
 
 @dataclasses.dataclass(frozen=True)
 class ModelStage:
-    """The coarse or the fine model of a run whose tokens and clusters are finished.
-
-    Attributes:
-        run: Folder of the run.
-        kind: Which model.
-        recipe: Its shape and its training.
-        clusters: Those of the run.
-        world: The processes that train together.
-        execution: How steps are computed.
-        warm_start: A full-vocabulary model that a coarse model starts from.
-    """
+    """The coarse or the fine model of a run whose tokens and clusters are finished."""
 
     run: Path
     kind: Kind
@@ -165,7 +155,7 @@ class ModelStage:
     clusters: Clusters
     world: World = ALONE
     execution: Execution = DEFAULT_EXECUTION
-    warm_start: Source | None = None
+    warm_start: Source | None = None  # a full-vocabulary model that a coarse model starts from
 
     @classmethod
     def open(
@@ -177,10 +167,7 @@ class ModelStage:
         execution: Execution = DEFAULT_EXECUTION,
         warm_start_from: Path | None = None,
     ) -> ModelStage:
-        """Return the stage with the clusters of the run.
-
-        `warm_start_from` is the folder of a full-vocabulary pipeline that a coarse model starts
-        from; the rest are the attributes.
+        """Return the stage with the run's clusters, and a warm start from a pipeline's folder.
 
         Raises:
             UserError: There are no clusters, or see `warm_start.open_source`.
@@ -281,7 +268,7 @@ class ModelStage:
             evaluate_every=t.evaluate_every, evaluate_first=self.warm_start is not None,
             progress=progress, world=world,
         )  # fmt: skip
-        loop.finish(self.folder, trainer.averaged.state_dict(), {}, world)
+        loop.finish(self.folder, trainer.averaged.state_dict(), world)
 
     def _description(self) -> dict[str, Any]:
         """Return all that determines the weights."""

@@ -344,7 +344,7 @@ def train(
             trainer, folder, training.steps,
             evaluate_every=training.evaluate_every, progress=progress, world=world,
         )  # fmt: skip
-        loop.finish(folder, trainer.model.state_dict(), {}, world)
+        loop.finish(folder, trainer.model.state_dict(), world)
     return load_tokenizer(folder, world.device)
 
 

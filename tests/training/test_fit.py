@@ -545,7 +545,7 @@ def baseline(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_baseline_is_a_pipeline_without_a_fine_stage(run: Path, baseline: Path) -> None:
     pipe = Pipeline.from_pretrained(baseline)
     assert pipe.fine is None
-    assert pipe.clusters.count == pipe.clusters.codebook_size == pipe.coarse.count == 64
+    assert pipe.clusters.count == pipe.clusters.codebook_size == pipe.coarse.vocab_size == 64
     drawn = pipe.sample([0, 1, 2], seed=0)
     assert torch.equal(drawn.codes, drawn.coarse)
     assert drawn.images[0].size == (32, 32)

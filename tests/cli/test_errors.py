@@ -220,6 +220,10 @@ def test_class_numbers_begin_at_0(ctf: Command, pipe: Pipeline, tmp_path: Path) 
             ["evaluate", "RUN", "--samples", 3, "--reference", "IMAGES", "--classifier", "NEW"],
             "not found",
         ),
+        (
+            ["train", "baseline", "RUN", "--out", "NEW", "--warm-start", "nowhere", "--dry-run"],
+            "nowhere",
+        ),
         (["evaluate", "nowhere"], "no pipeline 'nowhere'"),
         (["tokenizer", "evaluate", "nowhere", "--images", "IMAGES"], "no pipeline 'nowhere'"),
     ],

@@ -294,13 +294,12 @@ def _train(
     with distributed.init_world(open_device(training.device)) as world:
         resolved = execution.resolve(world.device, shard=training.shard, warn=world.is_main)
         if training.dry_run:
+            clusters = None
             if baseline_of is not None:
                 show(f"would create {run} with the tokenizer and tokens of {baseline_of}", world)
                 run = baseline_of
                 clusters = identity(load_tokenizer(run / "tokenizer").config.codebook_size)
-                stage = stages.ModelStage(run, kind, recipe, clusters, world, resolved)
-            else:
-                stage = stages.ModelStage.open(run, kind, recipe, world, resolved, warm_start)
+            stage = stages.ModelStage.open(run, kind, recipe, world, resolved, warm_start, clusters)
             show(stage.describe(), world)
             return
         if baseline_of is not None:

@@ -166,13 +166,14 @@ class ModelStage:
         world: World = ALONE,
         execution: Execution = DEFAULT_EXECUTION,
         warm_start_from: Path | None = None,
+        clusters: Clusters | None = None,
     ) -> ModelStage:
-        """Return the stage with the run's clusters, and a warm start from a pipeline's folder.
+        """Return the stage; by default with the run's clusters. A warm start is a pipeline's folder.
 
         Raises:
             UserError: There are no clusters, or see `warm_start.open_source`.
         """
-        clusters, source = load_clusters(run / "clusters" / CLUSTERS), None
+        clusters, source = clusters or load_clusters(run / "clusters" / CLUSTERS), None
         if warm_start_from is not None:
             source = warm_start.open_source(warm_start_from, tokenizer_hash(run))
         return cls(run, kind, recipe, clusters, world, execution, source)

@@ -393,13 +393,12 @@ def classifier_train(
     """
     from ctf.evaluation import classifier
     from ctf.training.classifier import held_out_accuracy, train_classifier
+    from ctf.training.recipes import with_steps
 
     splits = open_splits(images, image_options, image_size)
     config = classifier.ClassifierConfig()
     if steps is not None:
-        if steps < 1:
-            raise UserError(f"steps: got {steps}, expected 1 or more")
-        config = dataclasses.replace(config, steps=steps, warm_up=min(config.warm_up, steps // 10))
+        config = with_steps(config, steps)
     if dry_run:
         show(f"would train a classifier on {len(splits.train)} images: {config}")
         return

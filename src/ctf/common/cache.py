@@ -31,12 +31,8 @@ def load(name: str) -> dict[str, Any] | None:
 
 def save(name: str, arrays: Mapping[str, Any]) -> None:
     """Save arrays under a name such as "references/1.npz", if the folder can be written."""
-    with (
-        contextlib.suppress(UserError, OSError),
-        storage.atomic(_path(name)) as temporary,
-        open(temporary, "wb") as file,
-    ):
-        np.savez(file, **arrays)
+    with contextlib.suppress(UserError, OSError):
+        storage.save_npz(_path(name), arrays)
 
 
 def from_texts(texts: Sequence[str]) -> NDArray[np.uint8]:

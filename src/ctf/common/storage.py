@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -119,7 +120,7 @@ def _not_found(path: Path) -> UserError:
     return UserError(f"{path}: not found; is {path.parent} a folder made by ctf?")
 
 
-# --- Images, text and JSON ------------------------------------------------------------------------
+# --- Images, arrays, text and JSON ----------------------------------------------------------------
 
 
 def save_png(path: Path, image: Image.Image) -> None:
@@ -132,6 +133,12 @@ def save_plot(path: Path, figure: Figure) -> None:
     """Write a plot as PNG. Raises UserError as `atomic`."""
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def save_npz(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays as .npz. Raises UserError as `atomic`."""
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def save_text(path: Path, text: str) -> None:

@@ -68,3 +68,16 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str | 
     empty = any(tensor.is_meta for tensor in own.values())
     sharded = {name: distribute_like(value, own[name]) for name, value in tensors.items()}
     module.load_state_dict(sharded, assign=empty)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Count the parameters of a module, also of layers that an engine has replaced.
+
+    Such layers have none, but their state is the original's.
+    """
+    return sum(tensor.numel() for tensor in module.state_dict().values())
+
+
+def describe_parameters(module: nn.Module) -> str:
+    """Return the number of parameters for people."""
+    return f"{count_parameters(module) / 1e6:.1f} M parameters"

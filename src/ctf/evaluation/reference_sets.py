@@ -184,8 +184,7 @@ def save_statistics(path: Path, pooled: Gaussian, spatial: Gaussian | None, feat
     arrays: dict[str, Any] = {"mu": pooled.mean_D, "sigma": pooled.covariance_DD}
     if spatial is not None:
         arrays |= {"mu_s": spatial.mean_D, "sigma_s": spatial.covariance_DD}
-    with storage.atomic(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays, features=np.array(features))
+    storage.save_npz(path, {**arrays, "features": np.array(features)})
 
 
 @contextlib.contextmanager

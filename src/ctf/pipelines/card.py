@@ -19,6 +19,7 @@ from ctf.common import storage
 from ctf.common.errors import UserError
 from ctf.common.markdown import markdown_table
 from ctf.common.progress import Progress
+from ctf.common.weights import describe_parameters
 from ctf.models.sampling import format_settings
 from ctf.pipelines.export import class_sheet
 from ctf.pipelines.pipeline import LICENSE, Pipeline
@@ -141,10 +142,11 @@ ctf sample {name} --out sheet.png
 
 
 def _parts(pipe: Pipeline) -> str:
-    grid, clusters = pipe.tokenizer.grid, pipe.clusters
+    tokenizer: Any = pipe.tokenizer  # a VQModel, as in all pipelines on disk
+    grid, clusters = tokenizer.grid, pipe.clusters
     rows = {
         "codes of an image": f"{grid} x {grid} of {clusters.codebook_size}",
-        "tokenizer": _parameters(pipe.tokenizer),
+        "tokenizer": describe_parameters(tokenizer),
         "clusters": f"{clusters.count} of up to {clusters.largest} codes"
         if clusters.largest > 1
         else "none",
@@ -157,12 +159,8 @@ def _parts(pipe: Pipeline) -> str:
 
 def _transformer(model: Any) -> str:
     shape = model.config
-    return f"{_parameters(model)}: {shape.layers} layers, {shape.heads} heads, width {shape.width}"
-
-
-def _parameters(model: Any) -> str:
-    # Layers replaced by an engine have no parameters, but their state is the original's.
-    return f"{sum(t.numel() for t in model.state_dict().values()) / 1e6:.1f} M parameters"
+    layers = f"{shape.layers} layers, {shape.heads} heads, width {shape.width}"
+    return f"{describe_parameters(model)}: {layers}"
 
 
 def _metrics(origin: dict[str, Any]) -> str:

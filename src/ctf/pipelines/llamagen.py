@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ctf.common import claims, config, storage
 from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
-from ctf.common.weights import init_empty_weights
+from ctf.common.weights import describe_parameters, init_empty_weights
 from ctf.data.imagenet import imagenet_classes
 from ctf.models import clusters
 from ctf.models.coarse import CoarseModel
@@ -131,8 +131,9 @@ def convert(
     if not dry_run:
         save(pipe, out, dtype=None)
     return (
-        f"{out}: tokenizer of {_describe(tokenizer)}; transformer of {_parameters(coarse)}, "
-        f"{coarse.config.classes} classes, guidance {pipe.sampling.guidance}"
+        f"{out}: tokenizer of {_describe(tokenizer)}; "
+        f"transformer of {describe_parameters(coarse)}, {coarse.config.classes} classes, "
+        f"guidance {pipe.sampling.guidance}"
     )
 
 
@@ -149,11 +150,7 @@ def _save_tokenizer(tokenizer: VQModel, out: Path) -> None:
 def _describe(tokenizer: VQModel) -> str:
     size, grid = tokenizer.image_size, tokenizer.grid
     codes = f"{grid} x {grid} of {tokenizer.config.codebook_size} codes"
-    return f"{_parameters(tokenizer)}, {size} pixels -> {codes}"
-
-
-def _parameters(model: nn.Module) -> str:
-    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+    return f"{describe_parameters(tokenizer)}, {size} pixels -> {codes}"
 
 
 # --- Reading --------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpy as np
 
 from ctf.common import config, storage
 from ctf.common.distributed import World
+from ctf.common.weights import count_parameters
 from ctf.data.extraction import TokensConfig
 from ctf.data.tokens import Tokens
 from ctf.evaluation import scores
@@ -54,7 +55,7 @@ class TokenizerCell(Cell):
         images = self.training.steps * self.training.batch_size
         return {
             **outcome,
-            "parameters": sum(p.numel() for p in tokenizer.parameters()),
+            "parameters": count_parameters(tokenizer),
             "flops": 3 * sum(cost.tokenizer_flops(tokenizer.config)) * images,
             "images_seen": images,
             "seconds_of_training": _training_seconds(run / "tokenizer"),

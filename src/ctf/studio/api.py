@@ -22,6 +22,7 @@ from torch import Tensor
 from ctf import Pipeline, Sampling
 from ctf.common.errors import UserError
 from ctf.common.version import __version__
+from ctf.common.weights import count_parameters
 from ctf.pipelines import arguments
 from ctf.pipelines.pipeline import LICENSE
 from ctf.studio import schema, tasks
@@ -52,11 +53,8 @@ async def generate(body: schema.GenerateRequest, request: Request) -> Response:
         codes_BL = _tensor(pipe, "codes", body.codes, count, torch.int64)
         keep_BL = _tensor(pipe, "keep", body.keep, count, torch.bool)
         known_BL = arguments.known_codes(pipe, codes_BL, keep_BL, count)
-    seeds, sampling = (
-        tuple(arguments.seed_per_image(body.seed, count)),
-        _sampling(pipe, body.settings),
-    )
-    task = Generate(tuple(classes), seeds, sampling, known_BL, previews=body.preview)
+    seeds, sampling = arguments.seed_per_image(body.seed, count), _sampling(pipe, body.settings)
+    task = Generate(tuple(classes), tuple(seeds), sampling, known_BL, previews=body.preview)
     return await _compute(request, worker, task)
 
 
@@ -69,11 +67,8 @@ async def refine(body: schema.RefineRequest, request: Request) -> Response:
     classes = pipe.class_numbers(body.classes)
     coarse_BL = _tensor(pipe, "coarse", body.coarse, count, torch.int64)
     arguments.check_range("coarse", coarse_BL, pipe.clusters.count)
-    seeds, sampling = (
-        tuple(arguments.seed_per_image(body.seed, count)),
-        _sampling(pipe, body.settings),
-    )
-    task = Generate(tuple(classes), seeds, sampling, coarse_BL=coarse_BL)
+    seeds, sampling = arguments.seed_per_image(body.seed, count), _sampling(pipe, body.settings)
+    task = Generate(tuple(classes), tuple(seeds), sampling, coarse_BL=coarse_BL)
     return await _compute(request, worker, task)
 
 
@@ -139,9 +134,7 @@ def _model_info(model: ServedModel) -> dict[str, Any]:
         "has_fine_stage": pipe.fine is not None,
         "sampling": vars(pipe.sampling),
         "parameters": {
-            name: sum(tensor.numel() for tensor in part.state_dict().values())
-            for name, part in parts.items()
-            if part is not None
+            name: count_parameters(part) for name, part in parts.items() if part is not None
         },
         "license": pipe.origin.get(LICENSE),
         "images": model.max_images,

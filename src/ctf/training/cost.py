@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ctf.common.errors import UserError
+from ctf.common.weights import count_parameters
 from ctf.data.transforms import VIEWS
 from ctf.kernels.logits import SLICE
 from ctf.models import sizes
@@ -264,7 +265,7 @@ def _tokenizer_cost(config: TokenizerConfig, training: TokenizerTraining, settin
     with torch.device("meta"):
         model, discriminator = VQModel(config), PatchDiscriminator()
         images_BCHW = torch.empty(1, 3, config.image_size, config.image_size)
-    parameters = trained = _count_parameters(model)
+    parameters = trained = count_parameters(model)
     encoding, decoding = tokenizer_flops(config)
     flops, formula = 3 * (encoding + decoding), f"3 x ({_si(encoding)} + {_si(decoding)})"
     if training.adversarial_weight:
@@ -272,7 +273,7 @@ def _tokenizer_cost(config: TokenizerConfig, training: TokenizerTraining, settin
         share = 1 - training.adversarial_start
         adversarial = round(9 * share * discriminator_flops(setting.image_size))
         flops, formula = flops + adversarial, f"{formula} + discriminator {_si(adversarial)}"
-        trained += _count_parameters(discriminator)
+        trained += count_parameters(discriminator)
     micro_batch = -(-training.batch_size // setting.devices)
     each = saved_bytes(model, lambda: model.decode_vectors(model.encode_vectors(images_BCHW)))
     return Cost(
@@ -285,10 +286,6 @@ def _tokenizer_cost(config: TokenizerConfig, training: TokenizerTraining, settin
         micro_batch=micro_batch,
         memory=lambda _: {**_states(trained, averaged=False), "activations": micro_batch * each},
     )
-
-
-def _count_parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 # --- All stages -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from ctf.common import config
 from ctf.common.errors import UserError
 from ctf.data.extraction import TokensConfig
 from ctf.data.image_set import Splits
+from ctf.evaluation.classifier import ClassifierConfig
 from ctf.models.clusters import ClustersConfig
 from ctf.models.sampling import Sampling
 from ctf.models.sizes import SIZES, TokenizerShape, TransformerShape
@@ -76,11 +77,17 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
 
-T = TypeVar("T", TokenizerTraining, TrainingConfig)
+T = TypeVar("T", TokenizerTraining, TrainingConfig, ClassifierConfig)
 
 
 def with_steps(training: T, steps: int) -> T:
-    """Return the training with another number of steps; a short one also has a short warm-up."""
+    """Return the training with another number of steps; a short one also has a short warm-up.
+
+    Raises:
+        UserError: There is no step.
+    """
+    if steps < 1:
+        raise UserError(f"steps: got {steps}, expected 1 or more")
     warm_up = min(training.warm_up, steps // 10)
     return dataclasses.replace(training, steps=steps, warm_up=warm_up)
 
@@ -123,11 +130,7 @@ def resolve(
 def adjust(recipe: Recipe, steps: int | None, overrides: Sequence[str]) -> Recipe:
     """Return the recipe with values replaced, then with `steps` steps in every trained stage."""
     recipe = config.override(recipe, overrides)
-    if steps is None:
-        return recipe
-    if steps < 1:
-        raise UserError(f"steps: got {steps}, expected 1 or more")
-    return recipe.with_steps(steps)
+    return recipe if steps is None else recipe.with_steps(steps)
 
 
 def check_recipe(images: Splits, recipe: Recipe) -> None:

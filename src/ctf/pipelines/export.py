@@ -89,13 +89,7 @@ def sample(
     decode_separately: bool = False,
     progress: Progress | None = None,
 ) -> Samples:
-    """Sample the images of some settings.
-
-    Args:
-        pipe: The pipeline; its name and hash are not compared with the settings.
-        settings: What to sample.
-        decode_separately: For the same bytes as the studio's, see `Pipeline.sample`.
-        progress: Called with the numbers of images sampled and to sample.
+    """Sample the images of some settings; their model and hash are not compared with `pipe`.
 
     Raises:
         UserError: The settings do not fit the pipeline; see `Pipeline.sample`.

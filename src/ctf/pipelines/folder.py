@@ -156,13 +156,7 @@ def load_coarse(
     device: torch.device,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> CoarseModel:
-    """Load the coarse model in `folder` for sampling.
-
-    Args:
-        folder: Of the model.
-        clusters: Those that it was trained with.
-        device: Of the model.
-        tensors: Weights to use instead of the folder's.
+    """Load the coarse model in `folder` for sampling, with other weights if there are `tensors`.
 
     Raises:
         UserError: The model is missing, damaged, or was trained with other clusters.
@@ -263,12 +257,7 @@ def read_clusters(path: Path) -> tuple[Clusters, dict[str, str]]:
 
 
 def save(pipe: Pipeline, folder: Path, dtype: torch.dtype | None) -> None:
-    """Write a pipeline's folder.
-
-    Args:
-        pipe: What to write.
-        folder: A new one, or one with a pipeline, which is overwritten.
-        dtype: Of the weights; None to store them as they are.
+    """Write a pipeline into a folder, with its weights in `dtype`; None to keep theirs.
 
     Raises:
         UserError: The folder holds something else; weights were quantised to int8; the tokenizer
@@ -294,13 +283,23 @@ def save(pipe: Pipeline, folder: Path, dtype: torch.dtype | None) -> None:
     settings = PipelineSettings(pipe.class_names, pipe.sampling, pipe.origin)
     storage.save_json(folder / SETTINGS, config.to_json(settings))
     for name, (model, extra) in models.items():
-        model_config = config.to_json(model.config)
-        storage.save_json(folder / name / "config.json", {"model": model_config, **extra})
-        weights = model.state_dict()
-        if dtype is not None:
-            weights = {key: tensor.to(dtype) for key, tensor in weights.items()}
-        storage.save_tensors(folder / name / "model.safetensors", weights)
+        save_model(model, folder / name, extra, dtype)
     save_clusters(pipe.clusters, folder / "clusters" / CLUSTERS)
+
+
+def save_model(
+    model: nn.Module,
+    folder: Path,
+    extra: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write config.json, with `extra` entries, and model.safetensors, with weights in `dtype`."""
+    content = {"model": config.to_json(model.config), **(extra or {})}
+    storage.save_json(folder / "config.json", content)
+    weights = model.state_dict()
+    if dtype is not None:
+        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    storage.save_tensors(folder / "model.safetensors", weights)
 
 
 def save_clusters(clusters: Clusters, path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -33,13 +33,7 @@ from ctf.models.coarse import CoarseModel
 from ctf.models.sampling import Sampling
 from ctf.models.sizes import LLAMAGEN_SIZES
 from ctf.models.tokenizer import TokenizerConfig, VQModel
-from ctf.pipelines.folder import (
-    SETTINGS,
-    PipelineSettings,
-    load_settings,
-    save,
-    to_channels_last,
-)
+from ctf.pipelines import folder
 from ctf.pipelines.pipeline import Pipeline
 
 IMAGE_SIZE = 256  # pixels per side, if the file does not tell
@@ -84,7 +78,7 @@ def load(
     for parameter in (*tokenizer.parameters(), *coarse.parameters()):
         parameter.data = parameter.to(torch.float32, copy=True)
     device = torch.device(device)
-    return _pipeline(to_channels_last(tokenizer, device), coarse.to(device), name)
+    return _pipeline(folder.to_channels_last(tokenizer, device), coarse.to(device), name)
 
 
 def convert(
@@ -98,13 +92,8 @@ def convert(
 ) -> str:
     """Write what `load` returns into a folder, with the weights in the precision of the files.
 
-    Args:
-        vq: See `load`.
-        gpt: See `load`; None to write the tokenizer alone, for a run whose next stage is tokens.
-        out: The folder.
-        size: See `load`.
-        image_size: See `load`.
-        dry_run: Read and check everything, and write nothing.
+    The arguments are those of `load`. Without `gpt`, the tokenizer alone is written, for a run
+    whose next stage is tokens. With `dry_run`, everything is checked, and nothing is written.
 
     Returns:
         What was written, for the user.
@@ -124,12 +113,12 @@ def convert(
         kind: {"file": path.name, "sha256": storage.hash_file(path)}
         for kind, path in (("vq", Path(vq)), ("gpt", Path(gpt)))
     }
-    if claims.is_ours(out, SETTINGS, what="a pipeline"):
-        settings = PipelineSettings(pipe.class_names, pipe.sampling, pipe.origin)
-        stored = config.to_json(load_settings(out))
+    if claims.is_ours(out, folder.SETTINGS, what="a pipeline"):
+        settings = folder.PipelineSettings(pipe.class_names, pipe.sampling, pipe.origin)
+        stored = config.to_json(folder.load_settings(out))
         claims.check_same(out, stored, config.to_json(settings), what="a pipeline")
     if not dry_run:
-        save(pipe, out, dtype=None)
+        folder.save(pipe, out, dtype=None)
     return (
         f"{out}: tokenizer of {_describe(tokenizer)}; "
         f"transformer of {describe_parameters(coarse)}, {coarse.config.classes} classes, "
@@ -138,13 +127,11 @@ def convert(
 
 
 def _save_tokenizer(tokenizer: VQModel, out: Path) -> None:
-    folder = out / "tokenizer"
-    content = {"model": config.to_json(tokenizer.config)}
+    path = out / "tokenizer" / "config.json"
     if claims.is_ours(out, "tokenizer/config.json", what="a run of ctf"):
-        stored = storage.load_json(folder / "config.json")
-        claims.check_same(folder, stored, content, what="a tokenizer")
-    storage.save_json(folder / "config.json", content)
-    storage.save_tensors(folder / "model.safetensors", tokenizer.state_dict())
+        content = {"model": config.to_json(tokenizer.config)}
+        claims.check_same(path.parent, storage.load_json(path), content, what="a tokenizer")
+    folder.save_model(tokenizer, path.parent)
 
 
 def _describe(tokenizer: VQModel) -> str:
@@ -254,14 +241,7 @@ def _load_models(
 def _assign_weights(
     model: nn.Module, names: Mapping[str, str], checkpoint: Checkpoint, hint: str = ""
 ) -> None:
-    """Make a checkpoint's tensors the weights of a model on the meta device.
-
-    Args:
-        model: The model.
-        names: LlamaGen's name for each of the model's tensors.
-        checkpoint: The checkpoint.
-        hint: For error messages.
-    """
+    """Make a checkpoint's tensors the weights of a model; `names` are LlamaGen's, by ours."""
     path, weights = checkpoint.path, checkpoint.weights
     for ours, expected in model.state_dict().items():
         name, shape = names[ours], tuple(expected.shape)

@@ -347,20 +347,16 @@ def sample_fine(
     return torch.where(known_codes_BL < 0, codes_BL, known_codes_BL)
 
 
-def fine_logits(model: FineModel, labels_BL: Tensor, classes_B: Tensor, guidance: float) -> Tensor:
-    """Guided logits of the choices of each token: (B, L, K)."""
-    if guidance == 1:
-        return model(labels_BL, classes_B)
-    both = model(labels_BL.repeat(2, 1), _with_no_class(classes_B, model.no_class))
-    cond, uncond = both.chunk(2)
-    return apply_guidance(cond, uncond, guidance)
-
-
 @torch.inference_mode()
 def _sample_choices(
     model: FineModel, labels_BL: Tensor, classes_B: Tensor, noise_BL: Tensor, settings: Sampling
 ) -> Tensor:
-    logits_BLK = fine_logits(model, labels_BL, classes_B, settings.fine_guidance)
+    if settings.fine_guidance == 1:
+        logits_BLK = model(labels_BL, classes_B)
+    else:
+        both = model(labels_BL.repeat(2, 1), _with_no_class(classes_B, model.no_class))
+        cond, uncond = both.chunk(2)
+        logits_BLK = apply_guidance(cond, uncond, settings.fine_guidance)
     limits = settings.fine_temperature, settings.fine_top_k, settings.fine_top_p
     # Image by image: in float64, the logits of a whole batch may be large.
     images = zip(logits_BLK, noise_BL, strict=True)

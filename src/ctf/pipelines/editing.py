@@ -244,9 +244,13 @@ def members(
     if pipe.fine is None:
         return Members(label, members_S.cpu(), torch.ones(1, dtype=torch.float64))
     classes_1 = torch.tensor(request.classes, device=pipe.device)
-    logits_1LK = sampling.fine_logits(pipe.fine, labels_1L, classes_1, used.fine_guidance)
+    logits_1K = pipe.fine(labels_1L, classes_1)[:, position]
+    if used.fine_guidance != 1:
+        no_class_1 = torch.full_like(classes_1, pipe.fine.no_class)
+        uncond_1K = pipe.fine(labels_1L, no_class_1)[:, position]
+        logits_1K = sampling.apply_guidance(logits_1K, uncond_1K, used.fine_guidance)
     logits_1K = sampling.filter_logits(
-        logits_1LK[:, position], used.fine_temperature, used.fine_top_k, used.fine_top_p
+        logits_1K, used.fine_temperature, used.fine_top_k, used.fine_top_p
     )
     probabilities_K = logits_1K.softmax(-1)[0]
     probabilities_S = probabilities_K[pipe.fine.choices(members_S)]

@@ -168,7 +168,7 @@ class ModelStage:
         warm_start_from: Path | None = None,
         clusters: Clusters | None = None,
     ) -> ModelStage:
-        """Return the stage; by default with the run's clusters. A warm start is a pipeline's folder.
+        """Return the stage, by default with the run's clusters; a warm start is from a pipeline.
 
         Raises:
             UserError: There are no clusters, or see `warm_start.open_source`.

@@ -29,8 +29,8 @@ class EvaluationOptions:
         reference: fashion-mnist, image files (a folder, .tar or .parquet), or an .npz file of
             images or statistics; by default the included set that the pipeline was trained on
         samples: number of samples; by default 5000, or the next multiple of the number of classes
-        out: folder of the report, or .json file to copy it to from a folder of the same name; by
-            default a folder in evaluations/, named after the model and the options
+        out: folder for the report; by default one in evaluations/, named after the model and the
+            options. With x.json, the folder is x, and x.json is a copy of the report.json in it
         against: report.json of another evaluation, to compare the scores with
         features: feature networks for FID and other scores: lite0, inception, fashion or
             mymodule:factory; by default lite0, and fashion for the classes of Fashion-MNIST

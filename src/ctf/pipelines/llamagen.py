@@ -37,7 +37,6 @@ from ctf.pipelines import folder
 from ctf.pipelines.pipeline import Pipeline
 
 IMAGE_SIZE = 256  # pixels per side, if the file does not tell
-GROUPS = 32
 # The guidance scale that LlamaGen's GETTING_STARTED.md uses for each size.
 GUIDANCE = {"B": 2.0, "L": 2.0, "XL": 1.75, "XXL": 1.75, "3B": 1.65}
 
@@ -90,13 +89,10 @@ def convert(
     image_size: int | None = None,
     dry_run: bool = False,
 ) -> str:
-    """Write what `load` returns into a folder, with the weights in the precision of the files.
+    """Write what `load` returns, in the precision of the files; return a line for the user.
 
     The arguments are those of `load`. Without `gpt`, the tokenizer alone is written, for a run
     whose next stage is tokens. With `dry_run`, everything is checked, and nothing is written.
-
-    Returns:
-        What was written, for the user.
 
     Raises:
         UserError: See `load`; `out` holds something else.
@@ -199,9 +195,10 @@ def read(path: Path) -> Checkpoint:
                 "is this a checkpoint of LlamaGen?"
             )
         weights[name] = value
-    training_args = content.get("args")
-    is_known = isinstance(training_args, argparse.Namespace)
-    return Checkpoint(path, weights, rope, vars(training_args) if is_known else {})
+    args = content.get("args")
+    return Checkpoint(
+        path, weights, rope, vars(args) if isinstance(args, argparse.Namespace) else {}
+    )
 
 
 # --- Models ---------------------------------------------------------------------------------------
@@ -261,20 +258,16 @@ def _assign_weights(
 
 # --- The transformer ------------------------------------------------------------------------------
 
-GPT_NAMES = (
-    ("head.", "output."),
-    ("backbone.", ""),
-    ("class_embedding.", "cls_embedding.embedding_table."),
-    ("label_embedding.", "tok_embeddings."),
-    ("attention.qkv.", "attention.wqkv."),
-    ("attention.out.", "attention.wo."),
-    ("ffn.", "feed_forward."),
-)
+GPT_NAMES = {
+    "head.": "output.", "backbone.": "", "ffn.": "feed_forward.",
+    "class_embedding.": "cls_embedding.embedding_table.", "label_embedding.": "tok_embeddings.",
+    "attention.qkv.": "attention.wqkv.", "attention.out.": "attention.wo.",
+}  # fmt: skip
 
 
 def gpt_name(name: str) -> str:
     """Return LlamaGen's name for a tensor of the coarse model."""
-    for ours, theirs in GPT_NAMES:
+    for ours, theirs in GPT_NAMES.items():
         name = name.replace(ours, theirs)
     return name
 
@@ -399,7 +392,6 @@ def _load_tokenizer(vq: Checkpoint, image_size: int) -> VQModel:
         multipliers=tuple(width // channels for width in widths),
         blocks=vq.count(f"{levels}0.res."),
         latent_channels=latent_channels,
-        groups=GROUPS,
     )
     with init_empty_weights():
         model = VQModel(shape)

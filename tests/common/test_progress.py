@@ -10,7 +10,7 @@ from ctf.common.progress import LINE_SECONDS, format_duration, show_progress
 
 
 class Clock:
-    """A clock that only moves when it is told to."""
+    """A clock that moves only when `now` is set."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
@@ -54,8 +54,8 @@ def test_a_bar_on_a_terminal() -> None:
     console = Console(file=file, force_terminal=True, width=120)
     with show_progress("tokenizer", console) as progress:
         progress(20, 100, {"loss": 0.25, "images_per_second": 81.0})
-    said = file.getvalue()
-    assert "tokenizer" in said and "20/100" in said and "loss 0.2500, 81 images/s" in said
+    output = file.getvalue()
+    assert "tokenizer" in output and "20/100" in output and "loss 0.2500, 81 images/s" in output
 
 
 @pytest.mark.parametrize(

@@ -99,12 +99,12 @@ def test_tensors_and_metadata(tmp_path: Path) -> None:
         "y": torch.tensor([1, 2]),
         "z": torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last),
     }
-    said = {"made": "by a test", **{str(i): "x" for i in range(20)}}
-    storage.save_tensors(path, saved, said)
+    entries = {"made": "by a test", **{str(i): "x" for i in range(20)}}
+    storage.save_tensors(path, saved, entries)
     loaded, metadata = storage.load_tensors(path)
-    assert metadata == said
+    assert metadata == entries
     content = path.read_bytes()
-    storage.save_tensors(path, saved, said)
+    storage.save_tensors(path, saved, entries)
     assert path.read_bytes() == content  # equal content, equal bytes
     assert loaded.keys() == saved.keys()
     for name, value in saved.items():

@@ -40,27 +40,27 @@ def test_stage_writes_three_files_and_loads_them_again(
     tmp_path: Path, tokenizer: VQModel, codes_BL: Tensor, method: Any
 ) -> None:
     config = dataclasses.replace(KMEANS, method=method)
-    made = fit_clusters(tmp_path / "new", tokenizer, codes_BL, config, "abc")
+    fitted = fit_clusters(tmp_path / "new", tokenizer, codes_BL, config, "abc")
     files = {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()}
     assert set(files) == {"clusters.safetensors", "report.json", "swaps.png"}
     study = json.loads(files["report.json"])
-    assert (study["method"], study["tokenizer"], study["clusters"]) == (method, "abc", made.count)
+    assert (study["method"], study["tokenizer"], study["clusters"]) == (method, "abc", fitted.count)
     assert Image.open(tmp_path / "new" / "swaps.png").width == 4 + 10 * 68
     # Again: loads. After a kill between the files: the same bytes.
     (tmp_path / "new" / "report.json").unlink()
     (tmp_path / "new" / "swaps.png").unlink()
     again = fit_clusters(tmp_path / "new", tokenizer, codes_BL, config, "abc")
-    assert torch.equal(again.labels_V, made.labels_V)
+    assert torch.equal(again.labels_V, fitted.labels_V)
     assert {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()} == files
 
 
 def test_finished_stage_is_loaded(tmp_path: Path, tokenizer: VQModel, codes_BL: Tensor) -> None:
-    # Clusters that no k-means would find: what is there is taken, not made anew.
-    made = Clusters.from_labels(torch.arange(64) % 8)
+    # Clusters that no k-means would find: they are loaded, not fitted again.
+    fitted = Clusters.from_labels(torch.arange(64) % 8)
     config = json.dumps(dataclasses.asdict(KMEANS))
-    save_clusters(made, tmp_path / CLUSTERS, {"tokenizer": "abc", "config": config})
+    save_clusters(fitted, tmp_path / CLUSTERS, {"tokenizer": "abc", "config": config})
     loaded = fit_clusters(tmp_path, tokenizer, codes_BL, KMEANS, "abc")
-    assert torch.equal(loaded.labels_V, made.labels_V)
+    assert torch.equal(loaded.labels_V, fitted.labels_V)
 
 
 def test_other_folders_are_refused(tmp_path: Path, tokenizer: VQModel, codes_BL: Tensor) -> None:

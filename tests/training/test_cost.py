@@ -131,14 +131,14 @@ def test_activations_are_those_that_autograd_saves(dropout: float, width: int) -
         with torch.autocast("cpu", torch.bfloat16):
             return model.backbone(labels_BL[:, 1:], torch.zeros(2, dtype=torch.int64), causal=True)
 
-    kept = cost.saved_bytes(model, forward, SDPBackend.FLASH_ATTENTION)
-    # Autocast's copies of the weights are kept, too, and have a line of their own.
-    kept -= cost.HALF * shape.layers * sizes.block_weights(shape)
+    saved = cost.saved_bytes(model, forward, SDPBackend.FLASH_ATTENTION)
+    # Autocast's copies of the weights are saved, too; they are counted separately.
+    saved -= cost.HALF * shape.layers * sizes.block_weights(shape)
     # RMSNorm is not fused on a CPU and keeps its result (float32); and there are the last norm and
     # the mask of the embedded tokens.
     each = shape.layers * 8 + 8 + bool(dropout)
     expected = cost.activation_bytes(shape, shape.length, checkpointing=False)
-    assert kept == pytest.approx(2 * (expected + shape.length * width * each), rel=0.02)
+    assert saved == pytest.approx(2 * (expected + shape.length * width * each), rel=0.02)
 
 
 def test_checkpointing_stores_the_inputs_of_blocks() -> None:
@@ -212,16 +212,16 @@ def test_the_tables_of_the_documentation(ctf: Command) -> None:
     text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if "| " in line}
     for size in ("B", "L", "XL"):
-        said = ctf("cost", f"imagenet256-{size}").out.splitlines()
+        output = ctf("cost", f"imagenet256-{size}").out.splitlines()
         for name, row in (
             ("tokenizer", "tokenizer"), ("tokens", "tokens, 20 views"),
             ("coarse", f"coarse {size}"), ("fine", "fine (L)"),
         ):  # fmt: skip
-            start = next(i for i, line in enumerate(said) if line.startswith(f"{name}: "))
-            flop, *gpus = said[start + 1 : start + 4]
+            start = next(i for i, line in enumerate(output) if line.startswith(f"{name}: "))
+            flop, *gpus = output[start + 1 : start + 4]
             cells = [flop.split()[-2], *(line.split(" = ")[1] for line in gpus)]
             if name != "tokens":
-                cells.append(said[start + 4].split(" = ")[1])
+                cells.append(output[start + 4].split(" = ")[1])
             assert [cell.strip() for cell in rows[row].strip("|").split("|")][1:][
                 : len(cells)
             ] == cells
@@ -259,7 +259,7 @@ def test_dry_runs_print_the_memory(
     run: Path, image_folder: Path, tmp_path: Path, ctf: Command
 ) -> None:
     options = ("--micro-batch", 2, "--checkpoint-activations", "--dry-run")
-    said = "memory at 2 images a device, --checkpoint-activations: weights "
+    output = "memory at 2 images a device, --checkpoint-activations: weights "
     for arguments in (
         ("train", "coarse", run, "--size", "XL"),
         ("train", "fine", run, "--preset", "base"),
@@ -268,18 +268,18 @@ def test_dry_runs_print_the_memory(
     ):
         result = ctf(*arguments, *options)
         assert result.code == 0, result.err
-        assert said in result.out and "with" not in result.out.partition(said)[2]
+        assert output in result.out and "with" not in result.out.partition(output)[2]
     assert not [*tmp_path.iterdir()]
 
 
 def test_dry_runs_use_the_real_clusters(run: Path, ctf: Command) -> None:
     """64 codes in 8 clusters of known sizes, on a grid of 4 x 4, and 3 classes."""
     parts = load_clusters(run / "clusters" / "clusters.safetensors")
-    said = ctf("train", "fine", run, "--preset", "tiny", "--dry-run", *recipe_options()).out
+    output = ctf("train", "fine", run, "--preset", "tiny", "--dry-run", *recipe_options()).out
     model = FineModel(TransformerConfig(width=32, layers=1, heads=2, grid=4, classes=3), parts)
-    assert f"would train {parameters(model) / 1e6:.1f} M parameters" in said
+    assert f"would train {parameters(model) / 1e6:.1f} M parameters" in output
     logits = 8 * 16 * parts.largest * 4 * cost.FLOAT
-    assert f"logits {logits / 1e6:.3g} MB" in said
+    assert f"logits {logits / 1e6:.3g} MB" in output
 
 
 @pytest.mark.parametrize("execution", [Execution(), Execution(5, True, True)])
@@ -295,9 +295,9 @@ def test_memory_depends_on_the_execution(execution: Execution) -> None:
         shape, 256, checkpointing=execution.shard
     )
     assert memory["logits"] == images * 256 * 512 * 8
-    said = "".join(cost.describe_cost(coarse, setting))
+    output = "".join(cost.describe_cost(coarse, setting))
     used = ", --checkpoint-activations, --shard: weights"
-    assert (used in said) == execution.shard and ("with both" in said) != execution.shard
+    assert (used in output) == execution.shard and ("with both" in output) != execution.shard
 
 
 def test_a_single_device_cannot_shard(ctf: Command) -> None:

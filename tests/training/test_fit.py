@@ -215,7 +215,7 @@ def test_sigterm_in_every_stage(
     """Each time it exits with 0 and a message, and in the end everything is the same."""
     out = tmp_path / "run"
     before = signal.getsignal(signal.SIGTERM)
-    for module, name, said in (
+    for module, name, message in (
         (fit, "check_recipe", "run: stopped; run it again to resume"),
         (
             TokenizerTrainer,
@@ -231,17 +231,17 @@ def test_sigterm_in_every_stage(
     ):
         function = getattr(module, name)
 
-        def stop(*given: Any, function: Any = function, **more: Any) -> Any:
+        def stop(*args: Any, function: Any = function, **more: Any) -> Any:
             os.kill(os.getpid(), signal.SIGTERM)
-            return function(*given, **more)
+            return function(*args, **more)
 
         with monkeypatch.context() as patch:
             patch.setattr(module, name, stop)
             result = ctf(*fit_arguments(image_folder, out, steps=SHORT))
-        assert (result.code, result.out) == (0, f"{tmp_path}/{said}\n"), result.err
+        assert (result.code, result.out) == (0, f"{tmp_path}/{message}\n"), result.err
         assert signal.getsignal(signal.SIGTERM) == before
-        if "/" in said:  # stopped in a stage, whose time so far is noted
-            stage = said.split("/")[1].split(":")[0]
+        if "/" in message:  # stopped in a stage, whose time so far is logged
+            stage = message.split("/")[1].split(":")[0]
             log = json.loads((out / "fit.json").read_text())
             assert log["seconds"][stage] > 0 and stage not in log["done"]
     assert ctf(*fit_arguments(image_folder, out, steps=SHORT)).code == 0
@@ -253,18 +253,26 @@ def test_sigterm_while_clusters_are_fitted(
 ) -> None:
     fit = clusters.fit
 
-    def stop(*given: Any) -> Clusters:
+    def stop(*args: Any) -> Clusters:
         os.kill(os.getpid(), signal.SIGTERM)
-        return fit(*given)
+        return fit(*args)
 
-    given: tuple[object, ...] = ("clusters", "fit", run, "--count", 8, "--out", tmp_path / "other")
+    command: tuple[object, ...] = (
+        "clusters",
+        "fit",
+        run,
+        "--count",
+        8,
+        "--out",
+        tmp_path / "other",
+    )
     with monkeypatch.context() as patch:
         patch.setattr(clusters, "fit", stop)
-        result = ctf(*given)
+        result = ctf(*command)
     assert result.code == 0
     assert result.out == f"{tmp_path}/other/clusters: stopped; run it again to resume\n"
     assert not list((tmp_path / "other").glob("clusters/*"))
-    result = ctf(*given)
+    result = ctf(*command)
     assert result.code == 0 and (tmp_path / "other" / "clusters" / "report.json").is_file()
 
 
@@ -485,10 +493,10 @@ def test_single_stages_end_with_the_same_bits(
         assert ctf(*arguments).code == 0  # it is done
         assert read_files(out) == before
     assert weights(out) == weights(run)
-    drawn, expected = (
+    samples, expected = (
         Pipeline.from_pretrained(folder).sample([0, 1, 2], seed=3) for folder in (out, run)
     )
-    assert torch.equal(drawn.codes, expected.codes)
+    assert torch.equal(samples.codes, expected.codes)
 
     result = ctf("tokenizer", "evaluate", out, "--images", image_folder)
     assert result.code == 0 and "psnr" in result.out and " dB" in result.out
@@ -546,9 +554,9 @@ def test_the_baseline_is_a_pipeline_without_a_fine_stage(run: Path, baseline: Pa
     pipe = Pipeline.from_pretrained(baseline)
     assert pipe.fine is None
     assert pipe.clusters.count == pipe.clusters.codebook_size == pipe.coarse.vocab_size == 64
-    drawn = pipe.sample([0, 1, 2], seed=0)
-    assert torch.equal(drawn.codes, drawn.coarse)
-    assert drawn.images[0].size == (32, 32)
+    samples = pipe.sample([0, 1, 2], seed=0)
+    assert torch.equal(samples.codes, samples.coarse)
+    assert samples.images[0].size == (32, 32)
     for name in ("config.json", "model.safetensors"):
         tokenizers = [folder / "tokenizer" / name for folder in (run, baseline)]
         assert tokenizers[0].read_bytes() == tokenizers[1].read_bytes()

@@ -77,7 +77,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def test_lines_are_means_and_evaluations_fall_on_them(tmp_path: Path) -> None:
     line, reported = Line(), []
     loop.run(
-        line, tmp_path, 70, evaluate_every=45, progress=lambda *given: reported.append(given[:2])
+        line, tmp_path, 70, evaluate_every=45, progress=lambda *args: reported.append(args[:2])
     )
     train = [entry for entry in lines(tmp_path) if entry["split"] == "train"]
     val = [entry for entry in lines(tmp_path) if entry["split"] == "val"]

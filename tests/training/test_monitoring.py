@@ -14,10 +14,10 @@ from ctf.training import monitoring
 from tests.conftest import STEPS, Command, read_files
 
 
-def has(picture: Path, colour: str) -> bool:
-    pixels = np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3)
-    wanted = np.round(255 * np.array(to_rgb(colour)))
-    return bool((np.abs(pixels - wanted).max(1) <= 2).any())
+def has(image: Path, color: str) -> bool:
+    pixels = np.asarray(Image.open(image).convert("RGB")).reshape(-1, 3)
+    expected = np.round(255 * np.array(to_rgb(color)))
+    return bool((np.abs(pixels - expected).max(1) <= 2).any())
 
 
 def lines(folder: Path) -> list[dict[str, float]]:

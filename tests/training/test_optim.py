@@ -82,7 +82,7 @@ def test_long_gradients_are_clipped(scale: float, expected: float) -> None:
     loss.backward()
     norm = optim.update(optimizer, loss.detach(), 0.5, 1.0, step=0, name="loss", images_B=IMAGES)
     assert float(norm) == pytest.approx(5 * scale)  # before clipping
-    # At the given rate, along (3, 4) / 5, by the clipped length.
+    # At the requested rate, along (3, 4) / 5, by the clipped length.
     assert x.tolist() == pytest.approx([-0.5 * expected * 0.6, -0.5 * expected * 0.8])
 
 

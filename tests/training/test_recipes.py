@@ -59,7 +59,7 @@ def test_base_is_the_papers() -> None:
 
 
 def test_tiny_runs() -> None:
-    """At the size of the included pictures: the numbers that the README speaks of."""
+    """At the size of the included images, with the numbers of the README."""
     recipe = preset("tiny")
     shape = recipe.tokenizer.config(32)
     assert shape.codebook_size == 4096 and (shape.factor, shape.grid) == (4, 8)

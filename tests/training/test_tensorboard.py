@@ -59,9 +59,9 @@ def test_a_finished_run(copy: Path, ctf: Command) -> None:
     lines = [line for line in metrics_log.read_metrics(copy / "coarse") if line["split"] == "train"]
     seconds = lines[-1]["seconds"] - lines[0]["seconds"]
     assert last.wall_time - first.wall_time == pytest.approx(seconds, abs=1e-3)
-    pictures = read(copy / "tensorboard" / "pictures")
-    assert set(pictures.Tags()["images"]) == {"clusters", "samples"}
-    (swaps,) = pictures.Images("clusters")
+    images = read(copy / "tensorboard" / "pictures")
+    assert set(images.Tags()["images"]) == {"clusters", "samples"}
+    (swaps,) = images.Images("clusters")
     assert (swaps.width, swaps.height) == Image.open(copy / "clusters" / "swaps.png").size
     assert {n: c for n, c in read_files(copy).items() if not n.startswith("tensorboard/")} == before
 
@@ -115,8 +115,8 @@ def test_samples_of_a_training_in_progress(
     def stop_in(stage: str) -> None:
         save = state.save_state
 
-        def save_and_stop(folder: Path, *given: Any) -> None:
-            save(folder, *given)
+        def save_and_stop(folder: Path, *args: Any) -> None:
+            save(folder, *args)
             if folder.parent.name == stage:
                 raise KeyboardInterrupt
 
@@ -169,4 +169,4 @@ def test_it_can_be_started_first(tmp_path: Path, ctf: Command) -> None:
     result = ctf("runs", "tensorboard", tmp_path / "none", "--once")
     assert result.code == 2 and "not found" in result.err
     assert ctf("runs", "tensorboard", tmp_path, "--once").code == 0
-    assert list(tmp_path.iterdir()) == []  # so a run can still be made there
+    assert list(tmp_path.iterdir()) == []  # so a run can still begin there

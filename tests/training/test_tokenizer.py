@@ -47,7 +47,7 @@ TRAINING = TokenizerTraining(
 
 
 class Stripes(ImageSet):
-    """Coloured stripes of many directions, never symmetric: a mirrored one is told apart."""
+    """Colored stripes of many directions, never symmetric, so that mirrored ones differ."""
 
     def __init__(self, count: int, seed: int) -> None:
         random = np.random.default_rng(seed)
@@ -77,7 +77,7 @@ def trainer(training: TokenizerTraining = TRAINING, **changes: Any) -> Tokenizer
 
 
 def watch(obj: Any, name: str) -> list[tuple[Tensor, Tensor]]:
-    """What a method of one tensor is given and returns, both with their gradients kept."""
+    """The inputs and outputs of a method of one tensor, both with retained gradients."""
     calls: list[tuple[Tensor, Tensor]] = []
     method: Callable[[Tensor], Tensor] = getattr(obj, name)
 
@@ -101,11 +101,11 @@ def test_the_gradient_passes_the_quantization_unchanged() -> None:
     encoded, decoded = watch(t.model, "encode_vectors"), watch(t.model, "decode_vectors")
     codebook_VC = t.model.codebook().detach().clone()
     t.step(0)
-    vectors_BLC, looked_up_BLC = encoded[0][1], decoded[0][0]
+    vectors_BLC, quantized_BLC = encoded[0][1], decoded[0][0]
     codes_BL = (vectors_BLC @ codebook_VC.T).argmax(-1)
-    torch.testing.assert_close(looked_up_BLC, codebook_VC[codes_BL])  # what the decoder is given
-    assert vectors_BLC.grad is not None and looked_up_BLC.grad is not None
-    assert torch.equal(vectors_BLC.grad, looked_up_BLC.grad)
+    torch.testing.assert_close(quantized_BLC, codebook_VC[codes_BL])  # the decoder's input
+    assert vectors_BLC.grad is not None and quantized_BLC.grad is not None
+    assert torch.equal(vectors_BLC.grad, quantized_BLC.grad)
     assert bool(vectors_BLC.grad.any())
 
 
@@ -117,10 +117,10 @@ def test_the_losses_by_hand() -> None:
     with torch.no_grad():
         images_BCHW = encoded[0][0]
         vectors_BLC = model.encode_vectors(images_BCHW)
-        looked_up_BLC = model.codebook()[model.encode(images_BCHW)]
-        reconstruction = F.mse_loss(model.decode_vectors(looked_up_BLC), images_BCHW)
+        quantized_BLC = model.codebook()[model.encode(images_BCHW)]
+        reconstruction = F.mse_loss(model.decode_vectors(quantized_BLC), images_BCHW)
         # On the unit sphere the squared distance is 2 - 2 cos.
-        distance = (2 - 2 * (vectors_BLC * looked_up_BLC).sum(-1)).mean()
+        distance = (2 - 2 * (vectors_BLC * quantized_BLC).sum(-1)).mean()
     assert float(logged["reconstruction"]) == pytest.approx(float(reconstruction), rel=1e-4)
     assert float(logged["commitment"]) == pytest.approx(float(distance), rel=1e-3)
     expected = float(reconstruction) + (0.3 + 0.7) * float(distance)
@@ -240,7 +240,7 @@ def test_more_dead_codes_than_vectors() -> None:
     small = dataclasses.replace(MODEL, codebook_size=300)
     t = TokenizerTrainer(small, t.training, IMAGES, ALONE)
     t.usage_V.zero_()
-    assert float(t.step(0)["revived"]) <= 64  # as many vectors as one picture has
+    assert float(t.step(0)["revived"]) <= 64  # as many vectors as one image has
 
 
 def test_codes_settle_in_the_end() -> None:
@@ -297,9 +297,9 @@ def test_resumed_equals_uninterrupted(
     assert logged == without_times(tmp_path / "killed")
     steps = [line["step"] for line in logged if line["split"] == "train"]
     assert steps == list(range(2, training.steps + 1, 2))
-    said = {name for line in logged for name in line}
-    assert ("perceptual" in said) == (option == "perceptual")
-    assert ("discriminator" in said) == (option == "adversarial")
+    names = {name for line in logged for name in line}
+    assert ("perceptual" in names) == (option == "perceptual")
+    assert ("discriminator" in names) == (option == "adversarial")
 
 
 def test_the_discriminator_waits_for_its_start() -> None:
@@ -330,10 +330,10 @@ def test_the_discriminator_rates_patches_alike_in_any_batch() -> None:
     torch.manual_seed(0)
     discriminator = PatchDiscriminator()
     images_BCHW = as_tensor(IMAGES.val.read(range(3)))
-    judged = discriminator(images_BCHW)
-    assert judged.shape == (3, 1, 6, 6)
+    logits = discriminator(images_BCHW)
+    assert logits.shape == (3, 1, 6, 6)
     alone = torch.cat([discriminator(image[None]) for image in images_BCHW])
-    torch.testing.assert_close(judged, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_a_finished_tokenizer_is_loaded_and_others_are_refused(tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_evaluation_by_hand() -> None:
     model = trainer().model
     images_BCHW = as_tensor(IMAGES.val.read(range(70)))  # more than one batch of it
     reported: list[tuple[int, int]] = []
-    got = reconstruction_metrics(model, IMAGES.val, progress=lambda *given: reported.append(given))
+    got = reconstruction_metrics(model, IMAGES.val, progress=lambda *args: reported.append(args))
     assert reported == [(64, 70), (70, 70)]
     codes_BL = model.encode(images_BCHW)
     decoded_BCHW = model.decode(codes_BL)

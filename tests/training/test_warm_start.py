@@ -215,14 +215,14 @@ def test_what_it_cannot_start_from(run: Path, baseline: Path, tmp_path: Path, ct
 
 
 def test_every_stage_on_a_converted_llamagen(tmp_path: Path, ctf: Command) -> None:
-    pictures = save_images(tmp_path / "pictures")
+    images = save_images(tmp_path / "images")
     source, run = tmp_path / "llamagen", tmp_path / "run"
     vq, gpt = FIXTURES / "vq.pt", FIXTURES / "gpt.pt"
     recipe = ("--preset", "tiny", "--steps", 20, "--set", "coarse_training.batch_size=8")
     for arguments in (
         ("convert", "llamagen", "--vq", vq, "--gpt", gpt, "--image-size", 8, "--out", source),
-        ("tokenizer", "evaluate", source, "--images", pictures),
-        ("tokens", "extract", pictures, "--run", source, "--preset", "tiny"),
+        ("tokenizer", "evaluate", source, "--images", images),
+        ("tokens", "extract", images, "--run", source, "--preset", "tiny"),
         ("clusters", "fit", source, "--count", 16, "--out", run),
         ("train", "coarse", run, "--warm-start", source, *recipe),
         ("train", "fine", run, *recipe, "fine.width=32", "fine.layers=1", "fine.heads=2"),

@@ -28,7 +28,7 @@ from ctf.models.transformer import TransformerConfig
 
 @dataclass
 class PatchTokenizer:
-    """What `ctf.models.tokenizer.Tokenizer` asks for, and how to make it."""
+    """A `ctf.models.tokenizer.Tokenizer`; `fit` creates it from images."""
 
     codebook_VC: Tensor
     image_size: int

@@ -40,14 +40,16 @@ def test_it_is_pytorchs_in_any_slices(
 ) -> None:
     monkeypatch.setattr(logits, "SLICE", slice_)
     hidden_BLD, weight_KD, targets_BL = problem()
-    got, wanted = (f(hidden_BLD, weight_KD, targets_BL) for f in (cross_entropy, plain))
-    assert got.shape == ()
-    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
+    found, expected = (f(hidden_BLD, weight_KD, targets_BL) for f in (cross_entropy, plain))
+    assert found.shape == ()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     for x in (hidden_BLD, weight_KD):
-        (a,), (b,) = (torch.autograd.grad(factor * y, x, retain_graph=True) for y in (got, wanted))
+        (a,), (b,) = (
+            torch.autograd.grad(factor * y, x, retain_graph=True) for y in (found, expected)
+        )
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     with torch.no_grad():  # as it is evaluated
-        assert torch.equal(cross_entropy(hidden_BLD, weight_KD, targets_BL), got)
+        assert torch.equal(cross_entropy(hidden_BLD, weight_KD, targets_BL), found)
 
 
 def test_one_gradient_without_the_other() -> None:
@@ -64,9 +66,9 @@ def test_large_logits_and_impossible_targets() -> None:
     hidden_BLD, weight_KD, targets_BL = problem()
     with torch.no_grad():
         hidden_BLD *= 1000
-    got = cross_entropy(hidden_BLD, weight_KD, targets_BL)
-    torch.testing.assert_close(got, plain(hidden_BLD, weight_KD, targets_BL), rtol=1e-6, atol=0)
-    got.backward()
+    found = cross_entropy(hidden_BLD, weight_KD, targets_BL)
+    torch.testing.assert_close(found, plain(hidden_BLD, weight_KD, targets_BL), rtol=1e-6, atol=0)
+    found.backward()
     assert hidden_BLD.grad is not None and bool(hidden_BLD.grad.isfinite().all())
 
 
@@ -80,22 +82,22 @@ def test_under_autocast_as_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert loss.dtype == torch.float32
         loss.backward()
         gradients.append((loss.detach(), hidden_BLD.grad, weight_KD.grad))
-    for got, wanted in zip(*gradients, strict=True):
-        assert got is not None and wanted is not None and got.dtype == torch.float32
-        torch.testing.assert_close(got, wanted, rtol=0.02, atol=2e-3)
+    for found, expected in zip(*gradients, strict=True):
+        assert found is not None and expected is not None and found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=2e-3)
 
 
-def test_nothing_of_the_size_of_all_logits_is_kept() -> None:
+def test_autograd_saves_nothing_of_the_size_of_all_logits() -> None:
     hidden_BLD, weight_KD, targets_BL = problem()
-    kept: list[int] = []
+    saved: list[int] = []
 
     def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor.numel())
+        saved.append(tensor.numel())
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         cross_entropy(hidden_BLD, weight_KD, targets_BL)
-    assert sum(kept) == B * L * D + K * D < B * L * K + K * D
+    assert sum(saved) == B * L * D + K * D < B * L * K + K * D
 
 
 # --- logits of members ----------------------------------------------------------------------------
@@ -167,9 +169,9 @@ def test_members_logits_equal_the_full_product_gathered(problem):
     torch.testing.assert_close(logits_TS, expected_TS)
 
     slots_T = torch.tensor([seed % sizes[k] for k in labels_T])
-    got = torch.autograd.grad(F.cross_entropy(logits_TS, slots_T), (hidden_TD, weight_VD))
-    wanted = torch.autograd.grad(F.cross_entropy(expected_TS, slots_T), (hidden_TD, weight_VD))
-    for a, b in zip(got, wanted, strict=True):
+    found = torch.autograd.grad(F.cross_entropy(logits_TS, slots_T), (hidden_TD, weight_VD))
+    expected = torch.autograd.grad(F.cross_entropy(expected_TS, slots_T), (hidden_TD, weight_VD))
+    for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -22,9 +22,9 @@ def test_packed_is_equal_up_to_rounding_and_keeps_its_weights() -> None:
     assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
     assert sum(isinstance(module, PackedSwiGLU) for module in packed.modules()) == CONFIG.layers
     torch.testing.assert_close(logits(packed), logits(model), rtol=0, atol=1e-4)
-    own, kept = model.state_dict(), packed.state_dict()
-    assert own.keys() == kept.keys()
-    assert all(torch.equal(own[name], kept[name]) for name in own)
+    own, stored = model.state_dict(), packed.state_dict()
+    assert own.keys() == stored.keys()
+    assert all(torch.equal(own[name], stored[name]) for name in own)
 
 
 @needs_int8

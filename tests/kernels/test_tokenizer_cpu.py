@@ -55,9 +55,9 @@ def test_a_prepared_decoder_is_the_same() -> None:
     images = plain_model.decode(codes_BL)
     torch.testing.assert_close(prepared.decode(codes_BL), images, rtol=0, atol=1e-5)
     assert torch.equal(prepared.encode(images), plain_model.encode(images))
-    own, kept = plain_model.state_dict(), prepared.state_dict()
-    assert own.keys() == kept.keys()
-    assert all(torch.equal(own[name], kept[name]) for name in own)
+    own, stored = plain_model.state_dict(), prepared.state_dict()
+    assert own.keys() == stored.keys()
+    assert all(torch.equal(own[name], stored[name]) for name in own)
     assert any(isinstance(part, tokenizer_cpu.FastUpsample) for part in prepared.modules())
 
 

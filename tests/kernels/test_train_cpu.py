@@ -54,7 +54,7 @@ def test_a_trunk_in_training_has_the_gradients_of_autograd(
 @pytest.mark.skipif(not supports_bf16(torch.device("cpu")), reason="no bfloat16 products")
 @pytest.mark.parametrize("causal", [True, False])
 def test_in_bfloat16_gradients_are_near_those_of_single_precision(causal: bool) -> None:
-    """As near as with autocast through the operators of PyTorch; what is kept is fp32."""
+    """As near as with autocast through the operators of PyTorch; gradients are in float32."""
     torch.manual_seed(0)
     backbone = Backbone(CONFIG, 7)
     for p in backbone.parameters():
@@ -65,11 +65,9 @@ def test_in_bfloat16_gradients_are_near_those_of_single_precision(causal: bool) 
         kernels.replace(backbone, train_cpu.FASTER)
         found = gradients(backbone, causal=causal)
     assert found.keys() == expected.keys()
-    for name, wanted in expected.items():
+    for name, exact in expected.items():
         assert found[name].dtype == torch.float32
-        off, plainly_off = (
-            float((x[name] - wanted).norm() / wanted.norm()) for x in (found, plain)
-        )
+        off, plainly_off = (float((x[name] - exact).norm() / exact.norm()) for x in (found, plain))
         assert 0 < off < 0.03 and off < 1.5 * plainly_off
 
 

@@ -1,7 +1,6 @@
 """Clusters: parity with scikit-learn, the invariants of a partition, and files."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,9 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_info, threadpool_limits
 from torch import Tensor
 
-from ctf.common import storage
 from ctf.common.errors import UserError
 from ctf.models import clusters
 from ctf.models.clusters import Clusters, ClustersConfig
-from ctf.pipelines.folder import CLUSTERS, load_clusters, save_clusters
 
 KMEANS = ClustersConfig(count=8, restarts=2)
 
@@ -58,12 +55,12 @@ def test_members_and_slots_are_the_inverse_of_labels(labels_V: Tensor) -> None:
 @given(partitions, st.integers(0, 2**32))
 def test_random_clusters_have_the_same_sizes(labels_V: Tensor, seed: int) -> None:
     made = Clusters.from_labels(labels_V)
-    drawn = clusters.random_like(made, seed)
-    assert torch.equal(drawn.sizes_K, made.sizes_K)
-    assert torch.equal(drawn.labels_V, clusters.random_like(made, seed).labels_V)
+    control = clusters.random_like(made, seed)
+    assert torch.equal(control.sizes_K, made.sizes_K)
+    assert torch.equal(control.labels_V, clusters.random_like(made, seed).labels_V)
 
 
-def test_random_clusters_are_drawn_by_the_seed() -> None:
+def test_random_clusters_depend_on_the_seed() -> None:
     made = Clusters.from_labels(torch.arange(200) % 20)
     first, second = clusters.random_like(made, 0), clusters.random_like(made, 1)
     assert not torch.equal(first.labels_V, second.labels_V)
@@ -214,7 +211,7 @@ def test_a_swap_keeps_the_label(labels_V: Tensor, seed: int) -> None:
     assert torch.equal(labels_V[swapped_BL], labels_V[given_BL])
 
 
-def test_a_swap_draws_all_members_alike() -> None:
+def test_a_swap_chooses_all_members_equally_often() -> None:
     made = Clusters.from_labels(torch.tensor([0, 1, 0, 1, 1, 0, 1, 1, 2]))
     codes = torch.tensor([0, 4, 8]).expand(20_000, 3)
     swapped = clusters.swap(codes, made, torch.Generator().manual_seed(0))
@@ -224,43 +221,6 @@ def test_a_swap_draws_all_members_alike() -> None:
         assert int(counts[members].sum()) == 20_000
         if len(members) > 1:
             assert chisquare(counts[members].numpy()).pvalue > 0.01
-
-
-# --- files -----------------------------------------------------------------------------------
-
-
-@given(partitions)
-@settings(max_examples=20, deadline=None)
-def test_round_trip(tmp_path_factory: pytest.TempPathFactory, labels_V: Tensor) -> None:
-    path = tmp_path_factory.mktemp("clusters") / CLUSTERS
-    made = Clusters.from_labels(labels_V)
-    save_clusters(made, path)
-    loaded = load_clusters(path)
-    assert torch.equal(loaded.labels_V, made.labels_V)
-    assert torch.equal(loaded.members_KS, made.members_KS)
-
-
-def test_damaged_files(tmp_path: Path) -> None:
-    path = tmp_path / CLUSTERS
-    made = Clusters.from_labels(torch.tensor([0, 1, 0, 1]))
-
-    def check(tensors: dict[str, Tensor], reason: str) -> None:
-        storage.save_tensors(path, tensors)
-        with pytest.raises(UserError, match=reason):
-            load_clusters(path)
-
-    good = {"labels_V": made.labels_V, "members_KS": made.members_KS}
-    check({**good, "members_KS": made.members_KS.flip(1)}, "members do not match labels")
-    check({**good, "labels_V": torch.tensor([0, 0, 0, 1])}, "members do not match labels")
-    check({**good, "labels_V": torch.tensor([0, 2, 0, 2])}, "cluster 1 is empty")
-    check({**good, "labels_V": torch.tensor([0, 1, 0, 9])}, "label 9 is above")
-    check({"labels_V": made.labels_V}, "its tensors are labels_V;")
-    path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(UserError, match="truncated"):
-        load_clusters(path)
-    path.unlink()
-    with pytest.raises(UserError, match="not found"):
-        load_clusters(path)
 
 
 # --- other clusterings -----------------------------------------------------------------------

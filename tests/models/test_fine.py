@@ -34,7 +34,7 @@ def make_inputs(batch: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def test_every_label_changes_the_logits_everywhere():
-    model = make_model(softmax="full")  # so that the places' logits can be compared
+    model = make_model(softmax="full")  # so that positions have the same choices
     _, labels_BL, classes_B = make_inputs(2)
     before = model(labels_BL, classes_B)
     for j in range(CONFIG.length):
@@ -45,10 +45,10 @@ def test_every_label_changes_the_logits_everywhere():
 
 
 @torch.no_grad()
-def test_logits_stand_at_the_place_of_their_label():
+def test_logits_are_at_the_position_of_their_label():
     model = make_model(softmax="full")
     for layer in model.backbone.layers:
-        layer.attention.out.weight.zero_()  # so that no place hears of another
+        layer.attention.out.weight.zero_()  # so that positions do not interact
     _, labels_BL, classes_B = make_inputs(2)
     before = model(labels_BL, classes_B)
     for j in range(CONFIG.length):

@@ -52,8 +52,8 @@ def test_the_full_softmax_by_hand() -> None:
     logits_BLV = model(LABELS_V[codes_BL], classes_B)
     expected = F.cross_entropy(logits_BLV.flatten(0, 1), codes_BL.flatten())
     torch.testing.assert_close(loss, expected)
-    got, wanted = (torch.autograd.grad(x, model.head.weight)[0] for x in (loss, expected))
-    torch.testing.assert_close(got, wanted)
+    found, expected_grad = (torch.autograd.grad(x, model.head.weight)[0] for x in (loss, expected))
+    torch.testing.assert_close(found, expected_grad)
 
 
 def test_loss_of_groups_is_that_of_summed_probabilities() -> None:
@@ -73,8 +73,8 @@ def test_loss_of_groups_is_that_of_summed_probabilities() -> None:
 
 @pytest.mark.parametrize("softmax", ["members", "full"])
 def test_wrong_labels(softmax: Literal["members", "full"]) -> None:
-    """None changes nothing; with some, a token is asked for what can be right, and only the
-    labels of other tokens come in its place.
+    """Without any, nothing changes. Otherwise a share of the labels is that of other tokens, and
+    only tokens whose label can be right have a loss.
     """
     torch.manual_seed(0)
     model = FineModel(SHAPE, CLUSTERS, softmax)
@@ -82,7 +82,7 @@ def test_wrong_labels(softmax: Literal["members", "full"]) -> None:
     codes_BL, classes_B = torch.randint(CODES, (64, 16)), torch.zeros(64, dtype=torch.int64)
     labels_BL = LABELS_V[codes_BL]
     seen: list[Tensor] = []
-    model.backbone.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     plain = fine_objective(CLUSTERS)(model, codes_BL, classes_B)
     torch.testing.assert_close(
         corrupted_objective(CLUSTERS, 0.0)(model, codes_BL, classes_B), plain
@@ -91,8 +91,8 @@ def test_wrong_labels(softmax: Literal["members", "full"]) -> None:
     wrong_BL = seen[-1] != labels_BL
     # A label of another token is the same now and then: 1 of 8.
     assert abs(float(wrong_BL.float().mean()) - 0.3 * 7 / 8) < 0.05
-    asked_BL = ~wrong_BL if softmax == "members" else torch.ones_like(wrong_BL)
-    logits_BLS = model(seen[-1], classes_B)[asked_BL]
-    # Where chance gave a token its own label back, it is asked nothing either.
-    expected = F.cross_entropy(logits_BLS, model.choices(codes_BL)[asked_BL])
+    counted_BL = ~wrong_BL if softmax == "members" else torch.ones_like(wrong_BL)
+    logits_BLS = model(seen[-1], classes_B)[counted_BL]
+    # A token that found its own label back by chance has no loss either.
+    expected = F.cross_entropy(logits_BLS, model.choices(codes_BL)[counted_BL])
     torch.testing.assert_close(loss, expected, rtol=0.05, atol=0)

@@ -139,7 +139,7 @@ def test_a_window_leaves_the_schedule_as_it_is(g, schedule, eighths, length):
     for step, scale in enumerate(guidance_scales(window, length)):
         within = start * length <= step < stop * length
         assert scale == (every[step] if within else 1.0)
-    # To the bit: anything else would compute what is not needed, or change what is drawn.
+    # To the bit: anything else would compute what is not needed, or change what is sampled.
     if g == 1:
         assert every == [1.0] * length
     if schedule == "constant":
@@ -186,7 +186,7 @@ def by_rank(row: list[float]) -> list[int]:
     return sorted(range(len(row)), key=lambda i: (-row[i], i))
 
 
-def kept(filtered_1K: Tensor) -> set[int]:
+def remaining(filtered_1K: Tensor) -> set[int]:
     return set(filtered_1K[0].isfinite().nonzero()[:, 0].tolist())
 
 
@@ -194,8 +194,8 @@ def kept(filtered_1K: Tensor) -> set[int]:
 def test_top_k_against_brute_force(row, k):
     expected = by_rank(row)[: k or len(row)]
     filtered = top_k_filter(row_tensor(row), k)
-    assert kept(filtered) == {i for i in expected if np.isfinite(row[i])}
-    assert all(float(filtered[0, i]) == row[i] for i in kept(filtered))
+    assert remaining(filtered) == {i for i in expected if np.isfinite(row[i])}
+    assert all(float(filtered[0, i]) == row[i] for i in remaining(filtered))
 
 
 @given(rows, st.floats(0.01, 1.0))
@@ -210,14 +210,14 @@ def test_top_p_against_brute_force(row, p):
             expected.add(i)
         total += probabilities[i]
     filtered = top_p_filter(row_tensor(row), p)
-    assert kept(filtered) == expected
+    assert remaining(filtered) == expected
     assert all(float(filtered[0, i]) == row[i] for i in expected)
 
 
-def test_of_many_equal_choices_the_first_are_kept():
+def test_filters_keep_the_first_of_many_equal_choices():
     row = torch.zeros(1, 4096, dtype=torch.float64)
-    assert kept(top_k_filter(row, 1024)) == set(range(1024))
-    assert kept(top_p_filter(row, 0.25)) == set(range(1024))
+    assert remaining(top_k_filter(row, 1024)) == set(range(1024))
+    assert remaining(top_p_filter(row, 0.25)) == set(range(1024))
 
 
 def test_guidance_in_closed_form():
@@ -232,7 +232,7 @@ def test_guidance_in_closed_form():
 
 
 @given(rows, st.one_of(st.sampled_from([0.0, 5e-324, 1 - 2**-53, 1.0]), st.floats(0, 1)))
-def test_nothing_masked_is_ever_drawn(row, uniform):
+def test_nothing_masked_is_ever_sampled(row, uniform):
     choice = int(sample_inverse_cdf(row_tensor(row), torch.tensor([uniform], dtype=torch.float64)))
     assert np.isfinite(row[choice])
 
@@ -242,30 +242,30 @@ def test_an_even_grid_of_numbers_gives_the_probabilities(dtype):
     logits_K = torch.tensor([0.5, -torch.inf, 2.0, -1.0, 0.25, -torch.inf], dtype=dtype)
     count = 10_000
     numbers = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    drawn = sample_inverse_cdf(logits_K.expand(count, -1), numbers).bincount(minlength=6)
+    sampled = sample_inverse_cdf(logits_K.expand(count, -1), numbers).bincount(minlength=6)
     expected = count * logits_K.double().softmax(-1)
-    assert float((drawn - expected).abs().max()) <= 1
+    assert float((sampled - expected).abs().max()) <= 1
 
 
 def test_frequencies_over_seeds_follow_the_probabilities():
     logits_K = torch.tensor([1.0, 0.0, -torch.inf, -1.0, 2.0])
     numbers = per_image_noise(range(40), 250).flatten()
-    drawn = sample_inverse_cdf(logits_K.expand(len(numbers), -1), numbers).bincount(minlength=5)
+    sampled = sample_inverse_cdf(logits_K.expand(len(numbers), -1), numbers).bincount(minlength=5)
     expected = len(numbers) * logits_K.double().softmax(-1)
     real = expected > 0
-    assert int(drawn[~real].sum()) == 0
-    assert scipy.stats.chisquare(drawn[real].numpy(), expected[real].numpy()).pvalue > 0.01
+    assert int(sampled[~real].sum()) == 0
+    assert scipy.stats.chisquare(sampled[real].numpy(), expected[real].numpy()).pvalue > 0.01
 
 
 def test_temperature_then_top_k_then_top_p():
     logits_K = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0], dtype=torch.float64)
     count = 10_000
     numbers = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    drawn = sample_logits(logits_K.expand(count, -1), numbers, 2.0, 4, 0.8).bincount(minlength=5)
+    sampled = sample_logits(logits_K.expand(count, -1), numbers, 2.0, 4, 0.8).bincount(minlength=5)
     four = np.exp([1.0, 0.5, 0.0, -0.5])
     # 0.455 and 0.276 of the four make 0.73, so that a third is needed for 0.8.
     expected = np.array([*(four[:3] / four[:3].sum()), 0, 0]) * count
-    assert np.abs(drawn.numpy() - expected).max() <= 1
+    assert np.abs(sampled.numpy() - expected).max() <= 1
 
 
 @given(rows, st.floats(0, 1))
@@ -312,7 +312,7 @@ def test_codes_are_members_of_their_labels(coarse, fine, settings):
 def plain_coarse(
     model: CoarseModel, numbers_BL: Tensor, settings: Sampling, kept_BL: Tensor | None = None
 ) -> Tensor:
-    """The definition: no cache, two passes, the guided logits of one place after another."""
+    """The definition: no cache, two passes, the guided logits of one position after another."""
     labels_BL = torch.zeros(numbers_BL.shape, dtype=torch.int64)
     first, last = settings.guidance_window
     for position in range(L):
@@ -383,10 +383,10 @@ def recorded(*models: nn.Module) -> Iterator[tuple[list[tuple[int, ...]], list[T
     logits: list[Tensor] = []
     hooks = [
         *(m.backbone.layers[0].register_forward_pre_hook(
-            lambda _, given: shapes.append(tuple(given[0].shape[:2]))
+            lambda _, inputs: shapes.append(tuple(inputs[0].shape[:2]))
         ) for m in models),
         *(m.head.register_forward_hook(
-            lambda _, given, result: logits.append(result.clone())
+            lambda _, inputs, result: logits.append(result.clone())
         ) for m in models),
     ]  # fmt: skip
     try:
@@ -432,7 +432,7 @@ def test_nothing_unconditional_is_computed_that_is_not_needed(coarse, settings, 
     assert [len(logits_BK) for logits_BK in logits] == [batch for batch, _ in expected]
 
 
-def test_a_step_is_taken_when_the_next_labels_are_asked_for(coarse):
+def test_a_stream_takes_a_step_only_for_the_next_labels(coarse):
     numbers_BL = per_image_noise(SEEDS, L)[:, 0]
     expected = sample_coarse(coarse, CLASSES_B, numbers_BL, Sampling())
     with recorded(coarse) as (_, logits):
@@ -449,7 +449,7 @@ def test_a_step_is_taken_when_the_next_labels_are_asked_for(coarse):
         assert len(logits) == L + 1 and list(steps) == []
 
 
-# Labels and codes that are kept
+# Known labels and codes
 
 masks = st.integers(0, 2 ** (5 * L) - 1).map(
     lambda bits: torch.tensor([bits >> i & 1 for i in range(5 * L)], dtype=torch.bool).view(5, L)
@@ -459,9 +459,9 @@ FORCED_BL = torch.arange(5 * L).view(5, L) * 3 % CLUSTERS.count
 
 @given(masks, st.sampled_from([SETTINGS[1], Sampling(1.0), WINDOWS[1], WINDOWS[2]]))
 @examples(max_examples=25, deadline=None)
-def test_sampling_around_kept_labels_against_its_definition(coarse, keep_BL, settings):
+def test_sampling_around_known_labels_against_its_definition(coarse, known_BL, settings):
     numbers_BL = per_image_noise(SEEDS, L)[:, 0]
-    kept_BL = FORCED_BL.masked_fill(~keep_BL, -1)
+    kept_BL = FORCED_BL.masked_fill(~known_BL, -1)
     before = kept_BL.clone()
     got = sample_coarse(coarse, CLASSES_B, numbers_BL, settings, kept_BL)
     assert torch.equal(got, plain_coarse(coarse, numbers_BL, settings, kept_BL))
@@ -471,42 +471,42 @@ def test_sampling_around_kept_labels_against_its_definition(coarse, keep_BL, set
 @given(st.integers(0, 2**L - 1), st.sampled_from([SETTINGS[1], Sampling(1.0), WINDOWS[2]]))
 @examples(max_examples=40, deadline=None)
 def test_positions_that_all_images_keep_take_no_step(coarse, bits, settings):
-    keep_L = torch.tensor([bits >> i & 1 for i in range(L)], dtype=torch.bool)
+    known_L = torch.tensor([bits >> i & 1 for i in range(L)], dtype=torch.bool)
     numbers_BL = per_image_noise(SEEDS, L)[:, 0]
-    kept_BL = FORCED_BL.masked_fill(~keep_L, -1)
+    kept_BL = FORCED_BL.masked_fill(~known_L, -1)
     with recorded(coarse) as (shapes, logits):
         got = sample_coarse(coarse, CLASSES_B, numbers_BL, settings, kept_BL)
     assert torch.equal(got, plain_coarse(coarse, numbers_BL, settings, kept_BL))
-    assert 0 <= len(logits) - int((~keep_L).sum()) <= 1  # one step may take two passes
-    # No position is computed twice, and none after the last that is drawn.
+    assert 0 <= len(logits) - int((~known_L).sum()) <= 1  # one step may take two passes
+    # No position is computed twice, and none after the last that is sampled.
     images = sum(batch * positions for batch, positions in shapes)
-    drawn = (~keep_L).nonzero()[:, 0].tolist()
-    assert images <= 10 * (drawn[-1] + 1 if drawn else 0)
+    sampled = (~known_L).nonzero()[:, 0].tolist()
+    assert images <= 10 * (sampled[-1] + 1 if sampled else 0)
 
 
-def test_a_kept_half_takes_one_pass(coarse):
+def test_a_known_half_takes_one_pass(coarse):
     numbers_BL = per_image_noise(SEEDS, L)[:, 0]
-    for keep_L, expected in (
+    for known_L, expected in (
         (torch.arange(L) < 8, [(10, 9)] + [BOTH] * 7),
         (torch.arange(L) >= 8, [BOTH] * 8),
         (torch.ones(L, dtype=torch.bool), []),
     ):
         with recorded(coarse) as (shapes, _):
-            kept_BL = FORCED_BL.masked_fill(~keep_L, -1)
+            kept_BL = FORCED_BL.masked_fill(~known_L, -1)
             sample_coarse(coarse, CLASSES_B, numbers_BL, Sampling(), kept_BL)
         assert shapes == expected
 
 
 @pytest.mark.parametrize("softmax", ["members", "full"])
-def test_kept_codes_are_put_back(softmax):
+def test_known_codes_stay(softmax):
     model = FineModel(CONFIG, CLUSTERS, softmax).eval()
     randomise(model)
     codes_BL = torch.arange(5 * L).view(5, L) % len(LABELS_V)
-    keep_BL = torch.arange(5 * L).view(5, L) % 3 == 0
-    given = (CLUSTERS, LABELS_V[codes_BL], CLASSES_B, per_image_noise(SEEDS, L)[:, 1], Sampling())
-    free_BL = sample_fine(model, *given)
-    got_BL = sample_fine(model, *given, codes_BL.masked_fill(~keep_BL, -1))
-    assert torch.equal(got_BL, torch.where(keep_BL, codes_BL, free_BL))
+    known_BL = torch.arange(5 * L).view(5, L) % 3 == 0
+    inputs = (CLUSTERS, LABELS_V[codes_BL], CLASSES_B, per_image_noise(SEEDS, L)[:, 1], Sampling())
+    free_BL = sample_fine(model, *inputs)
+    got_BL = sample_fine(model, *inputs, codes_BL.masked_fill(~known_BL, -1))
+    assert torch.equal(got_BL, torch.where(known_BL, codes_BL, free_BL))
     assert not torch.equal(got_BL, free_BL)
 
 

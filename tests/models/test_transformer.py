@@ -80,8 +80,8 @@ def test_rope_angles_in_closed_form():
     for row in range(CONFIG.grid):
         for column in range(CONFIG.grid):
             for pair in range(half):
-                step, place = (row, pair) if pair < half // 2 else (column, pair - half // 2)
-                angle = step * CONFIG.rope_base ** (-2 * place / half)
+                step, i = (row, pair) if pair < half // 2 else (column, pair - half // 2)
+                angle = step * CONFIG.rope_base ** (-2 * i / half)
                 cos, sin = table[1 + row * CONFIG.grid + column, pair].tolist()
                 assert cos == pytest.approx(math.cos(angle), abs=1e-6)
                 assert sin == pytest.approx(math.sin(angle), abs=1e-6)
@@ -107,7 +107,7 @@ cells = st.integers(0, CONFIG.grid - 1)
 
 
 @given(cells, cells, cells, cells, st.integers(0, 1000))
-def test_attention_sees_only_relative_places(row_a, column_a, row_b, column_b, seed):
+def test_attention_depends_on_relative_positions_only(row_a, column_a, row_b, column_b, seed):
     generator = torch.Generator().manual_seed(seed)
     q_E, k_E = torch.randn(2, CONFIG.head_dim, generator=generator, dtype=torch.float64)
 
@@ -187,8 +187,8 @@ def test_several_positions_at_once_equal_one_causal_pass(parts):
         start, steps = 0, []
         for count in parts:
             # The images one by one: each finds its own rows in the cache.
-            given = inputs_BT[:, start : start + count]
-            one = [backbone.step(given[i : i + 1], start, cache, slice(i, i + 1)) for i in range(3)]
+            part = inputs_BT[:, start : start + count]
+            one = [backbone.step(part[i : i + 1], start, cache, slice(i, i + 1)) for i in range(3)]
             steps.append(torch.cat(one))
             start += count
     torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=1e-4, atol=1e-5)
@@ -202,9 +202,9 @@ def test_only_dropout_depends_on_training_mode():
     assert torch.equal(plain.train()(labels_BL, classes_B, causal=False), expected)
     assert torch.equal(dropping(labels_BL, classes_B, causal=False), expected)
     assert not torch.equal(dropping.train()(labels_BL, classes_B, causal=False), expected)
-    # Token, attention and SwiGLU: LlamaGen's three places, in each of them.
-    places = [name for name, module in dropping.named_modules() if isinstance(module, nn.Dropout)]
-    assert len(places) == 1 + 2 * CONFIG.layers
+    # Token, attention and SwiGLU: as in LlamaGen.
+    dropouts = [module for module in dropping.modules() if isinstance(module, nn.Dropout)]
+    assert len(dropouts) == 1 + 2 * CONFIG.layers
 
 
 def test_memory_of_a_cache_is_that_of_its_tensors():

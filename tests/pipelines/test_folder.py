@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from ctf import kernels
 from ctf.common import storage
 from ctf.common.errors import UserError
 from ctf.models import clusters
+from ctf.models.clusters import Clusters
 from ctf.models.sampling import Sampling
-from ctf.pipelines.folder import PIPELINE_FILES, save_clusters
+from ctf.pipelines.folder import CLUSTERS, PIPELINE_FILES, load_clusters, save_clusters
 from ctf.pipelines.pipeline import Pipeline
 from tests.conftest import SIDE, read_files
 from tests.pipelines.helpers import LENGTH, PARTS, same, same_codes
@@ -189,3 +191,35 @@ def test_json_of_another_kind(parts: Path, part: str, content: str) -> None:
     with pytest.raises(UserError) as error:
         Pipeline.from_pretrained(parts)
     assert str((parts / part).parent) in str(error.value)
+
+
+@pytest.mark.parametrize("labels", [[0], [0, 0, 0], [2, 0, 1], [0, 1, 0, 1, 2, 2, 2]])
+def test_clusters_are_saved_and_loaded(tmp_path: Path, labels: list[int]) -> None:
+    clusters = Clusters.from_labels(torch.tensor(labels))
+    save_clusters(clusters, tmp_path / CLUSTERS)
+    loaded = load_clusters(tmp_path / CLUSTERS)
+    assert torch.equal(loaded.labels_V, clusters.labels_V)
+    assert torch.equal(loaded.members_KS, clusters.members_KS)
+
+
+def test_damaged_clusters(tmp_path: Path) -> None:
+    path = tmp_path / CLUSTERS
+    clusters = Clusters.from_labels(torch.tensor([0, 1, 0, 1]))
+
+    def check(tensors: dict[str, Tensor], reason: str) -> None:
+        storage.save_tensors(path, tensors)
+        with pytest.raises(UserError, match=reason):
+            load_clusters(path)
+
+    good = {"labels_V": clusters.labels_V, "members_KS": clusters.members_KS}
+    check({**good, "members_KS": clusters.members_KS.flip(1)}, "members do not match labels")
+    check({**good, "labels_V": torch.tensor([0, 0, 0, 1])}, "members do not match labels")
+    check({**good, "labels_V": torch.tensor([0, 2, 0, 2])}, "cluster 1 is empty")
+    check({**good, "labels_V": torch.tensor([0, 1, 0, 9])}, "label 9 is above")
+    check({"labels_V": clusters.labels_V}, "its tensors are labels_V;")
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(UserError, match="truncated"):
+        load_clusters(path)
+    path.unlink()
+    with pytest.raises(UserError, match="not found"):
+        load_clusters(path)

@@ -145,7 +145,7 @@ def test_the_first_loss_is_that_of_knowing_nothing(folder: Path, kind: Kind) -> 
 
 
 def watching(calls: list[tuple[transformers.Model, Tensor, Tensor]]) -> Objective:
-    """An objective that only looks at what it is given."""
+    """An objective that only records its arguments."""
 
     def losses(model: transformers.Model, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
         calls.append((model, codes_BL, classes_B))
@@ -154,7 +154,7 @@ def watching(calls: list[tuple[transformers.Model, Tensor, Tensor]]) -> Objectiv
     return losses
 
 
-def test_batches_are_pictures_in_a_view_with_their_class_or_none(folder: Path) -> None:
+def test_batches_are_images_in_a_view_with_their_class_or_none(folder: Path) -> None:
     calls: list[tuple[transformers.Model, Tensor, Tensor]] = []
     trainer = make(folder, "coarse", watching(calls), batch_size=50, class_dropout=0.1)
     for step in range(40):
@@ -199,7 +199,7 @@ def test_evaluation_sees_every_class_and_the_average(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_held_out_loss_is_a_mean_of_pictures(folder: Path, kind: Kind) -> None:
+def test_held_out_loss_is_a_mean_over_images(folder: Path, kind: Kind) -> None:
     trainer = make(folder, kind)
     for step in range(5):
         trainer.step(step)
@@ -340,16 +340,15 @@ def test_values_out_of_range(change: dict[str, Any], message: str) -> None:
         dataclasses.replace(TRAINING, **change)
 
 
-# --- what is taught beside or instead of the objective --------------------------------------------
+# --- training objectives --------------------------------------------------------------------------
 
 
-def test_what_is_taught_is_not_what_is_evaluated(folder: Path) -> None:
+def test_training_and_evaluation_may_have_different_objectives(folder: Path) -> None:
     plain = make(folder, "fine")
-    taught = objectives.corrupted_objective(CLUSTERS, 0.5)
+    corrupted = objectives.corrupted_objective(CLUSTERS, 0.5)
     objective = objectives.fine_objective(CLUSTERS)
-    other = Trainer(
-        plain.model, objective, plain.train, plain.val, TRAINING, ALONE, training_objective=taught
-    )  # fmt: skip
+    inputs = (plain.model, objective, plain.train, plain.val, TRAINING, ALONE)
+    other = Trainer(*inputs, training_objective=corrupted)
     assert other.evaluate()["loss"] == pytest.approx(plain.evaluate()["loss"])
     one, wrong = (float(trainer.step(0)["loss"]) for trainer in (plain, other))
     assert one != pytest.approx(wrong, rel=1e-6)
@@ -387,19 +386,19 @@ def test_parts_are_of_that_size(folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_that_are_computed_again_are_the_same(folder: Path, kind: Kind) -> None:
-    """With the same dropout, and with less kept for the backward pass."""
+    """With the same dropout, and with less saved for the backward pass."""
     again = Execution(checkpoint_activations=True)
     assert first_losses(folder, kind, again, 0.1) == first_losses(
         folder, kind, DEFAULT_EXECUTION, 0.1
     )
-    kept = {}
+    saved = {}
     for execution in (DEFAULT_EXECUTION, again):
         trainer = make(folder, kind, execution=execution)
         _, codes_BL, classes_B = trainer.batch(0)
-        kept[execution] = cost.saved_bytes(
+        saved[execution] = cost.saved_bytes(
             trainer.model, lambda t=trainer, c=codes_BL, k=classes_B: t.trained(c, k)
         )
-    assert kept[again] < 0.5 * kept[DEFAULT_EXECUTION]
+    assert saved[again] < 0.5 * saved[DEFAULT_EXECUTION]
 
 
 def test_compiled_is_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,8 +417,10 @@ def test_compiled_is_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(torch, "compile", watched)
     compiled = Execution(compile=True, checkpoint_activations=True)
-    got, wanted = (first_losses(folder, "coarse", x, 0.0) for x in (compiled, DEFAULT_EXECUTION))
-    assert used and got == pytest.approx(wanted, abs=1e-4)
+    found, expected = (
+        first_losses(folder, "coarse", x, 0.0) for x in (compiled, DEFAULT_EXECUTION)
+    )
+    assert used and found == pytest.approx(expected, abs=1e-4)
 
 
 # --- precision ------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ctf.kernels.products import works
 from ctf.models import transformer
 from ctf.models.transformer import Backbone, KVCache
 
@@ -84,8 +85,4 @@ class CompiledBackbone(Backbone):
 @functools.cache
 def compiles(device: str) -> bool:
     """Whether PyTorch finds what it needs to compile for a type of device: a compiler, Triton."""
-    try:
-        torch.compile(torch.sin)(torch.zeros(8, device=device))
-    except Exception:  # each missing part raises an error of its own
-        return False
-    return True
+    return works(lambda: torch.compile(torch.sin)(torch.zeros(8, device=device)))

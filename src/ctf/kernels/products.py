@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,11 +36,7 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 def has_linear(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies matrices of this precision here."""
     ones = torch.ones(2, 16, dtype=dtype)
-    try:
-        _linear(ones, ones)
-    except Exception:  # no such operator, library or instruction
-        return False
-    return True
+    return works(lambda: _linear(ones, ones))
 
 
 class Packed(nn.Module):
@@ -98,8 +95,13 @@ class Int8(nn.Module):
 @functools.cache
 def has_layer(kind: type[Packed | Int8]) -> bool:
     """Whether layers of this kind work here."""
+    return works(lambda: kind(torch.ones(16, 16))(torch.ones(2, 16)))
+
+
+def works(attempt: Callable[[], object]) -> bool:
+    """Whether something can be computed here: each missing part raises an error of its own."""
     try:
-        kind(torch.ones(16, 16))(torch.ones(2, 16))
-    except Exception:  # no such operator, library or instruction
+        attempt()
+    except Exception:
         return False
     return True

@@ -1,13 +1,12 @@
-"""Plug in a tokenizer of one's own.
+"""Plug in a tokenizer of your own.
 
 The other stages need a tokenizer's codes and code vectors, not a VQ-VAE. Here a code is a patch of
-4 x 4 pixels, one of those that k-means found in the training images. Its clusters, the coarse and
+4 x 4 pixels, one of those that k-means finds in the training images. Its clusters, the coarse and
 the fine model are trained as for any other tokenizer, and `Pipeline` samples from them.
 
     python examples/custom_tokenizer.py --out custom_tokenizer.png
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,49 +24,41 @@ from ctf.models.fine import FineModel
 from ctf.models.objectives import Objective, coarse_objective, fine_objective
 from ctf.models.transformer import TransformerConfig
 
+PATCH = 4  # pixels per side
 
-@dataclass
+
 class PatchTokenizer:
-    """A `ctf.models.tokenizer.Tokenizer`; `fit` creates it from images."""
+    """A `ctf.models.tokenizer.Tokenizer`."""
 
-    codebook_VC: Tensor
-    image_size: int
-    patch: int = 4
-
-    @classmethod
-    def fit(cls, images_BCHW: Tensor, codebook_size: int) -> "PatchTokenizer":
-        tokenizer = cls(torch.empty(0), images_BCHW.shape[-1])
-        patches_NC = tokenizer.encode_vectors(images_BCHW).flatten(0, 1)
-        kmeans = MiniBatchKMeans(codebook_size, random_state=0).fit(patches_NC)
-        tokenizer.codebook_VC = torch.from_numpy(kmeans.cluster_centers_).float()
-        return tokenizer
-
-    @property
-    def grid(self) -> int:
-        return self.image_size // self.patch
+    def __init__(self, images_BCHW: Tensor, codebook_size: int) -> None:
+        self.image_size = images_BCHW.shape[-1]
+        self.grid = self.image_size // PATCH
+        kmeans = MiniBatchKMeans(codebook_size, random_state=0)
+        kmeans.fit(patches(images_BCHW).flatten(0, 1))
+        self.codebook_VC = torch.from_numpy(kmeans.cluster_centers_).float()
 
     def codebook(self) -> Tensor:
         return self.codebook_VC
 
-    def encode_vectors(self, images_BCHW: Tensor) -> Tensor:
-        return F.unfold(images_BCHW, self.patch, stride=self.patch).transpose(1, 2)
-
     def encode(self, images_BCHW: Tensor) -> Tensor:
-        return torch.cdist(self.encode_vectors(images_BCHW), self.codebook_VC).argmin(-1)
+        return torch.cdist(patches(images_BCHW), self.codebook_VC).argmin(-1)
 
     def decode_vectors(self, vectors_BLC: Tensor) -> Tensor:
         size = (self.image_size, self.image_size)
-        return F.fold(vectors_BLC.transpose(1, 2), size, self.patch, stride=self.patch)
+        return F.fold(vectors_BLC.transpose(1, 2), size, PATCH, stride=PATCH)
 
 
-def train(
-    model: nn.Module, objective: Objective, codes_NL: Tensor, classes_N: Tensor, steps: int
-) -> None:
+def patches(images_BCHW: Tensor) -> Tensor:
+    """Return the patches of images as vectors (B, L, C), row by row."""
+    return F.unfold(images_BCHW, PATCH, stride=PATCH).transpose(1, 2)
+
+
+def train(model: nn.Module, objective: Objective, codes_NL: Tensor, classes_N: Tensor, steps: int):
+    """Train a model with AdamW, without a class for one image in ten (for guidance)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(steps):
         batch = torch.randint(len(codes_NL), (32,))
-        classes_B = classes_N[batch]
-        classes_B[torch.rand(32) < 0.1] = model.no_class  # for classifier-free guidance
+        classes_B = classes_N[batch].masked_fill(torch.rand(32) < 0.1, model.no_class)
         loss = objective(model, codes_NL[batch], classes_B)
         optimizer.zero_grad()
         loss.backward()
@@ -76,22 +67,14 @@ def train(
     model.eval().requires_grad_(False)
 
 
-def main(
-    out: Path = Path("custom_tokenizer.png"), steps: int = 1000, images: int = 10_000
-) -> Pipeline:
-    """Train on Fashion-MNIST, and write a contact sheet of samples.
-
-    Args:
-        out: name of the sheet
-        steps: of the coarse and the fine model each
-        images: number of images to train on
-    """
+def main(out: Path = Path("custom_tokenizer.png"), steps: int = 1000, images: int = 10_000):
+    """Train on images of Fashion-MNIST, `steps` steps each model; write samples into `out`."""
     torch.manual_seed(0)
     data = open_images("fashion-mnist").train
     images_BCHW = as_tensor(data.read(range(images)))
     classes_N = torch.from_numpy(data.classes_N[:images])
 
-    tokenizer = PatchTokenizer.fit(images_BCHW[:1000], codebook_size=256)
+    tokenizer = PatchTokenizer(images_BCHW[:1000], codebook_size=256)
     codes_NL = torch.cat([tokenizer.encode(batch) for batch in images_BCHW.split(1000)])
     clusters = fit(tokenizer.codebook(), ClustersConfig(count=32))
 

@@ -28,7 +28,7 @@ def test_a_sheet_of_all_classes(example: dict[str, Any], tmp_path: Path) -> None
 def test_patches_are_decoded_where_they_were(example: dict[str, Any]) -> None:
     squares = (torch.arange(9 * 16) * 7 % 5 % 2).view(9, 1, 4, 4) * 2.0 - 1
     images_BCHW = squares.repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
-    tokenizer = example["PatchTokenizer"].fit(images_BCHW, codebook_size=2)
+    tokenizer = example["PatchTokenizer"](images_BCHW, codebook_size=2)
     codes_BL = tokenizer.encode(images_BCHW)
     assert codes_BL.shape == (9, 16) and codes_BL.unique().tolist() == [0, 1]
     decoded_BCHW = tokenizer.decode_vectors(tokenizer.codebook()[codes_BL])

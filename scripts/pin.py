@@ -14,6 +14,9 @@ Everything is computed in single precision on one thread of the CPU, and compare
 so compare what one machine has recorded. Times and speeds are left out. `--part` records some parts
 alone; each takes from a second to four minutes of a free processor.
 
+`--ignore-wording` lets texts differ, but not the numbers in them; `--ignore-new` lets there be more
+than there was; `--allow PATTERN` excuses what it matches. A part that fails keeps what it had.
+
 A recording is a folder:
 
     machine.json   what computed it

@@ -83,16 +83,9 @@ class ClassifierTrainer:
 def augment(
     pixels_BSSC: np.ndarray, random: np.random.Generator, *, flip: bool, shift: int
 ) -> np.ndarray:
-    """Shift each image by up to `shift` pixels each way, reflecting its border; mirror half.
+    """Return images, uint8 (B, S, S, 3), each shifted by up to `shift` pixels either way.
 
-    Args:
-        pixels_BSSC: uint8 (B, S, S, 3).
-        random: Consumed.
-        flip: Whether to mirror at all.
-        shift: Pixels.
-
-    Returns:
-        Pixels of the same shape.
+    Borders are reflected. With `flip`, half of the images are mirrored.
     """
     batch, size = pixels_BSSC.shape[:2]
     offsets_2B1 = random.integers(-shift, shift + 1, (2, batch, 1))

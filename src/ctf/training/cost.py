@@ -30,7 +30,7 @@ from ctf.models import sizes
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.models.transformer import TransformerConfig
 from ctf.training.loop import DEFAULT_EXECUTION, Execution
-from ctf.training.recipes import IMAGENET, Recipe
+from ctf.training.recipes import IMAGENET, KINDS, Kind, Recipe
 from ctf.training.tokenizer import PatchDiscriminator, TokenizerTraining
 from ctf.training.transformers import TrainingConfig
 
@@ -93,65 +93,34 @@ class Cost:
 # --- Transformers ---------------------------------------------------------------------------------
 
 
-def coarse_cost(
-    config: TransformerConfig, training: TrainingConfig, setting: Setting, clusters: int
-) -> Cost:
-    """Return the cost of the coarse model; with as many clusters as codes, of the baseline."""
-    return _transformer_cost(
-        "coarse", config, training, setting,
-        positions=config.length, clusters=clusters, rows=clusters, outputs=clusters,
-        logits=lambda tokens: _sliced_logits(tokens, clusters),
-    )  # fmt: skip
-
-
-def fine_cost(
+def model_cost(
+    kind: Kind,
     config: TransformerConfig,
     training: TrainingConfig,
     setting: Setting,
+    *,
     clusters: int,
     codes: int,
     largest: int,
     softmax: Literal["members", "full"],
 ) -> Cost:
-    """Return the cost of the fine model; `largest` is the size of the largest cluster."""
-    full = softmax == "full"
+    """Return the cost of a coarse or a fine model; with as many clusters as codes, of the baseline.
 
-    def logits(tokens: int) -> int:
-        # Of members: sorted by cluster and not, log-probabilities, gradient.
-        return _sliced_logits(tokens, codes) if full else tokens * largest * 4 * FLOAT
-
-    return _transformer_cost(
-        "fine", config, training, setting,
-        positions=config.length + 1, clusters=clusters, rows=codes,
-        outputs=codes if full else math.ceil(codes / clusters), logits=logits,
-    )  # fmt: skip
-
-
-def _sliced_logits(tokens: int, outputs: int) -> int:
-    """Return the bytes of `logits.cross_entropy`: a slice, its products, its gradient."""
-    return min(SLICE, tokens * outputs) * (FLOAT + 2 * HALF)
-
-
-def _transformer_cost(
-    name: str,
-    config: TransformerConfig,
-    training: TrainingConfig,
-    setting: Setting,
-    *,
-    positions: int,
-    clusters: int,
-    rows: int,
-    outputs: int,
-    logits: Callable[[int], int],
-) -> Cost:
-    """Return the cost of training a transformer.
-
-    With `rows` of the output layer, of which a token is multiplied with `outputs` on average;
-    `logits` returns the bytes that the loss of so many tokens needs.
+    Of `largest`, the size of the largest cluster, and of `softmax` only a fine model depends.
     """
-    parameters = sizes.parameters(config, clusters, rows)
     micro_batch = -(-training.batch_size // setting.devices)
     micro_batch = min(micro_batch, setting.execution.micro_batch or micro_batch)
+    tokens = micro_batch * config.length
+    positions, rows, outputs = config.length, clusters, clusters  # rows and logits of the head
+    if kind == "fine":
+        full = softmax == "full"
+        positions, rows, outputs = positions + 1, codes, codes if full else -(-codes // clusters)
+    # Of `logits.cross_entropy`: a slice in float32, its products, its gradient. Of members: sorted
+    # by cluster and not, log-probabilities, gradient.
+    logits = min(SLICE, tokens * rows) * (FLOAT + 2 * HALF)
+    if kind == "fine" and softmax == "members":
+        logits = tokens * largest * 4 * FLOAT
+    parameters = sizes.parameters(config, clusters, rows)
     block = sizes.block_weights(config)
     blocks = config.layers * block
     shardable = setting.devices > 1
@@ -165,7 +134,7 @@ def _transformer_cost(
         memory = {
             **states,
             "bf16 copies": HALF * (block if checkpointing else blocks),
-            "logits": logits(micro_batch * config.length),
+            "logits": logits,
             "activations": micro_batch * each,
         }
         if sharded:
@@ -174,7 +143,7 @@ def _transformer_cost(
         return memory
 
     return Cost(
-        name=name,
+        name=kind,
         parameters=parameters,
         images=training.steps * training.batch_size,
         flops_each=sizes.training_flops(config, positions, outputs),
@@ -310,16 +279,14 @@ def costs(recipe: Recipe, setting: Setting) -> Iterator[Cost]:
     )
     codes = shape.codebook_size
     clusters = codes if recipe.clusters.method == "identity" else recipe.clusters.count
-    coarse = recipe.coarse.config(shape.grid, setting.classes)
-    yield coarse_cost(coarse, recipe.coarse_training, setting, clusters)
-    if clusters == codes:
-        return  # a fine model would have nothing to predict
-    fine = recipe.fine.config(shape.grid, setting.classes)
     # The largest cluster's size is unknown before there are clusters; taken as 4 times the mean.
     largest = min(codes, 4 * math.ceil(codes / clusters))
-    yield fine_cost(
-        fine, recipe.fine_training, setting, clusters, codes, largest, recipe.fine_softmax
-    )
+    for kind in KINDS[: 1 if clusters == codes else 2]:  # identity clusters have no fine model
+        config = recipe.shape(kind).config(shape.grid, setting.classes)
+        yield model_cost(
+            kind, config, recipe.training(kind), setting,
+            clusters=clusters, codes=codes, largest=largest, softmax=recipe.fine_softmax,
+        )  # fmt: skip
 
 
 def describe(recipe: Recipe, setting: Setting) -> str:

@@ -28,8 +28,8 @@ from ctf.pipelines.folder import SETTINGS, load_settings, load_tokenizer
 from ctf.pipelines.pipeline import Pipeline
 from ctf.training import cost, loop, metrics_log, stages
 from ctf.training.loop import DEFAULT_EXECUTION, Execution, Trainable
-from ctf.training.recipes import Recipe, check_recipe
-from ctf.training.stages import FIT, Kind, ModelStage
+from ctf.training.recipes import KINDS, Recipe, check_recipe
+from ctf.training.stages import FIT, ModelStage
 from ctf.training.tokenizer import TokenizerTrainer, reconstruction_metrics
 
 MEASURED_IMAGES = 2000  # held-out images that the finished tokenizer is measured on
@@ -90,8 +90,7 @@ def fit(
     with log.timed("clusters"):
         clusters = stages.fit_clusters(run, tokenizer, recipe.clusters)
 
-    kinds: tuple[Kind, ...] = ("coarse", "fine") if clusters.largest > 1 else ("coarse",)
-    for kind in kinds:
+    for kind in KINDS[: 2 if clusters.largest > 1 else 1]:  # identity clusters have no fine model
         stage = ModelStage(run, kind, recipe, clusters, world, execution)
         if budget is not None:
             recipe = recipe.with_steps(budget.steps(kind, stage.make_trainer), [kind])

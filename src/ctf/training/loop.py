@@ -24,7 +24,7 @@ from ctf.common.errors import Stopped, UserError
 from ctf.common.precision import Precision
 from ctf.common.progress import Progress
 from ctf.training import state
-from ctf.training.metrics_log import MetricsLog
+from ctf.training.metrics_log import Split, append_metrics, drop_metrics, read_metrics
 
 LOG_EVERY = 20  # steps averaged into one line of metrics.jsonl
 COUNTS = ("images", "tokens")  # of the metrics of a step: logged per second, not averaged
@@ -35,23 +35,17 @@ SAVE_SECONDS = 20.0  # a kill loses about this much work
 class Execution:
     """How a transformer's step is computed; what it computes is the same, up to rounding.
 
-    Args:
-        micro_batch: Images that a process takes at a time; None for its whole share of the batch.
-        checkpoint_activations: Store only the input of each block, and recompute the rest.
-        shard: Shard weights, gradients, moments and averages over the processes (FSDP2).
-        compile: Compile the blocks with torch.compile.
-        precision: Of matrix products. "auto" is bf16 on GPUs that support it, else fp32; "bf16"
-            also uses processors that support it. Weights, moments, averages, norms and the loss
-            are always in float32.
+    The precision is that of matrix products: "auto" is bf16 on GPUs that support it, else fp32.
+    Weights, moments, averages, norms and the loss are always in float32.
 
     Raises:
         UserError: The micro-batch is below 1.
     """
 
-    micro_batch: int | None = None
-    checkpoint_activations: bool = False
-    shard: bool = False
-    compile: bool = False
+    micro_batch: int | None = None  # images that a process takes at a time; None: all of its share
+    checkpoint_activations: bool = False  # store only the input of each block, recompute the rest
+    shard: bool = False  # weights, gradients, moments and averages over the processes (FSDP2)
+    compile: bool = False  # the blocks, with torch.compile
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
@@ -105,29 +99,26 @@ def run(
     """Train up to `steps` steps, from the newest state in `folder`/state if there is one.
 
     Writes `folder`/metrics.jsonl: every LOG_EVERY steps their mean metrics ("split": "train"), and
-    the metrics of each evaluation ("split": "val"). States are saved every SAVE_SECONDS where such
-    a line ends, and on SIGTERM together with the sums of the line that it interrupts, so a resumed
-    training logs the same means.
-
-    Args:
-        trainable: What to train.
-        folder: Belongs to this training; see `begin`.
-        steps: In all, those of the state included.
-        evaluate_every: Steps, rounded to whole lines; evaluated at the end as well.
-        evaluate_first: Evaluate before the first step, too.
-        progress: Called with each line of training.
-        world: All processes train; the first one writes.
+    the metrics of each evaluation ("split": "val"): every `evaluate_every` steps, rounded to whole
+    lines, at the end, and with `evaluate_first` before the first step. States are saved every
+    SAVE_SECONDS where a line ends, and on SIGTERM together with the sums of the line that it
+    interrupts, so a resumed training logs the same means.
 
     Raises:
         Stopped: One of the processes got SIGTERM; the training is saved.
     """
-    log = MetricsLog(folder, world)
+
+    def log(split: Split, metrics: Mapping[str, float], step: int, seconds: float) -> None:
+        world.on_main(lambda: append_metrics(folder, step, split, metrics, seconds))
+
     start, sums = _resume(trainable, folder / "state", world)
-    seconds_before = log.drop_after(start) + sums.get("seconds", 0.0)
+    world.on_main(lambda: drop_metrics(folder, start))
+    seconds_before = sum(line["seconds"] for line in read_metrics(folder)[-1:])
+    seconds_before += sums.get("seconds", 0.0)
     evaluate_every = max(1, round(evaluate_every / LOG_EVERY)) * LOG_EVERY
     began = last_saved = time.monotonic()
     if evaluate_first and start == 0:
-        log.append(0, "val", trainable.evaluate(), 0.0)
+        log("val", trainable.evaluate(), 0, 0.0)
     with signals.termination_requested() as requested, memory.keep_freed():
         for done in range(start + 1, steps + 1):
             _step(trainable, done - 1, sums)
@@ -135,11 +126,11 @@ def run(
             if done % LOG_EVERY == 0 or done == steps:
                 means, sums = _means(sums, (done - 1) % LOG_EVERY + 1), {}
                 seconds = seconds_before + time.monotonic() - began
-                log.append(done, "train", means, seconds)
+                log("train", means, done, seconds)
                 if progress is not None:
                     progress(done, steps, means)
                 if done % evaluate_every == 0 or done == steps:
-                    log.append(done, "val", trainable.evaluate(), seconds)
+                    log("val", trainable.evaluate(), done, seconds)
                 save = world.any(time.monotonic() - last_saved > SAVE_SECONDS) or done == steps
             stop = world.any(requested.is_set()) and done < steps
             if save or stop:

@@ -8,41 +8,33 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ctf.common import storage
-from ctf.common.distributed import World
 
 FILE = "metrics.jsonl"
 Split = Literal["train", "val"]
 
 
-class MetricsLog:
-    """Writes the file, in the first of several processes."""
+def append_metrics(
+    folder: Path, step: int, split: Split, metrics: Mapping[str, float], seconds: float
+) -> None:
+    """Append a line: metrics after `step` steps and `seconds` of training.
 
-    def __init__(self, folder: Path, world: World) -> None:
-        self.path, self.world = folder / FILE, world
+    Raises:
+        UserError: The file cannot be written.
+    """
+    line = {"step": step, "split": split, **metrics, "seconds": round(seconds, 3)}
+    with storage.user_errors(folder / FILE):
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
-    def append(self, step: int, split: Split, metrics: Mapping[str, float], seconds: float) -> None:
-        """Append a line: metrics after `step` steps and `seconds` of training."""
-        line = {"step": step, "split": split, **metrics, "seconds": round(seconds, 3)}
 
-        def write() -> None:
-            with storage.user_errors(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-
-        self.world.on_main(write)
-
-    def drop_after(self, step: int) -> float:
-        """Drop the lines of steps that will be repeated; return the seconds up to `step`."""
-        lines = [line for line in read_metrics(self.path.parent) if 0 < step >= line["step"]]
-
-        def write() -> None:
-            if self.path.is_file():
-                text = "".join(json.dumps(line) + "\n" for line in lines)
-                storage.save_text(self.path, text)
-
-        self.world.on_main(write)
-        return float(lines[-1]["seconds"]) if lines else 0.0
+def drop_metrics(folder: Path, step: int) -> None:
+    """Drop the lines after `step` steps, which a resumed training repeats; all lines for step 0."""
+    if (folder / FILE).is_file():
+        lines = [line for line in read_metrics(folder) if 0 < step >= line["step"]]
+        with storage.atomic(folder / FILE) as temporary:
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            temporary.write_text(text, encoding="utf-8")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

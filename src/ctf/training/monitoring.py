@@ -136,12 +136,7 @@ def table(runs: Sequence[Sequence[Training]]) -> str:
 
 
 def plot(runs: Sequence[Sequence[Training]], path: Path) -> None:
-    """Plot the curves of runs, with equal stages of all runs in one column.
-
-    Args:
-        runs: The trainings of each run.
-        path: Of a PNG.
-    """
+    """Plot the trainings of runs as a PNG, with equal stages of all runs in one column."""
     from matplotlib.figure import Figure
 
     stages = list(dict.fromkeys(training.stage for run in runs for training in run))

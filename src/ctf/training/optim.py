@@ -102,20 +102,10 @@ def update(
     images_B: np.ndarray,
     world: World = ALONE,
 ) -> Tensor:
-    """Take an optimizer step along the parameters' gradients, unless they are not finite.
+    """Clip the gradients of `loss`, take an optimizer step, and return their norm before clipping.
 
-    Args:
-        optimizer: Its parameters have gradients, averaged over all processes.
-        loss: The loss that these are of, averaged over all processes.
-        rate: Learning rate.
-        clip: Norm to which the gradient is clipped.
-        step: Number of the step, for errors.
-        name: What the loss is called in errors.
-        images_B: Numbers of the images in the batch, for errors.
-        world: The processes that train together.
-
-    Returns:
-        The norm of the gradient before clipping.
+    Loss and gradients are averages over all processes. The rest is for error messages: the step,
+    what the loss is called, and the indices of the images in the batch.
 
     Raises:
         UserError: Loss or gradient are not finite; in all processes, before anything has changed.

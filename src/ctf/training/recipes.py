@@ -18,6 +18,8 @@ from ctf.models.sizes import SIZES, TokenizerShape, TransformerShape
 from ctf.training.tokenizer import TokenizerTraining
 from ctf.training.transformers import TrainingConfig
 
+Kind = Literal["coarse", "fine"]
+KINDS: tuple[Kind, ...] = ("coarse", "fine")
 Stage = Literal["tokenizer", "coarse", "fine"]
 STAGES: tuple[Stage, ...] = ("tokenizer", "coarse", "fine")  # those that are trained
 
@@ -69,6 +71,14 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.fine_corruption < 1:
             raise UserError(f"fine_corruption: got {self.fine_corruption}, expected 0 to below 1")
+
+    def shape(self, kind: Kind) -> TransformerShape:
+        """Return the shape of the coarse or the fine model."""
+        return self.coarse if kind == "coarse" else self.fine
+
+    def training(self, kind: Kind) -> TrainingConfig:
+        """Return how the coarse or the fine model is trained."""
+        return self.coarse_training if kind == "coarse" else self.fine_training
 
     def with_steps(self, steps: int, stages: Sequence[Stage] = STAGES) -> Recipe:
         """Return the recipe with this many steps in the given stages."""

@@ -12,7 +12,7 @@ import functools
 import math
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,11 +43,9 @@ from ctf.pipelines.folder import (
 from ctf.training import clusters as clusters_stage
 from ctf.training import cost, loop, state, tokenizer, transformers, warm_start
 from ctf.training.loop import DEFAULT_EXECUTION, Execution
-from ctf.training.recipes import Recipe
+from ctf.training.recipes import Kind, Recipe
 from ctf.training.transformers import TrainingConfig
 from ctf.training.warm_start import Source
-
-Kind = Literal["coarse", "fine"]
 
 FIT = "fit.json"  # marks the run of `ctf fit`
 TOKENIZER = "tokenizer/config.json"  # marks any run
@@ -186,8 +184,7 @@ class ModelStage:
     @property
     def training(self) -> TrainingConfig:
         """How the model is trained."""
-        coarse = self.kind == "coarse"
-        return self.recipe.coarse_training if coarse else self.recipe.fine_training
+        return self.recipe.training(self.kind)
 
     @functools.cached_property
     def tokens(self) -> tuple[Tokens, Tokens]:
@@ -230,13 +227,11 @@ class ModelStage:
             train.manifest.image_size, len(train), shape.classes, self.world.size,
             execution=self.execution,
         )  # fmt: skip
-        count = self.clusters.count
-        if self.kind == "coarse":
-            stage = cost.coarse_cost(shape, t, setting, count)
-        else:
-            codes, largest = self.clusters.codebook_size, self.clusters.largest
-            softmax = self.recipe.fine_softmax
-            stage = cost.fine_cost(shape, t, setting, count, codes, largest, softmax)
+        stage = cost.model_cost(
+            self.kind, shape, t, setting,
+            clusters=self.clusters.count, codes=self.clusters.codebook_size,
+            largest=self.clusters.largest, softmax=self.recipe.fine_softmax,
+        )  # fmt: skip
         first = f"would train {stage.parameters / 1e6:.1f} M parameters: {t}"
         return "\n".join([first, *cost.describe_cost(stage, setting)])
 

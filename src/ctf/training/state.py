@@ -84,11 +84,8 @@ def load_state(
 ) -> dict[str, Tensor]:
     """Read the state after `step` steps.
 
-    Args:
-        folder: As for `save_state`.
-        step: As `latest_state` returns it.
-        like: Tensors of the same names. Of those that are sharded, only this process's shards are
-            read, if the state was saved sharded. Without it, all tensors are full.
+    Of tensors that are sharded in `like`, only this process's shards are read if the state was
+    saved sharded; all others are full.
 
     Raises:
         UserError: The state is missing or damaged.

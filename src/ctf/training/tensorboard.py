@@ -34,7 +34,7 @@ from ctf.pipelines.folder import (
 from ctf.pipelines.pipeline import Pipeline
 from ctf.training import loop, monitoring, state
 from ctf.training.metrics_log import read_metrics
-from ctf.training.stages import Kind
+from ctf.training.recipes import KINDS, Kind
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -64,8 +64,7 @@ def follow(run: Path, *, once: bool, samples_every: int = SAMPLES_EVERY) -> None
         raise UserError(f"samples_every: got {samples_every}, expected 0 or more")
     scalars: dict[Path, ScalarEvents] = {}
     images = ImageEvents(run)
-    kinds: tuple[Kind, ...] = ("coarse", "fine") if samples_every else ()
-    samples = [SampleEvents(run, kind, samples_every) for kind in kinds]
+    samples = [SampleEvents(run, kind, samples_every) for kind in KINDS if samples_every]
     while True:
         for folder in monitoring.find_stages(run):
             if folder not in scalars:
@@ -119,7 +118,7 @@ class ImageEvents:
         swaps = self.run / "clusters" / "swaps.png"
         if self._has_changed("clusters", [swaps]):
             self._add("clusters", Image.open(swaps))
-        models = [self.run / name / "model.safetensors" for name in ("coarse", "fine")]
+        models = [self.run / kind / "model.safetensors" for kind in KINDS]
         if self._has_changed("samples", models):
             try:
                 pipe = Pipeline.from_pretrained(self.run)

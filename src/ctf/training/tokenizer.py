@@ -80,14 +80,10 @@ class Reconstruction(nn.Module):
     def forward(self, images_BCHW: Tensor, quantize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Encode, quantize and decode images.
 
-        Args:
-            images_BCHW: On [-1, 1].
-            quantize: If False, the encoder's vectors are decoded as they are.
-
         Returns:
             The encoder's vectors (B, L, C), their codebook vectors (B, L, C), their codes (N,),
-            and the decoded images (B, 3, H, W). Without quantization there are no codes, and the
-            codebook vectors are the encoder's.
+            and the decoded images (B, 3, H, W). Without quantization, the encoder's vectors are
+            decoded: there are no codes, and the codebook vectors are the encoder's.
         """
         model = self.model
         vectors_BLC = model.encode_vectors(images_BCHW)
@@ -356,14 +352,7 @@ def reconstruction_metrics(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Measure how well a tokenizer reconstructs images, and how much of the codebook it uses.
-
-    Args:
-        model: The tokenizer, on `device`.
-        images: Held-out images.
-        device: Where to compute.
-        limit: Only the first `limit` images.
-        progress: Called after each batch.
+    """Measure how a tokenizer reconstructs (the first `limit`) images and uses its codebook.
 
     Returns:
         "mse" (on [-1, 1]), "psnr" (dB), "ssim", "usage" (fraction of the codes that occur),

@@ -77,16 +77,10 @@ def _find_weights(folder: Path) -> Path:
 def first_weights(
     source: Source, clusters: Clusters, tokens: Tokens, model: CoarseModel, device: torch.device
 ) -> dict[str, Tensor]:
-    """Return the weights that a coarse model starts with.
+    """Return the weights that `model` starts with, a coarse model with the source's shape.
 
-    A class starts as the source's class of the same name, a new one as "no class".
-
-    Args:
-        source: The model to start from.
-        clusters: Those that the new model predicts.
-        tokens: Of the images that the output rows are fitted on.
-        model: The new model, which has the source's shape but for clusters and classes.
-        device: Where to compute.
+    A class starts as the source's class of the same name, a new one as "no class". The output rows
+    are fitted on some of the images that `tokens` has.
     """
     old = source.model.to(device)
     first = old.state_dict()

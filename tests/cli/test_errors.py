@@ -188,7 +188,7 @@ def test_class_numbers_begin_at_0(ctf: Command, pipe: Pipeline, tmp_path: Path) 
     ("command", "message"),
     [
         (["clusters", "fit", "RUN", "--count", 65], "another configuration: count was 8, now 65"),
-        (["clusters", "fit", "RUN", "--count", 0], "count is 0"),
+        (["clusters", "fit", "RUN", "--count", 0], "count: got 0"),
         (["tokens", "extract", "IMAGES", "--run", "RUN", "--limit", 0], "limit"),
         (
             ["tokens", "extract", "IMAGES", "--run", "RUN", "--limit", 3],

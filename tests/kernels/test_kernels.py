@@ -146,7 +146,7 @@ def test_an_engine_that_is_not_available_is_eager(
     kernels.for_sampling(model, None, None, engine)
     assert torch.equal(logits(model), logits(make_coarse()))
     assert torch.equal(sampled(model), sampled(make_coarse()))
-    message = f"{engine} is not available for cpu here; computing without it"
+    message = f"engine {engine} is not available on this cpu; using eager instead"
     assert [str(w.message) for w in recwarn] == ([] if engine == "auto" else [message])
 
 

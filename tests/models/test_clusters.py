@@ -181,9 +181,9 @@ def test_user_errors_of_kmeans() -> None:
         clusters.fit_kmeans(vectors_VC, 0)
     with pytest.raises(UserError, match=r"only 3 of the 10 code vectors.*\n?.*take 3 clusters"):
         clusters.fit_kmeans(vectors_VC[[0, 1, 2, 2, 2, 2, 2, 2, 2, 2]], 4)
-    with pytest.raises(UserError, match="count is 0, expected 1 or more"):
+    with pytest.raises(UserError, match="count: got 0, expected 1 or more"):
         ClustersConfig(count=0)
-    with pytest.raises(UserError, match="restarts is 0, expected 1 or more"):
+    with pytest.raises(UserError, match="restarts: got 0, expected 1 or more"):
         ClustersConfig(restarts=0)
 
 

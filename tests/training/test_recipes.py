@@ -126,7 +126,7 @@ class Shoes(image_set.ImageSet):
         (["fine_softmax=x"], "--set fine_softmax: unknown value 'x': expected members, full"),
         (["coarse_training.steps=0"], "steps: got 0"),
         (["tokens.batch_size=0"], "batch_size: got 0"),
-        (["clusters.count=0"], "count is 0"),
+        (["clusters.count=0"], "clusters.count: got 0"),
         (["sampling.temperature=0"], "temperature: got 0"),
         (["tokenizer.smallest_factor=3"], "smallest_factor: got 3, expected a power of 2"),
         (["tokenizer.largest_grid=0"], "largest_grid: got 0, expected 1 or more"),

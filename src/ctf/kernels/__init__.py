@@ -140,7 +140,7 @@ def _usable(engine: Engine, device: torch.device) -> Engine:
     if available(engine, device):
         return engine
     if engine != "auto":
-        text = f"{engine} is not available for {device.type} here; computing without it"
+        text = f"engine {engine} is not available on this {device.type}; using eager instead"
         warnings.warn(text, stacklevel=3)
     return "eager"
 

@@ -51,7 +51,7 @@ class ClustersConfig:
     def __post_init__(self) -> None:
         for name in ("count", "restarts"):
             if getattr(self, name) < 1:
-                raise UserError(f"clusters: {name} is {getattr(self, name)}, expected 1 or more")
+                raise UserError(f"clusters.{name}: got {getattr(self, name)}, expected 1 or more")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

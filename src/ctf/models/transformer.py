@@ -72,8 +72,9 @@ class TransformerConfig:
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout: got {self.dropout}, expected 0 <= dropout < 1")
-        if not (self.rope_base > 0 and self.norm_eps > 0):
-            raise UserError("rope_base and norm_eps: expected more than 0")
+        for name in ("rope_base", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}: got {getattr(self, name)}, expected more than 0")
 
     @property
     def length(self) -> int:

@@ -1,7 +1,6 @@
 """What a user sees of long work: a bar on a terminal, plain lines in a pipe or a file."""
 
 import io
-import time
 
 import pytest
 from rich.console import Console
@@ -12,9 +11,10 @@ from ctf.common.progress import LINE_SECONDS, format_duration, show_progress
 class Clock:
     """A clock that moves only when `now` is set."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 1000.0
-        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def plain() -> tuple[io.StringIO, Console]:
@@ -22,9 +22,9 @@ def plain() -> tuple[io.StringIO, Console]:
     return file, Console(file=file, width=40)  # narrow: a line is not to be broken
 
 
-def test_plain_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, (file, console) = Clock(monkeypatch), plain()
-    with show_progress("coarse", console) as progress:
+def test_plain_lines_now_and_then() -> None:
+    clock, (file, console) = Clock(), plain()
+    with show_progress("coarse", console, clock) as progress:
         # Resumed at step 1000: 2 seconds a step.
         for step in range(1020, 1201, 20):
             loss = {"loss": 4.0 - step / 1000, "gradient_norm": 1.0, "tokens_per_second": 4096.0}
@@ -37,9 +37,9 @@ def test_plain_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(lines) == 11 and lines[-1] == "coarse: 5000/5000, loss 1.5000"
 
 
-def test_not_too_many_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, (file, console) = Clock(monkeypatch), plain()
-    with show_progress("tokens", console) as progress:
+def test_not_too_many_lines() -> None:
+    clock, (file, console) = Clock(), plain()
+    with show_progress("tokens", console, clock) as progress:
         for done in range(1, 1001):
             progress(done, 1000)
             clock.now += 0.1

@@ -29,14 +29,16 @@ OpenProgress = Callable[[str], AbstractContextManager[Progress]]
 
 
 @contextmanager
-def show_progress(name: str, console: Console | None = None) -> Iterator[Progress]:
+def show_progress(
+    name: str, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Progress]:
     """Show the progress of one stage on a console; standard error by default."""
     from rich import progress  # here, since all rooms import this module
     from rich.console import Console
 
     console = console or Console(stderr=True)
     if not console.is_terminal:
-        yield _Lines(name, console)
+        yield _Lines(name, console, clock)
         return
     with progress.Progress(
         progress.TextColumn("{task.description:<12}"),
@@ -59,13 +61,13 @@ def show_progress(name: str, console: Console | None = None) -> Iterator[Progres
 class _Lines:
     """Prints a line now and then."""
 
-    def __init__(self, name: str, console: Console) -> None:
-        self.name, self.console = name, console
+    def __init__(self, name: str, console: Console, clock: Callable[[], float]) -> None:
+        self.name, self.console, self.clock = name, console, clock
         self.first: tuple[int, float] | None = None  # done, and the time, at the first call
         self.printed = -LINE_SECONDS
 
     def __call__(self, done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
-        now = time.monotonic()
+        now = self.clock()
         self.first = self.first or (done, now)
         if now - self.printed < LINE_SECONDS and done != total:
             return

@@ -11,7 +11,7 @@ import dataclasses
 import shutil
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,6 +95,7 @@ def run(
     evaluate_first: bool = False,
     progress: Progress | None = None,
     world: World = ALONE,
+    clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Train up to `steps` steps, from the newest state in `folder`/state if there is one.
 
@@ -116,28 +117,28 @@ def run(
     seconds_before = sum(line["seconds"] for line in read_metrics(folder)[-1:])
     seconds_before += sums.get("seconds", 0.0)
     evaluate_every = max(1, round(evaluate_every / LOG_EVERY)) * LOG_EVERY
-    began = last_saved = time.monotonic()
+    began = last_saved = clock()
     if evaluate_first and start == 0:
         log("val", trainable.evaluate(), 0, 0.0)
     with signals.termination_requested() as requested, memory.keep_freed():
         for done in range(start + 1, steps + 1):
-            _step(trainable, done - 1, sums)
+            _step(trainable, done - 1, sums, clock)
             save = False
             if done % LOG_EVERY == 0 or done == steps:
                 means, sums = _means(sums, (done - 1) % LOG_EVERY + 1), {}
-                seconds = seconds_before + time.monotonic() - began
+                seconds = seconds_before + clock() - began
                 log("train", means, done, seconds)
                 if progress is not None:
                     progress(done, steps, means)
                 if done % evaluate_every == 0 or done == steps:
                     log("val", trainable.evaluate(), done, seconds)
-                save = world.any(time.monotonic() - last_saved > SAVE_SECONDS) or done == steps
+                save = world.any(clock() - last_saved > SAVE_SECONDS) or done == steps
             stop = world.any(requested.is_set()) and done < steps
             if save or stop:
                 line = {f"loop.{k}": torch.tensor(v, dtype=torch.double) for k, v in sums.items()}
                 tensors = state.collect(trainable.parts()) | line
                 state.save_state(folder / "state", done, tensors, world)
-                last_saved = time.monotonic()
+                last_saved = clock()
             if stop:
                 message = f"{folder}: stopped after step {done} and saved; run it again to resume"
                 raise Stopped(message if world.is_main else "")
@@ -155,13 +156,15 @@ def _resume(trainable: Trainable, folder: Path, world: World) -> tuple[int, dict
     return start, {name: float(value) for name, value in sums.items()}
 
 
-def _step(trainable: Trainable, step: int, sums: dict[str, float]) -> None:
+def _step(
+    trainable: Trainable, step: int, sums: dict[str, float], clock: Callable[[], float]
+) -> None:
     """Take a step; add its metrics and its duration to the sums of a line."""
-    began = time.monotonic()
+    began = clock()
     for name, value in trainable.step(step).items():
         sums[name] = sums.get(name, 0.0) + float(value)
     # After the values were read: only then has a GPU finished the step.
-    sums["seconds"] = sums.get("seconds", 0.0) + time.monotonic() - began
+    sums["seconds"] = sums.get("seconds", 0.0) + clock() - began
 
 
 def _means(sums: Mapping[str, float], count: int) -> dict[str, float]:
@@ -195,12 +198,18 @@ def is_finished(folder: Path) -> bool:
     return (folder / "model.safetensors").is_file()
 
 
-def seconds_per_step(trainable: Trainable, *, warm_up: int = 2, timed: int = 6) -> float:
+def seconds_per_step(
+    trainable: Trainable,
+    *,
+    warm_up: int = 2,
+    timed: int = 6,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Return the median duration of a step in seconds; the trainable is changed by it."""
     durations = []
     with memory.keep_freed():
         for step in range(warm_up + timed):
-            began = time.perf_counter()
+            began = clock()
             trainable.step(step)
-            durations.append(time.perf_counter() - began)
+            durations.append(clock() - began)
     return statistics.median(durations[warm_up:])

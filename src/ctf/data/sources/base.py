@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ctf.common.errors import UserError
 from ctf.data.decode import SUFFIXES
 
+TRAIN, VAL = 0, 1  # in `ImageSource.splits_N`
 Stamp = tuple[int, int, int]  # size in bytes, and the times of the last content and inode changes
 
 
@@ -31,6 +32,13 @@ class ImageSource(ABC):
             images are held out.
         class_names: name of each class, as in the source.
         classes_N: class number of each image, int64; -1 if it has none and so cannot be used.
+        understood: how the source was read, for people, a line each: "classes: folders below
+            animals/", "image column 'image', class column 'label'".
+        left_out: names of files, members or rows that are not used, although nothing is wrong with
+            them, by the reason: "not an image (.txt)", "split test". Images that cannot be read
+            are none of these: they are rows.
+        splits_N: the source's own split of each image, int8, `TRAIN` or `VAL`; None if it has no
+            splits, and `val` is chosen by a hash. Images for tests are left out.
     """
 
     path: Path
@@ -38,6 +46,9 @@ class ImageSource(ABC):
     names: list[str]
     class_names: tuple[str, ...]
     classes_N: NDArray[np.int64]
+    understood: tuple[str, ...] = ()
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    splits_N: NDArray[np.int8] | None = None
 
     @abstractmethod
     def read(self, row: int) -> bytes:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ctf.cli.options import DeviceName, Engine, ImageOptions
 from ctf.common.errors import UserError
+from ctf.common.text import printable
 
 app = tyro.extras.SubcommandApp()
 GROUPS = {
@@ -26,8 +27,10 @@ GROUPS = {
     "bench": "Measure speed, memory and quality.",
 }
 groups = {name: tyro.extras.SubcommandApp() for name in GROUPS}
-# Results go to standard output, progress and errors to standard error.
-console = Console(highlight=False)
+commands: dict[str, Callable[..., Callable[[], None]]] = {}  # by their names of one or two words
+# Results go to standard output, progress and errors to standard error. Names of files and classes
+# are printed as they are: "[red]" is no style, and ":cat:" no emoji.
+console = Console(highlight=False, markup=False, emoji=False)
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -47,6 +50,7 @@ def command(name: str) -> Callable[[F], F]:
 
         parent = groups[group] if group else app
         parent.command(name=inner)(parsed)
+        commands[name] = parsed
         return function
 
     return register
@@ -108,7 +112,7 @@ def open_progress(name: str, world: Any = None) -> Any:
 def show(text: object, world: Any = None) -> None:
     """Print a result, in the first process only; lines are not wrapped."""
     if world is None or world.is_main:
-        console.print(text, soft_wrap=True)
+        console.print(printable(str(text)), soft_wrap=True)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -118,7 +122,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
     table = Table(*columns)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     if console.is_terminal:
         console.print(table)
     else:

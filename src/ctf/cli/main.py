@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from typing import NoReturn
 
-from ctf.cli import pipelines, research, stages  # noqa: F401  they register the commands
-from ctf.cli.common import GROUPS, app, console, groups
-from ctf.cli.options import registry
+from ctf.cli import pipelines, research, stages, streams  # noqa: F401  three register the commands
+from ctf.cli.common import show
+from ctf.cli.parsing import parse
 from ctf.common.errors import Stopped, UserError
-
-DESCRIPTION = "Coarse-to-fine token prediction: train image generators and sample from them."
-
-for _name, _group in groups.items():
-    app.command(_group, name=_name, help=GROUPS[_name])
+from ctf.common.text import printable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,48 +23,50 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         Exit code: 0, 2 for a user's mistake, or 130 if it was interrupted.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            run: Callable[[], None] = app.cli(
-                prog="ctf",
-                args=arguments or ["--help"],
-                description=DESCRIPTION,
-                registry=registry,
-            )
-    except SystemExit as exit_:
-        if errors.getvalue():
-            print(f"ctf: {_one_line(errors.getvalue())}", file=sys.stderr)
-        return int(exit_.code or 0)
     # Of several processes that raise the same error, only the first one's message is not empty.
     try:
-        run()
+        parse(sys.argv[1:] if arguments is None else arguments)()
+    except SystemExit as exit_:  # after a help text
+        return int(exit_.code or 0)
     except Stopped as stopped:
         if str(stopped):
-            console.print(stopped, soft_wrap=True)
+            show(stopped)
         return 0
     except UserError as error:
-        if str(error):
-            print(f"ctf: {error}", file=sys.stderr)
-        return 2
-    except PermissionError as error:
-        print(f"ctf: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
+    except OSError as error:
+        if (reason := _reason(error)) is None:
+            raise
+        return _refuse(reason)
     except KeyboardInterrupt:
         print("ctf: interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     return 0
 
 
-def _one_line(text: str) -> str:
-    """Join the lines of tyro's box around an error."""
-    lines = [line.strip(" │╭╮╰╯─") for line in text.splitlines()]
-    return "; ".join(line for line in lines if line)
+def _refuse(message: str) -> int:
+    if message:
+        print(f"ctf: {printable(message)}", file=sys.stderr)
+    return 2
+
+
+def _reason(error: OSError) -> str | None:
+    """Return the message for an error of the system that the user can fix."""
+    from pathlib import Path
+
+    from ctf.common import storage
+
+    if isinstance(error, PermissionError):
+        return f"{error.filename}: {error.strerror}"
+    if error.filename is None or isinstance(error.filename, int):
+        return None
+    reason = storage.write_error(Path(os.fsdecode(error.filename)), error)
+    return str(reason) if isinstance(reason, UserError) else None
 
 
 def program() -> NoReturn:
     """Run `main` and end the process with its exit code."""
+    streams.prepare()
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         sys.exit(main())
     # A process of torchrun ends without Python's shutdown: threads of gloo that are still running

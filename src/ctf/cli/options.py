@@ -41,6 +41,32 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     )
 
 
+@registry.primitive_rule
+def _plain(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Parse numbers and paths, with messages that say what was expected."""
+    if info.type not in _EXPECTED:
+        return None
+
+    def parse(words: list[str]) -> Any:
+        try:
+            if words[0].strip():
+                return info.type(words[0])
+        except ValueError:
+            pass
+        raise ValueError(f"got {words[0]!r}, expected {_EXPECTED[info.type]}")
+
+    metavar = {Path: "PATH", int: "INT", float: "FLOAT"}[info.type]
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, info.type),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+_EXPECTED: dict[Any, str] = {int: "a whole number", float: "a number", Path: "a path"}
+
 Flat = Annotated[T, arg(name="")]  # a dataclass whose fields are options of the command
 
 Images = Annotated[

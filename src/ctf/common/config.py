@@ -15,11 +15,25 @@ from ctf.common.errors import UserError
 T = TypeVar("T")
 
 
+MOST_NAMES = 20  # listed in a message
+
+
+def closest(got: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is closest to a misspelt one; None if none is close."""
+    return next(iter(difflib.get_close_matches(got, list(known), n=1, cutoff=0.5)), None)
+
+
 def did_you_mean(got: str, known: Iterable[str]) -> str:
     """Return the end of a message "unknown name 'got'": the closest known name, or all of them."""
     names = list(known)
-    close = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
-    return f": did you mean {close[0]!r}?" if close else f": expected {', '.join(names)}"
+    if close := closest(got, names):
+        return f": did you mean {close!r}?"
+    return f": expected {list_names(names)}"
+
+
+def list_names(names: Sequence[str]) -> str:
+    """Return names separated by commas, at most MOST_NAMES of them."""
+    return ", ".join([*names[:MOST_NAMES], *(["..."] if len(names) > MOST_NAMES else [])])
 
 
 def to_json(config: Any) -> dict[str, Any]:

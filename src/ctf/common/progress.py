@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from ctf.common.text import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -36,16 +38,16 @@ def show_progress(
     from rich import progress  # here, since all rooms import this module
     from rich.console import Console
 
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, markup=False, emoji=False)
     if not console.is_terminal:
         yield _Lines(name, console, clock)
         return
     with progress.Progress(
-        progress.TextColumn("{task.description:<12}"),
+        progress.TextColumn("{task.description:<12}", markup=False),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
         progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.fields[metrics]}"),
+        progress.TextColumn("{task.fields[metrics]}", markup=False),
         console=console,
         speed_estimate_period=SPEED_SECONDS,
     ) as bar:
@@ -78,7 +80,7 @@ class _Lines:
         if done_before < done < total:
             left = (total - done) * (now - began) / (done - done_before)
             parts.append(f"{format_duration(left)} left")
-        self.console.print(", ".join(parts), highlight=False, soft_wrap=True)
+        self.console.print(printable(", ".join(parts)), highlight=False, soft_wrap=True)
 
 
 def _format_metrics(metrics: Mapping[str, float]) -> list[str]:

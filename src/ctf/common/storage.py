@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import re
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ctf.common.errors import UserError
+from ctf.common.text import encodable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +47,9 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         UserError: The disk is full, or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Shortened, since names have 255 bytes at most.
+    name = os.fsdecode(os.fsencode(path.name)[:200])
+    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
     try:
         with user_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,9 +115,42 @@ def write_error(path: Path, error: Exception) -> Exception:
         return UserError(
             f"{path}: cannot be written ({os.strerror(code)}); choose a folder you can write to"
         )
-    if code in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+    if code in _IMPOSSIBLE:
         return UserError(f"{path}: cannot be written ({os.strerror(code)}); choose another folder")
     return error
+
+
+# Errors of writing that another place does not have: /proc/x, a file as a folder, a name that is
+# too long or that the file system does not take, a loop of links.
+_IMPOSSIBLE = (
+    errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
+    errno.EINVAL, errno.ENXIO, errno.ENODEV, errno.ENOTSUP, errno.EILSEQ, errno.ENOSYS,
+)  # fmt: skip
+
+
+def check_writable(path: Path) -> None:
+    """Check, by trying, that a file or a folder can be made at `path`; nothing is left there.
+
+    Nothing is checked where a folder exists that is not empty: finished work needs no writing.
+
+    Raises:
+        UserError: See `atomic`.
+    """
+    with user_errors(path):
+        folder = next(folder for folder in (path, *path.parents) if _exists(folder))
+        if folder == path and not (path.is_dir() and not any(path.iterdir())):
+            return
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=folder):
+            pass
+
+
+def _exists(path: Path) -> bool:
+    """Return whether there is something; raise an OSError if there cannot be."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _not_found(path: Path) -> UserError:
@@ -142,9 +179,9 @@ def save_npz(path: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def save_text(path: Path, text: str) -> None:
-    """Write text as UTF-8. Raises UserError as `atomic`."""
+    """Write text as UTF-8; see `encodable`. Raises UserError as `atomic`."""
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(encodable(text), encoding="utf-8")
 
 
 def save_json(path: Path, content: Any) -> None:

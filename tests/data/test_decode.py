@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ctf.data.decode import UnreadableImageError, decode
+from ctf.data.decode import HEAD, SUFFIXES, UnreadableImageError, decode, is_image
 from tests.data.helpers import GREY, RED, RGB, WHITE, encode
 
 
@@ -258,3 +258,53 @@ def test_a_png_with_a_flipped_byte_is_unreadable() -> None:
     data[len(data) // 2] ^= 0xFF
     with pytest.raises(UnreadableImageError, match="corrupt"):
         decode(bytes(data), 8, WHITE)
+
+
+LOSSY = ("AVIF", "GIF", "JPEG", "MPO")
+
+
+@pytest.mark.parametrize("file_format", [
+    "AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX",
+    "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP",
+])  # fmt: skip
+def test_whatever_pillow_opens_is_an_image_whatever_its_name(file_format: str) -> None:
+    pixels = RGB[:16, :16]  # a size that icons can have
+    data = encode(
+        Image.fromarray(pixels),
+        file_format,
+        **({"lossless": True} if file_format == "WEBP" else {}),
+    )
+    assert is_image(data[:HEAD])
+    assert is_image(data[:64])
+    difference = abs(decoded(data) - pixels)
+    assert difference.max() <= (60 if file_format in LOSSY else 0)
+
+
+@pytest.mark.parametrize(("mode", "file_format"), [
+    ("RGB", "ICNS"), ("1", "PPM"), ("L", "PPM"), ("1", "XBM"), ("1", "MSP"), ("P", "BLP"),
+    ("P", "TGA"), ("LA", "TGA"), ("RGBA", "TGA"), ("L", "PCX"), ("P", "PCX"), ("RGBA", "DDS"),
+])  # fmt: skip
+def test_other_modes_of_rarer_formats(mode: str, file_format: str) -> None:
+    image = Image.fromarray(GREY).convert(mode)
+    data = encode(image, file_format)
+    assert is_image(data[:HEAD])
+
+
+@pytest.mark.parametrize("head", [
+    b"", b"P", b"BM", b"GIF", b"cat,dog\n1,2\n", b"P1 is a name\n", b"P5, P6\n",
+    b"BMW and Audi, in turn\n",
+    b'{"label": 3}', b"PK\x03\x04" + bytes(60), b"%PDF-1.7\n", b"%!PS-Adobe-3.0 EPSF-3.0\n",
+    b"\x89HDF\r\n\x1a\n" + bytes(56), b"GRIB" + bytes(60), b"BUFR" + bytes(60),
+    b"PAR1" + bytes(60),
+    b"SIMPLE  =                    T", b"\x93NUMPY\x01\0v\0{'descr': '|u1'", b"ustar" + bytes(507),
+    bytes(512), b"\xff" * 512, b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41", b"#define WIDTH 3\n",
+    b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(504),
+    b"/* A program. */\n#include <stdio.h>\n", b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(480),
+    b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"RIFF\x24\0\0\0WAVEfmt ", b"II and MM\n",
+])  # fmt: skip
+def test_other_files_are_no_images(head: bytes) -> None:
+    assert not is_image(head)
+
+
+def test_suffixes_of_the_formats_are_known() -> None:
+    assert {".jpg", ".jfif", ".jpe", ".avif", ".jp2", ".tif", ".ppm", ".apng"} <= {*SUFFIXES}

@@ -6,8 +6,9 @@ Shape suffix: N images.
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,8 +78,19 @@ def has_image_suffix(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
+def natural_order(names: Iterable[str]) -> list[str]:
+    """Sort names with the numbers in them by value, "class2" before "class10"; case counts."""
+
+    def key(name: str) -> tuple[list[tuple[int, str]], str]:
+        parts = re.split("([0-9]+)", name)  # text, number, text, ...
+        parts[1::2] = [digits.lstrip("0") for digits in parts[1::2]]
+        return [(len(part) * (i % 2), part) for i, part in enumerate(parts)], name
+
+    return sorted(names, key=key)
+
+
 def classes_from_labels(labels: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Number the classes of labels, in numerical order if all are integers, else alphabetically.
+    """Number the classes of labels, in natural order.
 
     Args:
         labels: the label of each image, "" if it has none.
@@ -86,9 +98,7 @@ def classes_from_labels(labels: Sequence[str]) -> tuple[tuple[str, ...], NDArray
     Returns:
         Class names and the class of each image (N,), -1 where there is no label.
     """
-    present = {label for label in labels if label}
-    numeric = all(label.isascii() and label.isdigit() for label in present)
-    names = sorted(present, key=lambda label: (int(label), label) if numeric else (0, label))
+    names = natural_order({label for label in labels if label})
     return tuple(names), _numbers(labels, names)
 
 
@@ -105,7 +115,7 @@ def classes_from_folders(
         return (title,), np.zeros(len(names), np.int64)
     if loose := [name for name, folder in zip(names, folders, strict=True) if not folder]:
         raise loose_images_error(path, loose)
-    class_names = sorted({*folders})
+    class_names = natural_order({*folders})
     return tuple(class_names), _numbers(folders, class_names)
 
 

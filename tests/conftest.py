@@ -4,7 +4,7 @@ import colorsys
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,6 @@ from PIL import Image
 
 from ctf.cli import main as cli
 from ctf.data import image_set, images
-from ctf.models import sizes
 from ctf.pipelines.pipeline import Pipeline
 
 CLASSES = ("blue", "green", "red")
@@ -133,15 +132,6 @@ def comparable(run: Path) -> dict[str, Any]:
         content[name] = json.loads(content[name])
         content[name].get("origin", content[name]).pop("seconds", None)
     return content
-
-
-@pytest.fixture(scope="session", autouse=True)
-def tiny_llamagen() -> Iterator[None]:
-    """The size of the checkpoints in fixtures/llamagen."""
-    with pytest.MonkeyPatch.context() as patch:
-        shape = sizes.TransformerShape(width=64, layers=2, heads=4)
-        patch.setitem(sizes.LLAMAGEN_SIZES, "tiny", shape)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,7 @@ def test_the_plain_loop_samples_the_same_labels(guidance: float, top_k: int) -> 
 @pytest.mark.parametrize("guidance", [1, 2])
 def test_the_plain_loop_samples_what_llamagen_does(guidance: int) -> None:
     stored = np.load(FIXTURES / "gpt_expected.npz")
-    model = llamagen.load(FIXTURES / "vq.pt", FIXTURES / "gpt.pt", image_size=8).coarse
+    model = llamagen.load(FIXTURES / "vq.pt", FIXTURES / "gpt.pt", image_size=8, heads=4).coarse
     classes_B = torch.from_numpy(stored["labels"]).long()
     settings = Sampling(guidance=guidance, top_k=1)
     drawn = llamagen_reference.sample(

@@ -41,6 +41,8 @@ from tests.conftest import CLASSES, SIDE, Command, read_files
                 "GPT",
                 "--image-size",
                 8,
+                "--heads",
+                4,
                 "--out",
                 "NEW",
             ],

@@ -51,6 +51,24 @@ def test_json_and_back(outer: Outer) -> None:
     assert config.from_json(Outer, json.loads(text), "here") == outer
 
 
+@dataclasses.dataclass(frozen=True)
+class Grown:
+    """A configuration that got fields later."""
+
+    inner: Inner
+    flag: bool = dataclasses.field(default=True, metadata=config.OMIT_DEFAULT)
+    sizes: tuple[int, ...] | None = dataclasses.field(default=None, metadata=config.OMIT_DEFAULT)
+
+
+def test_later_fields_are_left_out_while_they_have_their_defaults() -> None:
+    plain = config.to_json(Grown(Inner(3)))
+    assert plain == {"inner": config.to_json(Inner(3))}
+    assert config.from_json(Grown, plain, "here") == Grown(Inner(3))
+    other = Grown(Inner(3), flag=False, sizes=(1, 2))
+    assert config.to_json(other) == {**plain, "flag": False, "sizes": [1, 2]}
+    assert config.from_json(Grown, config.to_json(other), "here") == other
+
+
 def test_missing_keys_have_their_defaults() -> None:
     assert config.from_json(Outer, {"inner": {"count": 3}}, "here") == OUTER
 

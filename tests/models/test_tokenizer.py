@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ctf import kernels
 from ctf.common.errors import UserError
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 
@@ -58,6 +59,21 @@ def test_nearest_is_the_code_at_the_smallest_distance() -> None:
 
 
 @torch.no_grad()
+def test_without_l2_norm_the_nearest_code_is_at_the_smallest_distance() -> None:
+    model = make(dataclasses.replace(TINY, l2_norm=False))
+    model.embedding.weight *= torch.linspace(0.1, 3, TINY.codebook_size)[:, None]
+    vectors_NC = torch.randn(5000, TINY.code_dim)
+    distances_NV = torch.cdist(vectors_NC.double(), model.embedding.weight.double())
+    expected_N = distances_NV.argmin(-1)
+    assert torch.equal(model.nearest(vectors_NC), expected_N)
+    kernels.for_evaluation(model)
+    assert torch.equal(model.nearest(vectors_NC), expected_N)
+    assert torch.equal(model.codebook(), model.embedding.weight)
+    lengths = model.encode_vectors(noise(2)).norm(dim=-1)
+    assert float((lengths - 1).abs().min()) > 1e-3
+
+
+@torch.no_grad()
 def test_length_of_code_vectors_does_not_matter() -> None:
     model = make()
     images_BCHW = noise(2)
@@ -105,6 +121,9 @@ def test_sizes_of_the_released_tokenizers(
         ({"multipliers": ()}, r"multipliers: got \[\]"),
         ({"multipliers": (1, 0)}, r"multipliers: got \[1, 0\]"),
         ({"groups": 3}, "channels: got 8, expected a multiple of groups 3"),
+        ({"image_size": 0}, r"image size 0 .* factor 4; use 4$"),
+        ({"decoder_multipliers": (1, 2)}, r"decoder_multipliers: got \[1, 2\], expected 3 of 1"),
+        ({"attention": (0, 3)}, r"attention: got levels \[0, 3\], expected some of \[0, 1, 2\]"),
     ],
 )
 def test_what_cannot_be_built(change: dict[str, object], message: str) -> None:

@@ -48,6 +48,7 @@ def make_inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         {"grid": 0},
         {"classes": 0},
         {"ffn_multiple": 0},
+        {"ffn_hidden": 0},
         {"dropout": 1.0},
         {"dropout": -0.1},
         {"rope_base": 0.0},

@@ -29,7 +29,7 @@ from tests.pipelines import llamagen_files
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "llamagen"
 VQ, GPT = FIXTURES / "vq.pt", FIXTURES / "gpt.pt"
-SIDE = 8  # pixels of their images
+SIDE, HEADS = 8, 4  # pixels of their images; heads of width 16
 
 
 def arrays(name: str) -> dict[str, Tensor]:
@@ -45,14 +45,14 @@ def expected() -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("llamagen") / "converted"
-    llamagen.convert(VQ, GPT, out, image_size=SIDE)
+    llamagen.convert(VQ, GPT, out, image_size=SIDE, heads=HEADS)
     return out
 
 
 @pytest.fixture(scope="module", params=["loaded", "converted"])
 def pipe(request: pytest.FixtureRequest, folder: Path) -> Pipeline:
     if request.param == "loaded":
-        return llamagen.load(VQ, GPT, image_size=SIDE)
+        return llamagen.load(VQ, GPT, image_size=SIDE, heads=HEADS)
     return Pipeline.from_pretrained(folder)
 
 
@@ -133,7 +133,7 @@ def test_saving_again_gives_identical_samples(folder: Path, tmp_path: Path) -> N
     pipe = Pipeline.from_pretrained(folder)
     pipe.save_pretrained(tmp_path / "again")
     again = Pipeline.from_pretrained(tmp_path / "again")
-    loaded = llamagen.load(VQ, GPT, image_size=SIDE)
+    loaded = llamagen.load(VQ, GPT, image_size=SIDE, heads=HEADS)
     one, *others = (p.sample([0, 3, 9], seed=5) for p in (pipe, again, loaded))
     for other in others:
         assert torch.equal(one.codes, other.codes)
@@ -153,6 +153,8 @@ def test_converting_again_writes_the_same(folder: Path, tmp_path: Path, ctf: Com
         GPT,
         "--image-size",
         SIDE,
+        "--heads",
+        HEADS,
         "--out",
         out,
     )
@@ -171,8 +173,9 @@ def test_converting_again_writes_the_same(folder: Path, tmp_path: Path, ctf: Com
 def test_other_pipelines_are_not_overwritten(run: Path, ctf: Command) -> None:
     before = (run / "pipeline.json").read_bytes()
     result = ctf(
-        "convert", "llamagen", "--vq", VQ, "--gpt", GPT, "--image-size", SIDE, "--out", run
-    )
+        "convert", "llamagen", "--vq", VQ, "--gpt", GPT, "--grid", SIDE // 2, "--heads", HEADS,
+        "--out", run,
+    )  # fmt: skip
     assert result.code == 2 and "a pipeline of another configuration" in result.err
     assert (run / "pipeline.json").read_bytes() == before
     result = ctf("convert", "llamagen", "--vq", VQ, "--image-size", 8, "--out", run)
@@ -206,7 +209,7 @@ def test_all_forms_of_a_state_dict(tmp_path: Path, expected: dict[str, Tensor], 
     }[form]
     path = tmp_path / "gpt.pt"
     torch.save(content, path, _use_new_zipfile_serialization=form != "old format")
-    pipe = llamagen.load(VQ, path, image_size=SIDE)
+    pipe = llamagen.load(VQ, path, image_size=SIDE, heads=HEADS)
     out = pipe.sample(expected["labels"].tolist(), guidance=1, top_k=1)
     assert torch.equal(out.codes, expected["greedy_guidance_1"])
 
@@ -215,14 +218,14 @@ def test_the_training_arguments_have_the_image_size(tmp_path: Path) -> None:
     """They are stored as an argparse.Namespace."""
     arguments = argparse.Namespace(gpt_model="GPT-B", image_size=16, lr=1e-4, betas=[0.9, 0.95])
     path = llamagen_files.save(tmp_path / "gpt.pt", weights(GPT), args=arguments, steps=1)
-    assert llamagen.load(VQ, path).coarse.config.grid == 8
-    assert llamagen.load(VQ, path, image_size=8).coarse.config.grid == 4
+    assert llamagen.load(VQ, path, heads=HEADS).coarse.config.grid == 8
+    assert llamagen.load(VQ, path, heads=HEADS, image_size=8).coarse.config.grid == 4
 
 
 def test_any_image_size_can_be_chosen() -> None:
     """Only the table of RoPE depends on it."""
     for size in (8, 12, 16):
-        pipe = llamagen.load(VQ, GPT, image_size=size)
+        pipe = llamagen.load(VQ, GPT, image_size=size, heads=HEADS)
         out = pipe.sample([1], seed=0)
         assert out.images[0].size == (size, size) and out.codes.shape == (1, (size // 2) ** 2)
 
@@ -343,7 +346,7 @@ def test_a_size_that_does_not_match(size_b: tuple[Path, Path], ctf: Command) -> 
 
 def refused(vq: Path, gpt: Path, **more: object) -> str:
     with pytest.raises(UserError) as caught:
-        llamagen.load(vq, gpt, **more)  # type: ignore[arg-type]
+        llamagen.load(vq, gpt, **{"heads": HEADS, **more})  # type: ignore[arg-type]
     message = str(caught.value)
     assert 1 <= len(message.splitlines()) <= 2 and len(message) < 500
     return message
@@ -449,15 +452,17 @@ def test_missing_unknown_and_misshapen_tensors(tmp_path: Path) -> None:
     )
 
 
-def test_sizes_that_were_not_released(tmp_path: Path) -> None:
+def test_what_contradicts_the_tensors(tmp_path: Path) -> None:
     path = llamagen_files.save(
         tmp_path / "gpt.pt",
         llamagen_files.random_weights(llamagen_files.gpt_shapes(80, 3, 256, 10)),
     )
-    message = refused(VQ, path)
-    assert "width 80 and 3 layers" in message and "B (768, 12)" in message
     assert "unknown size 'XB'" in refused(VQ, path, size="XB")
     assert "(11, 80), expected (11, 768) in size B" in refused(VQ, path, size="B")
+    message = refused(VQ, path, heads=None)
+    assert "width 80 and 3 layers" in message and "--heads" in message and "1, 2, 4, 5" in message
+    assert "got 3 heads with width 80" in refused(VQ, path, heads=3)
+    assert "got 0 heads" in refused(VQ, path, heads=0)
 
 
 def test_files_that_do_not_belong_together(tmp_path: Path) -> None:

@@ -196,7 +196,8 @@ def test_what_it_cannot_start_from(run: Path, baseline: Path, tmp_path: Path, ct
         open_source(run, name)
     with pytest.raises(UserError, match=r"model\.safetensors: not found"):
         open_source(tmp_path, name)
-    llamagen.convert(FIXTURES / "vq.pt", FIXTURES / "gpt.pt", tmp_path / "llamagen", image_size=8)
+    vq, gpt = FIXTURES / "vq.pt", FIXTURES / "gpt.pt"
+    llamagen.convert(vq, gpt, tmp_path / "llamagen", image_size=8, heads=4)
     with pytest.raises(UserError, match="has another tokenizer than the run"):
         open_source(tmp_path / "llamagen", name)
     shutil.copytree(baseline, tmp_path / "other", symlinks=True)
@@ -217,10 +218,10 @@ def test_what_it_cannot_start_from(run: Path, baseline: Path, tmp_path: Path, ct
 def test_every_stage_on_a_converted_llamagen(tmp_path: Path, ctf: Command) -> None:
     images = save_images(tmp_path / "images")
     source, run = tmp_path / "llamagen", tmp_path / "run"
-    vq, gpt = FIXTURES / "vq.pt", FIXTURES / "gpt.pt"
+    vq, gpt, shape = FIXTURES / "vq.pt", FIXTURES / "gpt.pt", ("--image-size", 8, "--heads", 4)
     recipe = ("--preset", "tiny", "--steps", 20, "--set", "coarse_training.batch_size=8")
     for arguments in (
-        ("convert", "llamagen", "--vq", vq, "--gpt", gpt, "--image-size", 8, "--out", source),
+        ("convert", "llamagen", "--vq", vq, "--gpt", gpt, *shape, "--out", source),
         ("tokenizer", "evaluate", source, "--images", images),
         ("tokens", "extract", images, "--run", source, "--preset", "tiny"),
         ("clusters", "fit", source, "--count", 16, "--out", run),

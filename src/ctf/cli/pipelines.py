@@ -389,21 +389,44 @@ def convert_llamagen(
     out: Path,
     size: options.Maybe[options.LlamaGenSize] = None,
     image_size: options.Maybe[int] = None,
+    grid: options.Maybe[int] = None,
+    heads: options.Maybe[int] = None,
+    groups: options.Maybe[int] = None,
+    codebook_norm: options.Maybe[Literal["l2", "none"]] = None,
+    vq_weights: options.Maybe[options.LlamaGenWeights] = None,
+    gpt_weights: options.Maybe[options.LlamaGenWeights] = None,
     dry_run: options.DryRun = False,
 ) -> None:
-    """Convert released LlamaGen weights to a full-vocabulary pipeline.
+    """Convert LlamaGen weights, released or your own, to a full-vocabulary pipeline.
 
     Example: ctf convert llamagen --vq vq_ds16_c2i.pt --gpt c2i_B_256.pt --out llamagen-B
+
+    Both files may be .pt or .safetensors. Shapes follow from their tensors; --dry-run shows what
+    was understood.
 
     Args:
         vq: file of the tokenizer
         gpt: file of a class-conditional transformer; without it, only the tokenizer is converted,
             for runs on images of your own
         out: folder of the pipeline
-        size: size of the transformer; by default inferred from its tensors
-        image_size: side in pixels of the images that the transformer was trained on, 256, 384 or
-            512; by default inferred from its file, else 256
+        size: check that the transformer is of this released size
+        image_size: side in pixels of the images that the transformer was trained on; by default
+            inferred from its file, else 256 for the released sizes
+        grid: codes per side of these images, instead of --image-size
+        heads: heads of the transformer; by default inferred from its file, else as in the released
+            sizes, else width / 64
+        groups: groups of the tokenizer's normalization; by default 32, as in LlamaGen
+        codebook_norm: l2 looks codes up by cosine, none by distance; by default as in the
+            arguments of the training, else l2
+        vq_weights: which weights of the tokenizer's file, e.g. ema; by default model
+        gpt_weights: which weights of the transformer's file, e.g. ema; by default model
     """
     from ctf.pipelines import llamagen
 
-    show(llamagen.convert(vq, gpt, out, size=size, image_size=image_size, dry_run=dry_run))
+    show(
+        llamagen.convert(
+            vq, gpt, out, size=size, image_size=image_size, grid=grid, heads=heads, groups=groups,
+            codebook_norm=codebook_norm, vq_weights=vq_weights, gpt_weights=gpt_weights,
+            dry_run=dry_run,
+        )
+    )  # fmt: skip

@@ -14,6 +14,10 @@ from ctf.common.errors import UserError
 
 T = TypeVar("T")
 
+# Metadata of a field that `to_json` leaves out while it has its default: fields added later, so
+# that the files of all that does not need them stay as they were, and older versions read them.
+OMIT_DEFAULT = {"omit_default": True}
+
 
 MOST_NAMES = 20  # listed in a message
 
@@ -39,7 +43,17 @@ def list_names(names: Sequence[str]) -> str:
 def to_json(config: Any) -> dict[str, Any]:
     """Return a dataclass as plain dictionaries and lists, for `json.dumps` and `from_json`."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    _omit_defaults(config, plain)
     return plain
+
+
+def _omit_defaults(config: Any, plain: dict[str, Any]) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            _omit_defaults(value, plain[field.name])
+        elif field.metadata.get("omit_default") and value == field.default:
+            del plain[field.name]
 
 
 def from_json(kind: type[T], plain: Any, where: str) -> T:

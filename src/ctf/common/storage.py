@@ -242,6 +242,13 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return tensors, json.loads(entries[METADATA]) if METADATA in entries else entries
 
 
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file begins as safetensors do: the length of a JSON object, then that."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
+    return False
+
+
 def check_complete(path: Path) -> None:
     """Check, without reading the tensors, that a safetensors file has its full length.
 

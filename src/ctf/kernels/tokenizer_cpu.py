@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ctf.kernels.replace import replace
 from ctf.models.tokenizer import ResidualBlock, Upsample, VQModel
 
-LOOK_UP_ROWS = 32  # vectors at a time: their products with 16384 codes are 2 MB, and stay in cache
+LOOK_UP_ROWS = 32  # vectors at a time: their scores for 16384 codes are 2 MB, and stay in cache
 LOOK_UP_BLOCK = 256  # codes at the most whose largest product is found before its index
 
 
@@ -23,18 +23,18 @@ class CpuVQModel(VQModel):
 
     def nearest(self, vectors_NC: Tensor) -> Tensor:
         """As `VQModel.nearest`."""
-        codebook_CV = self.codebook().T
-        parts = vectors_NC.split(LOOK_UP_ROWS)
-        return torch.cat([first_argmax(part_NC @ codebook_CV) for part_NC in parts])
+        return torch.cat(
+            [first_argmax(part_NV) for part_NV in self.scores(vectors_NC, LOOK_UP_ROWS)]
+        )
 
 
-def first_argmax(products_NV: Tensor) -> Tensor:
-    """Index of the first of the largest products of each row.
+def first_argmax(scores_NV: Tensor) -> Tensor:
+    """Index of the first of the largest scores of each row.
 
     `argmax` takes an order of magnitude longer than `amax`, so it searches one block of codes only.
     """
-    size = math.gcd(products_NV.shape[1], LOOK_UP_BLOCK)
-    blocks_NBS: Tensor = products_NV.unflatten(1, (-1, size))
+    size = math.gcd(scores_NV.shape[1], LOOK_UP_BLOCK)
+    blocks_NBS: Tensor = scores_NV.unflatten(1, (-1, size))
     block_N = blocks_NBS.amax(-1).argmax(-1)
     rows_N = torch.arange(len(block_N), device=block_N.device)
     return block_N * size + blocks_NBS[rows_N, block_N].argmax(-1)

@@ -2,7 +2,8 @@
 
 The convolutional architecture of LlamaGen's VQ-16 and VQ-8 (arXiv 2406.06525, section 2.1, after
 VQGAN, arXiv 2012.09841), configurable down to a tiny one. Codes are looked up by cosine: both the
-encoder's vectors and the codebook's are L2-normalized (ViT-VQGAN, arXiv 2110.04627).
+encoder's vectors and the codebook's are L2-normalized (ViT-VQGAN, arXiv 2110.04627), or by distance
+in tokenizers that others trained so.
 
 Shapes: B batch, C code dimension, H, W height and width, L codes of an image, N vectors, V codes of
 the codebook.
@@ -11,12 +12,14 @@ the codebook.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctf.common.config import OMIT_DEFAULT
 from ctf.common.errors import UserError
 
 LOOK_UP_ROWS = 4096  # vectors whose nearest codes are found at a time
@@ -35,6 +38,12 @@ class TokenizerConfig:
         blocks: Residual blocks of a level in the encoder; the decoder has one more.
         latent_channels: Of the encoder's output.
         groups: Of group normalization; divides `channels`.
+        decoder_multipliers: As `multipliers`, and in their order; by default the same.
+        attention: Levels with attention after each residual block, 0 being that of the full
+            resolution; by default the last.
+        middle_attention: Whether there is attention between the encoder's last level and its
+            output, and between the decoder's input and its first level.
+        l2_norm: Look codes up by cosine, not by distance.
 
     Raises:
         UserError: A value is out of range.
@@ -48,6 +57,12 @@ class TokenizerConfig:
     blocks: int = 2
     latent_channels: int = 256
     groups: int = 32
+    decoder_multipliers: tuple[int, ...] | None = dataclasses.field(
+        default=None, metadata=OMIT_DEFAULT
+    )
+    attention: tuple[int, ...] | None = dataclasses.field(default=None, metadata=OMIT_DEFAULT)
+    middle_attention: bool = dataclasses.field(default=True, metadata=OMIT_DEFAULT)
+    l2_norm: bool = dataclasses.field(default=True, metadata=OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
         sizes = ("codebook_size", "code_dim", "channels", "blocks", "latent_channels", "groups")
@@ -60,7 +75,18 @@ class TokenizerConfig:
             raise UserError(
                 f"channels: got {self.channels}, expected a multiple of groups {self.groups}"
             )
-        if self.image_size % self.factor:
+        decoder = self.decoder_multipliers
+        if decoder is not None and (len(decoder) != len(self.multipliers) or min(decoder) < 1):
+            raise UserError(
+                f"decoder_multipliers: got {list(decoder)}, expected {len(self.multipliers)} of 1 "
+                "or more, as many as multipliers"
+            )
+        levels = range(len(self.multipliers))
+        if self.attention is not None and not set(self.attention) <= set(levels):
+            raise UserError(
+                f"attention: got levels {list(self.attention)}, expected some of {list(levels)}"
+            )
+        if self.image_size < 1 or self.image_size % self.factor:
             below = self.image_size // self.factor * self.factor
             near = f"{below} or {below + self.factor}" if below else str(self.factor)
             raise UserError(
@@ -77,6 +103,11 @@ class TokenizerConfig:
     def grid(self) -> int:
         """Codes along each side; L = grid ** 2."""
         return self.image_size // self.factor
+
+    def has_attention(self, level: int) -> bool:
+        """Whether each residual block of a level is followed by attention."""
+        last = len(self.multipliers) - 1
+        return level in ((last,) if self.attention is None else self.attention)
 
 
 class Tokenizer(Protocol):
@@ -129,8 +160,8 @@ class VQModel(nn.Module):
         return self.config.grid
 
     def codebook(self) -> Tensor:
-        """The code vectors as the quantizer compares them: (V, C), of length 1."""
-        return F.normalize(self.embedding.weight, dim=-1)
+        """The code vectors as the quantizer compares them: (V, C), of length 1 with `l2_norm`."""
+        return self._scale(self.embedding.weight)
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> codes (B, L), int64, row by row."""
@@ -142,9 +173,9 @@ class VQModel(nn.Module):
         return self.decode_vectors(self.codebook()[codes_BL]).clamp(-1, 1)
 
     def encode_vectors(self, images_BCHW: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> vectors to look up, of length 1: (B, L, C)."""
+        """Images (B, 3, H, W) in [-1, 1] -> vectors to look up, scaled alike: (B, L, C)."""
         vectors_BCHW = self.to_code(self.encoder(images_BCHW))
-        return F.normalize(vectors_BCHW.flatten(2).transpose(1, 2), dim=-1)
+        return self._scale(vectors_BCHW.flatten(2).transpose(1, 2))
 
     def decode_vectors(self, vectors_BLC: Tensor) -> Tensor:
         """Code vectors (B, L, C) -> images (B, 3, H, W), about in [-1, 1] but not clamped."""
@@ -152,12 +183,23 @@ class VQModel(nn.Module):
         return self.decoder(self.from_code(vectors_BCHW))
 
     def nearest(self, vectors_NC: Tensor) -> Tensor:
-        """Code whose vector is nearest to each vector of length 1: (N,), int64."""
+        """Code whose vector is nearest to each of `encode_vectors`: (N,), int64."""
+        return torch.cat([part_NV.argmax(-1) for part_NV in self.scores(vectors_NC, LOOK_UP_ROWS)])
+
+    def scores(self, vectors_NC: Tensor, rows: int) -> Iterator[Tensor]:
+        """Scores (N, V) of which the nearest code has the largest, for `rows` vectors at a time.
+
+        In slices: the scores of a large batch would be the largest tensor of all.
+        """
         codebook_CV = self.codebook().T
-        # On the unit sphere the nearest is the one with the largest product. In slices: the
-        # (N, V) products of a large batch would be the largest tensor of all.
-        parts = vectors_NC.split(LOOK_UP_ROWS)
-        return torch.cat([(part_NC @ codebook_CV).argmax(-1) for part_NC in parts])
+        # |z - c|^2 = |z|^2 - 2 (z c - |c|^2 / 2), and with vectors of length 1 only z c differs.
+        half_squares_V = None if self.config.l2_norm else codebook_CV.square().sum(0) / 2
+        for part_NC in vectors_NC.split(rows):
+            products_NV = part_NC @ codebook_CV
+            yield products_NV if half_squares_V is None else products_NV - half_squares_V
+
+    def _scale(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=-1) if self.config.l2_norm else vectors
 
 
 class Encoder(nn.Module):
@@ -170,16 +212,15 @@ class Encoder(nn.Module):
         layers: list[nn.Module] = []
         width = config.channels
         for level, level_width in enumerate(widths):
-            last = level == len(widths) - 1
             for _ in range(config.blocks):
                 layers.append(ResidualBlock(width, level_width, config.groups))
                 width = level_width
-                if last:
+                if config.has_attention(level):
                     layers.append(AttentionBlock(width, config.groups))
-            if not last:
+            if level < len(widths) - 1:
                 layers.append(Downsample(width))
         self.levels = nn.Sequential(*layers)
-        self.middle = _middle(width, config.groups)
+        self.middle = _middle(width, config)
         self.norm = _norm(width, config.groups)
         self.output = nn.Conv2d(width, config.latent_channels, 3, padding=1)
 
@@ -194,16 +235,16 @@ class Decoder(nn.Module):
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
-        widths = [config.channels * m for m in config.multipliers]
+        widths = [config.channels * m for m in config.decoder_multipliers or config.multipliers]
         width = widths[-1]
         self.input = nn.Conv2d(config.latent_channels, width, 3, padding=1)
-        self.middle = _middle(width, config.groups)
+        self.middle = _middle(width, config)
         layers: list[nn.Module] = []
         for level in reversed(range(len(widths))):
             for _ in range(config.blocks + 1):
                 layers.append(ResidualBlock(width, widths[level], config.groups))
                 width = widths[level]
-                if level == len(widths) - 1:
+                if config.has_attention(level):
                     layers.append(AttentionBlock(width, config.groups))
             if level:
                 layers.append(Upsample(width))
@@ -221,11 +262,11 @@ def _norm(width: int, groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, width, eps=1e-6)
 
 
-def _middle(width: int, groups: int) -> nn.Sequential:
+def _middle(width: int, config: TokenizerConfig) -> nn.Sequential:
     return nn.Sequential(
-        ResidualBlock(width, width, groups),
-        AttentionBlock(width, groups),
-        ResidualBlock(width, width, groups),
+        ResidualBlock(width, width, config.groups),
+        AttentionBlock(width, config.groups) if config.middle_attention else nn.Identity(),
+        ResidualBlock(width, width, config.groups),
     )
 
 

@@ -12,7 +12,7 @@ P rotated pairs of a head (E / 2).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Literal
 
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctf.common.config import OMIT_DEFAULT
 from ctf.common.errors import UserError
 
 # (q, k, v), each (B, N, T, E), to (B, N, T, E): causal, full, or with a cache.
@@ -45,6 +46,7 @@ class TransformerConfig:
         norm_eps: Epsilon of RMSNorm.
         class_token_rope: "identity" does not rotate the class token. "zero" multiplies its
             query and key by zero, a quirk of LlamaGen that its released weights depend on.
+        ffn_hidden: Hidden width of SwiGLU; by default 2/3 of 4 * `width`, rounded up.
 
     Raises:
         UserError: A value is out of range.
@@ -60,11 +62,14 @@ class TransformerConfig:
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
     class_token_rope: Literal["identity", "zero"] = "identity"
+    ffn_hidden: int | None = field(default=None, metadata=OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
         for name in ("width", "layers", "heads", "grid", "classes", "ffn_multiple"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: got {getattr(self, name)}, expected 1 or more")
+        if self.ffn_hidden is not None and self.ffn_hidden < 1:
+            raise UserError(f"ffn_hidden: got {self.ffn_hidden}, expected 1 or more")
         if self.width % (4 * self.heads):
             raise UserError(
                 f"width {self.width} with {self.heads} heads: "
@@ -89,6 +94,8 @@ class TransformerConfig:
     @property
     def ffn_width(self) -> int:
         """Hidden width of SwiGLU: 2/3 of the usual 4 * width, since it has three matrices."""
+        if self.ffn_hidden is not None:
+            return self.ffn_hidden
         return -(-int(2 * 4 * self.width / 3) // self.ffn_multiple) * self.ffn_multiple
 
 

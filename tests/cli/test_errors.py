@@ -331,7 +331,7 @@ def test_an_unreadable_folder_is_reported(ctf: Command, locked: Path) -> None:
         os.seteuid(owner)
     check_refused(ctf("sample", locked / "run", "--dry-run"), str(locked / "run"))
     check_refused(fit_tiny(ctf, locked / "discs", locked / "run" / "x"), str(locked / "run"))
-    check_refused(fit_tiny(ctf, locked / "run", locked / "new"), str(locked / "run"))
+    check_refused(fit_tiny(ctf, locked / "run", locked.with_name("new")), str(locked / "run"))
 
 
 def test_a_full_disk_is_reported(

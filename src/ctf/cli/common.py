@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, get_args
@@ -32,6 +33,8 @@ commands: dict[str, Callable[..., Callable[[], None]]] = {}  # by their names of
 # are printed as they are: "[red]" is no style, and ":cat:" no emoji.
 console = Console(highlight=False, markup=False, emoji=False)
 
+FILES = (".png", ".json")  # endings of an --out that is a file
+
 F = TypeVar("F", bound=Callable[..., None])
 
 
@@ -46,7 +49,7 @@ def command(name: str) -> Callable[[F], F]:
         # Parsing returns the call to make, since errors of the two are handled differently.
         @functools.wraps(function)
         def parsed(*args: Any, **kwargs: Any) -> Callable[[], None]:
-            return functools.partial(function, *args, **kwargs)
+            return functools.partial(_run, function, *args, **kwargs)
 
         parent = groups[group] if group else app
         parent.command(name=inner)(parsed)
@@ -54,6 +57,20 @@ def command(name: str) -> Callable[[F], F]:
         return function
 
     return register
+
+
+def _run(function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Run a command, after checking that its --out can be written."""
+    from ctf.common import storage
+
+    unused = (function.__kwdefaults__ or {}).get("out") if kwargs.get("dry_run") else None
+    for out in (kwargs.get("out"), getattr(kwargs.get("evaluation"), "out", None)):
+        if out is None or out == unused:
+            continue
+        if os.path.lexists(out) and not out.is_dir() and out.suffix.lower() not in FILES:
+            raise UserError(f"{out} exists, and is not a folder; choose another folder")
+        storage.check_writable(out)
+    function(*args, **kwargs)
 
 
 def open_device(name: DeviceName) -> Any:

@@ -181,7 +181,8 @@ def sample(
         classes: class numbers or names, separated by commas, or all
         count: images per class
         seed: image i is sampled from seed + i
-        out: .png file for a contact sheet, or folder for single images, codes and settings.json
+        out: .png file for a contact sheet, or any other name for a folder with single images, codes
+            and settings.json
         resize: side of the images in pixels; by default the tokenizer's
         settings: settings.json from a folder of samples or from the studio, to sample its images
             again, by default from the pipeline that it names; excludes other options of sampling

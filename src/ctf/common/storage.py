@@ -131,15 +131,17 @@ _IMPOSSIBLE = (
 def check_writable(path: Path) -> None:
     """Check, by trying, that a file or a folder can be made at `path`; nothing is left there.
 
-    Nothing is checked where a folder exists that is not empty: finished work needs no writing.
+    Nothing is tried in a folder that is not empty: finished work needs no writing.
 
     Raises:
         UserError: See `atomic`.
     """
     with user_errors(path):
         folder = next(folder for folder in (path, *path.parents) if _exists(folder))
-        if folder == path and not (path.is_dir() and not any(path.iterdir())):
+        if folder == path and path.is_dir() and any(path.iterdir()):
             return
+        if folder == path and not path.is_dir():
+            folder = path.parent
         with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=folder):
             pass
 

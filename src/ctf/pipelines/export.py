@@ -151,7 +151,9 @@ def check(out: Path, settings: Settings) -> None:
                 f"{images} images on one sheet, expected {MAX_ON_SHEET} or fewer: "
                 "choose a folder for --out"
             )
-    elif out.suffix:
+        if out.is_dir():
+            raise UserError(f"{out}: cannot be written, it is a folder; choose another name")
+    elif out.suffix.lower() in Image.registered_extensions():  # "samples-1.5" is a folder
         raise UserError(f"{out}: expected a name ending in .png, or a folder")
     else:
         claims.is_ours(out, "settings.json", what="a folder of samples")

@@ -114,7 +114,7 @@ def test_any_shape_computes_what_llamagen_does(data: st.DataObject) -> None:
         norm = "l2" if vq.l2_norm else "none"
         out = Path(folder) / "out"
         text = llamagen.convert(*paths, out, codebook_norm=norm, **given_options)
-        assert f"{gpt.heads} heads" in text and f"{gpt.layers} layers" in text
+        assert f"heads {gpt.heads}" in text and f"layers {gpt.layers};" in text
         check(Pipeline.from_pretrained(out), vq, gpt, *weights)
         check(llamagen.load(*paths, codebook_norm=norm, **given_options), vq, gpt, *weights)
 
@@ -130,6 +130,14 @@ def vq_path(tmp_path: Path) -> Path:
 def write(path: Path, weights: dict[str, Tensor], **more: Any) -> Path:
     torch.save({"model": weights, **more}, path)
     return path
+
+
+def refused(vq: Path, gpt: Path, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        llamagen.load(vq, gpt, **options)
+    message = str(caught.value)
+    assert len(message.splitlines()) <= 2 and len(message) < 500
+    return message
 
 
 def same_logits(gpt: Path, vq: Path, **options: Any) -> bool:
@@ -224,6 +232,57 @@ def test_moving_averages_are_read_where_chosen(tmp_path: Path, vq_path: Path) ->
     assert same_logits(path, vq_path)
 
 
+def training(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """What a training stores."""
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([parameter])
+    parameter.sum().backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    state = optimizer.state_dict()
+    return {
+        "LlamaGen, tokenizer": {
+            "model": weights, "optimizer": state, "discriminator": {"main.0.weight": parameter},
+            "optimizer_disc": state, "steps": 3, "args": argparse.Namespace(ema=True, lr=1e-4),
+        },
+        "DeepSpeed": {
+            "module": weights, "buffer_names": ["x"], "sparse_tensor_module_names": {"a"},
+            "param_shapes": [{"a": torch.Size([2])}], "ds_config": {"steps": 1}, "mp_world_size": 1,
+        },
+        "own loop": {"model_state_dict": weights, "epoch": 7, "best": 0.5, "args": {"lr": 1e-4}},
+        "parameters": {name: nn.Parameter(value) for name, value in weights.items()},
+        "views of one memory": views(weights),
+    }  # fmt: skip
+
+
+def views(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    parts = torch.cat([value.flatten() for value in weights.values()]).split(
+        [value.numel() for value in weights.values()]
+    )
+    return {k: part.view_as(v) for (k, v), part in zip(weights.items(), parts, strict=True)}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("form", training(VQ_WEIGHTS))
+def test_what_trainings_store_beside_the_weights(tmp_path: Path, form: str) -> None:
+    paths = [tmp_path / "vq.pt", tmp_path / "gpt.pt"]
+    for path, weights in zip(paths, (VQ_WEIGHTS, GPT_WEIGHTS), strict=True):
+        torch.save(training(weights)[form], path)
+    llamagen.convert(*paths, tmp_path / "out", grid=2)
+    with torch.no_grad():
+        check(Pipeline.from_pretrained(tmp_path / "out"), VQ, GPT, VQ_WEIGHTS, GPT_WEIGHTS)
+
+
+def test_tensors_without_values(tmp_path: Path, vq_path: Path) -> None:
+    path, name = tmp_path / "gpt.pt", "norm.weight"
+    write(path, {**GPT_WEIGHTS, name: torch.empty(0)})
+    message = refused(vq_path, path)
+    assert f"{name!r} is empty" in message and "ZeRO 3" in message
+    sparse, meta = torch.ones(128).to_sparse(), torch.empty(128, device="meta")
+    for value, kind in ((sparse, "sparse_coo, cpu"), (meta, "strided, meta")):
+        write(path, {**GPT_WEIGHTS, name: value})
+        assert f"of type torch.float32 ({kind})" in refused(vq_path, path)
+
+
 def test_a_truncated_safetensors_file(tmp_path: Path, vq_path: Path) -> None:
     save_file(GPT_WEIGHTS, path := tmp_path / "gpt.safetensors")
     path.write_bytes(path.read_bytes()[:-100])
@@ -254,12 +313,12 @@ def shape_of(**changes: int) -> llamagen.Checkpoint:
 def test_heads_by_default(width: int, layers: int, heads: int, reason: str) -> None:
     gpt = shape_of(width=width, layers=layers, heads=1, kv_heads=1)
     config, text = transformer_shape(gpt)
-    assert config.heads == heads and text.startswith(f"{heads} heads ({reason}")
+    assert config.heads == heads and text.startswith(f"heads {heads} ({reason}")
 
 
 def test_heads_that_cannot_be() -> None:
     gpt = shape_of(width=96, heads=8, kv_heads=4)  # keys and values of width 48
-    assert transformer_shape(gpt, heads=8)[1] == "8 heads, 4 of keys and values (as chosen)"
+    assert transformer_shape(gpt, heads=8)[1] == "heads 8, of keys and values 4 (as chosen)"
     with pytest.raises(UserError, match=r"choose --heads as in its training, e\.g\. 2, 4"):
         transformer_shape(gpt)
     with pytest.raises(UserError, match="got 3 heads with width 96"):
@@ -271,14 +330,6 @@ def test_heads_that_cannot_be() -> None:
         transformer_shape(b, heads=6, size="B")
     with pytest.raises(UserError, match="got 11 layers, expected 12 in size B; omit the size"):
         transformer_shape(shape_of(width=768, layers=11, heads=12, kv_heads=12), size="B")
-
-
-def refused(vq: Path, gpt: Path, **options: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        llamagen.load(vq, gpt, **options)
-    message = str(caught.value)
-    assert len(message.splitlines()) <= 2 and len(message) < 500
-    return message
 
 
 def test_the_table_of_rope_tells_heads_and_grid(tmp_path: Path, vq_path: Path) -> None:
@@ -322,7 +373,7 @@ def test_the_size_of_images_has_to_be_known(tmp_path: Path, vq_path: Path) -> No
     assert "does not tell the size" in message and "--image-size" in message and "--grid" in message
     assert "got both --image-size 4 and --grid 3" in refused(vq_path, path, image_size=4, grid=3)
     assert llamagen.load(vq_path, path, image_size=4, grid=2).tokenizer.image_size == 4
-    assert "image size 0" in refused(vq_path, path, grid=0)
+    assert "grid: got 0, expected 1 or more" in refused(vq_path, path, grid=0)
 
 
 def test_the_names_of_released_files_tell_the_size_of_images(tmp_path: Path, vq_path: Path) -> None:
@@ -374,8 +425,9 @@ def test_the_command_tells_what_it_understood(tmp_path: Path, vq_path: Path, ctf
     assert dry.code == 0 and not out.exists()
     for text in (
         "6 pixels -> 3 x 3 of 20 codes", "5 classes", "images: 6 pixels, as chosen",
-        "tokenizer: 32 channels x 1, 1, 1 residual blocks a level, 8 latent channels, codes of 4",
-        "compared by cosine, float32", "width 128, 2 layers, 2 heads (width / 64", "SwiGLU 96",
+        "tokenizer: channels 32 x 1, 1; residual blocks 1 a level; latent channels 8;",
+        "code dimension 4, compared by cosine; float32",
+        "transformer: width 128; layers 2; heads 2 (width / 64", "SwiGLU 96; float32",
     ):  # fmt: skip
         assert text in dry.out, text
     assert ctf(*command).out == dry.out

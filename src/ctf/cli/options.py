@@ -21,7 +21,7 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Engine = Literal["auto", "eager", "compile", "int8"]
 LlamaGenSize = Literal["B", "L", "XL", "XXL", "3B"]
-LlamaGenWeights = Literal["model", "module", "state_dict", "ema"]
+LlamaGenWeights = Literal["model", "module", "state_dict", "model_state_dict", "ema"]
 Size = Literal["S", "B", "L", "XL", "XXL", "3B"]
 
 registry = ConstructorRegistry()

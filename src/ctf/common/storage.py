@@ -285,7 +285,8 @@ def load_pt(path: Path, classes: Sequence[type] = ()) -> Any:
         UserError: The file is missing, truncated, something else, or contains code.
     """
     if not path.is_file():
-        raise UserError(f"{path}: not found")
+        reason = "; it is a folder, expected a file" if path.is_dir() else ""
+        raise UserError(f"{path}: not found{reason}")
     try:
         with torch.serialization.safe_globals(list(classes)):
             return torch.load(
@@ -295,7 +296,8 @@ def load_pt(path: Path, classes: Sequence[type] = ()) -> Any:
         if match := re.search(r"(?:GLOBAL|class|function) (\S+\.\S+)", str(error)):
             raise UserError(
                 f"{path}: refused, since it contains {match[1]}, which is code and not weights; "
-                "nothing was executed"
+                "nothing was executed\n"
+                "if you trust the program that wrote it, make it save the model's state dict alone"
             ) from None
         reason = str(error).strip().split("\n")[0][:100] or type(error).__name__
         raise UserError(

@@ -88,7 +88,7 @@ class TokenizerConfig:
             )
         if self.image_size < 1 or self.image_size % self.factor:
             below = self.image_size // self.factor * self.factor
-            near = f"{below} or {below + self.factor}" if below else str(self.factor)
+            near = f"{below} or {below + self.factor}" if below > 0 else str(self.factor)
             raise UserError(
                 f"image size {self.image_size} is not divisible by the tokenizer's factor "
                 f"{self.factor}; use {near}"

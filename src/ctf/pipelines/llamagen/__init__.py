@@ -175,10 +175,10 @@ def _details(vq: Checkpoint, tokenizer: VQModel) -> str:
     if shape.decoder_multipliers:
         multipliers += f" (decoder {_listed(shape.decoder_multipliers)})"
     return (
-        f"tokenizer: {shape.channels} channels x {multipliers}, "
-        f"{shape.blocks} residual blocks a level, {shape.latent_channels} latent channels, "
-        f"codes of {shape.code_dim} values, compared by "
-        f"{'cosine' if shape.l2_norm else 'distance'}, {_precision(tokenizer)}{vq.source}"
+        f"tokenizer: channels {shape.channels} x {multipliers}; "
+        f"residual blocks {shape.blocks} a level; latent channels {shape.latent_channels}; "
+        f"code dimension {shape.code_dim}, compared by "
+        f"{'cosine' if shape.l2_norm else 'distance'}; {_precision(tokenizer)}{vq.source}"
     )
 
 
@@ -239,8 +239,8 @@ def _load_models(
     notes = [
         f"images: {image_size} pixels, {source}",
         _details(vq, tokenizer),
-        f"transformer: width {shape.width}, {shape.layers} layers, {heads}, "
-        f"SwiGLU {shape.ffn_width}, {_precision(coarse)}{gpt.source}",
+        f"transformer: width {shape.width}; layers {shape.layers}; {heads}; "
+        f"SwiGLU {shape.ffn_width}; {_precision(coarse)}{gpt.source}",
     ]
     return tokenizer, coarse, notes
 
@@ -249,6 +249,8 @@ def _chosen_image_size(factor: int, options: Options) -> int | None:
     image_size, grid = options.get("image_size"), options.get("grid")
     if grid is None:
         return image_size
+    if grid < 1:
+        raise UserError(f"grid: got {grid}, expected 1 or more codes per side")
     if image_size not in (None, grid * factor):
         raise UserError(
             f"got both --image-size {image_size} and --grid {grid}, which is {grid * factor} "

@@ -17,7 +17,7 @@ from ctf.common.errors import UserError
 
 CODEBOOK, EMBEDDING = "quantize.embedding.weight", "tok_embeddings.weight"
 KINDS = {"tokenizer": CODEBOOK, "transformer": EMBEDDING}  # and a tensor that the other has not
-STATE_DICTS = ("model", "module", "state_dict", "ema")
+STATE_DICTS = ("model", "module", "state_dict", "model_state_dict", "ema")
 # Parts of names that DDP, torch.compile, FSDP and activation checkpointing add.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # Last parts of the names of what is not weights.
@@ -96,23 +96,38 @@ def read(path: Path, entry: str | None = None) -> Checkpoint:
         # At the top there are steps, the optimizer's state and the like, too.
         if last in BUFFERS or (entry is None and not isinstance(value, Tensor)):
             continue
-        if not (isinstance(value, Tensor) and value.dtype in FLOATS):
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise UserError(
-                f"{path}: {key!r} is of type {kind}, expected floating-point weights; "
-                "is this a checkpoint of LlamaGen?"
-            )
-        weights[name] = value
+        weights[name] = _check_weight(path, key, value)
     # The model may have been a part of another module, e.g. "gpt.".
     while len(weights) > 1 and len({name.split(".")[0] for name in weights}) == 1:
         weights = {name.partition(".")[2]: value for name, value in weights.items()}
     args, others = content.get("args"), [name for name in entries if name != entry]
+    if not isinstance(args, (argparse.Namespace, Mapping)):
+        args = {}
     return Checkpoint(
         path,
         weights,
         rope,
-        vars(args) if isinstance(args, argparse.Namespace) else {},
+        dict(vars(args) if isinstance(args, argparse.Namespace) else args),
         f", weights {entry!r} (the file has {', '.join(others)}, too)" if others else "",
+    )
+
+
+def _check_weight(path: Path, name: str, value: object) -> Tensor:
+    """Return a tensor of floating-point numbers; raise a UserError if it is something else."""
+    if not isinstance(value, Tensor):
+        kind = type(value).__name__
+    elif value.dtype in FLOATS and value.layout == torch.strided and not value.is_meta:
+        if value.numel():
+            return value.detach()
+        raise UserError(
+            f"{path}: tensor {name!r} is empty; if ZeRO 3 of DeepSpeed has split the weights, "
+            "make one file of them first (zero_to_fp32.py)"
+        )
+    else:
+        kind = f"{value.dtype} ({str(value.layout).removeprefix('torch.')}, {value.device})"
+    raise UserError(
+        f"{path}: {name!r} is of type {kind}, expected floating-point weights; "
+        "is this a checkpoint of LlamaGen?"
     )
 
 

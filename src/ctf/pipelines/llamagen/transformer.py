@@ -155,8 +155,8 @@ def _find_heads(gpt: Checkpoint, width: int, layers: int, chosen: int | None) ->
             f"choose --heads as in its training, e.g. {', '.join(map(str, likely))}"
         )
     kv_heads = kv_width * heads // width
-    shared = f", {kv_heads} of keys and values" if kv_heads < heads else ""
-    return heads, f"{heads} heads{shared} ({reason})"
+    shared = f", of keys and values {kv_heads}" if kv_heads < heads else ""
+    return heads, f"heads {heads}{shared} ({reason})"
 
 
 def _kv_width(gpt: Checkpoint, width: int) -> int:

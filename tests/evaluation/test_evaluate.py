@@ -82,7 +82,8 @@ def test_files_and_content_of_the_report(done: tuple[Path, Report], run: Path) -
     out, result = done
     folder = out.with_suffix("")
     assert sorted(read_files(folder)) == [
-        "asked.json", "report.json", "report.md", "samples.npz", "samples.png", "statistics.npz"
+        "asked.json", "report.json", "report.md", "samples.npz", "samples.png", "settings.json",
+        "statistics.npz",
     ]  # fmt: skip
     assert out.read_bytes() == (folder / "report.json").read_bytes()
     assert report.load(out) == result

@@ -1,6 +1,7 @@
 """Samples as files, and settings files that reproduce them; through `ctf sample`."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from ctf.pipelines import export
 from ctf.pipelines.pipeline import Pipeline
-from tests.conftest import Command
+from tests.conftest import Command, read_files
 from tests.pipelines.helpers import LENGTH, same
 
 
@@ -51,6 +52,74 @@ def test_settings_sample_a_folder_again(
     assert first.read_bytes() == second.read_bytes()
     with np.load(written / "codes.npz") as a, np.load(tmp_path / "again" / "codes.npz") as b:
         assert all((a[name] == b[name]).all() for name in a.files)
+
+
+def test_settings_beside_samples_name_their_pipeline(
+    ctf: Command, run: Path, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent)
+    assert ctf("sample", run.name, "--count", 3, "--out", tmp_path / "a").code == 0
+    monkeypatch.chdir(tmp_path)
+    for settings in ("a/settings.json", "a"):
+        result = ctf("sample", "--settings", settings, "--out", "b")
+        assert result.code == 0, result.err
+        assert read_files(tmp_path / "a") == read_files(tmp_path / "b")
+
+
+def test_settings_whose_pipeline_has_moved_take_another_name(
+    ctf: Command, run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    assert ctf("sample", tmp_path / "run", "--count", 1, "--out", tmp_path / "a").code == 0
+    (tmp_path / "run").rename(tmp_path / "moved")
+    command = ("--settings", tmp_path / "a", "--out", tmp_path / "b")
+    result = ctf("sample", *command)
+    assert result.code == 2 and "say where it is now: ctf sample MODEL --settings" in result.err
+    assert len(result.err.splitlines()) == 2
+    assert ctf("sample", tmp_path / "moved", *command).code == 0
+    first, second = read_files(tmp_path / "a"), read_files(tmp_path / "b")
+    assert json.loads(second.pop("settings.json"))["model"] == str(tmp_path / "moved")
+    del first["settings.json"]
+    assert first == second
+
+
+def test_settings_for_another_pipeline_are_told(
+    ctf: Command, run: Path, written: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text(
+        json.dumps({**json.loads((written / "settings.json").read_text()), "weights": "0" * 64})
+    )
+    result = ctf("sample", run, "--settings", path, "--out", tmp_path / "out")
+    assert result.code == 0 and "sampled from another pipeline" in result.out
+    result = ctf("sample", "--settings", path, "--out", tmp_path / "out")
+    assert result.code == 2 and "sampled from another pipeline" in result.err
+
+
+def test_settings_beside_an_evaluation_sample_its_images(
+    ctf: Command, run: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    options = ["--reference", image_folder, "--samples", 12, "--balance", "uniform", "--seed", 4]
+    result = ctf("evaluate", run, *options, "--guidance", 3, "--out", tmp_path / "scores")
+    assert result.code == 0, result.err
+    command = ("sample", "--settings", tmp_path / "scores", "--engine", "eager")
+    result = ctf(*command, "--out", tmp_path / "again")
+    assert result.code == 0, result.err
+    with np.load(tmp_path / "scores" / "samples.npz") as samples:
+        for i, pixels in enumerate(samples["arr_0"]):
+            with Image.open(tmp_path / "again" / f"{i:06d}.png") as image:
+                assert (np.asarray(image) == pixels).all()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "windows"])
+def test_settings_edited_elsewhere_are_read(
+    ctf: Command, run: Path, written: Path, tmp_path: Path, encoding: str
+) -> None:
+    text, path = (written / "settings.json").read_text(), tmp_path / "settings.json"
+    path.write_bytes(
+        text.encode("utf-8-sig") if encoding == "utf-8-sig" else text.replace("\n", "\r\n").encode()
+    )
+    assert ctf("sample", "--settings", path, "--out", tmp_path / "out").code == 0
 
 
 @pytest.mark.parametrize(("count", "width"), [(2, 2 * 68 + 4), (1, 32)])

@@ -184,12 +184,14 @@ def sample(
         out: .png file for a contact sheet, or any other name for a folder with single images, codes
             and settings.json
         resize: side of the images in pixels; by default the tokenizer's
-        settings: settings.json from a folder of samples or from the studio, to sample its images
-            again, by default from the pipeline that it names; excludes other options of sampling
+        settings: settings.json from a folder of samples, an evaluation or the studio, to sample its
+            images again, by default from the pipeline that it names; excludes other options of
+            sampling
         engine: auto is the fastest, equal up to rounding; int8 is faster but not quite equal;
             compile uses torch.compile; eager uses plain PyTorch operators
     """
     from ctf.pipelines import export
+    from ctf.pipelines.folder import find_pipeline, hash_pipeline, lasting_name
     from ctf.pipelines.pipeline import Pipeline
 
     if settings is not None:
@@ -201,12 +203,16 @@ def sample(
     else:
         if model is None:
             raise UserError("got no model, expected e.g. ctf sample fashion-mnist")
-        pipe = Pipeline.from_pretrained(model, open_device(device), engine=engine)
+        folder = find_pipeline(model)
+        pipe = Pipeline.from_pretrained(folder, open_device(device), engine=engine)
         numbers = list(range(len(pipe.class_names)))
         if classes != "all":
             numbers = pipe.class_numbers([name.strip() for name in classes.split(",")])
         used = dataclasses.replace(pipe.sampling, **sampling)
-        request = export.Settings(tuple(numbers), count, seed, used, resize)
+        request = export.Settings(
+            tuple(numbers), count, seed, used, resize,
+            model=lasting_name(model), weights=hash_pipeline(folder),
+        )  # fmt: skip
     export.check(out, request)
     if dry_run:
         number = f"{request.count} images of each of {len(request.classes)} classes"
@@ -220,21 +226,34 @@ def sample(
 def _load_settings(path: Path, model: str | None, others: list[str]) -> tuple[Any, Path]:
     """Load a settings file and find its pipeline; it excludes all other settings."""
     from ctf.pipelines import export
-    from ctf.pipelines.folder import find_pipeline, hash_pipeline
+    from ctf.pipelines.folder import find_pipeline, hash_pipeline, lasting_name
 
     if others:
         option = others[0].replace("_", "-")
         raise UserError(f"--settings {path} sets all options of sampling; remove --{option}")
     settings = export.load(path)
-    model = settings.model if model is None else model
-    if model is None:
+    if model is None and settings.model is None:
         raise UserError(
             f"{path}: names no model, expected e.g. ctf sample fashion-mnist --settings {path}"
         )
-    folder = find_pipeline(model)
-    if settings.weights not in (None, hash_pipeline(folder)):
-        raise UserError(f"{path}: its images were sampled from another pipeline than {model}")
-    return settings, folder
+    try:
+        folder = find_pipeline(model or settings.model or "")
+    except UserError as error:
+        if model is not None:
+            raise
+        raise UserError(
+            f"{path}: {str(error).splitlines()[0]}\n"
+            f"say where it is now: ctf sample MODEL --settings {path}"
+        ) from None
+    weights = hash_pipeline(folder)
+    if settings.weights not in (None, weights):
+        if model is None or settings.codes is not None or settings.coarse is not None:
+            raise UserError(
+                f"{path}: its images were sampled from another pipeline than {model or folder}"
+            )
+        show(f"{path}: its images were sampled from another pipeline than {model}")
+    name = lasting_name(model) if model is not None else settings.model
+    return dataclasses.replace(settings, model=name, weights=weights), folder
 
 
 @command("evaluate")

@@ -1,6 +1,7 @@
 """Evaluations: a pipeline or images, and a reference -> samples -> features -> scores -> report.
 
 FOLDER/asked.json      everything that determines the result; another configuration is refused
+FOLDER/settings.json   for `ctf sample --settings`, to generate the samples again
 FOLDER/samples.npz     the samples of a pipeline, in the format of ADM's evaluator
 FOLDER/statistics.npz  mean and covariance of their features, usable as a reference
 FOLDER/report.json     the scores, for programs; report.md and samples.png for people
@@ -30,6 +31,9 @@ from ctf.evaluation.report import ReferenceInfo, Report, Subject
 from ctf.evaluation.sample_cache import GenerationConfig, cached_samples, generate
 from ctf.evaluation.scores import FeatureSummary, Reference
 from ctf.evaluation.search import search
+from ctf.pipelines import export
+from ctf.pipelines.arguments import update_sampling
+from ctf.pipelines.folder import lasting_name
 from ctf.pipelines.pipeline import Pipeline
 
 CONFIG, EVALUATION = "asked.json", "an evaluation"
@@ -65,6 +69,7 @@ class Evaluation:
     classifier: measures the class accuracy, if there is one.
     search_samples: per point of a search for guidance and temperatures; None: no search.
     against: a report that the new one will be compared with.
+    model: the pipeline's name or folder, for settings.json.
     out: folder of the report, or a .json file next to it; None: named after `config`.
     """
 
@@ -78,6 +83,7 @@ class Evaluation:
     against: Report | None
     out: Path | None
     device: torch.device
+    model: str | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -181,9 +187,23 @@ class Evaluation:
                 open_progress,
             )
             generation = dataclasses.replace(generation, settings={**generation.settings, **best})
+        self._save_settings(self.pipe, generation)
         with open_progress("samples") as progress:
             images = cached_samples(self.pipe, generation, self.folder, progress)
         return dataclasses.replace(self.subject, drawing=generation), images
+
+    def _save_settings(self, pipe: Pipeline, generation: GenerationConfig) -> None:
+        """Write the settings with which `ctf sample` generates the samples again."""
+        settings = export.Settings(
+            tuple(generation.classes(len(pipe.class_names)).tolist()),
+            1,
+            generation.seed,
+            update_sampling(pipe.sampling, generation.settings),
+            generation.resize,
+            model=lasting_name(self.model or self.subject.name),
+            weights=self.subject.hash,
+        )
+        storage.save_json(self.folder / export.SETTINGS, settings.to_json())
 
     def _score(
         self,

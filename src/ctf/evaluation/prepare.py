@@ -96,6 +96,7 @@ def prepare(
     evaluation = Evaluation(
         subject, pipe, images, known, extractors, loaded, search_samples,
         None if options.against is None else report.load(options.against), options.out, device,
+        model,
     )  # fmt: skip
     evaluation.check()
     return evaluation

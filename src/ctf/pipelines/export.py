@@ -24,13 +24,14 @@ from ctf.pipelines.arguments import check_seed
 from ctf.pipelines.generation import Samples
 from ctf.pipelines.pipeline import Pipeline
 
+SETTINGS = "settings.json"
 MAX_COLUMNS = 16  # of a contact sheet
 MAX_ON_SHEET = 1024  # images
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The content of settings.json, in a folder of samples or saved by the studio.
+    """The content of settings.json, in a folder of samples or an evaluation, or from the studio.
 
     Args:
         classes: Their numbers.
@@ -38,7 +39,7 @@ class Settings:
         seed: Image i is sampled from seed + i.
         sampling: Settings of both stages.
         resize: Pixels per side, instead of the tokenizer's.
-        model: The name of the pipeline.
+        model: The name of the pipeline, or its folder.
         weights: Its hash, see `hash_pipeline`.
         codes: (L,), see `Pipeline.sample`; the same for all images.
         keep: (L,), which of `codes` are known.
@@ -74,11 +75,13 @@ class Settings:
 
 
 def load(path: Path) -> Settings:
-    """Load a settings file.
+    """Load a settings file, or that of a folder of samples.
 
     Raises:
         UserError: The file is missing, or is not a settings file.
     """
+    if path.is_dir():
+        path /= SETTINGS
     return config.from_json(Settings, storage.load_object(path), str(path))
 
 
@@ -156,7 +159,7 @@ def check(out: Path, settings: Settings) -> None:
     elif out.suffix.lower() in Image.registered_extensions():  # "samples-1.5" is a folder
         raise UserError(f"{out}: expected a name ending in .png, or a folder")
     else:
-        claims.is_ours(out, "settings.json", what="a folder of samples")
+        claims.is_ours(out, SETTINGS, what="a folder of samples")
 
 
 def write(
@@ -174,8 +177,8 @@ def write(
         out: A name ending in .png for a contact sheet; otherwise a folder for 000000.png, ...,
             codes.npz (codes, coarse, classes, seeds) and settings.json.
         settings: What to sample.
-        again: Reproduce the files of `settings` as the studio has them: images are decoded
-            separately, and a single one is written as it is instead of a contact sheet.
+        again: Reproduce the files of `settings`: a single image is written as it is, as the studio
+            has it, instead of on a contact sheet.
         progress: Called with the numbers of images sampled and to sample.
 
     Returns:
@@ -185,7 +188,7 @@ def write(
         UserError: See `check` and `Pipeline.sample`.
     """
     check(out, settings)
-    samples = sample(pipe, settings, decode_separately=again, progress=progress)
+    samples = sample(pipe, settings, progress=progress)
     if out.suffix.lower() != ".png":
         _write_folder(out, samples, settings)
         return f"{out}: {len(samples.images)} images, codes.npz, settings.json"
@@ -199,7 +202,7 @@ def write(
 
 def _write_folder(out: Path, samples: Samples, settings: Settings) -> None:
     # First, so that the folder is recognised as one of samples if writing is interrupted.
-    storage.save_json(out / "settings.json", settings.to_json())
+    storage.save_json(out / SETTINGS, settings.to_json())
     for old in out.glob("[0-9]*.png"):  # of an earlier call with more images
         if old.stem.isdigit() and int(old.stem) >= len(samples.images):
             old.unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -87,6 +88,11 @@ def find_pipeline(name: str | Path, revision: str | None = None, **download: Any
     folder = hub.download(address, PIPELINE_FILES, **download)
     _check_complete(folder, address)
     return folder
+
+
+def lasting_name(name: str) -> str:
+    """Return a pipeline's name, as `find_pipeline` takes it, that is valid in every folder."""
+    return os.path.abspath(name) if Path(name).is_dir() else name
 
 
 def _check_complete(folder: Path, address: object) -> None:

@@ -123,6 +123,7 @@ def test_sizes_of_the_released_tokenizers(
         ({"groups": 3}, "channels: got 8, expected a multiple of groups 3"),
         ({"image_size": 0}, r"image size 0 .* factor 4; use 4$"),
         ({"decoder_multipliers": (1, 2)}, r"decoder_multipliers: got \[1, 2\], expected 3 of 1"),
+        ({"decoder_blocks": 0}, "decoder_blocks: got 0, expected 1 or more"),
         ({"attention": (0, 3)}, r"attention: got levels \[0, 3\], expected some of \[0, 1, 2\]"),
     ],
 )

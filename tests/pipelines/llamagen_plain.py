@@ -115,6 +115,7 @@ class VQ(NamedTuple):
     attention: frozenset[int]  # levels, 0 being the largest
     middle: bool
     l2_norm: bool
+    decoder_blocks: int
 
 
 def vq_shapes(vq: VQ) -> dict[str, tuple[int, ...]]:
@@ -149,7 +150,7 @@ def vq_shapes(vq: VQ) -> dict[str, tuple[int, ...]]:
     def levels(coder: str, width: int, order: list[int], multipliers: tuple[int, ...]) -> int:
         for i, level in enumerate(order):
             name = f"{coder}.conv_blocks.{i}"
-            for block in range(vq.blocks + (coder == "decoder")):
+            for block in range(vq.blocks if coder == "encoder" else vq.decoder_blocks):
                 residual(f"{name}.res.{block}", width, vq.channels * multipliers[level])
                 width = vq.channels * multipliers[level]
                 if level in vq.attention:
@@ -214,7 +215,7 @@ class Network:
     def levels(self, coder: str, x: Tensor, vq: VQ) -> Tensor:
         for i in range(len(vq.encoder)):
             name = f"{coder}.conv_blocks.{i}"
-            for block in range(vq.blocks + (coder == "decoder")):
+            for block in range(vq.blocks if coder == "encoder" else vq.decoder_blocks):
                 x = self.block(f"{name}.res.{block}", x)
                 x = self.block(f"{name}.attn.{block}", x)
             if f"{name}.downsample.conv.weight" in self.weights:

@@ -21,7 +21,9 @@ from ctf.pipelines.pipeline import Pipeline
 from tests.conftest import Command
 from tests.pipelines import llamagen_plain as plain
 
-VQ = plain.VQ(32, (1, 1), (1, 1), 1, 8, 20, 4, frozenset([1]), middle=True, l2_norm=True)
+VQ = plain.VQ(
+    32, (1, 1), (1, 1), 1, 8, 20, 4, frozenset([1]), middle=True, l2_norm=True, decoder_blocks=2
+)
 GPT = plain.GPT(width=128, layers=2, heads=2, kv_heads=2, hidden=96, codes=20, classes=5)
 VQ_WEIGHTS = plain.random_weights(plain.vq_shapes(VQ))
 GPT_WEIGHTS = plain.random_weights(plain.gpt_shapes(GPT), seed=1)
@@ -34,19 +36,20 @@ def vqs(draw: st.DrawFn) -> plain.VQ:
     encoder = tuple(draw(multipliers))
     levels = len(encoder)
     decoder = draw(st.just(encoder) | st.tuples(*[st.integers(1, 2)] * levels))
-    last = frozenset([levels - 1])
+    last, blocks = frozenset([levels - 1]), draw(st.integers(1, 3))
     some = st.frozensets(st.integers(0, levels - 1))
     return plain.VQ(
         channels=32 * draw(st.integers(1, 2)),
         encoder=encoder,
         decoder=decoder,
-        blocks=draw(st.integers(1, 3)),
+        blocks=blocks,
         latent=draw(st.integers(1, 40)),
         codes=draw(st.integers(2, 50)),
         code_dim=draw(st.integers(1, 9)),
         attention=draw(st.just(last) | some),
         middle=draw(st.booleans()),
         l2_norm=draw(st.booleans()),
+        decoder_blocks=draw(st.just(blocks + 1) | st.integers(1, 3)),
     )
 
 
@@ -90,7 +93,7 @@ def check(pipe: Pipeline, vq: plain.VQ, gpt: plain.GPT, *weights: dict[str, Tens
 
 
 @torch.no_grad()
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_any_shape_computes_what_llamagen_does(data: st.DataObject) -> None:
     vq = data.draw(vqs())
@@ -319,7 +322,7 @@ def test_heads_by_default(width: int, layers: int, heads: int, reason: str) -> N
 def test_heads_that_cannot_be() -> None:
     gpt = shape_of(width=96, heads=8, kv_heads=4)  # keys and values of width 48
     assert transformer_shape(gpt, heads=8)[1] == "heads 8, of keys and values 4 (as chosen)"
-    with pytest.raises(UserError, match=r"choose --heads as in its training, e\.g\. 2, 4"):
+    with pytest.raises(UserError, match=r"expected --heads as in its training, e\.g\. 2, 4"):
         transformer_shape(gpt)
     with pytest.raises(UserError, match="got 3 heads with width 96"):
         transformer_shape(gpt, heads=3)
@@ -415,7 +418,10 @@ def test_other_groups_are_chosen(tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "out" / "tokenizer" / "config.json").read_text())["model"]
     assert (stored["channels"], stored["groups"]) == (24, 8)
     # Fields that this tokenizer does not need are left out, so that older versions read it.
-    assert not {"attention", "middle_attention", "l2_norm", "decoder_multipliers"} & stored.keys()
+    assert (
+        not {"attention", "middle_attention", "l2_norm", "decoder_multipliers", "decoder_blocks"}
+        & stored.keys()
+    )
 
 
 def test_the_command_tells_what_it_understood(tmp_path: Path, vq_path: Path, ctf: Command) -> None:
@@ -425,7 +431,7 @@ def test_the_command_tells_what_it_understood(tmp_path: Path, vq_path: Path, ctf
     assert dry.code == 0 and not out.exists()
     for text in (
         "6 pixels -> 3 x 3 of 20 codes", "5 classes", "images: 6 pixels, as chosen",
-        "tokenizer: channels 32 x 1, 1; residual blocks 1 a level; latent channels 8;",
+        "tokenizer: channels 32 x 1, 1; residual blocks 1, 2; latent channels 8;",
         "code dimension 4, compared by cosine; float32",
         "transformer: width 128; layers 2; heads 2 (width / 64", "SwiGLU 96; float32",
     ):  # fmt: skip

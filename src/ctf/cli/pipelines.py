@@ -421,8 +421,7 @@ def convert_llamagen(
 
     Example: ctf convert llamagen --vq vq_ds16_c2i.pt --gpt c2i_B_256.pt --out llamagen-B
 
-    Both files may be .pt or .safetensors. Shapes follow from their tensors; --dry-run shows what
-    was understood.
+    Files may be .pt or .safetensors, of any size; --dry-run shows what was understood.
 
     Args:
         vq: file of the tokenizer

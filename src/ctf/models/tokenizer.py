@@ -35,10 +35,11 @@ class TokenizerConfig:
         code_dim: C.
         channels: Of the first level.
         multipliers: Of `channels`, one for each level. Each level but the last halves the sides.
-        blocks: Residual blocks of a level in the encoder; the decoder has one more.
+        blocks: Residual blocks of a level in the encoder.
         latent_channels: Of the encoder's output.
         groups: Of group normalization; divides `channels`.
         decoder_multipliers: As `multipliers`, and in their order; by default the same.
+        decoder_blocks: Residual blocks of a level in the decoder; by default `blocks` + 1.
         attention: Levels with attention after each residual block, 0 being that of the full
             resolution; by default the last.
         middle_attention: Whether there is attention between the encoder's last level and its
@@ -60,6 +61,7 @@ class TokenizerConfig:
     decoder_multipliers: tuple[int, ...] | None = dataclasses.field(
         default=None, metadata=OMIT_DEFAULT
     )
+    decoder_blocks: int | None = dataclasses.field(default=None, metadata=OMIT_DEFAULT)
     attention: tuple[int, ...] | None = dataclasses.field(default=None, metadata=OMIT_DEFAULT)
     middle_attention: bool = dataclasses.field(default=True, metadata=OMIT_DEFAULT)
     l2_norm: bool = dataclasses.field(default=True, metadata=OMIT_DEFAULT)
@@ -81,6 +83,8 @@ class TokenizerConfig:
                 f"decoder_multipliers: got {list(decoder)}, expected {len(self.multipliers)} of 1 "
                 "or more, as many as multipliers"
             )
+        if self.decoder_blocks is not None and self.decoder_blocks < 1:
+            raise UserError(f"decoder_blocks: got {self.decoder_blocks}, expected 1 or more")
         levels = range(len(self.multipliers))
         if self.attention is not None and not set(self.attention) <= set(levels):
             raise UserError(
@@ -241,7 +245,7 @@ class Decoder(nn.Module):
         self.middle = _middle(width, config)
         layers: list[nn.Module] = []
         for level in reversed(range(len(widths))):
-            for _ in range(config.blocks + 1):
+            for _ in range(config.decoder_blocks or config.blocks + 1):
                 layers.append(ResidualBlock(width, widths[level], config.groups))
                 width = widths[level]
                 if config.has_attention(level):

@@ -174,9 +174,10 @@ def _details(vq: Checkpoint, tokenizer: VQModel) -> str:
     multipliers = _listed(shape.multipliers)
     if shape.decoder_multipliers:
         multipliers += f" (decoder {_listed(shape.decoder_multipliers)})"
+    blocks = f"{shape.blocks}, {shape.decoder_blocks or shape.blocks + 1}"
     return (
-        f"tokenizer: channels {shape.channels} x {multipliers}; "
-        f"residual blocks {shape.blocks} a level; latent channels {shape.latent_channels}; "
+        f"tokenizer: channels {shape.channels} x {multipliers}; residual blocks {blocks}; "
+        f"latent channels {shape.latent_channels}; "
         f"code dimension {shape.code_dim}, compared by "
         f"{'cosine' if shape.l2_norm else 'distance'}; {_precision(tokenizer)}{vq.source}"
     )

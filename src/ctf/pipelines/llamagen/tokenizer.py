@@ -39,10 +39,11 @@ def _block_names(coder: str, shape: TokenizerConfig) -> list[str]:
     LlamaGen has two lists for each level, of residual and of attention blocks, and a resampling.
     """
     is_encoder = coder == "encoder"
+    blocks = shape.blocks if is_encoder else shape.decoder_blocks or shape.blocks + 1
     last = len(shape.multipliers) - 1
     names = []
     for level in range(last + 1):  # from that of the lowest resolution in the decoder
-        for block in range(shape.blocks if is_encoder else shape.blocks + 1):
+        for block in range(blocks):
             names.append(f"conv_blocks.{level}.res.{block}")
             if shape.has_attention(level if is_encoder else last - level):
                 names.append(f"conv_blocks.{level}.attn.{block}")
@@ -87,6 +88,8 @@ def tokenizer_shape(
         for level in range(levels)
         if f"encoder.conv_blocks.{level}.attn.0.q.weight" in vq.weights
     )
+    blocks = vq.count("encoder.conv_blocks.0.res.")
+    decoder_blocks = vq.count("decoder.conv_blocks.0.res.")
     codebook_size, code_dim = vq.shape(CODEBOOK, 2)
     return TokenizerConfig(
         image_size=2 ** (levels - 1),
@@ -94,10 +97,11 @@ def tokenizer_shape(
         code_dim=code_dim,
         channels=channels,
         multipliers=encoder,
-        blocks=vq.count("encoder.conv_blocks.0.res."),
+        blocks=blocks,
         latent_channels=vq.shape("encoder.conv_out.weight", 4)[0],
         groups=groups,
         decoder_multipliers=None if decoder == encoder else decoder,
+        decoder_blocks=None if decoder_blocks == blocks + 1 else decoder_blocks,
         attention=None if attention == (levels - 1,) else attention,
         middle_attention="encoder.mid.1.q.weight" in vq.weights,
         l2_norm=codebook_norm == "l2",

@@ -88,7 +88,7 @@ def _check_condition(gpt: Checkpoint) -> None:
             f"{gpt.path}: tensor {CLASSES!r} is missing{found}; only class-conditional "
             "transformers are supported, not those for text"
         )
-    args, rows = gpt.training_args, len(gpt.weights[CLASSES])
+    args, rows = gpt.training_args, gpt.shape(CLASSES, 2)[0]
     if rows == args.get("num_classes"):
         raise UserError(
             f"{gpt.path}: trained without class dropout: {CLASSES!r} has {rows} rows for {rows} "
@@ -152,7 +152,7 @@ def _find_heads(gpt: Checkpoint, width: int, layers: int, chosen: int | None) ->
         got = f"got {heads} heads with" if reason else "the number of heads does not follow from"
         raise UserError(
             f"{gpt.path}: {got} width {width} and {layers} layers\n"
-            f"choose --heads as in its training, e.g. {', '.join(map(str, likely))}"
+            f"expected --heads as in its training, e.g. {', '.join(map(str, likely))}"
         )
     kv_heads = kv_width * heads // width
     shared = f", of keys and values {kv_heads}" if kv_heads < heads else ""

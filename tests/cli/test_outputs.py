@@ -1,5 +1,6 @@
 """What commands write: nothing in a dry run, sheets, folders of samples, reports."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from ctf.pipelines import export
+from ctf.pipelines.pipeline import Pipeline
 from tests.cli.helpers import LLAMAGEN
 from tests.conftest import CLASSES, SIDE, Command, read_files
 
@@ -149,3 +151,41 @@ def test_a_trained_classifier_scores_a_pipeline(
     assert ctf(*arguments, *more).out == result.out  # the evaluation is complete
     against = ctf(*arguments, *more[:-1], tmp_path / "again.json", "--against", report)
     assert against.code == 0 and "may be chance" in against.out
+
+
+NAMED = ("tench, Tinca tinca", "all", "1")
+
+
+def sampled_classes(ctf: Command, model: Path, tmp_path: Path, *arguments: str) -> list[int]:
+    result = ctf("sample", model, "--count", 1, *arguments, "--out", tmp_path / "samples")
+    assert result.code == 0, result.err
+    classes: list[int] = json.loads((tmp_path / "samples" / "settings.json").read_text())["classes"]
+    return classes
+
+
+def test_classes_of_every_name_can_be_chosen(ctf: Command, pipe: Pipeline, tmp_path: Path) -> None:
+    model = tmp_path / "named"
+    dataclasses.replace(pipe, class_names=NAMED).save_pretrained(model)
+
+    def chosen(*arguments: str) -> list[int]:
+        return sampled_classes(ctf, model, tmp_path, *arguments)
+
+    assert chosen() == [0, 1, 2]
+    assert chosen("--classes", "tench, Tinca tinca") == [0]
+    assert chosen("--classes", "tench, Tinca tinca,all") == [0, 1]
+    assert chosen("--classes", "all", "--classes", "0") == [1, 0]
+    assert chosen("--classes", "all") == [1]  # a class's name comes first
+    result = ctf("sample", model, "--classes", "1", "--count", 1, "--out", tmp_path / "one.png")
+    assert result.code == 0
+    assert "class 1: the one of that name, number 2; not number 1, which is 'all'" in result.err
+
+
+@pytest.mark.parametrize(
+    "name", ["-x", "--count", "a b", "\u72ac \U0001f600", "it's", '"q"', "a\nb"]
+)
+def test_odd_names_of_classes_can_be_chosen(
+    ctf: Command, pipe: Pipeline, tmp_path: Path, name: str
+) -> None:
+    model = tmp_path / "named"
+    dataclasses.replace(pipe, class_names=("[red]", name, "z")).save_pretrained(model)
+    assert sampled_classes(ctf, model, tmp_path, f"--classes={name},[red]") == [1, 0]

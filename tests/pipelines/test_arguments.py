@@ -1,15 +1,19 @@
 """The arguments of `Pipeline`'s methods: classes by name or number, and errors."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from ctf.common.errors import UserError
+from ctf.pipelines.arguments import class_numbers, split_class_names
 from ctf.pipelines.pipeline import Pipeline
 from tests.conftest import CLASSES as NAMES
 from tests.pipelines.helpers import ALL_L, CLASSES, CODES_BL, LENGTH, UPPER_L, same
@@ -26,9 +30,81 @@ def test_a_name_that_is_a_number_takes_precedence(pipe: Pipeline) -> None:
     assert named.class_numbers(["2", "0", 2]) == [0, 2, 2]
 
 
+def test_text_is_a_name_first_and_a_number_is_a_position(pipe: Pipeline) -> None:
+    twelve = tuple(map(str, range(12)))  # natural order: both are the same
+    assert class_numbers(twelve, ["10", 10, "2", 2]) == [10, 10, 2, 2]
+    from_1 = tuple(map(str, range(1, 13)))
+    assert class_numbers(from_1, ["10", "12", 10, "0", 0]) == [9, 11, 10, 0, 0]
+    with pytest.raises(UserError, match=r"class 12 of 12.*; as text, '12' is a name"):
+        class_numbers(from_1, [12])
+
+
+def test_a_number_that_is_another_class_name_is_told(pipe: Pipeline) -> None:
+    from_1 = dataclasses.replace(pipe, class_names=("1", "2", "3"))
+    with pytest.warns(UserWarning, match="class 1 is the one at position 1, '2'; .* write '1'"):
+        first = from_1.sample([1], seed=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for classes in (["2"], np.array([1]), range(1, 2)):
+            assert same(from_1.sample(classes, seed=3), first)  # type: ignore[arg-type]
+        from_1.sample([0], seed=3)  # no class has the name 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("tench, Tinca tinca", ["tench, Tinca tinca"]),
+        ("tench, Tinca tinca,bag", ["tench, Tinca tinca", "bag"]),
+        ("bag, tench, Tinca tinca ,0", ["bag", "tench, Tinca tinca", "0"]),
+        ("tench", ["tench"]),
+        ("a,b", ["a,b"]),
+        ("a,a,b,b", ["a", "a,b", "b"]),
+        ("b,a", ["b", "a"]),
+        (" spaced ,bag", [" spaced ", "bag"]),
+        ("", [""]),
+        ("bag,,bag", ["bag", "", "bag"]),
+    ],
+)
+def test_classes_are_split_at_commas_but_whole_names_win(text: str, expected: list[str]) -> None:
+    names = ("tench, Tinca tinca", "bag", "a,b", "a", "b", " spaced ")
+    assert split_class_names(names, text) == expected
+
+
+@given(st.lists(st.text(min_size=1), min_size=1, max_size=4, unique=True))
+def test_any_class_can_be_chosen_by_its_name(names: list[str]) -> None:
+    for number, name in enumerate(names):
+        assert class_numbers(names, split_class_names(names, name)) == [number]
+
+
+def test_seeds_are_integers_of_any_kind(pipe: Pipeline) -> None:
+    expected = pipe.sample([0, 1], seed=3)
+    for seed in (
+        np.int64(3), np.uint8(3), np.array(3), torch.tensor(3), torch.tensor(3, dtype=torch.int32),
+        np.array([3, 4]), torch.tensor([3, 4]), [np.int32(3), torch.tensor(4)], (3, 4), range(3, 5),
+    ):  # fmt: skip
+        assert same(pipe.sample([0, 1], seed=seed), expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "seed", [True, np.bool_(True), torch.tensor(True), 0.5, np.float32(1), torch.tensor(1.0), "3",
+             None, [0.5, 1], [True, 1]],
+)  # fmt: skip
+def test_other_seeds_are_refused(pipe: Pipeline, seed: Any) -> None:
+    with pytest.raises(UserError, match=r"seed: got .*, expected a whole number, or one for each"):
+        pipe.sample([0, 1], seed=seed)
+
+
+@pytest.mark.parametrize("classes", ["red", 0])
+def test_a_single_class_is_not_a_list(pipe: Pipeline, classes: Any) -> None:
+    with pytest.raises(UserError, match=r"classes: got .*, expected a list"):
+        pipe.sample(classes)
+
+
 def test_a_class_that_is_not_an_integer_is_a_type_error(pipe: Pipeline) -> None:
     with pytest.raises(TypeError):
         pipe.sample([0.5])  # type: ignore[list-item]
+    with pytest.raises(TypeError):
+        pipe.sample([True])
 
 
 @pytest.mark.parametrize(

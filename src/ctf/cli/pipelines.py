@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from ctf.cli import options
 from ctf.cli.common import (
@@ -160,7 +162,7 @@ def sample(
     model: Annotated[options.Maybe[str], Positional, arg(metavar="[MODEL]")] = None,
     /,
     *,
-    classes: str = "all",
+    classes: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAMES")] = (),
     count: int = 8,
     seed: int = 0,
     out: Path = Path("sheet.png"),
@@ -178,7 +180,8 @@ def sample(
     Args:
         model: fashion-mnist, the folder of a run or pipeline, or org/name[@revision] on the Hugging
             Face Hub
-        classes: class numbers or names, separated by commas, or all
+        classes: names of classes, separated by commas, or all; a number that is no class's name is
+            the position among the classes, from 0. Can be given several times
         count: images per class
         seed: image i is sampled from seed + i
         out: .png file for a contact sheet, or any other name for a folder with single images, codes
@@ -205,9 +208,7 @@ def sample(
             raise UserError("got no model, expected e.g. ctf sample fashion-mnist")
         folder = find_pipeline(model)
         pipe = Pipeline.from_pretrained(folder, open_device(device), engine=engine)
-        numbers = list(range(len(pipe.class_names)))
-        if classes != "all":
-            numbers = pipe.class_numbers([name.strip() for name in classes.split(",")])
+        numbers = _choose_classes(pipe.class_names, classes)
         used = dataclasses.replace(pipe.sampling, **sampling)
         request = export.Settings(
             tuple(numbers), count, seed, used, resize,
@@ -221,6 +222,24 @@ def sample(
     with open_progress("sample") as progress:
         written = export.write(pipe, out, request, again=settings is not None, progress=progress)
     show(written)
+
+
+def _choose_classes(names: Sequence[str], texts: Sequence[str]) -> list[int]:
+    """Return the numbers of the classes that --classes names; by default, all."""
+    from ctf.pipelines import arguments
+
+    if not texts or (list(texts) == ["all"] and "all" not in names):
+        return list(range(len(names)))
+    chosen = [name for text in texts for name in arguments.split_class_names(names, text)]
+    for name in chosen:
+        if name.isdecimal() and int(name) < len(names) and arguments.ambiguous(names, int(name)):
+            number = names.index(name)
+            print(
+                f"class {name}: the one of that name, number {number}; not number {int(name)}, "
+                f"which is {names[int(name)]!r}",
+                file=sys.stderr,
+            )
+    return arguments.class_numbers(names, chosen)
 
 
 def _load_settings(path: Path, model: str | None, others: list[str]) -> tuple[Any, Path]:

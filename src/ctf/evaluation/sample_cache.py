@@ -105,6 +105,6 @@ def _generate_batch(
     settings = dict(config.settings)
     if config.resize is not None:
         settings["resize"] = config.resize
-    classes = classes_N[start : start + BATCH_SIZE].tolist()
-    images = pipe.sample(classes=classes, seed=config.seed + start, **settings).images
+    classes: Any = classes_N[start : start + BATCH_SIZE]
+    images = pipe.sample(classes, seed=config.seed + start, **settings).images
     return np.stack([np.asarray(image) for image in images])

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ctf.common.config import did_you_mean
+from ctf.common.config import did_you_mean, list_names
 from ctf.common.errors import UserError
 from ctf.data.images import MAX_IMAGE_SIZE
 from ctf.models.sampling import Sampling
@@ -49,7 +51,10 @@ def check_request(
 ) -> Request:
     """Check the arguments of `Pipeline.sample` and `refine`, which document them."""
     sampling = update_sampling(pipe.sampling, settings)
+    if isinstance(classes, (str, int)):
+        raise UserError(f"classes: got {classes!r}, expected a list, e.g. [{classes!r}]")
     numbers = class_numbers(pipe.class_names, classes)
+    _warn_of_ambiguous(pipe.class_names, classes)
     if not numbers:
         raise UserError("got 0 images to sample, expected 1 or more")
     check_resize(resize)
@@ -72,35 +77,94 @@ def update_sampling(default: Sampling, settings: Mapping[str, Any]) -> Sampling:
 
 
 def class_numbers(names: Sequence[str], classes: Sequence[int | str]) -> list[int]:
-    """Return the numbers of classes that are given by number or by name; names take precedence."""
+    """Return the numbers of classes, in [0, len(names)).
+
+    Text is the name of a class or, if no class has that name, a number; integers are numbers.
+    A number is the position among the names, from 0.
+    """
     return [_class_number(names, chosen) for chosen in classes]
 
 
 def _class_number(names: Sequence[str], chosen: int | str) -> int:
     if isinstance(chosen, str) and chosen in names:
         return names.index(chosen)
+    if isinstance(chosen, (bool, np.bool_)):
+        raise TypeError(f"classes: got {chosen}, expected names or numbers")
     try:
         number = int(chosen) if isinstance(chosen, str) else operator.index(chosen)
     except ValueError:
         raise UserError(f"unknown class {chosen!r}{did_you_mean(str(chosen), names)}") from None
     if not 0 <= number < len(names):
+        hint = f"; as text, {str(number)!r} is a name" if str(number) in names else ""
         raise UserError(
             f"class {number} of {len(names)}: expected 0 to {len(names) - 1}, "
-            "or a name: " + ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+            f"or a name: {list_names(names)}{hint}"
         )
     return number
 
 
+def ambiguous(names: Sequence[str], number: int) -> bool:
+    """Return whether a number is the name of another class than the one at that position."""
+    return str(number) in names and names.index(str(number)) != number
+
+
+def _warn_of_ambiguous(names: Sequence[str], classes: Sequence[int | str]) -> None:
+    # Programs that count classes may pass arrays or ranges of them: only a number that somebody
+    # may have written for a name is one of Python's.
+    if isinstance(classes, range):
+        return
+    for number in classes:
+        if type(number) is int and ambiguous(names, number):
+            warnings.warn(
+                f"class {number} is the one at position {number}, {names[number]!r}; "
+                f"for the class named {str(number)!r}, write {str(number)!r}",
+                UserWarning,
+                stacklevel=4,
+            )
+            return
+
+
+def split_class_names(names: Sequence[str], text: str) -> list[str]:
+    """Split classes at commas, but for those in a class's name: the longest name wins.
+
+    "tench, Tinca tinca,3" are two classes if one has the name "tench, Tinca tinca".
+    """
+    parts, found = text.split(","), []
+    while parts:
+        for count in range(len(parts), 0, -1):
+            name = ",".join(parts[:count])
+            if count == 1 or name in names or name.strip() in names:
+                break
+        found.append(name if name in names else name.strip())
+        parts = parts[count:]
+    return found
+
+
 def seed_per_image(seed: int | Sequence[int], count: int) -> Sequence[int]:
-    """Return seed, seed + 1, ... for a single seed, and a sequence of seeds as it is."""
-    if isinstance(seed, int):
-        check_seed(seed, count)
-        return range(seed, seed + count)
-    if len(seed) != count:
-        raise UserError(f"got {len(seed)} seeds, expected {count}: one for each image")
-    for one in seed:
-        check_seed(one, 1)
-    return seed
+    """Return seed, seed + 1, ... for a single seed, and a sequence of seeds as integers.
+
+    Integers of NumPy and PyTorch are taken, too; truth values and fractions are not.
+    """
+    several: Any = seed
+    if not isinstance(seed, str) and getattr(seed, "ndim", 1) == 1 and hasattr(seed, "__len__"):
+        seeds = [_whole(one) for one in several]
+        if len(seeds) != count:
+            raise UserError(f"got {len(seeds)} seeds, expected {count}: one for each image")
+        for one in seeds:
+            check_seed(one, 1)
+        return seeds
+    first = _whole(seed)
+    check_seed(first, count)
+    return range(first, first + count)
+
+
+def _whole(seed: Any) -> int:
+    try:
+        if not isinstance(seed, (bool, np.bool_)) and getattr(seed, "dtype", None) != torch.bool:
+            return operator.index(seed)
+    except TypeError:
+        pass
+    raise UserError(f"seed: got {seed!r}, expected a whole number, or one for each image")
 
 
 def check_seed(seed: int, count: int) -> None:

@@ -97,7 +97,8 @@ def sample(
     Raises:
         UserError: The settings do not fit the pipeline; see `Pipeline.sample`.
     """
-    classes, seed = settings.class_per_image(), settings.seed
+    classes: Any = np.array(settings.class_per_image())  # numbers, whatever the names are
+    seed = settings.seed
     options: dict[str, Any] = {
         "resize": settings.resize,
         "decode_separately": decode_separately,

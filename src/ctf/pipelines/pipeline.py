@@ -191,7 +191,7 @@ class Pipeline:
         return self.clusters.labels_V.device
 
     def class_numbers(self, classes: Sequence[int | str]) -> list[int]:
-        """Return the numbers of classes that are given by number or by name.
+        """Return the numbers of classes; see `sample` for how they are chosen.
 
         Raises:
             UserError: There is no such class.
@@ -226,8 +226,10 @@ class Pipeline:
         it, row by row, known or sampled; the codes conditional on all labels of the image.
 
         Args:
-            classes: Numbers or names.
-            seed: Of the first image, or a sequence with one for each image.
+            classes: Names, or numbers: positions in `class_names`, from 0. Text that is no name,
+                e.g. "3", is a number. A warning tells if a number is another class's name.
+            seed: Of the first image, or a sequence with one for each image: integers of Python,
+                NumPy or PyTorch.
             codes: (B, L), integers in [0, V) where `known` is true; ignored elsewhere. (L,) and
                 (1, L) are for all images.
             known: (B, L), bool, in the same shapes: which of `codes` are in the result.

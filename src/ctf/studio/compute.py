@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -54,12 +55,13 @@ def _concatenate(tasks: Sequence[Generate]) -> Generate:
 
 def _generate(model: ServedModel, batch: Generate, owners: Sequence[Job]) -> None:
     options: dict[str, Any] = {"decode_separately": True, **vars(batch.sampling)}
+    classes: Any = np.array(batch.classes)  # numbers, whatever the names are
     if batch.coarse_BL is not None:
-        samples = model.pipe.refine(batch.classes, batch.coarse_BL, batch.seeds, **options)
+        samples = model.pipe.refine(classes, batch.coarse_BL, batch.seeds, **options)
         _send_samples(model, batch, owners, range(batch.size), samples)
         return
     for event in model.pipe.stream(
-        batch.classes,
+        classes,
         batch.seeds,
         **_known(batch, range(batch.size)),
         preview=False,  # made below, for those who watch

@@ -58,7 +58,10 @@ def test_all_bad_images_are_listed(
 def test_skip_bad_leaves_bad_images_out(ctf: Command, partly_bad: Path, tmp_path: Path) -> None:
     result = fit_tiny(ctf, partly_bad, tmp_path / "run", "--skip-bad", "--dry-run")
     assert result.code == 0
-    assert "4 images left out" in result.out and "blue/empty.png" in result.out
+    assert (
+        "4 files left out: 3 unreadable, 1 too small" in result.out
+        and "blue/empty.png" in result.out
+    )
     result = fit_tiny(ctf, partly_bad, tmp_path / "run", "--skip-bad")
     assert result.code == 0, result.err
     manifest = json.loads((tmp_path / "run" / "tokens" / "manifest.json").read_text())

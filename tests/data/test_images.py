@@ -234,7 +234,7 @@ def test_folders_with_less_than_two_images_are_refused(tmp_path: Path) -> None:
     assert "no usable images" in refusal(tmp_path)
     (tmp_path / "a").mkdir()
     (tmp_path / "readme.txt").write_text("")
-    assert f"{tmp_path}: no usable images; expected .png, .jpg" in refusal(tmp_path)
+    assert f"{tmp_path}: no usable images; left out: 1 not an image (.txt)" in refusal(tmp_path)
     save(tmp_path / "a" / "only.png")
     assert "got one usable image, expected 2 or more" in refusal(tmp_path)
 

@@ -96,9 +96,12 @@ def open_splits(
     image_size: int | None = None,
     preset: str | None = None,
     world: Any = None,
+    *,
+    full: bool = False,
 ) -> Any:
-    """Open images with `open_images`, at the preset's size by default; list those left out."""
+    """Open images with `open_images`, at the preset's size by default, and print their summary."""
     from ctf.data.images import INCLUDED, open_images
+    from ctf.data.summary import summarize
     from ctf.training.recipes import preset as preset_named
 
     if image_size is None and preset is not None and images not in INCLUDED:
@@ -111,9 +114,7 @@ def open_splits(
     if world is not None:
         world.on_main(open_and_show)  # the others then find the scan in the cache
     splits = open_and_show()
-    if splits.skipped:
-        names = ", ".join(f"{bad.name} ({bad.reason})" for bad in splits.skipped)
-        show(f"{len(splits.skipped)} images left out: {names}", world)
+    show(summarize(splits, full=full), world)
     return splits
 
 

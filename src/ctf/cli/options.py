@@ -123,10 +123,13 @@ class ImageOptions:
     Attributes:
         background: colour behind transparent pixels, a name or #rrggbb
         skip_bad: leave out images that cannot be used
+        classes_at_depth: which folders are the classes: 1 those in IMAGES, 2 those in these, and so
+            on, 0 none, so that all images are of one class; by default it is found out
     """
 
     background: str = "white"
     skip_bad: bool = False
+    classes_at_depth: Maybe[int] = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,7 +93,7 @@ def fit(
     if minutes is not None:
         check_minutes(minutes)
     torch_device = open_device(device)
-    splits = open_splits(images, image_options, image_size, preset)
+    splits = open_splits(images, image_options, image_size, preset, full=dry_run)
     recipe = resolve(preset, splits, steps=steps, views=views, overrides=set)
     resolved = execution.resolve(torch_device)
     if dry_run:
@@ -294,17 +294,20 @@ def evaluate(
     """
     from ctf.evaluation import report
     from ctf.evaluation.prepare import prepare
+    from ctf.evaluation.reference_sets import ImageCollection
 
     with open_progress("images") as progress:
         prepared = prepare(
             model,
             evaluation,
             settings=sampling,
-            background=image_options.background,
-            skip_bad=image_options.skip_bad,
             device=open_device(evaluation.device),
             progress=progress,
+            **vars(image_options),
         )
+    for collection in (prepared.images, prepared.reference):
+        if isinstance(collection, ImageCollection) and collection.summary is not None:
+            show(collection.summary(evaluation.dry_run))
     if evaluation.dry_run:
         show(f"would write {prepared.folder}: {prepared.config}")
         return

@@ -41,7 +41,7 @@ def tokenizer_train(
     from ctf.training.recipes import resolve
 
     with distributed.init_world(open_device(device)) as world:
-        splits = open_splits(images, image_options, image_size, preset, world)
+        splits = open_splits(images, image_options, image_size, preset, world, full=dry_run)
         recipe = resolve(preset, splits, steps=steps, overrides=set)
         if dry_run:
             show(fitting.describe(splits, recipe, None, world.size), world)
@@ -130,7 +130,9 @@ def tokens_extract(
 
     with distributed.init_world(open_device(device)) as world:
         tokenizer = load_tokenizer(run / "tokenizer", world.device)
-        splits = open_splits(images, image_options, tokenizer.config.image_size, world=world)
+        splits = open_splits(
+            images, image_options, tokenizer.config.image_size, world=world, full=dry_run
+        )
         recipe = resolve(preset, splits, views=views, overrides=set)
         if dry_run:
             show(fitting.describe(splits, recipe, None, world.size), world)
@@ -395,7 +397,7 @@ def classifier_train(
     from ctf.training.classifier import held_out_accuracy, train_classifier
     from ctf.training.recipes import with_steps
 
-    splits = open_splits(images, image_options, image_size)
+    splits = open_splits(images, image_options, image_size, full=dry_run)
     config = classifier.ClassifierConfig()
     if steps is not None:
         config = with_steps(config, steps)

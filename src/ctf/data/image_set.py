@@ -6,8 +6,8 @@ Shape suffixes: B images of a batch, N images of a set, S = image_size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -71,8 +71,47 @@ class BadImage:
 
 @dataclass(frozen=True)
 class Splits:
-    """Training and held-out images, and what `skip_bad` left out of both."""
+    """Training and held-out images, and how they were found; see `summary.summarize`.
+
+    Attributes:
+        train: images to train on.
+        val: held-out images.
+        skipped: what `skip_bad` left out of both.
+        understood: how the source was read, a line each; see `ImageSource`.
+        left_out: names of files that are not used, although nothing is wrong with them, by reason.
+        unit: what each name in `left_out` stands for.
+        earlier: open the same images with their classes in the order of earlier versions, which
+            sorted them as text, "class10" before "class2".
+    """
 
     train: ImageSet
     val: ImageSet
     skipped: tuple[BadImage, ...] = ()
+    understood: tuple[str, ...] = ()
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)
+    unit: str = "file"
+    earlier: tuple[Callable[[], Splits], ...] = field(default=(), repr=False)
+
+    def as_recorded(
+        self, fingerprint: str | None = None, class_names: Sequence[str] | None = None
+    ) -> Splits:
+        """Return the images with their classes in the order of something that was made of them.
+
+        Args:
+            fingerprint: of the training images.
+            class_names: in that order.
+
+        Returns:
+            The images as they are if they are not these images in the order of earlier versions.
+        """
+
+        def matches(train: ImageSet) -> bool:
+            return fingerprint in (None, train.fingerprint) and (
+                class_names is None or [*class_names] == [*train.class_names]
+            )
+
+        if not matches(self.train):
+            for open_earlier in self.earlier:
+                if matches((images := open_earlier()).train):
+                    return images
+        return self

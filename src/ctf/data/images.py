@@ -5,14 +5,16 @@ Shape suffixes: B images of a batch, N images of a set, S = image_size.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,12 +23,13 @@ from PIL import Image, ImageColor
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
 from ctf.data import fashion_mnist
-from ctf.data.decode import SUFFIXES, UnreadableImageError, decode
+from ctf.data.decode import UnreadableImageError, decode
 from ctf.data.image_set import BadImage, ImageSet, Splits
 from ctf.data.imagenet import readable_class_names
 from ctf.data.scan import THREADS, scan
 from ctf.data.sources import open_image_source
-from ctf.data.sources.base import ImageSource
+from ctf.data.sources.base import VAL, ImageSource
+from ctf.data.summary import describe_left_out
 from ctf.data.transforms import PLAIN, View, central_square, crop, crop_square
 
 DEFAULT_IMAGE_SIZE = 64  # of files; an included set has its own
@@ -34,6 +37,15 @@ MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 8, 2048
 VAL_SHARE, MAX_VAL_IMAGES = 0.1, 10_000  # of the files
 CACHE_BYTES = 1 << 30  # the crops of files stay in memory if they fit into this
 INCLUDED = (fashion_mnist.NAME,)
+
+
+class ImageOptions(TypedDict, total=False):
+    """How image files are read: keyword arguments of `open_images`."""
+
+    background: str
+    skip_bad: bool
+    classes_at_depth: int | None
+
 
 T = TypeVar("T")
 
@@ -44,12 +56,14 @@ def open_images(
     *,
     background: str = "white",
     skip_bad: bool = False,
+    classes_at_depth: int | None = None,
     progress: Progress | None = None,
 ) -> Splits:
     """Open an included set by its name, or image files.
 
-    A folder has one subfolder per class, or images without subfolders, which are one class. About
-    a tenth of the images is held out, see `choose_val`.
+    A folder has one subfolder per class, or images without subfolders, which are one class; splits
+    and other layouts are understood, too, see `sources.layout`. Without a split for validation,
+    about a tenth of the images is held out, see `choose_val`. `summary.summarize` tells all that.
 
     Args:
         source: "fashion-mnist" (a folder of that name is ./fashion-mnist), a folder, a .tar or
@@ -58,10 +72,13 @@ def open_images(
             32 for fashion-mnist (28 is the originals without their border), 64 for files.
         background: colour behind transparent pixels, by name or as #rrggbb.
         skip_bad: leave out images that cannot be used, and list them in `Splits.skipped`.
+        classes_at_depth: 1 if the folders in the source are the classes, 2 if the folders in these
+            are, ...; 0 if all images are of one class. By default it is found out.
         progress: called with (scanned images, images) while files are scanned.
 
     Raises:
-        UserError: the source, the size or the colour is invalid, or images cannot be used; all of
+        UserError: the source, the size or the colour is invalid, or it cannot be told what the
+            classes are, or images cannot be used; all of
             these are listed.
     """
     source = os.fspath(source)
@@ -71,8 +88,10 @@ def open_images(
         )
     colour = _parse_colour(background)
     if source == fashion_mnist.NAME:
+        if classes_at_depth is not None:
+            raise UserError(f"{source} has no folders; omit --classes-at-depth")
         return fashion_mnist.open_fashion_mnist(image_size)
-    files = open_image_source(source, INCLUDED)
+    files = open_image_source(source, INCLUDED, classes_at_depth)
     return _open_files(files, image_size or DEFAULT_IMAGE_SIZE, colour, skip_bad, progress)
 
 
@@ -163,6 +182,49 @@ class _CropCache:
         self.filled[row] = True
 
 
+@dataclasses.dataclass(frozen=True)
+class _Scanned:
+    """A source whose images were scanned, and which of them are held out."""
+
+    source: ImageSource
+    size: int
+    background: tuple[int, ...]
+    crops: _CropCache | None
+    digests_N: NDArray[np.uint8]  # see `Scan`
+    skipped: tuple[BadImage, ...]
+    in_val_N: NDArray[np.bool_]
+
+    def splits(self, order: Sequence[int], rows_N: NDArray[np.int64]) -> Splits:
+        """Return the images of these rows in that order.
+
+        Args:
+            order: the classes' numbers in the source, by their numbers in the splits.
+            rows_N: rows of the source.
+        """
+        source, settings = self.source, [self.size, self.background]
+        class_names = readable_class_names(tuple(source.class_names[c] for c in order))
+        classes_N = np.argsort(order)[source.classes_N]
+
+        def split(rows_N: NDArray[np.int64]) -> ImageSet:
+            images = (
+                (source.names[row], int(classes_N[row]), self.digests_N[row].tobytes().hex())
+                for row in rows_N
+            )
+            return FileImageSet(
+                source, self.background, self.crops, rows_N,
+                name=source.title, class_names=class_names, classes_N=classes_N[rows_N],
+                image_size=self.size, fingerprint=_fingerprint(settings, images),
+            )  # fmt: skip
+
+        in_val = self.in_val_N[rows_N]
+        # In the order of hashes of the names, so that the first few images are of all classes.
+        val_rows = sorted(rows_N[in_val].tolist(), key=lambda row: _hash(source.names[row]))
+        return Splits(
+            split(rows_N[~in_val]), split(np.array(val_rows, np.int64)), self.skipped,
+            source.understood, source.left_out, source.unit,
+        )  # fmt: skip
+
+
 def _open_files(
     source: ImageSource,
     size: int,
@@ -170,9 +232,8 @@ def _open_files(
     skip_bad: bool,
     progress: Progress | None,
 ) -> Splits:
-    names, classes_N = source.names, source.classes_N
-    class_names = readable_class_names(source.class_names)
-    _check_counts(source, class_names, classes_N)
+    names = source.names
+    _check_counts(source, source.classes_N)
     fits = len(names) * size * size * 3 <= CACHE_BYTES
     crops = _CropCache(len(names), size) if fits else None
 
@@ -184,39 +245,50 @@ def _open_files(
     skipped = tuple(BadImage(names[row], reason) for row, reason in result.unreadable.items())
     if skipped and not skip_bad:
         _refuse(source, skipped)
-    rows = np.setdiff1d(np.arange(len(names)), np.array([*result.unreadable], np.int64))
-    _check_counts(source, class_names, classes_N[rows])
-    in_val = choose_val([names[row] for row in rows], classes_N[rows])
-
-    def split(rows_N: NDArray[np.int64]) -> ImageSet:
-        images = (
-            (names[row], int(classes_N[row]), result.digests_N[row].tobytes().hex())
-            for row in rows_N
-        )
-        return FileImageSet(
-            source, background, crops, rows_N,
-            name=source.title, class_names=class_names, classes_N=classes_N[rows_N],
-            image_size=size, fingerprint=_fingerprint([size, background], images),
-        )  # fmt: skip
-
-    # In the order of hashes of the names, so that the first few images are of all classes.
-    val_rows = sorted(rows[in_val], key=lambda row: _hash(names[row]))
-    return Splits(split(rows[~in_val]), split(np.array(val_rows)), skipped)
+    rows_N = np.setdiff1d(np.arange(len(names)), np.array([*result.unreadable], np.int64))
+    _check_counts(source, source.classes_N[rows_N])
+    in_val_N = np.zeros(len(names), np.bool_)
+    in_val_N[rows_N] = _in_val(source, rows_N)
+    scanned = _Scanned(source, size, background, crops, result.digests_N, skipped, in_val_N)
+    splits = scanned.splits(range(len(source.class_names)), rows_N)
+    as_text = sorted(range(len(source.class_names)), key=source.class_names.__getitem__)
+    if as_text == [*range(len(as_text))]:
+        return splits
+    # The images of folders are sorted by class, those of archives (most likely) are not.
+    orders, classes_N = [rows_N], source.classes_N[rows_N]
+    if (np.diff(classes_N) >= 0).all():
+        orders.insert(0, rows_N[np.argsort(np.argsort(as_text)[classes_N], kind="stable")])
+    earlier = [functools.partial(scanned.splits, as_text, order_N) for order_N in orders]
+    return dataclasses.replace(splits, earlier=tuple(earlier))
 
 
-def _check_counts(
-    source: ImageSource, class_names: Sequence[str], classes_N: NDArray[np.int64]
-) -> None:
+def _in_val(source: ImageSource, rows_N: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return whether each of the rows is held out: by the source's own splits, or by a hash."""
+    classes_N = source.classes_N[rows_N]
+    if source.splits_N is None or not (source.splits_N[rows_N] == VAL).any():
+        return choose_val([source.names[row] for row in rows_N], classes_N)
+    in_val_N = source.splits_N[rows_N] == VAL
+    _check_counts(source, classes_N[~in_val_N], "to train on")
+    return in_val_N
+
+
+def _check_counts(source: ImageSource, classes_N: NDArray[np.int64], use: str = "") -> None:
     """Check that there are two images or more, and one or more of each class."""
     classes_N = classes_N[classes_N >= 0]
+    images = f"usable images {use}".rstrip()
     if len(classes_N) == 0:
-        raise UserError(f"{source.path}: no usable images; expected {', '.join(SUFFIXES)} files")
-    if len(classes_N) == 1:
+        found = describe_left_out(source.left_out)
+        raise UserError(
+            f"{source.path}: no {images}" + f"; left out: {found}" * bool(found)
+            + "\nexpected images, such as PNG, JPEG or WebP files"
+        )  # fmt: skip
+    if len(classes_N) == 1 and not use:
         raise UserError(f"{source.path}: got one usable image, expected 2 or more: one is held out")
+    class_names = readable_class_names(source.class_names)
     counts = np.bincount(classes_N, minlength=len(class_names))
     if empty := [name for name, count in zip(class_names, counts, strict=True) if count == 0]:
         raise UserError(
-            f"{source.path}: no usable images of class {', '.join(empty)}; "
+            f"{source.path}: no {images} of class {', '.join(empty)}; "
             "add some or remove the folder of the class"
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ import torch
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
 from ctf.data import fashion_mnist
-from ctf.data.images import INCLUDED
+from ctf.data.images import INCLUDED, ImageOptions
 from ctf.evaluation import report
 from ctf.evaluation.classifier import SHIPPED, Classifier, load_classifier
 from ctf.evaluation.evaluate import Evaluation
@@ -41,10 +41,9 @@ def prepare(
     options: EvaluationOptions,
     *,
     settings: Mapping[str, Any] | None = None,
-    background: str = "white",
-    skip_bad: bool = False,
     device: torch.device,
     progress: Progress | None = None,
+    **image_options: Unpack[ImageOptions],
 ) -> Evaluation:
     """Open and check everything that an evaluation needs.
 
@@ -52,10 +51,9 @@ def prepare(
         model: A pipeline's name or folder, or images to score.
         options: All other options of `ctf evaluate`.
         settings: Fields of `Sampling` that differ from the pipeline's.
-        background: Colour behind transparent pixels of the reference.
-        skip_bad: Leave out unreadable images of the reference.
         device: Where to compute.
         progress: Called with the number of files read and to read, if a folder of images is read.
+        image_options: How the images of the reference are read, see `open_images`.
 
     Raises:
         UserError: something does not exist, is invalid, or does not fit the rest.
@@ -86,8 +84,9 @@ def prepare(
     loaded, images = _open_classifier(options.classifier, like_fashion, pipe, images, size, device)
     extractors = _open_extractors(options, like_fashion, device)
     known = open_reference(
-        source, size, options.split, background=background, skip_bad=skip_bad, progress=progress
-    )
+        source, size, options.split, progress=progress,
+        class_names=None if pipe is None else tuple(pipe.class_names), **image_options,
+    )  # fmt: skip
     for extractor in extractors:
         if isinstance(known, StoredStatistics):
             check_statistics(known, extractor, size)

@@ -10,15 +10,16 @@ Shapes: N images, B images of a batch, H height, W width, D features.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn, TypeVar
+from typing import IO, Any, NoReturn, TypeVar, Unpack
 
 import numpy as np
 from PIL import Image
@@ -29,9 +30,10 @@ from ctf.common.progress import Progress
 from ctf.data.decode import FORMATS, SUFFIXES, UnreadableImageError, decode, read_bytes
 from ctf.data.image_set import ImageSet
 from ctf.data.imagenet import readable_class_names
-from ctf.data.images import INCLUDED, open_images
+from ctf.data.images import INCLUDED, ImageOptions, open_images
 from ctf.data.scan import THREADS
 from ctf.data.sources.base import has_image_suffix
+from ctf.data.summary import summarize
 from ctf.evaluation.distances import Gaussian
 from ctf.evaluation.options import Split
 
@@ -67,6 +69,7 @@ class ImageCollection:
     classes_N: int64 of 0 or more, if known.
     class_names: by class number, if known.
     statistics: of the larger set that these images were taken from, as in ADM's reference batches.
+    summary: what files were understood to be, see `summary.summarize`; in full if true is passed.
     """
 
     name: str
@@ -77,6 +80,7 @@ class ImageCollection:
     classes_N: np.ndarray | None = None
     class_names: tuple[str, ...] | None = None
     statistics: StoredStatistics | None = None
+    summary: Callable[[bool], str] | None = None
 
 
 def open_samples(path: Path, progress: Progress | None = None) -> ImageCollection:
@@ -98,15 +102,20 @@ def open_reference(
     size: int,
     split: Split | None = None,
     *,
-    background: str = "white",
-    skip_bad: bool = False,
+    class_names: Sequence[str] | None = None,
     progress: Progress | None = None,
+    **image_options: Unpack[ImageOptions],
 ) -> ImageCollection | StoredStatistics:
     """Open a reference to score against.
 
-    The source is an included set, a folder of images of any sizes and formats, which are cropped to
-    `size` pixels per side, or an .npz file. The default split is the held-out images of an included
-    set, and all images of a folder. The other arguments are those of `open_images`.
+    Args:
+        source: an included set, images of any sizes and formats, which are cropped, or an .npz
+            file.
+        size: side of the images in pixels.
+        split: by default the held-out images of an included set, and all of other images.
+        class_names: the classes of the samples, whose order is kept, see `Splits.as_recorded`.
+        progress: see `open_images`.
+        image_options: see `open_images`.
 
     Raises:
         UserError: see `open_images`; a file of another kind; a split of an .npz file.
@@ -115,10 +124,15 @@ def open_reference(
         if split is not None:
             raise UserError(f"{source}: an .npz file has no splits; omit --split")
         return _open_npz(Path(source))
-    splits = open_images(source, size, background=background, skip_bad=skip_bad, progress=progress)
+    splits = open_images(source, size, progress=progress, **image_options).as_recorded(
+        class_names=class_names
+    )
     chosen = split or ("val" if source in INCLUDED else "all")
     sets = {"train": (splits.train,), "val": (splits.val,), "all": (splits.train, splits.val)}
-    return from_image_sets(f"{splits.train.name} ({chosen})", sets[chosen])
+    images = from_image_sets(f"{splits.train.name} ({chosen})", sets[chosen])
+    return dataclasses.replace(
+        images, summary=lambda full: f"reference: {summarize(splits, full=full)}"
+    )
 
 
 def from_image_sets(name: str, sets: tuple[ImageSet, ...]) -> ImageCollection:

@@ -25,7 +25,9 @@ ARCHIVES: dict[str, Callable[[Path, str, Sequence[Path], Path | None], ImageSour
 }
 
 
-def open_image_source(source: str, included: Sequence[str]) -> ImageSource:
+def open_image_source(
+    source: str, included: Sequence[str], classes_at_depth: int | None = None
+) -> ImageSource:
     """Open a folder of images, an archive, a folder of archives, or a pattern of archives.
 
     Images in a folder take precedence: archives next to them are ignored.
@@ -33,6 +35,7 @@ def open_image_source(source: str, included: Sequence[str]) -> ImageSource:
     Args:
         source: a path, or a pattern such as "data/train-*.tar".
         included: names of the included sets, to suggest one for a misspelt name.
+        classes_at_depth: see `layout.read_layout`.
 
     Raises:
         UserError: there is nothing at that path, or it is neither images nor archives of one kind.
@@ -41,7 +44,7 @@ def open_image_source(source: str, included: Sequence[str]) -> ImageSource:
     if path.is_file():
         return _open_archives(path, path.stem, [path], None)
     if path.is_dir():
-        folder = FolderSource(path)
+        folder = FolderSource(path, classes_at_depth)
         archives = sorted(entry for entry in path.iterdir() if entry.suffix in ARCHIVES)
         if folder.names or not archives:
             return folder

@@ -10,7 +10,8 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,15 @@ from ctf.common.errors import UserError
 from ctf.data.decode import SUFFIXES
 
 TRAIN, VAL = 0, 1  # in `ImageSource.splits_N`
+HIDDEN = "hidden"  # a reason in `ImageSource.left_out`
+SYSTEM_FOLDERS = {  # made by systems and not by the user, in lower case
+    "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found",
+    "__pycache__",
+}  # fmt: skip
+UNSUPPORTED = (  # suffixes of images that cannot be read
+    ".heic", ".heif", ".jxl", ".svg", ".eps", ".exr", ".hdr", ".dcm", ".dng", ".raw", ".cr2",
+    ".cr3", ".nef", ".arw", ".orf", ".rw2", ".xcf", ".fits", ".pic", ".pict",
+)  # fmt: skip
 Stamp = tuple[int, int, int]  # size in bytes, and the times of the last content and inode changes
 
 
@@ -50,6 +60,7 @@ class ImageSource(ABC):
     understood: tuple[str, ...] = ()
     left_out: dict[str, list[str]] = field(default_factory=dict)
     splits_N: NDArray[np.int8] | None = None
+    unit: ClassVar[str] = "file"  # what a name in `left_out` stands for
 
     @abstractmethod
     def read(self, row: int) -> bytes:
@@ -76,6 +87,23 @@ def file_stamp(path: str | Path) -> Stamp:
 def has_image_suffix(name: str) -> bool:
     """Whether a file name is that of an image; names of hidden files are not."""
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of that name is hidden, or made by the system."""
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
+
+
+def is_unsupported(name: str) -> bool:
+    """Whether a file name is that of an image that cannot be read."""
+    return name.lower().endswith(UNSUPPORTED)
+
+
+def why_no_image(name: str) -> str:
+    """Return why a file is in `ImageSource.left_out` that is not an image by its content."""
+    suffix = PurePosixPath(name).suffix.lower() or "no suffix"
+    reason = "of an unsupported format" if is_unsupported(name) else "not an image"
+    return f"{reason} ({suffix})"
 
 
 def natural_order(names: Iterable[str]) -> list[str]:

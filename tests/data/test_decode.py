@@ -308,3 +308,41 @@ def test_other_files_are_no_images(head: bytes) -> None:
 
 def test_suffixes_of_the_formats_are_known() -> None:
     assert {".jpg", ".jfif", ".jpe", ".avif", ".jp2", ".tif", ".ppm", ".apng"} <= {*SUFFIXES}
+
+
+@pytest.mark.parametrize("top", [1, 100, 255, 1023, 4095, 65535])
+@pytest.mark.parametrize("magic", [b"P2", b"P3", b"P5", b"P6"])
+def test_pgm_and_ppm_are_scaled_by_their_largest_value(magic: bytes, top: int) -> None:
+    shape = (24, 32, 3) if magic in (b"P3", b"P6") else (24, 32, 1)
+    values = np.random.default_rng(0).integers(0, top + 1, shape)
+    values[0, 0], values[0, 1] = top, 0
+    if magic in (b"P2", b"P3"):
+        pixels = " ".join(map(str, values.ravel())).encode()
+    else:
+        pixels = values.astype(">u2" if top > 255 else np.uint8).tobytes()
+    data = magic + b"\n# a comment\n32 24\n%d\n" % top + pixels
+    image = decoded(data)
+    assert tuple(image[0, 0]) == WHITE
+    assert abs(image - values / top * 255).max() <= 0.51
+    with pytest.raises(UnreadableImageError, match="corrupt"):
+        decode(data[: len(data) // 2], 8, WHITE)
+
+
+def test_16_bit_jpeg_2000() -> None:
+    deep = Image.frombytes("I;16", (32, 24), DEEP.astype("<u2").tobytes())
+    image = decoded(encode(deep, "JPEG2000"))
+    assert abs(image - (DEEP / 257)[..., None]).max() <= 0.501
+
+
+def test_cie_lab_tiffs() -> None:
+    """CIELAB (50, 20, 0) is about sRGB (151, 107, 119), by scikit-image."""
+    lab = Image.frombytes("LAB", (8, 8), bytes([128, 20, 0]) * 64)
+    assert abs(decoded(encode(lab, "TIFF")) - (152, 107, 119)).max() <= 2
+
+
+def test_several_jpegs_in_one_file_are_inverted_as_one_is() -> None:
+    cmyk = Image.fromarray(255 - RGB).convert("CMYK")
+    options = {"save_all": True, "append_images": [cmyk], "quality": 98, "subsampling": 0}
+    several, one = encode(cmyk, "MPO", **options), encode(cmyk, "JPEG", quality=98, subsampling=0)
+    assert np.array_equal(decoded(several), decoded(one))
+    assert np.array_equal(decoded(without_adobe(several)), decoded(without_adobe(one)))

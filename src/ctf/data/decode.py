@@ -5,10 +5,16 @@ from __future__ import annotations
 import io
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
-from PIL import Image, ImageChops, ImageFile, ImageOps
+from PIL import Image, ImageChops, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+
+from ctf.data import tiff
 
 # How files of each supported format begin, by Pillow's name of it; stricter than Pillow where that
 # accepts nearly anything. Left out: programs (EPS), formats without a decoder (HDF5, GRIB, WMF),
@@ -48,7 +54,6 @@ SIGNATURES = {
         "XPM": rb"/\* XPM \*/",
     }.items()
 }
-FORMATS = tuple(SIGNATURES)
 HEAD = 512  # bytes of a file that tell whether it is an image
 
 # The usual names of such files, for messages; any other name will do, too.
@@ -78,7 +83,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def image_format(head: bytes) -> str | None:
-    """Return Pillow's name of an image's format by its first bytes; None if it is none of FORMATS.
+    """Return Pillow's name of an image's format by its first bytes; None if unknown.
 
     Args:
         head: the first `HEAD` bytes of the file, or all if it is shorter.
@@ -111,24 +116,71 @@ def decode(
     """
     # Pillow only warns below twice its own limit.
     limit = max_pixels or Image.MAX_IMAGE_PIXELS or sys.maxsize
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-            if file.width * file.height > limit:
-                raise Image.DecompressionBombError
-            if file.mode in ("I", "F"):
-                raise UnreadableImageError(
-                    "32-bit or floating-point pixels, whose range is not known"
-                )
-            image = to_rgb(file, background)
-    except UnreadableImageError:
-        raise
-    except Image.DecompressionBombError:
-        raise UnreadableImageError(f"more than {limit:,} pixels") from None
-    except Exception:  # damaged data makes decoders raise nearly any exception
-        raise UnreadableImageError("corrupt, truncated or of an unknown format") from None
+    with _readable(limit), _opened(data, limit) as image:
+        image = to_rgb(image, background, data)
     if min(image.size) < size:
         raise UnreadableImageError(too_small(*image.size, size))
     return image
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Read width and height of an encoded image from its header, before any rotation by EXIF data.
+
+    Raises:
+        UnreadableImageError: as for `decode`.
+    """
+    with _readable(sys.maxsize):
+        if image_format(data[:HEAD]) == "TIFF":
+            return tiff.size(tiff.read_tags(data))
+        with Image.open(io.BytesIO(data), formats=_formats(data)) as file:
+            return file.size
+
+
+def to_rgb(
+    image: Image.Image, background: tuple[int, ...], data: bytes | None = None
+) -> Image.Image:
+    """Convert an image of any mode to an upright RGB image.
+
+    Transparent pixels are composited over `background`, deeper values are scaled to 8 bits, and
+    colour profiles are not applied. Of a newly opened file, the first frame is converted as the
+    file says. A copy or crop of it has lost some of this: CMYK is then what Pillow's is (of a JPEG
+    without Adobe's marker: inverted), 16 bits are 0 (black) to 65535 (white).
+
+    Args:
+        image: the image.
+        background: RGB colour behind transparent pixels.
+        data: the file that it was opened from, if known.
+
+    Raises:
+        UnreadableImageError: its pixels have no known range.
+    """
+    transparent = _transparent_value(image)
+    white = _white(image, data)
+    is_jpeg = image.format in ("JPEG", "MPO")
+    plain_cmyk = is_jpeg and image.mode == "CMYK" and "adobe" not in image.info
+    white_is_zero = getattr(image, "tag_v2", {}).get(tiff.PHOTOMETRIC) == 0
+
+    image.load()
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF data; the image itself is intact and used as it is stored
+        image = image.copy()
+    if plain_cmyk:  # Pillow treats every CMYK JPEG as one of Adobe's, which are stored inverted
+        image = ImageChops.invert(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = _from_16_bit(image, white, white_is_zero, transparent)
+    elif white != 255:
+        image = image.point(
+            [min(255, round(i * 255 / white)) for i in range(256)] * len(image.getbands())
+        )
+    if image.mode == "LAB":
+        image = cast(Image.Image, ImageCms.applyTransform(image, _lab_to_rgb()))
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, (*background, 255))
+        image = Image.alpha_composite(canvas, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def too_small(width: int, height: int, size: int) -> str:
@@ -136,53 +188,113 @@ def too_small(width: int, height: int, size: int) -> str:
     return f"{width}x{height}, smaller than --image-size {size}"
 
 
-def to_rgb(file: ImageFile.ImageFile, background: tuple[int, ...]) -> Image.Image:
-    """Convert the first frame of a newly opened file of any mode to an upright RGB image.
-
-    Transparent pixels are composited over `background`, 16-bit values are scaled to 8 bits, and
-    colour profiles are not applied.
-    """
-    transparent = _transparent_value(file)
-    plain_cmyk = file.format == "JPEG" and file.mode == "CMYK" and "adobe" not in file.info
-    white_is_zero = getattr(file, "tag_v2", {}).get(262) == 0  # TIFF's PhotometricInterpretation
-
-    file.load()
+@contextmanager
+def _readable(limit: int) -> Iterator[None]:
+    """Raise UnreadableImageError, with the reason, in place of what reading an image raises."""
     try:
-        image = ImageOps.exif_transpose(file)
-    except Exception:  # damaged EXIF data; the image itself is intact and used as it is stored
-        image = file.copy()
-    if plain_cmyk:  # Pillow treats every CMYK JPEG as one of Adobe's, which are stored inverted
-        image = ImageChops.invert(image)
-    if image.mode.startswith("I;16"):
-        image = _from_16_bit(image, white_is_zero, transparent)
-    if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, (*background, 255))
-        image = Image.alpha_composite(canvas, image.convert("RGBA"))
-    return image.convert("RGB")
+        yield
+    except UnreadableImageError:
+        raise
+    except tiff.UnsupportedTiffError as reason:
+        raise UnreadableImageError(str(reason)) from None
+    except Image.DecompressionBombError:
+        raise UnreadableImageError(f"more than {limit:,} pixels") from None
+    except Exception:  # damaged data makes decoders raise nearly any exception
+        raise UnreadableImageError("corrupt, truncated or of an unknown format") from None
 
 
-def _transparent_value(file: ImageFile.ImageFile) -> int | tuple[int, ...] | bytes | None:
+def _formats(data: bytes) -> list[str]:
+    name = image_format(data[:HEAD])
+    return [name] if name else []
+
+
+def _opened(data: bytes, limit: int) -> Image.Image:
+    """Open an encoded image of at most `limit` pixels; those that Pillow gets wrong are read."""
+    formats = _formats(data)
+    if formats == ["TIFF"]:
+        tags = tiff.read_tags(data)
+        if not tiff.pillow_is_right(tags):
+            return tiff.read(data, tags, limit)
+    try:
+        file = Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError:
+        if formats == ["TIFF"]:
+            return tiff.read(data, tags, limit)
+        raise
+    if file.width * file.height > limit:
+        raise Image.DecompressionBombError
+    if file.format == "PPM" and file.tile[0].codec_name == "ppm":
+        return _read_ppm(file, data)
+    return file
+
+
+def _read_ppm(file: ImageFile.ImageFile, data: bytes) -> Image.Image:
+    """Read a PGM or PPM file whose largest value is not 255, as Pillow does but faster."""
+    _, top = cast(tuple[str, int], file.tile[0].args)
+    values = np.frombuffer(
+        data,
+        np.uint8 if top < 256 else ">u2",
+        file.width * file.height * len(file.getbands()),
+        file.tile[0].offset,
+    )
+    scaled = (values.clip(max=top).astype(np.uint32) * 255 + top // 2) // top
+    mode = "L" if file.mode == "I" else file.mode
+    return Image.frombytes(mode, file.size, scaled.astype(np.uint8).tobytes())
+
+
+def _white(image: Image.Image, data: bytes | None) -> int:
+    """Return the value of white in the pixels that Pillow gives.
+
+    Raises:
+        UnreadableImageError: it is not known.
+    """
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    if image.mode in ("I", "F") and not deep:
+        raise UnreadableImageError("32-bit or floating-point pixels, whose range is not known")
+    bits = 16 if deep else 8
+    if deep and hasattr(image, "tag_v2"):
+        return int(2 ** max(image.tag_v2.get(tiff.BITS, (16,))) - 1)
+    if image.format == "JPEG2000" and data is not None and image.mode not in ("P", "PA"):
+        start = data.index(b"\xff\x4f\xff\x51")
+        depth = (data[start + 42] & 127) + 1
+        if depth > bits:  # Pillow rounds to 8 bits, and white to 256, which becomes 0
+            raise UnreadableImageError(f"JPEG 2000 with {depth} bits a sample; expected 8, or grey")
+        return (2**depth - 1) << (bits - depth)  # Pillow shifts each value to the highest bits
+    return int(2**bits - 1)
+
+
+def _transparent_value(image: Image.Image) -> int | tuple[int, ...] | bytes | None:
     """Return a file's transparent value; scale PNG's like the pixels, which Pillow does not do."""
-    value = file.info.get("transparency")
-    if file.format == "PNG" and value is not None:
-        match file.tile[0].args:
+    value = image.info.get("transparency")
+    if image.format == "PNG" and value is not None and (tile := getattr(image, "tile", None)):
+        match tile[0].args:
             case "L;2":
-                file.info["transparency"] = value * 85
+                image.info["transparency"] = value * 85
             case "L;4":
-                file.info["transparency"] = value * 17
+                image.info["transparency"] = value * 17
             case "RGB;16B":
-                file.info["transparency"] = tuple(channel >> 8 for channel in value)
+                image.info["transparency"] = tuple(channel >> 8 for channel in value)
     return value
 
 
 def _from_16_bit(
-    image: Image.Image, white_is_zero: bool, transparent: int | tuple[int, ...] | bytes | None
+    image: Image.Image,
+    white: int,
+    white_is_zero: bool,
+    transparent: int | tuple[int, ...] | bytes | None,
 ) -> Image.Image:
-    """Scale 16-bit grey values to 8 bits, with alpha where they equal the transparent value."""
-    values = np.asarray(image).astype(np.uint32)
+    """Scale grey values to 8 bits, with alpha where they equal the transparent value."""
+    values = np.asarray(image).astype(np.uint32).clip(max=white)
     if white_is_zero:  # Pillow inverts such values only if they have 8 bits
-        values = 65535 - values
-    image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        values = white - values
+    image = Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8))
     if transparent is not None:
         image.putalpha(Image.fromarray((values != transparent).astype(np.uint8) * 255))
     return image
+
+
+@cache
+def _lab_to_rgb() -> ImageCms.ImageCmsTransform:
+    """Return the transform from CIELAB to sRGB, which Pillow's `convert` does not have."""
+    lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    return ImageCms.buildTransform(lab, rgb, "LAB", "RGB")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import io
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +21,11 @@ from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar, Unpack
 
 import numpy as np
-from PIL import Image
 
 from ctf.common import storage
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
-from ctf.data.decode import FORMATS, SUFFIXES, UnreadableImageError, decode, read_bytes
+from ctf.data.decode import SUFFIXES, UnreadableImageError, decode, image_size, read_bytes
 from ctf.data.image_set import ImageSet
 from ctf.data.imagenet import readable_class_names
 from ctf.data.images import INCLUDED, ImageOptions, open_images
@@ -323,9 +321,9 @@ def _open_folder(root: Path, progress: Progress | None) -> ImageCollection:
     digest = hashlib.sha256()
     for done, name in enumerate(names, 1):
         # Sizes by the headers, before anything slow; EXIF data may swap the sides.
-        data, size = _load(root / name, lambda data: (data, _header_size(data)))
+        data, size = _load(root / name, lambda data: (data, image_size(data)))
         if {*size} != {*first.shape[:2]}:
-            raise _size_error(root / name, size, names[0], first.shape)
+            raise _size_error(root / name, size[::-1], names[0], first.shape)
         digest.update(f"{name} {hashlib.sha256(data).hexdigest()}\n".encode())
         if progress is not None:
             progress(done, len(names))
@@ -387,15 +385,6 @@ def _load(path: Path, parse: Callable[[bytes], T]) -> T:
 
 def _read_image(path: Path) -> np.ndarray:
     return np.asarray(_load(path, lambda data: decode(data, 1, WHITE)))
-
-
-def _header_size(data: bytes) -> tuple[int, int]:
-    """Read height and width from the header, before any rotation by EXIF data."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-            return file.height, file.width
-    except Exception:  # as in `decode`
-        raise UnreadableImageError("corrupt, truncated or of an unknown format") from None
 
 
 def _size_error(

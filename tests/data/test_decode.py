@@ -1,13 +1,23 @@
 """Decoding of every format and mode to upright RGB images."""
 
+import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from ctf.data.decode import HEAD, SUFFIXES, UnreadableImageError, decode, is_image
+from ctf.data.decode import (
+    HEAD,
+    SUFFIXES,
+    UnreadableImageError,
+    decode,
+    is_image,
+    parse_colour,
+    read_image,
+)
 from tests.data.helpers import GREY, RED, RGB, WHITE, encode
 
 
@@ -340,9 +350,116 @@ def test_cie_lab_tiffs() -> None:
     assert abs(decoded(encode(lab, "TIFF")) - (152, 107, 119)).max() <= 2
 
 
+@pytest.mark.filterwarnings("ignore:Image appears to be")  # Pillow's: a marker is gone
 def test_several_jpegs_in_one_file_are_inverted_as_one_is() -> None:
     cmyk = Image.fromarray(255 - RGB).convert("CMYK")
     options = {"save_all": True, "append_images": [cmyk], "quality": 98, "subsampling": 0}
     several, one = encode(cmyk, "MPO", **options), encode(cmyk, "JPEG", quality=98, subsampling=0)
     assert np.array_equal(decoded(several), decoded(one))
     assert np.array_equal(decoded(without_adobe(several)), decoded(without_adobe(one)))
+
+
+def few_bit_png() -> bytes:
+    """Rows of 0, 1, 2, 3 with 2 bits a pixel; 1 is transparent."""
+    return png(np.full((8, 2), 0b00011011, np.uint8), 2, 0, struct.pack(">H", 1))
+
+
+def kinds_of_files() -> dict[str, bytes]:
+    """Files whose pixels mean something else than Pillow says when it has loaded them."""
+    cmyk, deep = Image.fromarray(255 - RGB).convert("CMYK"), DEEP.astype("<u2")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    twelve_bits = np.full((8, 12), 0xFF, np.uint8)
+    return {
+        "plain CMYK JPEG": without_adobe(encode(cmyk, "JPEG")),
+        "CMYK JPEG": encode(cmyk, "JPEG"),
+        "white-is-zero TIFF": tiff16(DEEP, 0),
+        "16-bit TIFF": tiff16(DEEP, 1),
+        "16-bit colour TIFF": tiff16(np.stack([DEEP] * 3, -1), 2),
+        "PNG with a transparent grey": png16(DEEP, 0, struct.pack(">H", int(DEEP[5, 7]))),
+        "PNG with a transparent grey of 2 bits": few_bit_png(),
+        "PNG with a transparent colour": png16(
+            np.stack([DEEP] * 3, -1), 2, struct.pack(">3H", *[int(DEEP[3, 4])] * 3)
+        ),
+        "PGM of 10 bits": b"P5 8 12 1023 " + (twelve_bits.astype(">u2") + 700).tobytes(),
+        "JPEG 2000": encode(Image.frombytes("I;16", (32, 24), deep.tobytes()), "JPEG2000"),
+        "rotated JPEG": encode(Image.fromarray(RGB), "JPEG", exif=exif),
+        "rotated AVIF": encode(Image.fromarray(RGB), "AVIF", exif=exif),
+        "palette": encode(Image.fromarray(RGB).quantize(8), "PNG", transparency=3),
+        "GIF": encode(Image.fromarray(RGB).quantize(8), "GIF", transparency=3),
+        "LA": encode(Image.fromarray(GREY).convert("LA"), "PNG"),
+    }
+
+
+@pytest.mark.parametrize("kind", kinds_of_files())
+def test_an_image_is_the_same_in_every_form_that_it_is_handed_over_in(
+    kind: str, tmp_path: Path
+) -> None:
+    data = kinds_of_files()[kind]
+    path = tmp_path / "image"
+    path.write_bytes(data)
+    expected = decode(data, 1, RED)
+    for form in (path, str(path), data, bytearray(data), memoryview(data)):
+        assert np.array_equal(read_image(form, RED), expected)
+    with Image.open(path) as opened:
+        assert np.array_equal(read_image(opened, RED), expected)
+        assert np.array_equal(read_image(opened, RED), expected)  # once more
+    from_bytes = Image.open(io.BytesIO(data))
+    assert np.array_equal(read_image(from_bytes, RED), expected)
+    assert np.array_equal(read_image(np.asarray(expected), RED), expected)
+
+
+@pytest.mark.parametrize("kind", {*kinds_of_files()} - {"PNG with a transparent grey of 2 bits"})
+def test_a_loaded_image_is_as_its_file(kind: str) -> None:
+    image = Image.open(io.BytesIO(kinds_of_files()[kind]))
+    image.load()
+    difference = np.asarray(read_image(image, RED)).astype(int) - decoded(
+        kinds_of_files()[kind], RED
+    )
+    # The pixels of a colour of 16 bits that is transparent cannot be found in 8 bits.
+    assert abs(difference).max() == 0 or kind == "PNG with a transparent colour"
+
+
+def test_an_image_is_not_changed_by_reading_it() -> None:
+    image = Image.open(io.BytesIO(few_bit_png()))
+    read_image(image, RED)
+    assert image.info["transparency"] == 1
+    assert image.convert("L").getpixel((3, 0)) == 255
+
+
+def test_edited_images_are_read_as_they_are() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    opened = Image.open(io.BytesIO(encode(Image.fromarray(RGB), "PNG", exif=exif)))
+    upright = ImageOps.exif_transpose(opened)
+    assert np.array_equal(read_image(upright, WHITE), upright)
+    assert np.array_equal(read_image(opened.crop((2, 3, 9, 9)), WHITE), np.rot90(RGB[3:9, 2:9], -1))
+    frames = Image.open(io.BytesIO(encode(
+        Image.fromarray(RGB), "TIFF", save_all=True, append_images=[Image.new("RGB", (9, 9), "red")]
+    )))  # fmt: skip
+    frames.seek(1)
+    assert np.array_equal(read_image(frames, WHITE), np.broadcast_to(RED, (9, 9, 3)))
+
+
+@pytest.mark.parametrize("mode", ["La", "LA", "PA", "RGBa", "RGBA"])
+def test_alpha_in_every_mode_in_memory(mode: str) -> None:
+    image = Image.fromarray(GREY).convert("LA" if mode in ("La", "LA") else "RGBA")
+    image.putalpha(128)
+    if mode == "PA":
+        image = Image.fromarray(GREY).convert("P").convert("PA")
+        image.putalpha(Image.new("L", image.size, 128))
+    else:
+        image = image.convert(mode)
+    expected = GREY[..., None] * (128 / 255) + np.array(RED) * (127 / 255)
+    assert abs(np.asarray(read_image(image, RED)) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B"])
+def test_16_bits_of_either_byte_order_in_memory(mode: str) -> None:
+    order = ">" if mode == "I;16B" else "<"
+    image = Image.frombytes(mode, (32, 24), DEEP.astype(f"{order}u2").tobytes())
+    assert abs(np.asarray(read_image(image, WHITE)) - (DEEP / 257)[..., None]).max() <= 0.501
+
+
+def test_colours_by_name() -> None:
+    assert parse_colour("red") == parse_colour("#f00") == parse_colour("#ff000080") == RED

@@ -369,8 +369,16 @@ def test_a_file_damaged_after_its_header_is_refused(tmp_path: Path) -> None:
     refused(root, "1.png: corrupt, truncated")
 
 
+def test_transparent_samples_are_composited_on_the_background(tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    assert (pixels_of(tmp_path) == 255).all()
+    red = open_samples(tmp_path, background="red")
+    assert (read(red) == (255, 0, 0)).all()
+    assert red.fingerprint != open_samples(tmp_path).fingerprint
+
+
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    refused(tmp_path, "has no images; expected .png")
+    refused(tmp_path, "has no images; expected PNG")
 
 
 def test_folders_report_progress(tmp_path: Path) -> None:

@@ -282,5 +282,33 @@ def test_images_are_encoded_as_in_training(
     from_files = sharp.encode(opened)
     rows = {tuple(row) for row in expected.tolist()}
     assert {tuple(row) for row in from_files.tolist()} == rows
+    # In any form that an image can be handed over, and once more, when it is loaded.
+    assert torch.equal(sharp.encode(files), from_files)
+    assert torch.equal(sharp.encode([path.read_bytes() for path in files]), from_files)
+    assert torch.equal(sharp.encode(opened), from_files)
+    assert torch.equal(sharp.encode([Image.open(path).copy() for path in files]), from_files)
+    assert torch.equal(sharp.encode(str(files[0])), from_files[:1])
+    assert torch.equal(sharp.encode(crops), expected)
     monkeypatch.setattr(generation, "BATCH_SIZE", 7)
     assert torch.equal(sharp.encode(opened), from_files)
+
+
+def test_transparent_images_are_encoded_on_the_background_of_the_training(
+    sharp: Pipeline,
+) -> None:
+    clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    white, red = Image.new("RGB", (16, 16), "white"), Image.new("RGB", (16, 16), "red")
+    assert torch.equal(sharp.encode([clear]), sharp.encode([white]))
+    trained_on_red = dataclasses.replace(sharp, origin={**sharp.origin, "background": "#ff0000"})
+    assert torch.equal(trained_on_red.encode([clear]), sharp.encode([red]))
+    assert not torch.equal(sharp.encode([white]), sharp.encode([red]))
+
+
+@pytest.mark.parametrize(("image", "message"), [
+    (Image.new("F", (16, 16)), "image 1: .*range is not known"),
+    (np.zeros((16, 16, 3), np.float32), "image 1: array of float32"), (None, "image 1: NoneType"),
+    (b"not an image", "image 1: corrupt"), ("no/such.png", "no/such.png: not a file"),
+])  # fmt: skip
+def test_what_cannot_be_encoded_is_named(sharp: Pipeline, image: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sharp.encode([Image.new("RGB", (16, 16)), image])

@@ -113,10 +113,12 @@ def test_a_flat_folder_of_color_images_at_64_pixels(tmp_path: Path, ctf: Command
         Image.fromarray(pixels).save(folder / f"{i}.png")
     out = tmp_path / "run"
     result = ctf("fit", folder, "--out", out, "--preset", "tiny", "--image-size", 64,
-                 "--steps", 2, *recipe_options("tokenizer_training.batch_size=2"))  # fmt: skip
+                 "--background", "red", "--steps", 2,
+                 *recipe_options("tokenizer_training.batch_size=2"))  # fmt: skip
     assert result.code == 0, result.err
     pipe = Pipeline.from_pretrained(out)
     assert pipe.class_names == ("flat",)
+    assert pipe.origin["background"] == "#ff0000"  # for Pipeline.encode
     assert pipe.sample([0], seed=0).images[0].size == (64, 64)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import io
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -12,8 +14,18 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-from PIL import Image, ImageChops, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+from numpy.typing import NDArray
+from PIL import (
+    Image,
+    ImageChops,
+    ImageCms,
+    ImageColor,
+    ImageFile,
+    ImageOps,
+    UnidentifiedImageError,
+)
 
+from ctf.common.errors import UserError
 from ctf.data import tiff
 
 # How files of each supported format begin, by Pillow's name of it; stricter than Pillow where that
@@ -55,6 +67,13 @@ SIGNATURES = {
     }.items()
 }
 HEAD = 512  # bytes of a file that tell whether it is an image
+
+# What `read_image` takes.
+ImageLike = (
+    str | os.PathLike[str] | bytes | bytearray | memoryview | NDArray[np.uint8] | Image.Image
+)
+Transparent = int | tuple[int, ...] | bytes | None
+WHITE: tuple[int, ...] = (255, 255, 255)
 
 # The usual names of such files, for messages; any other name will do, too.
 SUFFIXES = (
@@ -123,6 +142,64 @@ def decode(
     return image
 
 
+def read_image(image: ImageLike, background: tuple[int, ...]) -> Image.Image:
+    """Read an image in any form to upright RGB, as `decode` does.
+
+    Args:
+        image: a path; an encoded image; an array of uint8, (H, W) grey or (H, W, 3 or 4); or an
+            image of Pillow. A newly opened one is read as its file is; one that was loaded or
+            edited may have lost what its file said, see `to_rgb`.
+        background: RGB colour behind transparent pixels.
+
+    Raises:
+        UnreadableImageError: as for `decode`; it is something else.
+    """
+    match image:
+        case str() | os.PathLike():
+            return decode(read_bytes(Path(image)), 1, background)
+        case bytes() | bytearray() | memoryview():
+            return decode(bytes(image), 1, background)
+        case np.ndarray() if image.dtype == np.uint8 and (
+            image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
+        ):
+            return to_rgb(Image.fromarray(image), background)
+        case np.ndarray():
+            raise UnreadableImageError(
+                f"array of {image.dtype}, {image.shape}; expected uint8, (H, W) or (H, W, 3 or 4)"
+            )
+        case Image.Image():
+            pass
+        case _:
+            raise UnreadableImageError(
+                f"{type(image).__name__}; expected a path, bytes, an array or an image of Pillow"
+            )
+    # A file that is not loaded yet. Once it is, Pillow's image lacks what these formats say of it.
+    if getattr(image, "tile", None) and image.format in ("PNG", "TIFF", "PPM", "JPEG2000"):
+        file = cast(ImageFile.ImageFile, image)
+        if file.tell() == 0 and file.fp is not None and not file.fp.closed:
+            position = file.fp.tell()
+            file.fp.seek(0)
+            data = file.fp.read()
+            file.fp.seek(position)
+            return decode(data, 1, background)
+    with _readable(sys.maxsize):
+        return to_rgb(image, background)
+
+
+def parse_colour(name: str) -> tuple[int, ...]:
+    """Return the RGB values of a colour, which is a name or #rrggbb.
+
+    Raises:
+        UserError: there is no such colour.
+    """
+    try:
+        return ImageColor.getrgb(name)[:3]
+    except ValueError:
+        close = difflib.get_close_matches(name.lower(), ImageColor.colormap, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "expected a name or #rrggbb"
+        raise UserError(f"background: unknown colour {name!r}: {hint}") from None
+
+
 def image_size(data: bytes) -> tuple[int, int]:
     """Read width and height of an encoded image from its header, before any rotation by EXIF data.
 
@@ -154,7 +231,7 @@ def to_rgb(
     Raises:
         UnreadableImageError: its pixels have no known range.
     """
-    transparent = _transparent_value(image)
+    transparent, scaled = _transparent_values(image)
     white = _white(image, data)
     is_jpeg = image.format in ("JPEG", "MPO")
     plain_cmyk = is_jpeg and image.mode == "CMYK" and "adobe" not in image.info
@@ -165,6 +242,8 @@ def to_rgb(
         image = ImageOps.exif_transpose(image)
     except Exception:  # damaged EXIF data; the image itself is intact and used as it is stored
         image = image.copy()
+    if transparent is not None:
+        image.info["transparency"] = scaled
     if plain_cmyk:  # Pillow treats every CMYK JPEG as one of Adobe's, which are stored inverted
         image = ImageChops.invert(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -263,25 +342,28 @@ def _white(image: Image.Image, data: bytes | None) -> int:
     return int(2**bits - 1)
 
 
-def _transparent_value(image: Image.Image) -> int | tuple[int, ...] | bytes | None:
-    """Return a file's transparent value; scale PNG's like the pixels, which Pillow does not do."""
+def _transparent_values(image: Image.Image) -> tuple[Transparent, Transparent]:
+    """Return a file's transparent value, and the same scaled like the pixels.
+
+    The latter is PNG's, by its bits a sample, which Pillow knows until the image is loaded.
+    """
     value = image.info.get("transparency")
     if image.format == "PNG" and value is not None and (tile := getattr(image, "tile", None)):
         match tile[0].args:
             case "L;2":
-                image.info["transparency"] = value * 85
+                return value, value * 85
             case "L;4":
-                image.info["transparency"] = value * 17
+                return value, value * 17
             case "RGB;16B":
-                image.info["transparency"] = tuple(channel >> 8 for channel in value)
-    return value
+                return value, tuple(channel >> 8 for channel in value)
+    return value, value
 
 
 def _from_16_bit(
     image: Image.Image,
     white: int,
     white_is_zero: bool,
-    transparent: int | tuple[int, ...] | bytes | None,
+    transparent: Transparent,
 ) -> Image.Image:
     """Scale grey values to 8 bits, with alpha where they equal the transparent value."""
     values = np.asarray(image).astype(np.uint32).clip(max=white)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ctf.data.decode import WHITE
 from ctf.data.transforms import PLAIN, View
 
 
@@ -28,6 +29,7 @@ class ImageSet(ABC):
             files it covers the bytes, the relative path and the class of each, the image size and
             the background, but no times: a copy of the files has the same fingerprint.
         mirrors: whether mirrored images are as plausible as the originals.
+        background: RGB colour behind transparent pixels.
     """
 
     name: str
@@ -36,6 +38,7 @@ class ImageSet(ABC):
     image_size: int
     fingerprint: str
     mirrors = True
+    background = WHITE
 
     def __len__(self) -> int:
         return len(self.classes_N)

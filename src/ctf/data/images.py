@@ -6,7 +6,6 @@ Shape suffixes: B images of a batch, N images of a set, S = image_size.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
@@ -18,12 +17,12 @@ from typing import Any, NoReturn, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageColor
+from PIL import Image
 
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
 from ctf.data import fashion_mnist
-from ctf.data.decode import UnreadableImageError, decode
+from ctf.data.decode import UnreadableImageError, decode, parse_colour
 from ctf.data.image_set import BadImage, ImageSet, Splits
 from ctf.data.imagenet import readable_class_names
 from ctf.data.scan import THREADS, scan
@@ -86,22 +85,13 @@ def open_images(
         raise UserError(
             f"image size: got {image_size}, expected {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE} pixels"
         )
-    colour = _parse_colour(background)
+    colour = parse_colour(background)
     if source == fashion_mnist.NAME:
         if classes_at_depth is not None:
             raise UserError(f"{source} has no folders; omit --classes-at-depth")
         return fashion_mnist.open_fashion_mnist(image_size)
     files = open_image_source(source, INCLUDED, classes_at_depth)
     return _open_files(files, image_size or DEFAULT_IMAGE_SIZE, colour, skip_bad, progress)
-
-
-def _parse_colour(name: str) -> tuple[int, ...]:
-    try:
-        return ImageColor.getrgb(name)[:3]
-    except ValueError:
-        close = difflib.get_close_matches(name.lower(), ImageColor.colormap, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "expected a name or #rrggbb"
-        raise UserError(f"background: unknown colour {name!r}: {hint}") from None
 
 
 class FileImageSet(ImageSet):
@@ -116,7 +106,7 @@ class FileImageSet(ImageSet):
         **attributes: Any,
     ) -> None:
         super().__init__(**attributes)
-        self._source, self._background = source, background
+        self._source, self.background = source, background
         self._crops, self._rows_N = crops, rows_N  # both splits share the crops
 
     def read(self, indices: ArrayLike, view: View = PLAIN) -> NDArray[np.uint8]:
@@ -157,7 +147,7 @@ class FileImageSet(ImageSet):
         def decode_row(row: int) -> T:
             try:
                 data = self._source.read(row)
-                return transform(decode(data, self.image_size, self._background))
+                return transform(decode(data, self.image_size, self.background))
             except UnreadableImageError as reason:
                 path = self._source.path / self._source.names[row]
                 raise UserError(

@@ -65,7 +65,9 @@ def prepare(
                 f"{model}: all images of a folder or file are scored as they are; a number of "
                 "samples, settings, --resize and --search are for pipelines"
             )
-        images = open_samples(Path(model), progress)
+        images = open_samples(
+            Path(model), progress, background=image_options.get("background", "white")
+        )
         subject, size = Subject(images.name, images.fingerprint), min(images.size)
     else:
         folder = find_pipeline(model)

@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar, Unpack
 
@@ -25,7 +26,14 @@ import numpy as np
 from ctf.common import storage
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
-from ctf.data.decode import SUFFIXES, UnreadableImageError, decode, image_size, read_bytes
+from ctf.data.decode import (
+    WHITE,
+    UnreadableImageError,
+    decode,
+    image_size,
+    parse_colour,
+    read_bytes,
+)
 from ctf.data.image_set import ImageSet
 from ctf.data.imagenet import readable_class_names
 from ctf.data.images import INCLUDED, ImageOptions, open_images
@@ -37,7 +45,6 @@ from ctf.evaluation.options import Split
 
 BATCH = 64  # images
 IMAGES, CLASSES = "arr_0", "arr_1"  # names of ADM's arrays
-WHITE = (255, 255, 255)
 
 T = TypeVar("T")
 
@@ -81,14 +88,21 @@ class ImageCollection:
     summary: Callable[[bool], str] | None = None
 
 
-def open_samples(path: Path, progress: Progress | None = None) -> ImageCollection:
+def open_samples(
+    path: Path, progress: Progress | None = None, *, background: str = "white"
+) -> ImageCollection:
     """Open generated images: a folder of images of one size, or an .npz file.
+
+    Args:
+        path: the folder or file.
+        progress: called with the number of files read and to read.
+        background: colour behind transparent pixels.
 
     Raises:
         UserError: there are no images, they differ in size, or a file is not an image.
     """
     if path.is_dir():
-        return _open_folder(path, progress)
+        return _open_folder(path, progress, parse_colour(background))
     opened = _open_npz(path)
     if isinstance(opened, StoredStatistics):
         raise UserError(f"{path}: has statistics but no images (arr_0) to score")
@@ -312,13 +326,15 @@ def _read_statistics(path: Path, arrays: Any, fingerprint: str) -> StoredStatist
 # --- Folders --------------------------------------------------------------------------------------
 
 
-def _open_folder(root: Path, progress: Progress | None) -> ImageCollection:
+def _open_folder(
+    root: Path, progress: Progress | None, background: tuple[int, ...]
+) -> ImageCollection:
     """Open the images of a folder and its subfolders, sorted by path."""
     names = _list_images(root)
     if not names:
-        raise UserError(f"{root}: has no images; expected {', '.join(SUFFIXES)} files")
-    first = _read_image(root / names[0])
-    digest = hashlib.sha256()
+        raise UserError(f"{root}: has no images; expected PNG, JPEG or other image files")
+    first = _read_image(root / names[0], background)
+    digest = hashlib.sha256(b"" if background == WHITE else bytes(background))
     for done, name in enumerate(names, 1):
         # Sizes by the headers, before anything slow; EXIF data may swap the sides.
         data, size = _load(root / name, lambda data: (data, image_size(data)))
@@ -332,7 +348,7 @@ def _open_folder(root: Path, progress: Progress | None) -> ImageCollection:
         with ThreadPoolExecutor(THREADS) as pool:
             for start in range(0, len(names), BATCH):
                 paths = [root / name for name in names[start : start + BATCH]]
-                batch = list(pool.map(_read_image, paths))
+                batch = list(pool.map(_read_image, paths, repeat(background)))
                 for path, image in zip(paths, batch, strict=True):
                     if image.shape != first.shape:
                         raise _size_error(path, image.shape, names[0], first.shape)
@@ -383,8 +399,8 @@ def _load(path: Path, parse: Callable[[bytes], T]) -> T:
         raise UserError(f"{path}: {reason}") from None
 
 
-def _read_image(path: Path) -> np.ndarray:
-    return np.asarray(_load(path, lambda data: decode(data, 1, WHITE)))
+def _read_image(path: Path, background: tuple[int, ...]) -> np.ndarray:
+    return np.asarray(_load(path, lambda data: decode(data, 1, background)))
 
 
 def _size_error(

@@ -7,18 +7,19 @@ dimension.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Collection, Generator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile
+from PIL import Image
 from torch import Tensor
 
 from ctf.common.deprecation import renamed_keywords
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
-from ctf.data.decode import to_rgb
+from ctf.data.decode import ImageLike, UnreadableImageError, parse_colour, read_image
 from ctf.data.transforms import as_pil, as_tensor, crop
 from ctf.models import sampling
 from ctf.pipelines import arguments, generation
@@ -27,8 +28,6 @@ from ctf.pipelines.generation import Batch, Samples
 
 if TYPE_CHECKING:
     from ctf.pipelines.pipeline import Pipeline
-
-WHITE = (255, 255, 255)  # behind transparent images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,18 +258,40 @@ def members(
 
 
 @torch.no_grad()
-def encode(pipe: Pipeline, images: Sequence[Image.Image]) -> Tensor:
-    """Encode images of any size and mode, cropped as in training: codes (B, L), int64.
+def encode(pipe: Pipeline, images: Sequence[ImageLike] | ImageLike) -> Tensor:
+    """Encode images of any size, format and mode, read and cropped as in training.
+
+    Each image is a path, the bytes of a file, an array of uint8, (H, W) or (H, W, 3 or 4), or an
+    image of Pillow. All are read alike; but an image of Pillow that was loaded, copied or edited
+    may have lost what its file said: see `ctf.data.decode.to_rgb`. Transparent pixels get the
+    background that the pipeline was trained with, white by default.
+
+    Returns:
+        Codes (B, L), int64; for a single image without a list, (1, L).
 
     Raises:
-        UserError: There are no images.
+        UserError: There are no images, or one cannot be read.
     """
-    if not images:
+    if isinstance(images, str | os.PathLike | bytes | Image.Image):
+        images = [images]
+    if len(images) == 0:
         raise UserError("got 0 images to encode, expected 1 or more")
     size = pipe.tokenizer.image_size
-    # Pillow's copies are plain images, without the format of the file.
-    rgb = [to_rgb(cast(ImageFile.ImageFile, image.copy()), WHITE) for image in images]
-    pixels_BHWC = np.stack([np.asarray(crop(image, size)) for image in rgb])
-    parts = np.split(pixels_BHWC, range(generation.BATCH_SIZE, len(images), generation.BATCH_SIZE))
+    crops = []
+    for i, image in enumerate(images):
+        try:
+            rgb = read_image(image, background(pipe))
+        except UnreadableImageError as reason:
+            name = str(image) if isinstance(image, str | os.PathLike) else f"image {i}"
+            raise UserError(f"{name}: {reason}") from None
+        crops.append(np.asarray(crop(rgb, size)))
+    parts = np.split(
+        np.stack(crops), range(generation.BATCH_SIZE, len(crops), generation.BATCH_SIZE)
+    )
     codes = [pipe.tokenizer.encode(as_tensor(part, pipe.device)) for part in parts]
     return torch.cat(codes).cpu()
+
+
+def background(pipe: Pipeline) -> tuple[int, ...]:
+    """Return the RGB colour behind transparent pixels that a pipeline was trained with."""
+    return parse_colour(str(pipe.origin.get("background", "white")))

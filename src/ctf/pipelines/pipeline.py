@@ -263,7 +263,7 @@ class Pipeline:
     """Return the codes that a token can have, and their probabilities; see `editing.members`."""
 
     encode = editing.encode
-    """Encode PIL images of any size and mode into codes; see `editing.encode`."""
+    """Encode images (paths, bytes, PIL images, arrays) into codes; see `editing.encode`."""
 
     @torch.inference_mode()
     def decode(self, codes_BL: Tensor, resize: int | None = None) -> Tensor:

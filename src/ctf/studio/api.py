@@ -92,7 +92,7 @@ async def encode(
     model: Annotated[str | None, Query(max_length=200)] = None,
     class_name: Annotated[str, Query(alias="class", max_length=200)] = "0",
 ) -> Response:
-    """Encode an image file, the body of the request: PNG, JPEG, WebP, GIF, BMP or TIFF."""
+    """Encode an image file, the body of the request, of any format that can be trained on."""
     if not request.headers.get("content-type", "").startswith("image/"):
         raise HTTPException(415, "expected an image file as the body, with Content-Type: image/...")
     data = await request.body()

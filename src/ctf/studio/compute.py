@@ -17,9 +17,8 @@ from ctf import Samples
 from ctf.data.decode import decode
 from ctf.data.transforms import as_pil, crop
 from ctf.pipelines import export
+from ctf.pipelines.editing import background
 from ctf.studio.tasks import Encode, Event, Generate, Job, Members, ServedModel
-
-WHITE = (255, 255, 255)  # behind transparent pixels
 
 
 def run(model: ServedModel, jobs: Sequence[Job]) -> None:
@@ -85,7 +84,7 @@ def _generate(model: ServedModel, batch: Generate, owners: Sequence[Job]) -> Non
 
 def _encode(model: ServedModel, task: Encode) -> dict[str, Any]:
     pipe = model.pipe
-    upload = decode(task.data, 1, WHITE, task.max_pixels)
+    upload = decode(task.data, 1, background(pipe), task.max_pixels)
     codes_1L = pipe.encode([upload])
     labels_1L = pipe.clusters.labels_V[codes_1L.to(pipe.device)].cpu()
     samples = Samples(_decode(model, codes_1L), codes_1L, labels_1L)

@@ -53,6 +53,23 @@ def test_a_local_studio_is_served_under_local_host_names_only(client: httpx2.Cli
         assert client.get("/v1/models", headers={"Host": host}).status_code == 200
 
 
+def test_allowed_hosts_are_names_addresses_and_patterns(worker: Worker) -> None:
+    given = ("Studio.Example.org.", "*.sub.org", "b\u00fccher.example", "192.168.1.5", "[FE80::1]")
+    hosts = {*guard.LOOPBACK, *map(guard.allowed_host, given)}
+    with serving([worker], hosts=hosts) as url, httpx2.Client(base_url=url) as client:
+
+        def status(host: str) -> int:
+            return client.get("/health", headers={"Host": host}).status_code
+
+        for host in ("studio.example.org", "STUDIO.example.org.:80", "a.sub.org", "a.b.sub.org:1",
+                     "xn--bcher-kva.example", "192.168.1.5:7860", "[fe80::1]"):  # fmt: skip
+            assert status(host) == 200, host
+        for host in ("example.org", "sub.org", "asub.org", "a.sub.org.evil.org", "*.sub.org.x"):
+            assert status(host) == 421, host
+        refused = client.get("/health", headers={"Host": "other.example:80"})
+        expect_error(refused, 421, "--allowed-hosts other.example")
+
+
 def test_pages_of_other_origins_cannot_send_requests(client: httpx2.Client) -> None:
     body = {"classes": [0]}
     for origin in ("http://evil.example", "null", "http://localhost:1", "http://["):

@@ -18,6 +18,7 @@ from ctf.studio.tasks import Limits
 from ctf.studio.worker import Worker
 from tests.conftest import Command, disc_image
 from tests.serving import serving, wait_until
+from tests.studio.test_proxy import NGINX, nginx
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = sync_api.expect
@@ -357,6 +358,46 @@ def test_the_page_asks_for_the_token(empty_page: Any, worker: Worker) -> None:
         empty_page.get_by_role("textbox", name="Token").fill("open")
         empty_page.get_by_role("button", name="Continue").click()
         expect(empty_page.locator("body[data-ready]")).to_be_visible()
+
+
+@pytest.mark.skipif(NGINX is None, reason="nginx is missing: apt-get install nginx")
+def test_the_page_works_under_a_path_of_a_proxy(
+    browser: Any, worker: Worker, tmp_path: Path
+) -> None:
+    with (
+        serving([worker], Limits(), root_path="/raw", token="w\u00f6rd") as url,
+        nginx(tmp_path, url) as (documented, careless),
+        new_page(browser, WIDE) as page,
+    ):
+        page.goto(f"{documented}/ctf")  # nginx adds a slash
+        page.get_by_role("textbox", name="Token").fill("w\u00f6rd")
+        page.get_by_role("button", name="Continue").click()
+        for address in (f"{documented}/ctf/", f"{careless}/short", f"{careless}/raw/"):
+            if address.startswith(careless):  # another origin, which has not stored the token
+                page.goto(f"{careless}/short")
+                page.evaluate("sessionStorage.setItem('ctf-studio token', 'w\u00f6rd')")
+            open_studio(page, address)
+            generate(page, "bag")
+            page.locator("[data-token='20']").click()
+            expect(page.locator(".members")).to_be_visible()
+            page.get_by_role("button", name="Copy link").click()
+            assert page.url.startswith(f"{address.rstrip('/')}/#classes=8")
+            page.get_by_role("link", name="API").click()
+            expect(page.get_by_role("heading", name="POST /v1/generate")).to_be_visible()
+            page.get_by_role("link", name="Studio", exact=True).click()
+            expect(page.locator("body[data-ready]")).to_be_visible()
+
+
+def test_a_refusal_by_a_proxy_is_reported(page: Any) -> None:
+    page.route("**/v1/generate", lambda route: route.fulfill(status=502, body="<html>"))
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_role("alert")).to_contain_text("A proxy in front of the studio")
+    expect(page.get_by_role("alert")).to_contain_text("502")
+    page.unroute("**/v1/generate")
+    login = {"status": 200, "content_type": "text/html", "body": "<form>"}
+    page.route("**/v1/generate", lambda route: route.fulfill(**login))
+    page.get_by_role("button", name="Try again").click()
+    expect(page.get_by_role("alert")).to_contain_text("Reload to log in again")
 
 
 def test_the_api_is_documented(empty_page: Any, url: str) -> None:

@@ -1,5 +1,7 @@
 """The files of the page, and the command that starts a studio."""
 
+import base64
+import hashlib
 import re
 import socket
 import sys
@@ -17,10 +19,16 @@ def test_the_page_has_no_inline_code_and_loads_nothing_from_other_sites(
 ) -> None:
     for path in ("/", "/docs"):
         text = client.get(path).text
-        assert not re.search(r"<script(?![^>]* src=\"/page/)|<style| style=| on\w+=", text)
+        inline = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+        assert len(inline) == (path == "/")  # which the policy allows by its hash
+        for code in inline:
+            digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+            policy = client.get(path).headers["Content-Security-Policy"]
+            assert f"script-src-elem 'self' 'sha256-{digest}';" in policy
+        assert not re.search(r"<script(?!>|[^>]* src=\"page/)|<style| style=| on\w+=", text)
         for link in re.findall(r'(?:src|href)="([^"#]+)"', text):
-            assert client.get(link).status_code == 200
-            assert link.startswith("/")
+            assert client.get(client.base_url.join(path).join(link)).status_code == 200
+            assert not re.match(r"/|\w+:", link)  # relative, for proxies
     for file in server.PAGE.iterdir():
         text = file.read_text().replace("http://www.w3.org/2000/svg", "")
         assert "http://" not in text and "https://" not in text
@@ -58,6 +66,10 @@ def test_errors_of_the_command(
     refused(run, run, "--port", "0", words="got two models named run")
     refused(words="got no model")
     refused(run, "--embed-in", "nowhere", words="expected an origin")
+    for name in ("https://x.org", "x.org:80", "x.org/ctf", "", "a,b", "*x.org", "::g"):
+        refused(run, "--allowed-hosts", name, words="expected a host name")
+    for path in ("ctf", "/", "/a?b", "https://x.org/ctf"):
+        refused(run, "--root-path", path, words="expected a path")
     refused(run, "--port", "99999", words="choose another --port")
     with socket.create_server(("127.0.0.1", 0)) as other:
         refused(run, "--port", str(other.getsockname()[1]), words="choose another --port")

@@ -328,6 +328,8 @@ def studio(
     port: int = 7860,
     host: str = "127.0.0.1",
     token: options.Maybe[str] = None,
+    allowed_hosts: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="")] = (),
+    root_path: str = "",
     embed_in: Annotated[tuple[str, ...], arg(metavar="ORIGIN ...", help_behavior_hint="")] = (),
     engine: Literal["auto", "eager"] = "auto",
     device: options.Device = "auto",
@@ -342,6 +344,9 @@ def studio(
         port: port to listen on; 0 is any free one
         host: address to listen on; by default, only this machine can connect
         token: secret that requests to the API must contain; by default $CTF_STUDIO_TOKEN, if set
+        allowed_hosts: names under which the studio is reached behind a proxy, e.g.
+            studio.example.org; *.example.org is any subdomain, '*' any name
+        root_path: path that a proxy puts before all others without removing it, e.g. /ctf
         embed_in: origins of web pages that may show the studio in a frame, e.g.
             https://huggingface.co
         engine: auto is the fastest, equal up to rounding; eager uses plain PyTorch operators
@@ -355,23 +360,31 @@ def studio(
     for origin in embed_in:
         if not re.fullmatch(r"https?://[\w.:*-]+", origin):
             raise UserError(f"--embed-in {origin}: expected an origin, e.g. https://huggingface.co")
+    if root_path and not re.fullmatch(r"(/[^/?#]+)+/?", root_path):
+        raise UserError(f"--root-path {root_path}: expected a path, e.g. /ctf")
+    allowed = [guard.allowed_host(name) for name in allowed_hosts]
     if not models:
         raise UserError("got no model, expected e.g. ctf studio fashion-mnist")
     token = token or os.environ.get("CTF_STUDIO_TOKEN") or None
     limits, is_local, torch_device = Limits(), host in guard.LOOPBACK, open_device(device)
     listening = server.listen(host, port)
+    any_host = "*" in allowed or not (allowed or is_local)
+    workers = server.start_workers(models, torch_device, engine, limits)
     app = server.create_app(
-        server.start_workers(models, torch_device, engine, limits),
+        workers,
         limits,
-        hosts=guard.LOOPBACK if is_local else None,
+        hosts=None if any_host else {*guard.LOOPBACK, host, *allowed},
         token=token,
         embedders=embed_in,
+        root_path=root_path,
     )
-    address = f"[{host}]" if ":" in host else host
-    show(f"{', '.join(models)}: http://{address}:{listening.getsockname()[1]}")
-    if not is_local and token is None:
-        show("anyone who can reach this address can generate images; --token restricts access")
-    server.create_server(app).run(sockets=[listening])
+    running = server.create_server(app)
+    with running.capture_signals():
+        address = f"[{host}]" if ":" in host else host
+        show(f"{', '.join(models)}: http://{address}:{listening.getsockname()[1]}")
+        if not is_local and token is None:
+            show("anyone who can reach this address can generate images; --token restricts access")
+        server.serve(running, workers, listening)
 
 
 @command("push")

@@ -31,6 +31,10 @@ from ctf.studio.tasks import Encode, Event, Generate, Job, Members, ServedModel,
 from ctf.studio.worker import Worker
 
 EVENT_STREAM = "text/event-stream"
+STREAM_HEADERS = {  # for proxies: forward each event at once, and unchanged
+    "Cache-Control": "no-store, no-transform",
+    "X-Accel-Buffering": "no",
+}
 UPLOAD = {
     "required": True,
     "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}},
@@ -181,26 +185,39 @@ def _sampling(pipe: Pipeline, settings: schema.SamplingSettings) -> Sampling:
 
 async def _compute(request: Request, worker: Worker, task: Task) -> Response:
     """Respond with a stream of events if the client accepts one, otherwise with JSON."""
-    events = _follow(worker.submit(task), request, request.app.state.limits.seconds)
+    events = _follow(worker.submit(task), request)
     if EVENT_STREAM in request.headers.get("accept", ""):
-        return StreamingResponse(_format(events), media_type=EVENT_STREAM)
+        return StreamingResponse(_format(events), headers=STREAM_HEADERS, media_type=EVENT_STREAM)
     async with contextlib.aclosing(events):
-        last = [event async for event in events][-1]
+        last = [event async for event in events if event is not None][-1]
     return error_response(**last.data) if last.name == "error" else _json_response(last.data)
 
 
-async def _follow(job: Job, request: Request, seconds: float) -> AsyncGenerator[Event, None]:
-    """Yield the events of a job; cancel it if time is up or the client disconnects."""
-    late = tasks.error(429, f"no result within {seconds:g} seconds; request less, or try later")
-    timer = asyncio.get_running_loop().call_later(seconds, job.events.put_nowait, late)
+async def _follow(job: Job, request: Request) -> AsyncGenerator[Event | None, None]:
+    """Yield the events of a job, and None in a long silence between two.
+
+    The job is cancelled when time is up, the client disconnects, or the server stops.
+    """
+    limits, jobs = request.app.state.limits, request.app.state.jobs
+    late = tasks.error(
+        429, f"no result within {limits.seconds:g} seconds; request less, or try later"
+    )
+    timer = asyncio.get_running_loop().call_later(limits.seconds, job.events.put_nowait, late)
     watcher = asyncio.create_task(_wait_for_disconnect(job, request))
+    jobs.add(job)
     try:
         while True:
-            event = await job.events.get()
+            try:
+                async with asyncio.timeout(limits.silence):
+                    event = await job.events.get()
+            except TimeoutError:
+                yield None
+                continue
             yield event
             if event.name in ("done", "error"):
                 return
     finally:
+        jobs.discard(job)
         job.cancelled = True
         timer.cancel()
         watcher.cancel()
@@ -212,11 +229,14 @@ async def _wait_for_disconnect(job: Job, request: Request) -> None:
     job.events.put_nowait(tasks.error(408, "the client disconnected"))
 
 
-async def _format(events: AsyncGenerator[Event, None]) -> AsyncGenerator[bytes, None]:
-    """Format events as server-sent events."""
+async def _format(events: AsyncGenerator[Event | None, None]) -> AsyncGenerator[bytes, None]:
+    """Format events as server-sent events; a comment keeps proxies from closing a silent stream."""
     async with contextlib.aclosing(events):
-        async for name, data in events:
-            yield b"event: %s\ndata: %s\n\n" % (name.encode(), _json(data))
+        async for event in events:
+            if event is None:
+                yield b": waiting\n\n"
+            else:
+                yield b"event: %s\ndata: %s\n\n" % (event.name.encode(), _json(event.data))
 
 
 def _json_response(data: dict[str, Any]) -> Response:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import hashlib
+import os
+import re
+import signal
 import socket
-from collections.abc import Awaitable, Callable, Collection, Sequence
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +26,9 @@ from ctf import Pipeline
 from ctf.common.errors import UserError
 from ctf.common.version import __version__
 from ctf.pipelines.folder import find_pipeline, hash_pipeline
-from ctf.studio import api, schema
+from ctf.studio import api, schema, tasks
 from ctf.studio.guard import LOOPBACK, Guard, error_response
-from ctf.studio.tasks import Limits, ServedModel
+from ctf.studio.tasks import Job, Limits, ServedModel
 from ctf.studio.worker import Worker
 
 PAGE = Path(__file__).parent / "page"
@@ -47,6 +54,7 @@ ERRORS = {
     421: "Unknown host name",
     422: "Value out of range",
     429: "Too many requests, or no result within the time limit",
+    503: "The studio is stopping",
 }
 
 
@@ -57,12 +65,14 @@ def create_app(
     hosts: Collection[str] | None = LOOPBACK,
     token: str | None = None,
     embedders: Collection[str] = (),
+    root_path: str = "",
 ) -> Guard:
-    """Return the ASGI application; `hosts`, `token` and `embedders` are those of `Guard`."""
+    """Return the ASGI application; the options are those of `Guard`."""
     app = FastAPI(
         title="ctf studio",
         version=__version__,
         description=DESCRIPTION,
+        servers=[{"url": "."}],  # relative to openapi.json
         docs_url=None,
         redoc_url=None,
         responses={
@@ -72,6 +82,7 @@ def create_app(
     )
     app.state.workers = {worker.model.name: worker for worker in workers}
     app.state.limits = limits
+    app.state.jobs = set()  # that responses wait for
     app.include_router(api.router)
     for path in PAGE.iterdir():
         route = {"index.html": "/", "docs.html": "/docs"}.get(path.name, f"/page/{path.name}")
@@ -92,7 +103,17 @@ def create_app(
     async def http_error(_: Request, error: HTTPException) -> Response:
         return error_response(error.status_code, error.detail, headers=dict(error.headers or {}))
 
-    return Guard(app, limits=limits, hosts=hosts, token=token, embedders=embedders)
+    inline = re.findall("<script>(.*?)</script>", (PAGE / "index.html").read_text(), re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(code.encode()).digest()) for code in inline]
+    return Guard(
+        app,
+        limits=limits,
+        hosts=hosts,
+        token=token,
+        embedders=embedders,
+        root_path=root_path,
+        script_hashes=[f"sha256-{digest.decode()}" for digest in digests],
+    )
 
 
 def _static(path: Path) -> Callable[[Request], Awaitable[Response]]:
@@ -102,7 +123,8 @@ def _static(path: Path) -> Callable[[Request], Awaitable[Response]]:
     headers = {"ETag": tag, "Cache-Control": "no-cache"}
 
     async def send(request: Request) -> Response:
-        if request.headers.get("if-none-match") == tag:
+        known = request.headers.get("if-none-match", "").split(",")
+        if tag in [value.strip().removeprefix("W/") for value in known]:  # W/ is of proxies
             return Response(status_code=304, headers=headers)
         return Response(content, headers=headers, media_type=MEDIA_TYPES[path.suffix])
 
@@ -149,7 +171,58 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"{host} port {port}: {reason}; choose another --port") from None
 
 
-def create_server(app: Guard) -> uvicorn.Server:
+class Server(uvicorn.Server):
+    """A server that `run(sockets=[...])` runs until Ctrl+C, SIGTERM, or `should_exit`.
+
+    Then clients that wait for a result get an error, and all connections end within 3 seconds.
+    """
+
+    def __init__(self, app: Guard) -> None:
+        quiet: dict[str, Any] = {"log_level": "warning", "access_log": False}
+        quiet |= {"server_header": False, "lifespan": "off"}
+        # Idle connections stay open for longer than those of proxies, which would otherwise send
+        # requests on connections that are being closed. Headers of proxies are not read.
+        config = uvicorn.Config(
+            app, timeout_keep_alive=75, timeout_graceful_shutdown=3, proxy_headers=False, **quiet
+        )
+        super().__init__(config)
+        self.guard = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End all connections."""
+        jobs: set[Job] = self.guard.app.state.jobs
+        for job in jobs:
+            job.events.put_nowait(tasks.error(503, "the studio is stopping"))
+        self.guard.stop_receiving()
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals; unlike the method of uvicorn, do not raise them again at the end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread can handle signals
+            return
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def create_server(app: Guard) -> Server:
     """Return a server: `run(sockets=[...])` serves until Ctrl+C or until `should_exit` is set."""
-    quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
-    return uvicorn.Server(uvicorn.Config(app, lifespan="off", timeout_graceful_shutdown=3, **quiet))
+    return Server(app)
+
+
+def serve(server: Server, workers: Sequence[Worker], listening: socket.socket) -> None:
+    """Serve until Ctrl+C or SIGTERM, then end the workers."""
+    with server.capture_signals():
+        server.run(sockets=[listening])
+        stopped = [worker.stop(seconds=2) for worker in workers]
+    if not all(stopped):
+        # A worker is inside a long operation of PyTorch: the exit of Python would wait or abort.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

@@ -22,6 +22,7 @@ class Limits:
     images: int = 64  # per request
     waiting: int = 256  # requests in the queue of a model; any more get status 429
     seconds: float = 120.0  # from a request to its response, time in the queue included
+    silence: float = 15.0  # seconds without an event, after which a stream gets a comment
     body_bytes: int = 1 << 20  # of a request in JSON
     upload_bytes: int = 10 << 20  # of an image file
     upload_pixels: int = 16_000_000  # of an image, by its header, before it is decoded

@@ -37,7 +37,10 @@ class Worker:
         self._max_waiting = limits.waiting
         self._changed = threading.Condition()  # guards the queue and `running`
         self._batch_seconds = 1.0  # exponential moving average
-        threading.Thread(target=self._run, name=f"studio-{model.name}", daemon=True).start()
+        self._stopping = False
+        name = f"studio-{model.name}"
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
     def submit(self, task: Task) -> Job:
         """Queue a task; called in the server's event loop.
@@ -64,23 +67,34 @@ class Worker:
             self._drop_cancelled()
             return {"waiting": len(self._queue), "running": len(self.running)}
 
+    def stop(self, seconds: float) -> bool:
+        """Cancel all jobs; return whether the thread ended within this time."""
+        with self._changed:
+            self._stopping = True
+            for job in (*self.running, *self._queue):
+                job.cancelled = True
+            self._changed.notify()
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
     def _drop_cancelled(self) -> bool:
         """Remove cancelled jobs from the queue; return whether any jobs are left."""
         self._queue = deque(job for job in self._queue if not job.cancelled)
         return bool(self._queue)
 
     def _run(self) -> None:
-        while True:
-            batch = self._next_batch()
+        while batch := self._next_batch():
             start = time.monotonic()
             self._compute(batch)
             self._batch_seconds = (self._batch_seconds + time.monotonic() - start) / 2
 
     def _next_batch(self) -> Sequence[Job]:
-        """Take a batch from the queue; wait for a job if there is none."""
+        """Take a batch from the queue; wait for a job if there is none. At the end, it is empty."""
         with self._changed:
             self.running = ()
-            self._changed.wait_for(self._drop_cancelled)
+            self._changed.wait_for(lambda: self._drop_cancelled() or self._stopping)
+            if self._stopping:
+                return ()
             batch = [self._queue.popleft()]
             first = batch[0].task
             if isinstance(first, Generate):  # other tasks are computed alone

@@ -127,7 +127,7 @@ function generate() {
     await Promise.all(models.map(async (model, m) => {
       const versions = byModel[m].map(current);
       const body = { model: model.name, ...request };
-      const { pictures } = await api.generate(body, eventHandler(versions, byModel[m]), signal);
+      const { pictures } = await api.post("v1/generate", body, signal, eventHandler(versions, byModel[m]));
       versions.forEach((version, i) => complete(version, pictures[i]));
       refresh(byModel[m]);
     }));
@@ -154,7 +154,7 @@ function edit(note, text, request) {
 function refine(version, { model, classNumber, coarse, steps }, signal) {
   version.steps = steps.slice(0, -1); // the coarse labels are the same
   const body = { model: model.name, classes: [classNumber], coarse: [coarse], seed: version.seed, settings: form.settings() };
-  return api.post("/v1/refine", body, signal);
+  return api.post("v1/refine", body, signal);
 }
 
 const resampleFineStage = () => edit("fine stage resampled", "Sampling the fine stage", refine);
@@ -165,7 +165,7 @@ function resample(keep, note) {
     const body = {
       model: model.name, classes: [classNumber], seed: version.seed, settings: form.settings(), codes: [codes], keep: [keep],
     };
-    return api.generate(body, eventHandler([version], [item]), signal);
+    return api.post("v1/generate", body, signal, eventHandler([version], [item]));
   });
 }
 
@@ -187,7 +187,7 @@ function inspect(position) {
   cluster.showLoading();
   run("Loading cluster", async (signal) => {
     const body = { model: version.model.name, class: version.classNumber, codes: version.codes, position, settings: form.settings() };
-    const found = await api.post("/v1/members", body, signal);
+    const found = await api.post("v1/members", body, signal);
     const preview = (member) => {
       if (member) viewer.display(pngUrl(member.image), `${version.className} with code ${member.code}`);
       else viewer.displayCurrent();
@@ -250,7 +250,7 @@ function saveSettings() {
 }
 
 async function copyLink() {
-  const link = `${location.origin}/#${form.toLink()}`;
+  const link = `${location.origin}${location.pathname}#${form.toLink()}`;
   history.replaceState(null, "", link);
   try {
     await navigator.clipboard.writeText(link);

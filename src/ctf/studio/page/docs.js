@@ -1,12 +1,12 @@
-// The documentation of the API, made from /openapi.json.
+// The documentation of the API, made from openapi.json.
 
-import { $, el } from "./dom.js";
+import { $, el, stored } from "./dom.js";
 
-const openapi = await (await fetch("/openapi.json")).json();
+const openapi = await (await fetch("openapi.json")).json();
 const { schemas } = openapi.components;
 $("description").textContent = openapi.info.description;
 
-const theme = localStorage.getItem("theme");
+const theme = stored("theme");
 if (theme) document.documentElement.dataset.theme = theme;
 
 const nameOf = ({ $ref }) => $ref?.split("/").pop();

@@ -23,3 +23,23 @@ export function download(name, content, type) {
 export const decodeBase64 = (base64) => Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
 
 export const randomSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
+
+// What this browser remembers. Behind a proxy, other programs can have the same origin, and pages
+// in a frame may have no storage.
+const key = (name) => `ctf-studio ${name}`;
+
+export function stored(name, storage = "localStorage") {
+  try {
+    return window[storage].getItem(key(name));
+  } catch {
+    return null;
+  }
+}
+
+export function store(name, value, storage = "localStorage") {
+  try {
+    window[storage].setItem(key(name), value);
+  } catch {
+    // It is forgotten when the page is closed.
+  }
+}

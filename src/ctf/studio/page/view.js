@@ -1,6 +1,6 @@
 // The look of the page: colours, pixels, and the illustration on the start page.
 
-import { $ } from "./dom.js";
+import { $, store, stored } from "./dom.js";
 
 const THEMES = ["auto", "light", "dark"];
 
@@ -8,14 +8,14 @@ function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
   $("theme").textContent = theme[0].toUpperCase() + theme.slice(1);
   $("theme").setAttribute("aria-label", `Colours: ${theme}`);
-  localStorage.setItem("theme", theme);
+  store("theme", theme);
   drawIllustration();
 }
 
 function setSmooth(smooth) {
   document.documentElement.dataset.smooth = smooth;
   $("smooth").setAttribute("aria-pressed", String(smooth));
-  localStorage.setItem("smooth", smooth);
+  store("smooth", smooth);
 }
 
 /** Draws a ball in three resolutions, from coarse to fine. */
@@ -38,9 +38,9 @@ function drawIllustration() {
 }
 
 export function connect() {
-  const theme = localStorage.getItem("theme");
+  const theme = stored("theme");
   setTheme(THEMES.includes(theme) ? theme : "auto");
-  setSmooth(localStorage.getItem("smooth") === "true");
+  setSmooth(stored("smooth") === "true");
   $("theme").addEventListener("click", () => {
     setTheme(THEMES[(THEMES.indexOf(document.documentElement.dataset.theme) + 1) % THEMES.length]);
   });

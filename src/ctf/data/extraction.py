@@ -96,6 +96,7 @@ def extract(
         )
     if limit is not None and limit < 1:
         raise UserError(f"limit: got {limit}, expected 1 or more training images")
+    images = images.as_recorded_in(folder / MANIFEST, "train", "fingerprint")
     if limit is not None and limit >= len(images.train):
         limit = None
     device = next(tokenizer.parameters()).device

@@ -8,10 +8,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ctf.common import storage
 from ctf.data.decode import WHITE
 from ctf.data.transforms import PLAIN, View
 
@@ -118,3 +120,12 @@ class Splits:
                 if matches((images := open_earlier()).train):
                     return images
         return self
+
+    def as_recorded_in(self, path: Path, *keys: str) -> Splits:
+        """Return the same by the fingerprint below these keys in a JSON file, if there is one."""
+        if not self.earlier or not path.is_file():
+            return self
+        content = storage.load_json(path)
+        for key in keys:
+            content = content.get(key) if isinstance(content, dict) else None
+        return self.as_recorded(content if isinstance(content, str) else None)

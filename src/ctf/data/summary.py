@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ctf.data.image_set import Splits
+from ctf.data.sources.base import ImageSource
 
 CLASSES, NAMES = 8, 20  # listed of each kind in the short summary
 # Plurals of reasons; others are the same for one file and for several.
@@ -26,7 +27,29 @@ def summarize(images: Splits, *, full: bool = False) -> str:
         Lines such as "27,000 images in 10 classes: AnnualCrop (3,000), ...; 12 files left out: 9
         not images (.txt, .db), 2 unreadable, 1 too small", and how classes and splits were found.
     """
-    return "\n".join(_lines(images, full))
+    left_out = _left_out(images)
+    lines = [
+        _contents(images.train.class_names, class_counts(images), left_out, images.unit, full),
+        f"{len(images.train):,} to train on, {len(images.val):,} held out",
+        *images.understood,
+    ]
+    if untrained := untrained_classes(images):
+        lines.append(f"never trained on, as all images are held out: {_some(untrained, full)}")
+    if full:
+        lines += _names_left_out(left_out)
+    if images.skipped:
+        unusable = [f"{bad.name} ({bad.reason})" for bad in images.skipped]
+        lines.append(f"unusable: {_some(unusable, full)}")
+    return "\n".join(lines)
+
+
+def summarize_source(source: ImageSource, *, full: bool = False) -> str:
+    """Return the same for a source whose images are not split and have not been read."""
+    counts = np.bincount(source.classes_N, minlength=len(source.class_names)).tolist()
+    lines = [_contents(source.class_names, counts, source.left_out, source.unit, full)]
+    return "\n".join(
+        [*lines, *source.understood, *(_names_left_out(source.left_out) if full else ())]
+    )
 
 
 def to_json(images: Splits) -> dict[str, Any]:
@@ -54,24 +77,22 @@ def untrained_classes(images: Splits) -> list[str]:
     return [name for name, count in zip(names, counts, strict=True) if count == 0]
 
 
-def _lines(images: Splits, full: bool) -> Iterator[str]:
-    counts, left_out = class_counts(images), _left_out(images)
-    classes = [f"{n} ({c:,})" for n, c in zip(images.train.class_names, counts, strict=True)]
-    parts = [f"{sum(counts):,} images in {_classes(classes, counts, full)}"]
-    if left_out:
-        files = sum(map(len, left_out.values()))
-        parts.append(
-            f"{files:,} {images.unit}{'s' * (files != 1)} left out: {describe_left_out(left_out)}"
-        )
-    yield "; ".join(parts)
-    yield f"{len(images.train):,} to train on, {len(images.val):,} held out"
-    yield from images.understood
-    if untrained := untrained_classes(images):
-        yield f"never trained on, since their only images are held out: {_some(untrained, full)}"
-    for reason, names in left_out.items() if full else ():
-        yield f"left out, {reason}: {', '.join(names)}"
-    if images.skipped:
-        yield f"unusable: {_some([f'{bad.name} ({bad.reason})' for bad in images.skipped], full)}"
+def _contents(
+    class_names: Sequence[str],
+    counts: Sequence[int],
+    left_out: Mapping[str, Sequence[str]],
+    unit: str,
+    full: bool,
+) -> str:
+    classes = [f"{name} ({count:,})" for name, count in zip(class_names, counts, strict=True)]
+    text = f"{sum(counts):,} images in {_classes(classes, counts, full)}"
+    if number := sum(map(len, left_out.values())):
+        text += f"; {number:,} {unit}{'s' * (number != 1)} left out: {describe_left_out(left_out)}"
+    return text
+
+
+def _names_left_out(left_out: Mapping[str, Sequence[str]]) -> list[str]:
+    return [f"left out, {reason}: {', '.join(names)}" for reason, names in left_out.items()]
 
 
 def _classes(classes: Sequence[str], counts: Sequence[int], full: bool) -> str:
@@ -101,12 +122,12 @@ def describe_left_out(left_out: Mapping[str, Sequence[str]]) -> str:
     """Return "9 not images (.txt, .db), 2 unreadable" for {"not an image (.txt)": [...], ...}."""
     counts: dict[str, int] = defaultdict(int)
     details: dict[str, list[str]] = defaultdict(list)
-    for reason, names in left_out.items():
+    for reason, names in sorted(left_out.items(), key=lambda item: (-len(item[1]), item[0])):
         kind, _, detail = reason.removesuffix(")").partition(" (")
         counts[kind] += len(names)
         details[kind] += [detail] * bool(detail)
     parts = []
-    for kind, count in counts.items():
+    for kind, count in sorted(counts.items(), key=lambda item: -item[1]):
         text = PLURALS.get(kind, kind) if count != 1 else kind
         text = "in " * kind.startswith("split ") + text
         parts.append(f"{count:,} {text}" + f" ({', '.join(details[kind])})" * bool(details[kind]))

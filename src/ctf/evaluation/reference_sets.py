@@ -12,14 +12,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import IO, Any, NoReturn, TypeVar, Unpack
+from typing import IO, Any, TypeVar, Unpack
 
 import numpy as np
 
@@ -38,8 +37,9 @@ from ctf.data.image_set import ImageSet
 from ctf.data.imagenet import readable_class_names
 from ctf.data.images import INCLUDED, ImageOptions, open_images
 from ctf.data.scan import THREADS
-from ctf.data.sources.base import has_image_suffix
-from ctf.data.summary import summarize
+from ctf.data.sources.base import LooseImagesError
+from ctf.data.sources.folder import FolderSource
+from ctf.data.summary import describe_left_out, summarize, summarize_source
 from ctf.evaluation.distances import Gaussian
 from ctf.evaluation.options import Split
 
@@ -330,9 +330,17 @@ def _open_folder(
     root: Path, progress: Progress | None, background: tuple[int, ...]
 ) -> ImageCollection:
     """Open the images of a folder and its subfolders, sorted by path."""
-    names = _list_images(root)
-    if not names:
-        raise UserError(f"{root}: has no images; expected PNG, JPEG or other image files")
+    source = _folder_source(root)
+    if not source.names:
+        found = describe_left_out(source.left_out)
+        raise UserError(
+            f"{root}: has no images; expected PNG, JPEG or other image files"
+            + f"; left out: {found}" * bool(found)
+        )
+    order_N = np.array(sorted(range(len(source.names)), key=source.names.__getitem__))
+    names = [source.names[row] for row in order_N]
+    classes_N, class_names = _folder_classes(source, order_N)
+    root = source.path
     first = _read_image(root / names[0], background)
     digest = hashlib.sha256(b"" if background == WHITE else bytes(background))
     for done, name in enumerate(names, 1):
@@ -340,7 +348,8 @@ def _open_folder(
         data, size = _load(root / name, lambda data: (data, image_size(data)))
         if {*size} != {*first.shape[:2]}:
             raise _size_error(root / name, size[::-1], names[0], first.shape)
-        digest.update(f"{name} {hashlib.sha256(data).hexdigest()}\n".encode())
+        line = f"{name} {hashlib.sha256(data).hexdigest()}\n"
+        digest.update(line.encode(errors="surrogateescape"))
         if progress is not None:
             progress(done, len(names))
 
@@ -354,36 +363,29 @@ def _open_folder(
                         raise _size_error(path, image.shape, names[0], first.shape)
                 yield np.stack(batch)
 
-    classes_N, class_names = _folder_classes(root, names)
     return ImageCollection(
-        root.resolve().name, digest.hexdigest(), len(names), first.shape[:2], batches,
+        source.title, digest.hexdigest(), len(names), first.shape[:2], batches,
         classes_N, class_names,
+        summary=lambda full: f"samples: {summarize_source(source, full=full)}",
     )  # fmt: skip
 
 
-def _list_images(root: Path) -> list[str]:
-    """Relative paths of all images below a folder, sorted; hidden files and folders excluded."""
-
-    def fail(error: OSError) -> NoReturn:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
-
-    names = []
-    for folder, subfolders, files in os.walk(root, onerror=fail):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        parent = Path(folder).relative_to(root)
-        names += [(parent / file).as_posix() for file in files if has_image_suffix(file)]
-    return sorted(names)
+def _folder_source(root: Path) -> FolderSource:
+    """Open a folder; images that are beside folders have no classes."""
+    try:
+        return FolderSource(root)
+    except LooseImagesError:
+        return FolderSource(root, classes_at_depth=0)
 
 
 def _folder_classes(
-    root: Path, names: list[str]
+    source: FolderSource, order_N: np.ndarray
 ) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    """Classes from subfolders if every image is in one, or from the codes.npz of `ctf sample`."""
-    folders, rest, _ = zip(*(name.partition("/") for name in names), strict=True)
-    if all(rest):
-        class_names, classes_N = np.unique(folders, return_inverse=True)
-        return classes_N, readable_class_names(tuple(class_names.tolist()))
-    codes = root / "codes.npz"
+    """Classes from folders, or from the codes.npz of `ctf sample`, of the images in that order."""
+    if source.class_names != (source.title,):
+        return source.classes_N[order_N], readable_class_names(source.class_names)
+    codes = source.path / "codes.npz"
+    names = [source.names[row] for row in order_N]
     if codes.is_file() and all(name == f"{i:06d}.png" for i, name in enumerate(names)):
         with _open_archive(codes) as arrays:
             classes_N = arrays["classes"]

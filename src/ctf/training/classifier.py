@@ -131,9 +131,10 @@ def train_classifier(
         )
     if config.width < 1 or config.width % CHANNELS_PER_GROUP:
         raise UserError(f"width {config.width}: expected a multiple of {CHANNELS_PER_GROUP}")
+    images = images.as_recorded_in(folder / "config.json", "images")
     description = {
         "image_size": images.train.image_size,
-        "class_names": list(names),
+        "class_names": list(images.train.class_names),
         "images": images.train.fingerprint,
         "config": to_json(config),
     }

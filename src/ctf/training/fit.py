@@ -1,6 +1,7 @@
 """All stages in order, from images to a pipeline, by a recipe or within a time budget.
 
-    RUN/fit.json  the request, the planned steps, and the seconds of each stage
+    RUN/fit.json  the request, how the images were understood, the planned steps, and the seconds
+                  of each stage
 
 Finished stages are loaded and stopped ones resume, so running the same command again always leads
 to the same result.
@@ -21,6 +22,7 @@ import torch
 from ctf.common import claims, config, storage
 from ctf.common.distributed import World
 from ctf.common.progress import OpenProgress, show_progress
+from ctf.data import summary
 from ctf.data.decode import WHITE
 from ctf.data.image_set import Splits
 from ctf.data.transforms import VIEWS, as_tensor
@@ -66,6 +68,7 @@ def fit(
         Stopped: See `loop.run`.
     """
     check_recipe(images, recipe)
+    images = images.as_recorded_in(run / FIT, "asked", "images_fingerprint")
     world = World(device=device)
     request = {
         "images": images.train.name,
@@ -74,6 +77,7 @@ def fit(
         "recipe": config.to_json(recipe),
     }
     log = _Log.open(run, request)
+    log.note_images(images)
     budget = None if minutes is None else _Budget(recipe, minutes, log)
 
     if budget is not None:
@@ -188,6 +192,12 @@ class _Log:
     def seconds(self) -> dict[str, float]:
         """Seconds that each stage has taken."""
         return dict(self.content["seconds"])
+
+    def note_images(self, images: Splits) -> None:
+        """Add how the images were understood."""
+        if "data" not in self.content:
+            self.content["data"] = summary.to_json(images)
+            self._save()
 
     def plan(self, stage: str, measure: Callable[[], int]) -> int:
         """Return the number planned for a stage: measured once, and the same ever after."""

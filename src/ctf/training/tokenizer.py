@@ -329,6 +329,7 @@ def train(
         UserError: See `loop.begin` and `TokenizerTrainer`.
         Stopped: See `loop.run`.
     """
+    images = images.as_recorded_in(folder / "config.json", "images")
     description = {
         "model": config.to_json(model_config),
         "training": config.to_json(training),

@@ -142,7 +142,7 @@ def classes_from_folders(
     if not any(folders):
         return (title,), np.zeros(len(names), np.int64)
     if loose := [name for name, folder in zip(names, folders, strict=True) if not folder]:
-        raise loose_images_error(path, loose)
+        raise LooseImagesError(path, loose)
     class_names = natural_order({*folders})
     return tuple(class_names), _numbers(folders, class_names)
 
@@ -152,12 +152,14 @@ def _numbers(labels: Sequence[str], class_names: Sequence[str]) -> NDArray[np.in
     return np.array([number.get(label, -1) for label in labels], np.int64)
 
 
-def loose_images_error(path: Path, loose: Sequence[str]) -> UserError:
-    """Return the error for images that are next to class folders instead of inside one."""
-    return UserError(
-        f"{path}: images outside the class folders ({len(loose)}, e.g. {loose[0]}); "
-        "move them into the folder of their class"
-    )
+class LooseImagesError(UserError):
+    """Images are next to class folders instead of inside one."""
+
+    def __init__(self, path: Path, loose: Sequence[str]) -> None:
+        super().__init__(
+            f"{path}: images outside the class folders ({len(loose)}, e.g. {loose[0]}); "
+            "move them into the folder of their class, or pass --classes-at-depth 0 for one class"
+        )
 
 
 def archive_prefixes(files: Sequence[Path], base: Path | None) -> list[str]:

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ctf.common.errors import UserError
-from ctf.data.sources.base import TRAIN, VAL, loose_images_error, natural_order
+from ctf.data.sources.base import TRAIN, VAL, LooseImagesError, natural_order
 
 MAX_DEPTH = 32  # of the folders that are told apart
 TEST = 2  # a split that is left out
@@ -225,7 +225,7 @@ class _Reader:
             self.images.append(_Images(folder.rows, None, split, folder.path))
             return
         if folder.rows:
-            raise loose_images_error(self.path, [self.names[row] for row in folder.rows])
+            raise LooseImagesError(self.path, [self.names[row] for row in folder.rows])
         for each in inner:
             self.drop_labels(each)
         splits = [self.find_splits(each) if split == NO_SPLITS else None for each in inner]

@@ -463,3 +463,65 @@ def test_16_bits_of_either_byte_order_in_memory(mode: str) -> None:
 
 def test_colours_by_name() -> None:
     assert parse_colour("red") == parse_colour("#f00") == parse_colour("#ff000080") == RED
+
+
+@pytest.mark.filterwarnings("ignore:Image was not the expected size")  # Pillow's warning
+def test_images_in_icons_are_not_larger_than_allowed() -> None:
+    icon = bytearray(encode(Image.new("RGBA", (64, 64)), "ICO", sizes=[(64, 64)]))
+    icon[6] = icon[7] = 8  # what it says of width and height
+    with pytest.raises(UnreadableImageError, match="more than 1,000 pixels"):
+        decode(bytes(icon), 1, WHITE, 1000)
+
+
+def with_chunk(data: bytes, name: bytes, content: bytes, damage: int = 0) -> bytes:
+    """A PNG with one more chunk before its pixels."""
+    at = data.index(b"IDAT") - 4
+    crc = zlib.crc32(name + content) ^ damage
+    return (
+        data[:at]
+        + struct.pack(">I", len(content))
+        + name
+        + content
+        + struct.pack(">I", crc)
+        + data[at:]
+    )
+
+
+def test_pngs_are_not_refused_for_their_metadata() -> None:
+    """Pillow refuses them (its issues 2445, 5610 and 8363)."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.fromarray(np.ascontiguousarray(np.rot90(RGB))), "PNG", exif=exif)
+    long = zlib.compress(bytes(2_000_000))
+    for chunk in (
+        (b"zTXt", b"k\0\0" + long), (b"iTXt", b"k\0\1\0\0\0" + long), (b"iCCP", b"k\0\0" + long),
+        (b"tEXt", b"k\0text", 1), (b"pHYs", b"\0\0"),
+    ):  # fmt: skip
+        assert np.array_equal(decoded(with_chunk(data, *chunk)), RGB)
+    for name in (b"IHDR", b"IDAT", b"PLTE"):  # but for damaged pixels
+        with pytest.raises(UnreadableImageError, match="corrupt"):
+            decode(with_chunk(data, name, b"nonsense", 1), 8, WHITE)
+
+
+def test_a_tga_without_any_alpha_is_opaque() -> None:
+    image = Image.fromarray(RGB).convert("RGBA")
+    image.putalpha(0)
+    assert np.array_equal(decoded(encode(image, "TGA")), RGB)
+    image.putalpha(Image.fromarray(GREY))
+    share = GREY[..., None] / 255
+    expected = RGB * share + np.array(RED) * (1 - share)
+    assert abs(decoded(encode(image, "TGA"), RED) - expected).max() <= 1
+
+
+def test_jpeg_2000_of_signed_or_many_bits_is_refused() -> None:
+    """What Pillow writes has 8 bits; here they are said to be 12, or to have a sign."""
+    data = bytearray(encode(Image.fromarray(GREY // 16), "JPEG2000", no_jp2=True))
+    size = data.index(b"\xff\x51")
+    assert data[size + 40] == 7
+    data[size + 40] = 0x87
+    with pytest.raises(UnreadableImageError, match="signed"):
+        decode(bytes(data), 8, WHITE)
+    data = bytearray(encode(Image.fromarray(RGB), "JPEG2000", no_jp2=True))
+    data[size + 40] = 11
+    with pytest.raises(UnreadableImageError, match="12 bits"):
+        decode(bytes(data), 8, WHITE)

@@ -192,13 +192,20 @@ def test_deep_images_are_turned_upright() -> None:
 @pytest.mark.parametrize(("tags", "reason"), [
     ({339: [2]}, "signed"), ({339: [3]}, "range is not known"), ({254: [1]}, "camera"),
     ({262: [32803]}, "camera"), ({50706: [1]}, "camera"), ({259: [7]}, "compression 7"),
-    ({262: [6]}, "colour space 6"), ({258: [32], 339: [1]}, "range is not known"),
+    ({262: [9]}, "colour space 9"), ({258: [32], 339: [1]}, "range is not known"),
     ({256: [10**9]}, "more than"), ({257: [10**9], 278: [10**9]}, "more than"),
     ({277: [10**6]}, "samples a pixel"), ({278: [0]}, "corrupt"), ({273: [10**8]}, "corrupt"),
 ])  # fmt: skip
 def test_what_cannot_be_read_has_a_reason(tags: dict[int, Sequence[int]], reason: str) -> None:
     with pytest.raises(UnreadableImageError, match=reason):
         decode(tiff(samples(16), 16, 1, tags=tags), 1, WHITE)
+
+
+def test_ycbcr_without_compression() -> None:
+    grey = np.full((H, W, 3), 128)
+    assert (decoded(tiff(grey, 8, 6, tags={530: [1, 1]})) == 128).all()
+    with pytest.raises(UnreadableImageError, match="subsampled"):  # 6 bytes are 4 pixels
+        decode(tiff(grey[: H // 2], 8, 6, tags={530: [2, 2], 257: [H]}), 1, WHITE)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's warning

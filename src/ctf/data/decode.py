@@ -135,8 +135,14 @@ def decode(
     """
     # Pillow only warns below twice its own limit.
     limit = max_pixels or Image.MAX_IMAGE_PIXELS or sys.maxsize
-    with _readable(limit), _opened(data, limit) as image:
-        image = to_rgb(image, background, data)
+    with _readable(limit):
+        try:
+            image = _decode(data, background, limit)
+        except Exception:
+            if image_format(data[:HEAD]) != "PNG":
+                raise
+            # Pillow refuses a file for a damaged or long text or profile, too.
+            image = _decode(_without_metadata(data), background, limit)
     if min(image.size) < size:
         raise UnreadableImageError(too_small(*image.size, size))
     return image
@@ -233,7 +239,7 @@ def to_rgb(
     """
     transparent, scaled = _transparent_values(image)
     white = _white(image, data)
-    is_jpeg = image.format in ("JPEG", "MPO")
+    is_jpeg, is_tga = image.format in ("JPEG", "MPO"), image.format == "TGA"
     plain_cmyk = is_jpeg and image.mode == "CMYK" and "adobe" not in image.info
     white_is_zero = getattr(image, "tag_v2", {}).get(tiff.PHOTOMETRIC) == 0
 
@@ -256,6 +262,8 @@ def to_rgb(
         image = cast(Image.Image, ImageCms.applyTransform(image, _lab_to_rgb()))
     if image.mode == "La":
         image = image.convert("LA")
+    if is_tga and image.mode in ("LA", "RGBA") and image.getextrema()[-1] == (0, 0):
+        image.putalpha(255)  # by convention, the fourth channel is then not alpha
     if image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, (*background, 255))
         image = Image.alpha_composite(canvas, image.convert("RGBA"))
@@ -280,6 +288,26 @@ def _readable(limit: int) -> Iterator[None]:
         raise UnreadableImageError(f"more than {limit:,} pixels") from None
     except Exception:  # damaged data makes decoders raise nearly any exception
         raise UnreadableImageError("corrupt, truncated or of an unknown format") from None
+
+
+def _decode(data: bytes, background: tuple[int, ...], limit: int) -> Image.Image:
+    with _opened(data, limit) as image:
+        image = to_rgb(image, background, data)
+    if image.width * image.height > limit:  # an icon says less than it has
+        raise Image.DecompressionBombError
+    return image
+
+
+def _without_metadata(png: bytes) -> bytes:
+    """Return a PNG file with only the chunks that its pixels and their orientation depend on."""
+    chunks, at = [png[:8]], 8
+    while at < len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4], "big")
+        name = png[at + 4 : at + 8]
+        if name[:1].isupper() or name in (b"tRNS", b"eXIf"):
+            chunks.append(png[at:end])
+        at = end
+    return b"".join(chunks)
 
 
 def _formats(data: bytes) -> list[str]:
@@ -336,6 +364,8 @@ def _white(image: Image.Image, data: bytes | None) -> int:
     if image.format == "JPEG2000" and data is not None and image.mode not in ("P", "PA"):
         start = data.index(b"\xff\x4f\xff\x51")
         depth = (data[start + 42] & 127) + 1
+        if data[start + 42] > 127:
+            raise UnreadableImageError("signed pixels, whose range is not known")
         if depth > bits:  # Pillow rounds to 8 bits, and white to 256, which becomes 0
             raise UnreadableImageError(f"JPEG 2000 with {depth} bits a sample; expected 8, or grey")
         return (2**depth - 1) << (bits - depth)  # Pillow shifts each value to the highest bits

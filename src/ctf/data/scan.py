@@ -52,7 +52,8 @@ class _ScanCache:
         self.sizes = np.zeros((count, 2), np.int32)  # width and height of the upright image
         self.digests = np.zeros((count, 32), np.uint8)
         path = os.fspath(source.path.absolute())
-        self.file = f"scans/{hashlib.sha256(os.fsencode(path)).hexdigest()[:24]}.npz"
+        # "2": of files that the present decoder can read.
+        self.file = f"scans/2-{hashlib.sha256(os.fsencode(path)).hexdigest()[:24]}.npz"
         stored = cache.load(self.file)
         if stored is None:
             return

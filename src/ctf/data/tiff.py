@@ -52,7 +52,7 @@ def read_tags(data: bytes) -> Tags:
     tags.load(file)
     raw = tags.get(SUBFILE_TYPE, 0) & 1 or DNG_VERSION in tags or data[8:10] == b"CR"
     if raw or tags.get(PHOTOMETRIC) in (32803, 34892):
-        raise UnsupportedTiffError("raw file of a camera")
+        raise UnsupportedTiffError("raw file of a camera, or a preview as the first image")
     return tags
 
 
@@ -61,6 +61,8 @@ def pillow_is_right(tags: Tags) -> bool:
     bits = {*_tuple(tags.get(BITS, 1))}
     if {*_tuple(tags.get(SAMPLE_FORMAT, 1))} != {1}:
         return False
+    if tags.get(PHOTOMETRIC) == 6 and tags.get(COMPRESSION, 1) == 1:  # YCbCr, maybe subsampled
+        return sum(_tuple(tags.get(STRIP_BYTES, 0))) >= 3 * tags[WIDTH] * tags[HEIGHT]
     chunky_colour = tags.get(PHOTOMETRIC) in (2, 5) and tags.get(PLANAR, 1) == 1
     return bits <= {1, 2, 4, 8} or (bits == {16} and chunky_colour)
 
@@ -74,6 +76,8 @@ def read(data: bytes, tags: Tags, max_pixels: int) -> Image.Image:
         Exception: of nearly any type if the file is damaged.
     """
     bits, colour = _bits(tags), tags.get(PHOTOMETRIC, 0)
+    if colour == 6 and tags.get(COMPRESSION, 1) == 1:
+        raise UnsupportedTiffError("uncompressed TIFF with subsampled colours")
     if colour not in MODES:
         raise UnsupportedTiffError(f"TIFF with {bits} bits a sample of colour space {colour}")
     samples_HWC = _samples(data, tags, bits, max_pixels)

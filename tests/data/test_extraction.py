@@ -10,6 +10,7 @@ import subprocess
 import sys
 import typing
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from ctf.common.errors import Stopped, UserError
 from ctf.common.precision import supports_bf16
-from ctf.data import tokens
+from ctf.data import extraction, tokens
 from ctf.data.extraction import TokensConfig, balanced_order, extract
 from ctf.data.image_set import Splits
 from ctf.data.tokens import Tokens
@@ -172,13 +173,48 @@ def test_a_killed_extraction_resumes_to_the_same_files(
     with pytest.raises(Killed):
         extract(tokenizer, "abc", IMAGES, tmp_path, CONFIG, progress=kill)
     assert calls[-1][0] < VIEWS_IN_ALL
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
-    assert all(p.suffix in (".json", ".npy") for p in before)
+    files = list(tmp_path.iterdir())
+    assert all(p.suffix in (".json", ".npy") for p in files)
+    before = {p: p.stat().st_mtime_ns for p in files if ".begun" not in p.name}
     with pytest.raises(UserError, match=r"incomplete.*\n.*extract again; it keeps"):
         Tokens(tmp_path, "train")
     extract(tokenizer, "abc", IMAGES, tmp_path, CONFIG)
     assert contents(tmp_path) == contents(token_folder)
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+class InterruptedTokenizer(VQModel):
+    """Is interrupted by Ctrl-C in its third call of `encode`."""
+
+    calls: ClassVar[list[int]] = []
+
+    def encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        self.calls.append(len(images_BCHW))
+        if len(self.calls) == 3:
+            raise KeyboardInterrupt
+        return super().encode(images_BCHW)
+
+
+@pytest.mark.parametrize("seconds", [20.0, -1.0])
+def test_an_interrupted_shard_is_kept(
+    tmp_path: Path,
+    tokenizer: VQModel,
+    token_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+) -> None:
+    monkeypatch.setattr(extraction, "SAVE_SECONDS", seconds)
+    InterruptedTokenizer.calls.clear()
+    interrupted = InterruptedTokenizer(tokenizer.config)
+    interrupted.load_state_dict(tokenizer.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        extract(interrupted, "abc", IMAGES, tmp_path, CONFIG)
+    first = [*InterruptedTokenizer.calls]
+    assert (tmp_path / "train-00000.begun.npy").is_file()
+    extract(interrupted, "abc", IMAGES, tmp_path, CONFIG)
+    encoded = sum(first[:2]) + sum(InterruptedTokenizer.calls[3:])
+    assert encoded == VIEWS_IN_ALL  # each view once
+    assert contents(tmp_path) == contents(token_folder)
 
 
 def test_progress_counts_views_up_to_the_total(tmp_path: Path, tokenizer: VQModel) -> None:

@@ -113,19 +113,20 @@ def measure(
     """
     results: Results[Benchmark, AnyTiming] = Results(benchmark, environment(device), {})
     what = "a run of ctf bench"
-    if claims.is_ours(path.parent, path.name, what=what):
-        stored = load(path, type(benchmark), timing)
-        new, old = ({**r.to_json(), "groups": None} for r in (results, stored))
-        claims.check_same(path.parent, old, new, what=what)
-        results = stored
-    for done, (name, job) in enumerate(jobs.items()):
-        progress(done, len(jobs))
-        if name in results.groups:
-            continue
-        groups = {**results.groups, name: job(limits(device))}
-        results = dataclasses.replace(results, groups=groups)
-        storage.save_json(path, results.to_json())
-        gc.collect()
+    with claims.hold(path.parent, path.name, what=what):
+        if path.is_file():
+            stored = load(path, type(benchmark), timing)
+            new, old = ({**r.to_json(), "groups": None} for r in (results, stored))
+            claims.check_same(path.parent, old, new, what=what)
+            results = stored
+        for done, (name, job) in enumerate(jobs.items()):
+            progress(done, len(jobs))
+            if name in results.groups:
+                continue
+            groups = {**results.groups, name: job(limits(device))}
+            results = dataclasses.replace(results, groups=groups)
+            storage.save_json(path, results.to_json())
+            gc.collect()
     progress(len(jobs), len(jobs))
     return results
 

@@ -152,9 +152,10 @@ def tokens_check(run: options.Run, /) -> None:
     Example: ctf tokens check run
     """
     from ctf.data import tokens
+    from ctf.training.stages import tokens_folder
 
     with open_progress("check") as progress:
-        result = tokens.check(run / "tokens", progress)
+        result = tokens.check(tokens_folder(run), progress)
     older = f"; {result.without_checksum} of them, from an earlier version, have no checksum"
     show(
         f"{run / 'tokens'}: {result.files} files are intact{older * (result.without_checksum > 0)}"

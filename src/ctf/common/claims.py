@@ -6,15 +6,28 @@ it holds nothing, or nothing but what a killed process left half-written.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ctf.common import storage
+from ctf.common import locks, storage
 from ctf.common.distributed import ALONE, World
 from ctf.common.errors import UserError
+
+
+@contextlib.contextmanager
+def hold(folder: Path, *markers: str, what: str, world: World = ALONE) -> Iterator[None]:
+    """Keep other processes out of a folder that is vacant or has one of the marker files.
+
+    Raises:
+        UserError: The folder holds something else, or another process works in it.
+    """
+    world.on_main(lambda: is_ours(folder, *markers, what=what))
+    with locks.hold(folder, world):
+        yield
 
 
 def claim(
@@ -67,7 +80,10 @@ def is_vacant(folder: Path) -> bool:
     """Return whether there is nothing but what a killed process left half-written."""
     if not folder.is_dir():
         return not os.path.lexists(folder)
-    return all(path.is_dir() or storage.is_temporary(path) for path in folder.rglob("*"))
+    return all(
+        path.is_dir() or storage.is_temporary(path) or path.name == locks.NAME
+        for path in folder.rglob("*")
+    )
 
 
 def check_same(folder: Path, stored: Any, config: Any, *, what: str) -> None:

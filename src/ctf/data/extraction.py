@@ -9,7 +9,8 @@ import copy
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +29,9 @@ from ctf.data.image_set import ImageSet, Splits
 from ctf.data.tokens import MANIFEST, Manifest, Shard, Split, SplitManifest, is_damaged
 from ctf.data.transforms import VIEWS, View, as_tensor
 from ctf.models.tokenizer import VQModel
+
+WHAT = "a folder of tokens"
+SAVE_SECONDS = 20.0  # a kill loses about this much work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +71,9 @@ def extract(
 ) -> Manifest:
     """Encode every view of every image into `folder`; intact shards are kept.
 
-    The files are the same to the bit, however often the extraction was killed and started again. On
-    SIGTERM it stops after the batch, and saves the begun shard as train-00000.begun.npy. Several
-    processes share the shards.
+    The files are the same to the bit, however often the extraction was killed and started again.
+    The begun shard is saved as train-00000.begun.npy every `SAVE_SECONDS`, on Ctrl-C, and on
+    SIGTERM, after which it stops. Several processes share the shards.
 
     Args:
         tokenizer: is left unchanged.
@@ -117,8 +121,30 @@ def extract(
         val=_split_manifest("val", images.val, order["val"], config, length),
         precision="bf16" if bf16 else "fp32",
     )
-    world.on_main(lambda: _claim(folder, manifest))
+    with claims.hold(folder, MANIFEST, what=WHAT, world=world):
+        world.on_main(lambda: _claim(folder, manifest))
+        complete = _encode_all(
+            tokenizer, images, folder, manifest, order, config.batch_size, progress, world
+        )
+        stopped = world.any(not complete)  # waits for all processes
+    if stopped:
+        message = f"{folder}: stopped and saved; run it again to resume"
+        raise Stopped(message if world.is_main else "")
+    return manifest
 
+
+def _encode_all(
+    tokenizer: VQModel,
+    images: Splits,
+    folder: Path,
+    manifest: Manifest,
+    order: Mapping[Split, np.ndarray],
+    batch_size: int,
+    progress: Progress | None,
+    world: World,
+) -> bool:
+    """Encode this process's shards; return whether it did not have to stop before the end."""
+    sets: dict[Split, ImageSet] = {"train": images.train, "val": images.val}
     total = sum(
         len(rows) * shard.shape[1]
         for split in sets
@@ -133,10 +159,11 @@ def extract(
             progress(done, total)
 
     tokenizer = copy.deepcopy(tokenizer)
+    bf16 = manifest.precision == "bf16"
     kernels.for_encoding(tokenizer, torch.bfloat16 if bf16 else torch.float32)
     complete = True
     with signals.termination_requested() as stop:
-        encoder = _ShardEncoder(tokenizer, folder, manifest, config.batch_size, stop, advance)
+        encoder = _ShardEncoder(tokenizer, folder, manifest, batch_size, stop, advance)
         for split, image_set in sets.items():
             classes = manifest.classes(split)
             if world.is_main and is_damaged(folder, classes, manifest):
@@ -144,10 +171,7 @@ def extract(
                 shards.save(folder / classes.file, classes_N)
             for shard, rows in _shards(manifest.split(split), order[split], world):
                 complete &= encoder.encode(shard, image_set, rows, manifest.split(split).views)
-        if world.any(not complete):  # waits for all processes
-            message = f"{folder}: stopped and saved; run it again to resume"
-            raise Stopped(message if world.is_main else "")
-    return manifest
+    return complete
 
 
 def _shards(
@@ -181,20 +205,26 @@ class _ShardEncoder:
         encoded = _load_begun(begun, codes, self.manifest.codebook_size)
         if encoded:
             self.advance(encoded * len(views))
-        # Batches start with the shard, so that a resumed run encodes the same batches.
-        while encoded < len(rows) and not self.stop.is_set():
-            batch = slice(encoded, encoded + self.batch_size)
-            for v, pixels_BHWC in enumerate(image_set.read_views(rows[batch], views)):
-                codes[batch, v] = _encode(self.tokenizer, pixels_BHWC)
-                self.advance(len(pixels_BHWC))
-            encoded += len(rows[batch])
-        if encoded == len(rows):
-            shards.save(self.folder / shard.file, codes)
-            begun.unlink(missing_ok=True)
-            return True
-        if encoded:
-            shards.save(begun, codes[:encoded])
-        return False
+        saved, saved_at = encoded, time.monotonic()
+        try:
+            # Batches start with the shard, so that a resumed run encodes the same batches.
+            while encoded < len(rows) and not self.stop.is_set():
+                if time.monotonic() - saved_at > SAVE_SECONDS and saved < encoded:
+                    shards.save(begun, codes[:encoded])
+                    saved, saved_at = encoded, time.monotonic()
+                batch = slice(encoded, encoded + self.batch_size)
+                for v, pixels_BHWC in enumerate(image_set.read_views(rows[batch], views)):
+                    codes[batch, v] = _encode(self.tokenizer, pixels_BHWC)
+                    self.advance(len(pixels_BHWC))
+                encoded += len(rows[batch])
+        finally:  # stopped, interrupted, or an image that cannot be read any more
+            if saved < encoded < len(rows):
+                shards.save(begun, codes[:encoded])
+        if encoded < len(rows):
+            return False
+        shards.save(self.folder / shard.file, codes)
+        begun.unlink(missing_ok=True)
+        return True
 
 
 def _load_begun(path: Path, codes: np.ndarray, codebook_size: int) -> int:
@@ -262,11 +292,11 @@ def _split_manifest(
 
 def _claim(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, or check that the existing one is equal."""
-    path, what = folder / MANIFEST, "a folder of tokens"
-    if claims.is_ours(folder, MANIFEST, what=what):
+    path = folder / MANIFEST
+    if path.is_file():
         # Parsed first: manifests of earlier versions have no precision.
         stored = to_json(from_json(Manifest, storage.load_json(path), where=str(path)))
-        claims.check_same(folder, stored, to_json(manifest), what=what)
+        claims.check_same(folder, stored, to_json(manifest), what=WHAT)
     else:
         storage.save_json(path, to_json(manifest))
     storage.remove_temporaries(folder)

@@ -152,6 +152,10 @@ class Evaluation:
             UserError: see `check`; features that are not finite; a file that cannot be read.
         """
         self.check()
+        with claims.hold(self.folder, CONFIG, what=EVALUATION):
+            return self._run(open_progress)
+
+    def _run(self, open_progress: OpenProgress) -> Report:
         claims.claim(self.folder, self.config, marker=CONFIG, what=EVALUATION)
         path = self.folder / report.FILE
         if not path.is_file():

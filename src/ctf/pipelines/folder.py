@@ -272,7 +272,12 @@ def save(pipe: Pipeline, folder: Path, dtype: torch.dtype | None) -> None:
     if not isinstance(pipe.tokenizer, VQModel):
         kind = type(pipe.tokenizer).__name__
         raise UserError(f"a pipeline with a {kind} cannot be saved, only one with a VQModel")
-    claims.is_ours(folder, SETTINGS, what="a pipeline")
+    with claims.hold(folder, SETTINGS, what="a pipeline"):
+        _save(pipe, folder, dtype)
+
+
+def _save(pipe: Pipeline, folder: Path, dtype: torch.dtype | None) -> None:
+    assert isinstance(pipe.tokenizer, VQModel)
     coarse_config = {"clusters": fingerprint(pipe.clusters)}
     models: dict[str, tuple[nn.Module, dict[str, Any]]] = {
         "tokenizer": (pipe.tokenizer, {}),

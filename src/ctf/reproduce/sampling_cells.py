@@ -152,7 +152,7 @@ class DetailsCell(Cell):
         clusters = link_clusters(self.fine, run, space)
         tokenizer = load_tokenizer(run / "tokenizer", space.device)
         fine = load_fine(space.run(self.fine) / "fine", clusters, space.device)
-        val = Tokens(run / "tokens", "val", stages.tokenizer_hash(run))
+        val = Tokens(stages.tokens_folder(run), "val", stages.tokenizer_hash(run))
         generator = torch.Generator().manual_seed(0)
         batches = []  # sampled once for all networks
         rows_N = np.arange(min(self.images, len(val)))

@@ -165,7 +165,7 @@ def _recipe(**values: Any) -> Recipe:
 
 def _mean_members(run: Path, clusters: Clusters) -> int:
     """Size of a token's cluster, on average over held-out images."""
-    val = Tokens(run / "tokens", "val", stages.tokenizer_hash(run))
+    val = Tokens(stages.tokens_folder(run), "val", stages.tokenizer_hash(run))
     codes_BL = val.codes(np.arange(min(len(val), stages.STUDY_IMAGES)))
     return round(float(clusters.sizes_K[clusters.labels_V[codes_BL]].double().mean()))
 

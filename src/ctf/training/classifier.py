@@ -138,12 +138,14 @@ def train_classifier(
         "images": images.train.fingerprint,
         "config": to_json(config),
     }
-    if loop.begin(folder, description):
-        trainer = ClassifierTrainer(images, config, torch.device(device))
-        loop.run(
-            trainer, folder, config.steps, evaluate_every=config.evaluate_every, progress=progress
-        )
-        # Half the size; the 11 bits of half precision are enough for weights that stay fixed.
-        weights = {k: v.half() for k, v in trainer.model.state_dict().items()}
-        loop.finish(folder, weights)
+    with loop.hold(folder, description) as unfinished:
+        if unfinished:
+            trainer = ClassifierTrainer(images, config, torch.device(device))
+            loop.run(
+                trainer, folder, config.steps,
+                evaluate_every=config.evaluate_every, progress=progress,
+            )  # fmt: skip
+            # Half the size; the 11 bits of half precision are enough for weights that stay fixed.
+            weights = {k: v.half() for k, v in trainer.model.state_dict().items()}
+            loop.finish(folder, weights)
     return load_classifier(folder, device)

@@ -16,6 +16,8 @@ from ctf.models.clusters import Clusters, ClustersConfig
 from ctf.models.tokenizer import VQModel
 from ctf.pipelines.folder import CLUSTERS, read_clusters, save_clusters
 
+WHAT = "a folder of clusters"
+
 
 def fit_clusters(
     folder: Path,
@@ -37,10 +39,21 @@ def fit_clusters(
         UserError: The folder holds something else, or clusters of another tokenizer or
             configuration; or see `models.clusters.fit`.
     """
+    with claims.hold(folder, CLUSTERS, what=WHAT):
+        return _fit_clusters(folder, tokenizer, codes_BL, config, tokenizer_hash)
+
+
+def _fit_clusters(
+    folder: Path,
+    tokenizer: VQModel,
+    codes_BL: Tensor,
+    config: ClustersConfig,
+    tokenizer_hash: str,
+) -> Clusters:
     path, report, sheet = folder / CLUSTERS, folder / "report.json", folder / "swaps.png"
     description = {"tokenizer": tokenizer_hash, **to_json(config)}
     storage.remove_temporaries(folder)
-    if claims.is_ours(folder, CLUSTERS, what="a folder of clusters"):
+    if path.is_file():
         clusters, metadata = read_clusters(path)
         if "tokenizer" not in metadata:
             raise UserError(
@@ -49,7 +62,7 @@ def fit_clusters(
             )
         stored = {"tokenizer": metadata["tokenizer"], **json.loads(metadata["config"])}
         stored = {key: stored.get(key) for key in description}
-        claims.check_same(folder, stored, description, what="a folder of clusters")
+        claims.check_same(folder, stored, description, what=WHAT)
     else:
         clusters = clustering.fit(tokenizer.codebook(), config)
         metadata = {"tokenizer": tokenizer_hash, "config": json.dumps(to_json(config))}

@@ -37,6 +37,7 @@ from ctf.training.tokenizer import TokenizerTrainer, reconstruction_metrics
 
 MEASURED_IMAGES = 2000  # held-out images that the finished tokenizer is measured on
 TIMED_IMAGES = 256  # images by which the speed of encoding is measured
+WHAT = "a run of ctf fit"
 OVERHEAD = 0.05  # of a stage's time, for evaluating and saving
 
 
@@ -69,6 +70,19 @@ def fit(
     """
     check_recipe(images, recipe)
     images = images.as_recorded_in(run / FIT, "asked", "images_fingerprint")
+    with claims.hold(run, FIT, what=WHAT):
+        return _fit(images, run, recipe, minutes, device, open_progress, execution)
+
+
+def _fit(
+    images: Splits,
+    run: Path,
+    recipe: Recipe,
+    minutes: float | None,
+    device: torch.device,
+    open_progress: OpenProgress,
+    execution: Execution,
+) -> Pipeline:
     world = World(device=device)
     request = {
         "images": images.train.name,
@@ -175,10 +189,10 @@ class _Log:
 
     @classmethod
     def open(cls, run: Path, request: dict[str, Any]) -> _Log:
-        path, what = run / FIT, "a run of ctf fit"
-        if claims.is_ours(run, FIT, what=what):
+        path = run / FIT
+        if path.is_file():
             content = storage.load_object(path)
-            claims.check_same(run, content.get("asked"), request, what=what)
+            claims.check_same(run, content.get("asked"), request, what=WHAT)
             storage.remove_temporaries(run)
             return cls(path, content)
         log = cls(path, {"asked": request, "plan": {}, "seconds": {}, "done": []})

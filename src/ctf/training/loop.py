@@ -7,11 +7,12 @@ that was killed and resumed ends with the same bits as one that was not.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ from ctf.training.metrics_log import Split, append_metrics, drop_metrics, read_m
 
 LOG_EVERY = 20  # steps averaged into one line of metrics.jsonl
 COUNTS = ("images", "tokens")  # of the metrics of a step: logged per second, not averaged
+WHAT = "a training run"
 SAVE_SECONDS = 20.0  # a kill loses about this much work
 
 
@@ -72,13 +74,27 @@ class Trainable(Protocol):
         """Return all that resuming needs, by names other than "loop"."""
 
 
+@contextlib.contextmanager
+def hold(folder: Path, config: Mapping[str, Any], world: World = ALONE) -> Iterator[bool]:
+    """Hold the folder of a training of `config`, unless it is finished; yield what `begin` returns.
+
+    Raises:
+        UserError: Another process trains in the folder, or see `begin`.
+    """
+    if world.broadcast(is_finished(folder)):
+        yield begin(folder, config, world)
+        return
+    with claims.hold(folder, "config.json", what=WHAT, world=world):
+        yield begin(folder, config, world)
+
+
 def begin(folder: Path, config: Mapping[str, Any], world: World = ALONE) -> bool:
     """Claim the folder of a training of `config`; return whether it is yet to be finished.
 
     Raises:
         UserError: The folder belongs to another configuration, or holds something else.
     """
-    claims.claim(folder, config, what="a training run", world=world)
+    claims.claim(folder, config, what=WHAT, world=world)
     if not is_finished(folder):
         return True
     # `finish` may have been killed after it wrote the weights.

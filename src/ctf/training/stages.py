@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def extract_tokens(
 ) -> None:
     """Encode the images with the run's tokenizer `vq`; see `extraction.extract`."""
     extraction.extract(
-        vq, tokenizer_hash(run), images, run / "tokens", recipe.tokens,
+        vq, tokenizer_hash(run), images, tokens_folder(run), recipe.tokens,
         limit=limit, precision=precision, world=world, progress=progress,
     )  # fmt: skip
 
@@ -104,7 +105,30 @@ def open_tokens(run: Path) -> tuple[Tokens, Tokens]:
         UserError: They are missing, or were made by another tokenizer.
     """
     name = tokenizer_hash(run)
-    return Tokens(run / "tokens", "train", name), Tokens(run / "tokens", "val", name)
+    folder = tokens_folder(run)
+    return Tokens(folder, "train", name), Tokens(folder, "val", name)
+
+
+def tokens_folder(run: Path) -> Path:
+    """Return the folder of a run's tokens, which may be a link to that of another run.
+
+    Both runs may have moved together after the link was made, which earlier versions made absolute.
+
+    Raises:
+        UserError: The link leads nowhere, and no folder of the other run's name is beside the run.
+    """
+    folder = run / "tokens"
+    if not folder.is_symlink() or folder.exists():
+        return folder
+    target = Path(os.readlink(folder))
+    beside = run.resolve().parent / target.parent.name / target.name
+    if beside.is_dir():
+        return beside
+    raise UserError(
+        f"{folder}: a link to {target}, which is not there any more\n"
+        f"move that run to {beside.parent}, or remove the link and make a new one: "
+        f"ln -s RUN/tokens {folder}"
+    )
 
 
 def fit_clusters(run: Path, vq: VQModel, clusters: ClustersConfig) -> Clusters:
@@ -123,14 +147,29 @@ def branch(run: Path, out: Path) -> None:
         UserError: `run` has no tokenizer or tokens, or `out` holds something else.
     """
     open_tokens(run)
-    if not (out / "tokenizer" / "model.safetensors").is_file():
-        claims.is_ours(out, TOKENIZER, what=f"a run with the tokens of {run}")
-        for name in ("config.json", "model.safetensors"):
-            with storage.atomic(out / "tokenizer" / name) as temporary:
-                shutil.copyfile(run / "tokenizer" / name, temporary)
-    if not (out / "tokens").exists():
-        # A link: tokens may be large, and only training needs them.
-        (out / "tokens").symlink_to((run / "tokens").resolve(), target_is_directory=True)
+    with claims.hold(out, TOKENIZER, what=f"a run with the tokens of {run}"):
+        if not (out / "tokenizer" / "model.safetensors").is_file():
+            for name in ("config.json", "model.safetensors"):
+                with storage.atomic(out / "tokenizer" / name) as temporary:
+                    shutil.copyfile(run / "tokenizer" / name, temporary)
+        link = out / "tokens"
+        if link.is_symlink() and not link.exists():  # `run` was moved
+            link.unlink()
+        if not link.exists():
+            # A link: tokens may be large, and only training needs them.
+            target = _relative(tokens_folder(run), out)
+            with storage.user_errors(link):
+                link.symlink_to(target, target_is_directory=True)
+
+
+def _relative(path: Path, folder: Path) -> Path:
+    """Return a path as a link in `folder` leads to it: relative, so that both can move together.
+
+    Absolute if they have nothing in common, as on two disks: each can then move by itself.
+    """
+    path, folder = path.resolve(), folder.resolve()
+    common = os.path.commonpath([path, folder])
+    return path if common == os.sep else Path(os.path.relpath(path, folder))
 
 
 def make_baseline(run: Path, out: Path) -> Clusters:
@@ -247,8 +286,12 @@ class ModelStage:
         """
         world, t = self.world, self.training
         world.share(t.batch_size, "batch_size")  # before anything is written
-        if not loop.begin(self.folder, self._description(), world):
-            return
+        with loop.hold(self.folder, self._description(), world) as unfinished:
+            if unfinished:
+                self._train(progress)
+
+    def _train(self, progress: Progress | None) -> None:
+        world, t = self.world, self.training
         train, _ = self.tokens
         settings = PipelineSettings(
             train.manifest.class_names,
@@ -273,7 +316,7 @@ class ModelStage:
             "model": config.to_json(self.model_config),
             "clusters": clustering.fingerprint(self.clusters),
             "training": config.to_json(self.training),
-            "tokens": storage.hash_file(self.run / "tokens" / tokens.MANIFEST),
+            "tokens": storage.hash_file(tokens_folder(self.run) / tokens.MANIFEST),
         }
         if self.kind == "fine":
             description["softmax"] = recipe.fine_softmax

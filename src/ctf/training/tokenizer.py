@@ -326,7 +326,7 @@ def train(
     Writes config.json, metrics.jsonl and model.safetensors.
 
     Raises:
-        UserError: See `loop.begin` and `TokenizerTrainer`.
+        UserError: See `loop.hold` and `TokenizerTrainer`.
         Stopped: See `loop.run`.
     """
     images = images.as_recorded_in(folder / "config.json", "images")
@@ -335,13 +335,14 @@ def train(
         "training": config.to_json(training),
         "images": images.train.fingerprint,
     }
-    if loop.begin(folder, description, world):
-        trainer = TokenizerTrainer(model_config, training, images, world)
-        loop.run(
-            trainer, folder, training.steps,
-            evaluate_every=training.evaluate_every, progress=progress, world=world,
-        )  # fmt: skip
-        loop.finish(folder, trainer.model.state_dict(), world)
+    with loop.hold(folder, description, world) as unfinished:
+        if unfinished:
+            trainer = TokenizerTrainer(model_config, training, images, world)
+            loop.run(
+                trainer, folder, training.steps,
+                evaluate_every=training.evaluate_every, progress=progress, world=world,
+            )  # fmt: skip
+            loop.finish(folder, trainer.model.state_dict(), world)
     return load_tokenizer(folder, world.device)
 
 

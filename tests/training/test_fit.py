@@ -602,6 +602,39 @@ def test_a_baseline_is_trained_once(
     assert result.code == 0 and not new.exists()
 
 
+@pytest.mark.parametrize("link", ["as made", "of an earlier version"])
+def test_a_run_and_its_baseline_move_together(
+    run: Path, tmp_path: Path, ctf: Command, link: str
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(run, old / "run")
+    make = ("--preset", "tiny", "--steps", 2, *recipe_options())
+    assert ctf("train", "baseline", old / "run", "--out", old / "baseline", *make).code == 0
+    if link == "as made":
+        assert os.readlink(old / "baseline" / "tokens") == "../run/tokens"
+    else:
+        (old / "baseline" / "tokens").unlink()
+        (old / "baseline" / "tokens").symlink_to(old / "run" / "tokens")
+    shutil.rmtree(old / "baseline" / "coarse")
+    old.rename(new)
+    result = ctf("tokens", "check", new / "baseline")
+    assert result.code == 0, result.err
+    result = ctf("train", "coarse", new / "baseline", *make)
+    assert result.code == 0, result.err
+    result = ctf("train", "baseline", new / "run", "--out", new / "baseline", *make)
+    assert result.code == 0 and os.readlink(new / "baseline" / "tokens") == "../run/tokens"
+
+
+def test_a_baseline_without_its_run_says_where_its_tokens_were(
+    run: Path, tmp_path: Path, ctf: Command
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "tokens").rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / "tokens").symlink_to("../gone/tokens")
+    result = ctf("train", "coarse", tmp_path / "run", "--preset", "tiny", *recipe_options())
+    assert result.code == 2 and "a link to ../gone/tokens, which is not there" in result.err
+
+
 def test_fit_can_make_a_baseline_too(image_folder: Path, tmp_path: Path, ctf: Command) -> None:
     out = tmp_path / "run"
     identity = recipe_options("clusters.method=identity")

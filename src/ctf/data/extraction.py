@@ -123,13 +123,7 @@ def extract(
     )
     with claims.hold(folder, MANIFEST, what=WHAT, world=world):
         world.on_main(lambda: _claim(folder, manifest))
-        complete = _encode_all(
-            tokenizer, images, folder, manifest, order, config.batch_size, progress, world
-        )
-        stopped = world.any(not complete)  # waits for all processes
-    if stopped:
-        message = f"{folder}: stopped and saved; run it again to resume"
-        raise Stopped(message if world.is_main else "")
+        _encode_all(tokenizer, images, folder, manifest, order, config.batch_size, progress, world)
     return manifest
 
 
@@ -142,8 +136,8 @@ def _encode_all(
     batch_size: int,
     progress: Progress | None,
     world: World,
-) -> bool:
-    """Encode this process's shards; return whether it did not have to stop before the end."""
+) -> None:
+    """Encode this process's shards, and wait for all processes."""
     sets: dict[Split, ImageSet] = {"train": images.train, "val": images.val}
     total = sum(
         len(rows) * shard.shape[1]
@@ -171,7 +165,9 @@ def _encode_all(
                 shards.save(folder / classes.file, classes_N)
             for shard, rows in _shards(manifest.split(split), order[split], world):
                 complete &= encoder.encode(shard, image_set, rows, manifest.split(split).views)
-    return complete
+        if world.any(not complete):
+            message = f"{folder}: stopped and saved; run it again to resume"
+            raise Stopped(message if world.is_main else "")
 
 
 def _shards(

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ctf.common import claims, memory, signals, storage
+from ctf.common import claims, locks, memory, signals, storage
 from ctf.common.distributed import ALONE, World, full_tensor
 from ctf.common.errors import Stopped, UserError
 from ctf.common.precision import Precision
@@ -81,7 +81,8 @@ def hold(folder: Path, config: Mapping[str, Any], world: World = ALONE) -> Itera
     Raises:
         UserError: Another process trains in the folder, or see `begin`.
     """
-    if world.broadcast(is_finished(folder)):
+    is_left_alone = is_finished(folder) and not (folder / locks.NAME).exists()
+    if world.broadcast(is_left_alone):
         yield begin(folder, config, world)
         return
     with claims.hold(folder, "config.json", what=WHAT, world=world):

@@ -154,7 +154,7 @@ def branch(run: Path, out: Path) -> None:
                     shutil.copyfile(run / "tokenizer" / name, temporary)
         link = out / "tokens"
         if link.is_symlink() and not link.exists():  # `run` was moved
-            link.unlink()
+            link.unlink(missing_ok=True)
         if not link.exists():
             # A link: tokens may be large, and only training needs them.
             target = _relative(tokens_folder(run), out)

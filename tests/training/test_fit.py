@@ -21,6 +21,7 @@ from PIL import Image
 from ctf.cli import main as cli
 from ctf.common import config, storage
 from ctf.data import extraction, image_set
+from ctf.data.images import open_images
 from ctf.data.tokens import Tokens
 from ctf.models import clusters
 from ctf.models.clusters import Clusters
@@ -31,6 +32,8 @@ from ctf.training.tokenizer import TokenizerTrainer
 from ctf.training.transformers import Trainer
 from tests.conftest import (
     CLASSES,
+    SIDE,
+    SMALLER_RECIPE,
     STEPS,
     Command,
     comparable,
@@ -677,3 +680,25 @@ def test_the_group_loss_is_for_the_baseline(run: Path, tmp_path: Path, ctf: Comm
     refused = ctf("train", "coarse", tmp_path / "run", "--preset", "tiny", *grouped)
     assert refused.code == 2
     assert "is for the full-vocabulary baseline" in refused.err
+
+
+@pytest.mark.parametrize("default", [torch.device("meta"), torch.float64], ids=str)
+def test_training_does_not_depend_on_the_callers_defaults(
+    image_folder: Path, tmp_path: Path, default: torch.device | torch.dtype
+) -> None:
+    def train(folder: Path) -> dict[str, bytes]:
+        images = open_images(image_folder, SIDE)
+        recipe = resolve("tiny", images, steps=1, overrides=SMALLER_RECIPE)
+        fit.fit(images, folder, recipe, device=torch.device("cpu"))
+        return {k: v for k, v in read_files(folder).items() if k.endswith(".safetensors")}
+
+    expected = train(tmp_path / "plain")
+    try:
+        if isinstance(default, torch.device):
+            torch.set_default_device(default)
+        else:
+            torch.set_default_dtype(default)
+        assert train(tmp_path / "other") == expected
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from ctf.common.defaults import with_torch_defaults
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
 from ctf.data import fashion_mnist
@@ -49,6 +50,7 @@ class ImageOptions(TypedDict, total=False):
 T = TypeVar("T")
 
 
+@with_torch_defaults
 def open_images(
     source: str | os.PathLike[str],
     image_size: int | None = None,

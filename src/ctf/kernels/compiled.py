@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,9 @@ class CompiledBackbone(Backbone):
         rotations = self.rotation(0, self.config.length)
         torch.compiler.cudagraph_mark_step_begin()
         return self._compiled(self.embed(inputs_BT, start), rotations, position, cache.k, cache.v)
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy compiles its own steps
+        return {name: value for name, value in vars(self).items() if name != "_compiled"}
 
     @functools.cached_property
     def _compiled(self) -> Callable[..., Tensor]:

@@ -59,6 +59,9 @@ class Packed(nn.Module):
         """Memory of the weights."""
         return int(4 * self.packed.numel())
 
+    def __reduce__(self) -> Any:  # oneDNN's layout cannot be copied or pickled
+        return Packed, (self.weight(),)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.weight()
 
@@ -69,10 +72,11 @@ class Int8(nn.Module):
     Each row of the matrix has a scale, and each input one that is computed from it.
     """
 
-    def __init__(self, weight_VD: Tensor) -> None:
+    def __init__(self, weight_VD: Tensor, scale_V: Tensor | None = None) -> None:
         super().__init__()
         weight_VD = weight_VD.detach().float().contiguous()
-        scale_V = (weight_VD.abs().amax(1) / 127).clamp(min=1e-12).double()
+        if scale_V is None:
+            scale_V = (weight_VD.abs().amax(1) / 127).clamp(min=1e-12).double()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch announces that quantization will move
             quantized = torch.quantize_per_channel(
@@ -90,6 +94,15 @@ class Int8(nn.Module):
     def bytes(self) -> int:
         """Memory of the weights and scales, about."""
         return self.shape.numel() + 4 * self.shape[0]
+
+    def __reduce__(self) -> Any:  # a packed matrix cannot be sent to another process
+        quantized, _ = torch.ops.quantized.linear_unpack(self.packed)
+        return _from_integers, (quantized.int_repr(), quantized.q_per_channel_scales())
+
+
+def _from_integers(integers_VD: Tensor, scale_V: Tensor) -> Int8:
+    """Return the layer whose matrix is integers times scales, which are its own to the last bit."""
+    return Int8(integers_VD * scale_V[:, None], scale_V)
 
 
 @functools.cache

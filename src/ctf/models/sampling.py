@@ -10,7 +10,8 @@ Shapes: B batch, T positions, L tokens of an image, K choices (clusters, members
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -25,6 +26,8 @@ from ctf.models.fine import FineModel
 
 Schedule = Literal["constant", "linear", "cosine"]
 
+MAX_GUIDANCE = 1e6  # beyond, logits overflow
+MIN_TEMPERATURE = 1e-250  # used for smaller ones, by which logits cannot be divided in float64
 FINE_TOKENS = 2048  # in a pass of the fine model, with both halves of guidance
 
 
@@ -66,10 +69,17 @@ class Sampling:
     guidance_window: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
+        for name in ("guidance", "temperature", "top_p"):
+            for stage in ("", "fine_"):
+                self._convert(stage + name, float, "a number")
         for stage in ("", "fine_"):
+            self._convert(f"{stage}top_k", operator.index, "a whole number")
             guidance = getattr(self, f"{stage}guidance")
-            if not math.isfinite(guidance):
-                raise UserError(f"{stage}guidance: got {guidance}, expected a finite number")
+            if not abs(guidance) <= MAX_GUIDANCE:
+                raise UserError(
+                    f"{stage}guidance: got {guidance:g}, expected a finite number, "
+                    f"{MAX_GUIDANCE:,.0f} at most"
+                )
             temperature = getattr(self, f"{stage}temperature")
             if not (math.isfinite(temperature) and temperature > 0):
                 raise UserError(
@@ -91,12 +101,22 @@ class Sampling:
             )
         match self.guidance_window:
             case (start, stop) if 0 <= start < stop <= 1:
-                pass
+                object.__setattr__(self, "guidance_window", (float(start), float(stop)))
             case window:
                 raise UserError(
                     f"guidance_window: got {window}, expected 0 <= start < stop <= 1, fractions "
                     "of the steps; set guidance to 1 for none"
                 )
+
+    def _convert(self, name: str, kind: Callable[[Any], float], expected: str) -> None:
+        """Make a field a plain number of Python, from one of NumPy or PyTorch, too."""
+        value = getattr(self, name)
+        try:
+            if isinstance(value, (bool, str)):
+                raise TypeError
+            object.__setattr__(self, name, kind(value))
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(f"{name}: got {value!r}, expected {expected}") from None
 
 
 def format_settings(settings: Mapping[str, Any]) -> str:
@@ -196,7 +216,8 @@ def sample_inverse_cdf(logits_BK: Tensor, noise_B: Tensor) -> Tensor:
 
 def filter_logits(logits_BK: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """Divide by the temperature, then apply top-k, then top-p: float64 (B, K)."""
-    return top_p_filter(top_k_filter(logits_BK.double() / temperature, top_k), top_p)
+    logits_BK = logits_BK.double() / max(temperature, MIN_TEMPERATURE)
+    return top_p_filter(top_k_filter(logits_BK, top_k), top_p)
 
 
 def sample_logits(

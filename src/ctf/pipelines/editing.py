@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ctf.common.defaults import steps_with_torch_defaults, with_torch_defaults
 from ctf.common.deprecation import renamed_keywords
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
@@ -64,6 +65,7 @@ class Members:
 
 
 @renamed_keywords(apart="decode_separately", report="progress")
+@with_torch_defaults
 def refine(
     pipe: Pipeline,
     classes: Sequence[int | str],
@@ -95,6 +97,7 @@ def refine(
 
 
 @renamed_keywords(keep="known", apart="decode_separately", wanted="active")
+@with_torch_defaults
 def stream(
     pipe: Pipeline,
     classes: Sequence[int | str],
@@ -133,7 +136,7 @@ def stream(
             "Pipeline.sample takes any number"
         )
     (batch,) = generation.batches(pipe, request)
-    return _events(pipe, request, batch, preview, active)
+    return steps_with_torch_defaults(_events(pipe, request, batch, preview, active))
 
 
 def _events(
@@ -169,6 +172,7 @@ def _events(
 
 
 @renamed_keywords(keep="known")
+@with_torch_defaults
 def preview(
     pipe: Pipeline,
     coarse: Tensor,
@@ -215,6 +219,7 @@ def _preview(pipe: Pipeline, labels_BT: Tensor, known_BL: Tensor, resize: int | 
 
 
 @renamed_keywords(chosen="class_id")
+@with_torch_defaults
 @torch.inference_mode()
 def members(
     pipe: Pipeline, class_id: int | str, coarse: Tensor, position: int, **settings: Any
@@ -257,6 +262,7 @@ def members(
     return Members(label, members_S[order_S].cpu(), probabilities_S[order_S].cpu())
 
 
+@with_torch_defaults
 @torch.no_grad()
 def encode(pipe: Pipeline, images: Sequence[ImageLike] | ImageLike) -> Tensor:
     """Encode images of any size, format and mode, read and cropped as in training.

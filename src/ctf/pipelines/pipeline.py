@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ctf import kernels
+from ctf.common.defaults import with_torch_defaults
 from ctf.common.deprecation import renamed_keywords
 from ctf.common.errors import UserError
 from ctf.common.progress import OpenProgress, Progress
@@ -55,6 +56,7 @@ class Pipeline:
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
+    @with_torch_defaults
     def from_pretrained(
         cls,
         name: str | Path,
@@ -99,6 +101,7 @@ class Pipeline:
         kernels.for_sampling(parts["coarse"], parts["fine"], parts["tokenizer"], engine)
         return cls(**parts)
 
+    @with_torch_defaults
     def save_pretrained(
         self, folder: str | Path, *, half: bool = False, license: str | None = None
     ) -> None:
@@ -122,6 +125,7 @@ class Pipeline:
         card.save(pipe, Path(folder))
 
     @renamed_keywords(picture="image")
+    @with_torch_defaults
     def push_to_hub(
         self,
         repo_id: str,
@@ -204,6 +208,7 @@ class Pipeline:
         return generation.max_batch(self, used)
 
     @renamed_keywords(keep="known", apart="decode_separately", report="progress")
+    @with_torch_defaults
     def sample(
         self,
         classes: Sequence[int | str],
@@ -265,6 +270,7 @@ class Pipeline:
     encode = editing.encode
     """Encode images (paths, bytes, PIL images, arrays) into codes; see `editing.encode`."""
 
+    @with_torch_defaults
     @torch.inference_mode()
     def decode(self, codes_BL: Tensor, resize: int | None = None) -> Tensor:
         """Decode codes (B, L) into images in [-1, 1]: (B, 3, H, W).

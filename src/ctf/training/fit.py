@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from ctf.common import claims, config, storage
+from ctf.common.defaults import with_torch_defaults
 from ctf.common.distributed import World
 from ctf.common.progress import OpenProgress, show_progress
 from ctf.data import summary
@@ -41,6 +42,7 @@ WHAT = "a run of ctf fit"
 OVERHEAD = 0.05  # of a stage's time, for evaluating and saving
 
 
+@with_torch_defaults
 def fit(
     images: Splits,
     run: Path,

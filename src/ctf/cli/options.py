@@ -126,11 +126,18 @@ class ImageOptions:
         skip_bad: leave out images that cannot be used
         classes_at_depth: which folders are the classes: 1 those in IMAGES, 2 those in these, and so
             on, 0 none, so that all images are of one class; by default it is found out
+        image_column: column of the images in .parquet files; in .tar and .zip files the ending of
+            the images of samples, e.g. jpg; by default the one of the usual name
+        class_column: column of the classes in .parquet files; in .tar and .zip files the ending of
+            the labels of samples, e.g. cls, or their key in .json files; by default one of the
+            usual name
     """
 
     background: str = "white"
     skip_bad: bool = False
     classes_at_depth: Maybe[int] = None
+    image_column: Maybe[str] = None
+    class_column: Maybe[str] = None
 
 
 @dataclasses.dataclass(frozen=True)

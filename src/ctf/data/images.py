@@ -45,6 +45,8 @@ class ImageOptions(TypedDict, total=False):
     background: str
     skip_bad: bool
     classes_at_depth: int | None
+    image_column: str | None
+    class_column: str | None
 
 
 T = TypeVar("T")
@@ -58,6 +60,8 @@ def open_images(
     background: str = "white",
     skip_bad: bool = False,
     classes_at_depth: int | None = None,
+    image_column: str | None = None,
+    class_column: str | None = None,
     progress: Progress | None = None,
 ) -> Splits:
     """Open an included set by its name, or image files.
@@ -67,14 +71,18 @@ def open_images(
     about a tenth of the images is held out, see `choose_val`. `summary.summarize` tells all that.
 
     Args:
-        source: "fashion-mnist" (a folder of that name is ./fashion-mnist), a folder, a .tar or
-            .parquet file, a folder of nothing but these, or a pattern like "data/train-*.tar".
+        source: "fashion-mnist" (a folder of that name is ./fashion-mnist), a folder, a .tar, .zip
+            or .parquet file, a folder of nothing but these, or a pattern like "data/train-*.tar".
         image_size: side in pixels of the squares that images are cropped to, 8..2048. By default
             32 for fashion-mnist (28 is the originals without their border), 64 for files.
         background: colour behind transparent pixels, by name or as #rrggbb.
         skip_bad: leave out images that cannot be used, and list them in `Splits.skipped`.
         classes_at_depth: 1 if the folders in the source are the classes, 2 if the folders in these
             are, ...; 0 if all images are of one class. By default it is found out.
+        image_column: column of the images in a table; in archives the ending of the images of
+            samples, such as "jpg". By default the one of the usual name.
+        class_column: column of the classes in a table; in archives the ending of the labels of
+            samples, such as "cls", or their key in .json files. By default one of the usual name.
         progress: called with (scanned images, images) while files are scanned.
 
     Raises:
@@ -91,8 +99,16 @@ def open_images(
     if source == fashion_mnist.NAME:
         if classes_at_depth is not None:
             raise UserError(f"{source} has no folders; omit --classes-at-depth")
+        if image_column is not None or class_column is not None:
+            raise UserError(f"{source} has no columns; omit --image-column and --class-column")
         return fashion_mnist.open_fashion_mnist(image_size)
-    files = open_image_source(source, INCLUDED, classes_at_depth)
+    files = open_image_source(
+        source,
+        INCLUDED,
+        image_column=image_column,
+        class_column=class_column,
+        classes_at_depth=classes_at_depth,
+    )
     return _open_files(files, image_size or DEFAULT_IMAGE_SIZE, colour, skip_bad, progress)
 
 

@@ -130,23 +130,6 @@ def classes_from_labels(labels: Sequence[str]) -> tuple[tuple[str, ...], NDArray
     return tuple(names), _numbers(labels, names)
 
 
-def classes_from_folders(
-    path: Path, title: str, names: Sequence[str]
-) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Take the first folder of each name as its class; without any folders there is one class.
-
-    Raises:
-        UserError: some names have a folder and some have none.
-    """
-    folders = [name.partition("/")[0] if "/" in name else "" for name in names]
-    if not any(folders):
-        return (title,), np.zeros(len(names), np.int64)
-    if loose := [name for name, folder in zip(names, folders, strict=True) if not folder]:
-        raise LooseImagesError(path, loose)
-    class_names = natural_order({*folders})
-    return tuple(class_names), _numbers(folders, class_names)
-
-
 def _numbers(labels: Sequence[str], class_names: Sequence[str]) -> NDArray[np.int64]:
     number = {name: i for i, name in enumerate(class_names)}
     return np.array([number.get(label, -1) for label in labels], np.int64)

@@ -201,7 +201,7 @@ class _Reader:
         if folder.rows:
             return None
         inner = folder.inner()
-        found = [_parse_split(each.name) for each in inner]
+        found = [parse_split(each.name) for each in inner]
         known = [split for split in found if split is not None]
         kinds, rests = {kind for kind, _ in known}, {rest for _, rest in known}
         all_known = len(known) == len(found)
@@ -260,7 +260,7 @@ class _Reader:
         for _ in range(depth - 1):
             outside += [row for folder in level for row in folder.rows]
             below = {each: split for folder, split in level.items() for each in folder.inner()}
-            found = {each: _parse_split(each.name) or (TRAIN, "") for each in below}
+            found = {each: parse_split(each.name) or (TRAIN, "") for each in below}
             kinds = {kind for kind, rest in found.values() if not rest}
             if not splits_found and TRAIN in kinds and len(kinds) > 1:
                 splits_found = True
@@ -341,7 +341,7 @@ class _Reader:
                 yield f"classes only in {folder}, and not used: {', '.join(named)}"
 
 
-def _parse_split(name: str) -> tuple[int, tuple[str, ...]] | None:
+def parse_split(name: str) -> tuple[int, tuple[str, ...]] | None:
     """Return the split that a folder's name stands for, and the other words in the name.
 
     "seg_train" is TRAIN and ("seg",); "val2017" is VAL and (); "cat" is None.

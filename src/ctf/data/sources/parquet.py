@@ -52,7 +52,17 @@ class ParquetSource(ImageSource):
         UserError: pyarrow is not installed, or a file is damaged or has no column of images.
     """
 
-    def __init__(self, path: Path, title: str, files: Sequence[Path], base: Path | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        title: str,
+        files: Sequence[Path],
+        base: Path | None,
+        *,
+        image_column: str | None = None,
+        class_column: str | None = None,
+        classes_at_depth: int | None = None,
+    ) -> None:
         tables = [_open_table(file) for file in files]
         self.row_groups = RowGroupCache(tables)
         self._stamps = np.array([file_stamp(file) for file in files], np.int64)

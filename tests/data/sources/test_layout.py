@@ -55,6 +55,8 @@ def test_classes_are_found(paths: str, base: str, expected: dict[str, str]) -> N
         ("Training/cat/1 VALID/cat/2", {"Training/cat/1": "cat", "VALID/cat/2": "cat*"}),
         ("x/train/cat/1 x/dev/cat/2", {"train/cat/1": "cat", "dev/cat/2": "cat*"}),
         ("train2017/1 val2017/2", {"train2017/1": "pets", "val2017/2": "pets*"}),
+        ("images/train/1 images/val/2", {"train/1": "pets", "val/2": "pets*"}),
+        ("cat/train/1 cat/val/2", {"train/1": "cat", "val/2": "cat*"}),
         ("train/cat/1 train/dog/1 test/cat/2", {"cat/1": "cat", "dog/1": "dog"}),
         ("seg_train/seg_train/cat/1 seg_test/seg_test/cat/2 seg_pred/3", {"cat/1": "cat"}),
         ("cat/train/1 cat/val/2 dog/train/3 dog/test/4",

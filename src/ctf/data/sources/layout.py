@@ -154,6 +154,7 @@ class _Reader:
 
     def __init__(self, path: Path, title: str, names: Sequence[str]) -> None:
         self.path, self.title, self.names = path, title, names
+        self.only_class = title  # name of the class if there are no folders of classes
         self.images: list[_Images] = []
         self.left_out: dict[str, list[str]] = defaultdict(list)
 
@@ -171,6 +172,8 @@ class _Reader:
         if splits is None:
             self.add_classes(top, NO_SPLITS)
             return
+        if top.name and top.name.lower() not in IMAGES:  # cat/train/1.png is of class cat
+            self.only_class = top.name
         for folder, split in sorted(splits.items(), key=lambda item: item[1].kind):  # train first
             classes = {images.class_name for images in self.images}
             self.add_classes(self.unwrap(folder, classes), split)
@@ -285,13 +288,13 @@ class _Reader:
     def layout(self) -> Layout:
         """Put together what was collected."""
         train = [images for images in self.images if images.split.kind == TRAIN]
-        class_names = natural_order({images.class_name or self.title for images in train})
+        class_names = natural_order({images.class_name or self.only_class for images in train})
         number = {name: i for i, name in enumerate(class_names)}
         has_classes = any(images.class_name is not None for images in train)
         used = []
         for images in self.images:
             kind, folder = images.split
-            name = images.class_name if has_classes else self.title
+            name = images.class_name if has_classes else self.only_class
             if kind == TEST:
                 self.leave_out(f"split {folder}", images.rows)
             elif name is None:

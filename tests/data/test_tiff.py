@@ -183,6 +183,12 @@ def test_extra_samples_that_pillow_does_not_know() -> None:
     assert abs(image - expected).max() <= 1
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_bands_of_unknown_meaning_are_unreadable(bits: int) -> None:
+    with pytest.raises(UnreadableImageError, match="3 grey values"):
+        decode(tiff(samples(bits, 3), bits, 1, tags={338: [0, 0]}), 1, WHITE)
+
+
 def test_deep_images_are_turned_upright() -> None:
     values = samples(12)
     data = tiff(np.rot90(values), 12, 1, rows=W, tags={274: [6]})

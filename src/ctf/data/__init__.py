@@ -2,6 +2,7 @@
 
 sources     folders, .tar and .parquet files of encoded images
 decode      an encoded image -> an RGB image
+tiff        TIFF files that Pillow cannot read or reads with the wrong range
 transforms  crops and views; conversion between PIL images, arrays and tensors
 scan        the size, hash and damage of every image of a source
 image_set   labelled images of one size; images opens them by name, fashion_mnist is included

@@ -80,6 +80,7 @@ SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif",
     ".tiff", ".avif", ".avifs", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".ppm", ".pgm",
     ".pbm", ".pnm", ".pfm", ".qoi", ".tga", ".ico", ".icns", ".psd", ".dds", ".sgi", ".pcx",
+    ".mpo",
 )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 These are files of 9 to 16 bits a sample, in either byte order, packed or not, in chunks of pixels
 or in planes, and other arrangements that Pillow does not know. Pillow still decompresses the data:
-it is given the same strips as an 8-bit image that is as wide as a row has bytes.
+it is given the same strips as an 8-bit image that is as wide as a row has bytes. MinSampleValue and
+MaxSampleValue do not change what is black and white, as TIFF 6.0 has it.
 
 Shapes: H, W height and width, C samples a pixel. Tags and their meaning: TIFF 6.0.
 """
@@ -95,7 +96,10 @@ def read(data: bytes, tags: Tags, max_pixels: int) -> Image.Image:
     channels = len(Image.new(mode, (1, 1)).getbands())
     if pixels_HWC.shape[2] < channels:
         raise UnsupportedTiffError(f"TIFF of {pixels_HWC.shape[2]} samples a pixel in mode {mode}")
-    alpha = _alpha(tags, pixels_HWC.shape[2] - channels, mode)
+    extra = pixels_HWC.shape[2] - channels
+    if mode == "L" and extra > 1:  # bands of a satellite or channels of a microscope
+        raise UnsupportedTiffError(f"TIFF of {1 + extra} grey values a pixel")
+    alpha = _alpha(tags, extra, mode)
     channels += alpha != ""
     height, width = pixels_HWC.shape[:2]
     pixels = np.ascontiguousarray(pixels_HWC[..., :channels]).tobytes()

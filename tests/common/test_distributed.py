@@ -3,11 +3,14 @@
 Several processes are tested in tests/training/test_several_processes.py.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from ctf.common.distributed import ALONE, World, init_world
+from ctf.common.distributed import ALONE, World, init_world, launched_size
 from ctf.common.errors import UserError
+from ctf.common.signals import stop_on_sigterm
 
 
 def test_shares_are_equal_and_cover_all() -> None:
@@ -37,3 +40,55 @@ def test_an_error_of_the_first_process_is_raised() -> None:
 def test_only_the_first_process_has_the_message() -> None:
     errors = [World(rank, 3).error("message") for rank in range(3)]
     assert [str(error) for error in errors] == ["message", "", ""]
+
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "size"),
+    [
+        ({}, 1),
+        ({"WORLD_SIZE": "1"}, 1),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, 1),
+        ({"RANK": "", "WORLD_SIZE": ""}, 1),
+        ({"LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "SLURM_PROCID": "3"}, 1),
+        (TORCHRUN, 2),
+    ],
+)
+def test_processes_are_those_of_torchrun(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], size: int
+) -> None:
+    set_environment(monkeypatch, environment)
+    assert launched_size() == size
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0"}, "got RANK=0, but no WORLD_SIZE\nstart several processes with torchrun"),
+        ({"WORLD_SIZE": "2"}, "got WORLD_SIZE=2, but no RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "got WORLD_SIZE=2, but no MASTER_ADDR"),
+        ({**TORCHRUN, "MASTER_PORT": ""}, "got WORLD_SIZE=2, but no MASTER_PORT"),
+        ({**TORCHRUN, "WORLD_SIZE": "two"}, "got WORLD_SIZE=two, expected a whole number"),
+        ({**TORCHRUN, "RANK": "2"}, "got RANK=2 of WORLD_SIZE=2, expected less"),
+    ],
+)
+def test_half_of_its_variables_are_refused(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
+) -> None:
+    set_environment(monkeypatch, environment)
+    for call in (
+        launched_size,
+        lambda: init_world(torch.device("cpu")).__enter__(),
+        lambda: stop_on_sigterm(Path("run")).__enter__(),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)

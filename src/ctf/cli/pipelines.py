@@ -83,10 +83,11 @@ def fit(
         minutes: total training time, divided among the stages by their measured speed
         steps: training steps of each stage; by default the preset's
     """
+    from ctf.common import distributed
     from ctf.training import fit as fitting
     from ctf.training.recipes import resolve
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if distributed.launched_size() > 1:
         raise UserError("ctf fit runs as one process; with torchrun, run its stages one by one")
     if minutes is not None and steps is not None:
         raise UserError("got both --minutes and --steps, expected one of them")

@@ -26,6 +26,7 @@ from ctf.common.errors import UserError
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # variables that it sets
 # How long a process waits for the others, which may be evaluating or reading a large state.
 TIMEOUT = datetime.timedelta(minutes=60)
 
@@ -157,17 +158,53 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
+def launched_size() -> int:
+    """Return the number of processes that torchrun started; 1 without torchrun.
+
+    Raises:
+        UserError: Only some of torchrun's variables are set: with others' values, each process
+            would take itself for the only one, and write into the same folder.
+    """
+    given = {name: os.environ.get(name, "") for name in TORCHRUN}
+    if given["WORLD_SIZE"] in ("", "1") and given["RANK"] in ("", "0"):
+        if given["RANK"] and not given["WORLD_SIZE"]:
+            raise _half_launched("RANK", "WORLD_SIZE")
+        return 1
+    for name, value in given.items():
+        if not value:
+            raise _half_launched("WORLD_SIZE" if given["WORLD_SIZE"] else "RANK", name)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not given[name].isdecimal():
+            raise UserError(f"environment: got {name}={given[name]}, expected a whole number")
+    rank, size = int(given["RANK"]), int(given["WORLD_SIZE"])
+    if rank >= size:
+        raise UserError(f"environment: got RANK={rank} of WORLD_SIZE={size}, expected less")
+    return size
+
+
+def _half_launched(name: str, missing: str) -> UserError:
+    return UserError(
+        f"environment: got {name}={os.environ[name]}, but no {missing}\n"
+        f"start several processes with torchrun, which sets both, or one after: unset {name}"
+    )
+
+
 @contextmanager
 def init_world(device: torch.device) -> Iterator[World]:
     """Join the processes that torchrun started; without torchrun, yield a world of one process.
 
     Args:
         device: Where to compute; for "cuda", each process takes the GPU of its local rank.
+
+    Raises:
+        UserError: See `launched_size`.
     """
-    if "RANK" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+    if launched_size() == 1:
         yield World(device=device)
         return
     if device.type == "cuda":
+        if "LOCAL_RANK" not in os.environ:
+            raise _half_launched("WORLD_SIZE", "LOCAL_RANK")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     nccl = device.type == "cuda"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -37,8 +36,9 @@ def stop_on_sigterm(folder: Path) -> Iterator[None]:
 
     With several processes it is not handled: the others would wait for one that has left.
     """
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if not alone or threading.current_thread() is not threading.main_thread():
+    from ctf.common import distributed  # here, since it imports torch
+
+    if distributed.launched_size() > 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
 

@@ -127,7 +127,7 @@ def test_an_interrupted_command_exits_with_130(
     monkeypatch.setattr(export, "write", interrupt)
     result = ctf("sample", run)
     assert result.code == 130 and result.err == (
-        "ctf: interrupted; run the same command again to resume\n"
+        "ctf: interrupted; what is finished is kept, run the same command again\n"
     )
 
 

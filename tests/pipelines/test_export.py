@@ -1,7 +1,10 @@
 """Samples as files, and settings files that reproduce them; through `ctf sample`."""
 
+import itertools
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ctf.cli import main as cli
+from ctf.common.errors import Stopped
 from ctf.pipelines import export
 from ctf.pipelines.pipeline import Pipeline
 from tests.conftest import Command, read_files
@@ -181,3 +186,122 @@ def test_errors_in_settings(
 def test_a_model_or_settings_are_required(ctf: Command) -> None:
     result = ctf("sample")
     assert result.code == 2 and "got no model" in result.err
+
+
+# --- interrupted ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "BATCH_SIZE", 4)
+
+
+def interrupt_after(batches: int, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Make the batch after so many fail, as Ctrl-C or a full disk do."""
+    sample, calls = Pipeline.sample, []
+
+    def interrupted(self: Pipeline, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) > batches:
+            raise error
+        return sample(self, *args, **options)
+
+    monkeypatch.setattr(Pipeline, "sample", interrupted)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "what is finished is kept, run the same command again"),
+        (Stopped("stopped; run it again to resume"), 0, "run it again to resume"),
+    ],
+)
+def test_an_interrupted_command_continues_and_ends_with_the_same_files(
+    ctf: Command,
+    run: Path,
+    tmp_path: Path,
+    small_batches: None,
+    error: BaseException,
+    code: int,
+    message: str,
+) -> None:
+    options = ["--count", 6, "--seed", 3]
+    assert ctf("sample", run, *options, "--out", tmp_path / "at-once").code == 0
+    out = tmp_path / "interrupted"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(3, patch, error)
+        result = ctf("sample", run, *options, "--out", out)
+    assert result.code == code and message in result.out + result.err
+    kept = read_files(out)
+    assert [name for name in kept if name.endswith(".png")] == [f"{i:06d}.png" for i in range(12)]
+    assert "codes.npz" not in kept and export.is_unfinished(out)
+    times = {i: (out / f"{i:06d}.png").stat().st_mtime_ns for i in range(12)}
+
+    refused = ctf("sample", run, "--count", 5, "--seed", 3, "--out", out)
+    assert refused.code == 2 and "12 images of other settings" in refused.err
+    assert "settings.count was 6, now 5" in refused.err and read_files(out) == kept
+    refused = ctf("evaluate", out, "--reference", "fashion-mnist")
+    assert refused.code == 2 and "not finished" in refused.err
+
+    assert ctf("sample", run, *options, "--out", out).code == 0
+    assert read_files(out) == read_files(tmp_path / "at-once")
+    assert times == {i: (out / f"{i:06d}.png").stat().st_mtime_ns for i in range(12)}
+    assert ctf("sample", run, "--count", 1, "--out", out).code == 0  # finished ones are replaced
+
+
+def kill_after(files: int) -> None:
+    """Make this process kill itself after it wrote so many files."""
+    replace, written = os.replace, itertools.count(1)
+
+    def counted(*args: Any) -> None:
+        replace(*args)
+        if next(written) == files:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = counted  # type: ignore[assignment]
+
+
+def test_killed_at_any_write_samples_end_the_same(
+    ctf: Command, run: Path, tmp_path: Path, small_batches: None
+) -> None:
+    command = [str(word) for word in ("sample", run, "--count", 2, "--seed", 3, "--out")]
+    assert ctf(*command, tmp_path / "at-once").code == 0
+    out, attempt, status = tmp_path / "killed", 0, 1
+    while status:
+        attempt += 1
+        if (pid := os.fork()) == 0:
+            kill_after(attempt)
+            os._exit(cli.main([*command, str(out)]))
+        status = os.waitpid(pid, 0)[1]
+        assert status in (0, signal.SIGKILL)
+    assert attempt > 2
+    assert read_files(out) == read_files(tmp_path / "at-once")
+
+
+def test_an_interrupted_sheet_continues(
+    ctf: Command, run: Path, tmp_path: Path, small_batches: None
+) -> None:
+    command = ["sample", run, "--count", 3, "--out"]
+    assert ctf(*command, tmp_path / "at-once.png").code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(2, patch, KeyboardInterrupt())
+        assert ctf(*command, tmp_path / "sheet.png").code == 130
+    assert not (tmp_path / "sheet.png").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(1, patch, AssertionError("sampled again"))
+        assert ctf(*command, tmp_path / "sheet.png").code == 0
+    assert (tmp_path / "sheet.png").read_bytes() == (tmp_path / "at-once.png").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["at-once.png", "sheet.png"]
+
+
+def test_a_deleted_image_is_sampled_again(
+    ctf: Command, run: Path, tmp_path: Path, small_batches: None
+) -> None:
+    options = ["--count", 3, "--out"]
+    assert ctf("sample", run, *options, tmp_path / "at-once").code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(2, patch, KeyboardInterrupt())
+        ctf("sample", run, *options, tmp_path / "out")
+    (tmp_path / "out" / "000001.png").unlink()
+    assert ctf("sample", run, *options, tmp_path / "out").code == 0
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "at-once")

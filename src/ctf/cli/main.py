@@ -39,7 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return _refuse(reason)
     except KeyboardInterrupt:
-        print("ctf: interrupted; run the same command again to resume", file=sys.stderr)
+        print(
+            "ctf: interrupted; what is finished is kept, run the same command again",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

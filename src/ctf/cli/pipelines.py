@@ -220,8 +220,11 @@ def sample(
         number = f"{request.count} images of each of {len(request.classes)} classes"
         show(f"would sample {number}: {request.sampling}")
         return
-    with open_progress("sample") as progress:
-        written = export.write(pipe, out, request, again=settings is not None, progress=progress)
+    with signals.stop_on_sigterm(out), open_progress("sample") as progress:
+        written = export.write(
+            pipe, out, request,
+            again=settings is not None, weights=hash_pipeline(folder), progress=progress,
+        )  # fmt: skip
     show(written)
 
 
@@ -312,7 +315,8 @@ def evaluate(
     if evaluation.dry_run:
         show(f"would write {prepared.folder}: {prepared.config}")
         return
-    result = prepared.run(open_progress)
+    with signals.stop_on_sigterm(prepared.folder):
+        result = prepared.run(open_progress)
     print_table(("score", "value", "95 % interval"), report.score_rows(result))
     if prepared.against is not None:
         columns = (f"minus {evaluation.against}", "difference", "95 % interval", "may be chance")

@@ -95,7 +95,7 @@ def check_same(folder: Path, stored: Any, config: Any, *, what: str) -> None:
     if difference := first_difference(stored, config):
         raise UserError(
             f"{folder} is {what} of another configuration: {difference}\n"
-            "choose another folder, or delete this one to start over"
+            "choose another folder to start anew, or the configuration from before to continue"
         )
 
 

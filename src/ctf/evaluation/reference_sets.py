@@ -42,6 +42,7 @@ from ctf.data.sources.folder import FolderSource
 from ctf.data.summary import describe_left_out, summarize, summarize_source
 from ctf.evaluation.distances import Gaussian
 from ctf.evaluation.options import Split
+from ctf.pipelines.export import is_unfinished
 
 BATCH = 64  # images
 IMAGES, CLASSES = "arr_0", "arr_1"  # names of ADM's arrays
@@ -330,6 +331,8 @@ def _open_folder(
     root: Path, progress: Progress | None, background: tuple[int, ...]
 ) -> ImageCollection:
     """Open the images of a folder and its subfolders, sorted by path."""
+    if is_unfinished(root):
+        raise UserError(f"{root}: not finished; run the ctf sample command that began it again")
     source = _folder_source(root)
     if not source.names:
         found = describe_left_out(source.left_out)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,20 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ctf import kernels
 from ctf.common import claims, config, storage
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
 from ctf.data.image_grid import image_grid
 from ctf.models.sampling import Sampling
 from ctf.pipelines.arguments import check_seed
-from ctf.pipelines.generation import Samples
+from ctf.pipelines.generation import BATCH_SIZE, Samples
 from ctf.pipelines.pipeline import Pipeline
 
-SETTINGS = "settings.json"
 MAX_COLUMNS = 16  # of a contact sheet
 MAX_ON_SHEET = 1024  # images
+SETTINGS, CODES, WHAT = "settings.json", "codes.npz", "a folder of samples"
+BEGUN, REQUEST = ".begun", "request.json"  # a folder's, with the codes of whole batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,16 +92,24 @@ def sample(
     pipe: Pipeline,
     settings: Settings,
     *,
+    rows: slice = slice(None),
     decode_separately: bool = False,
     progress: Progress | None = None,
 ) -> Samples:
     """Sample the images of some settings; their model and hash are not compared with `pipe`.
 
+    Args:
+        pipe: The pipeline.
+        settings: What to sample.
+        rows: Which of the images.
+        decode_separately: See `Pipeline.sample`.
+        progress: See `Pipeline.sample`.
+
     Raises:
         UserError: The settings do not fit the pipeline; see `Pipeline.sample`.
     """
-    classes: Any = np.array(settings.class_per_image())  # numbers, whatever the names are
-    seed = settings.seed
+    classes: Any = np.array(settings.class_per_image()[rows])  # numbers, whatever the names are
+    seed = settings.seed + (rows.start or 0)
     options: dict[str, Any] = {
         "resize": settings.resize,
         "decode_separately": decode_separately,
@@ -160,7 +171,7 @@ def check(out: Path, settings: Settings) -> None:
     elif out.suffix.lower() in Image.registered_extensions():  # "samples-1.5" is a folder
         raise UserError(f"{out}: expected a name ending in .png, or a folder")
     else:
-        claims.is_ours(out, SETTINGS, what="a folder of samples")
+        claims.is_ours(out, SETTINGS, what=WHAT)
 
 
 def write(
@@ -169,9 +180,13 @@ def write(
     settings: Settings,
     *,
     again: bool = False,
+    weights: str | None = None,
     progress: Progress | None = None,
 ) -> str:
-    """Sample the images of some settings and write them.
+    """Sample the images of some settings and write them, as batches end.
+
+    If it is stopped, the same call continues after the last batch, and ends with the same files. A
+    folder without codes.npz, or with .begun, is not finished.
 
     Args:
         pipe: The pipeline.
@@ -180,40 +195,138 @@ def write(
         settings: What to sample.
         again: Reproduce the files of `settings`: a single image is written as it is, as the studio
             has it, instead of on a contact sheet.
+        weights: A hash of the pipeline, so that another one does not continue what it has begun.
         progress: Called with the numbers of images sampled and to sample.
 
     Returns:
         What was written, for the user.
 
     Raises:
-        UserError: See `check` and `Pipeline.sample`.
+        UserError: `out` has the begun images of other settings, another process writes into it, or
+            see `check` and `Pipeline.sample`.
     """
     check(out, settings)
-    samples = sample(pipe, settings, progress=progress)
+    job = _Job(pipe, settings, weights)
     if out.suffix.lower() != ".png":
-        _write_folder(out, samples, settings)
-        return f"{out}: {len(samples.images)} images, codes.npz, settings.json"
-    image = samples.images[0]
-    if not again or len(samples.images) > 1:
+        with claims.hold(out, SETTINGS, what=WHAT):
+            job.sample_into(out, progress)
+        return f"{out}: {job.count} images, codes.npz, settings.json"
+    if job.count <= BATCH_SIZE:
+        images: Sequence[Image.Image] = job.sample(0, progress).images
+        _save_sheet(pipe, out, settings, images, again)
+    else:
+        folder = out.with_name(f".{out.name}{BEGUN}")  # until the sheet is finished
+        with claims.hold(folder, SETTINGS, what=WHAT):
+            job.sample_into(folder, progress)
+            images = [_load(folder / _name(i)) for i in range(job.count)]
+            _save_sheet(pipe, out, settings, images, again)
+            shutil.rmtree(folder, ignore_errors=True)
+    with Image.open(out) as image:
+        return f"{out}: {image.width} x {image.height} pixels"
+
+
+def _save_sheet(
+    pipe: Pipeline, out: Path, settings: Settings, images: Sequence[Image.Image], again: bool
+) -> None:
+    image = images[0]
+    if not again or len(images) > 1:
         names = [pipe.class_names[number] for number in settings.classes]
-        image = contact_sheet(samples.images, names, settings.count)
+        image = contact_sheet(images, names, settings.count)
     storage.save_png(out, image)
-    return f"{out}: {image.width} x {image.height} pixels"
 
 
-def _write_folder(out: Path, samples: Samples, settings: Settings) -> None:
-    # First, so that the folder is recognised as one of samples if writing is interrupted.
-    storage.save_json(out / SETTINGS, settings.to_json())
-    for old in out.glob("[0-9]*.png"):  # of an earlier call with more images
-        if old.stem.isdigit() and int(old.stem) >= len(samples.images):
-            old.unlink()
-    for i, image in enumerate(samples.images):
-        storage.save_png(out / f"{i:06d}.png", image)
-    with storage.atomic(out / "codes.npz") as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(
-            file,
-            codes=samples.codes.numpy(),
-            coarse=samples.coarse.numpy(),
-            classes=np.array(settings.class_per_image()),
-            seeds=np.arange(settings.seed, settings.seed + len(samples.images)),
-        )
+def is_unfinished(folder: Path) -> bool:
+    """Return whether a folder of samples was begun and is not finished."""
+    return (folder / BEGUN / REQUEST).is_file()
+
+
+def _name(number: int) -> str:
+    return f"{number:06d}.png"
+
+
+def _load(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """Images to sample into a folder, batch by batch."""
+
+    pipe: Pipeline
+    settings: Settings
+    weights: str | None
+
+    @property
+    def count(self) -> int:
+        return len(self.settings.classes) * self.settings.count
+
+    def sample(self, start: int, progress: Progress | None) -> Samples:
+        """Sample the batch that begins with this image; an image depends on its seed alone."""
+
+        def advance(done: int, _: int, *more: Any) -> None:
+            if progress is not None:
+                progress(start + done, self.count, *more)
+
+        rows = slice(start, start + BATCH_SIZE)
+        return sample(self.pipe, self.settings, rows=rows, progress=advance)
+
+    def sample_into(self, folder: Path, progress: Progress | None) -> None:
+        """Write the files of a folder of samples; those of whole batches are there already."""
+        self._begin(folder)
+        begun = folder / BEGUN
+        starts = range(0, self.count, BATCH_SIZE)
+        for start in starts:
+            numbers = range(start, min(start + BATCH_SIZE, self.count))
+            block = begun / f"{start:08d}.npz"
+            if block.is_file() and all((folder / _name(i)).is_file() for i in numbers):
+                if progress is not None:
+                    progress(numbers.stop, self.count)
+                continue
+            samples = self.sample(start, progress)
+            for number, image in zip(numbers, samples.images, strict=True):
+                storage.save_png(folder / _name(number), image)
+            codes = {"codes": samples.codes.numpy(), "coarse": samples.coarse.numpy()}
+            storage.save_npz(block, codes)  # last: the batch is complete
+        blocks = [np.load(begun / f"{start:08d}.npz") for start in starts]
+        with storage.atomic(folder / CODES) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(
+                file,
+                codes=np.concatenate([block["codes"] for block in blocks]),
+                coarse=np.concatenate([block["coarse"] for block in blocks]),
+                classes=np.array(self.settings.class_per_image()),
+                seeds=np.arange(self.settings.seed, self.settings.seed + self.count),
+            )
+        shutil.rmtree(begun)
+
+    def _begin(self, folder: Path) -> None:
+        """Prepare the folder, unless this job has begun there.
+
+        Raises:
+            UserError: Another job has begun there.
+        """
+        path, settings = folder / BEGUN / REQUEST, self.settings.to_json()
+        request: dict[str, Any] = {"settings": settings, "weights": self.weights}
+        models = [model for model in (self.pipe.coarse, self.pipe.fine) if model is not None]
+        request["exact"] = all(kernels.is_exact(model) for model in models)
+        if path.is_file():
+            if difference := claims.first_difference(storage.load_json(path), request):
+                done = sum(1 for block in path.parent.glob("*.npz"))
+                raise UserError(
+                    f"{folder}: has {min(done * BATCH_SIZE, self.count)} images of other settings, "
+                    f"which were not finished: {difference}\n"
+                    "finish them with the command that began them, or choose another folder"
+                )
+            storage.remove_temporaries(folder)
+            return
+        # What says that the folder is finished goes first, and the request, which says that it has
+        # begun, comes last: a kill between leaves a folder that is begun anew.
+        (folder / CODES).unlink(missing_ok=True)
+        storage.save_json(folder / SETTINGS, settings)
+        for old in folder.glob("[0-9]*.png"):
+            if old.stem.isdigit():
+                old.unlink()
+        shutil.rmtree(path.parent, ignore_errors=True)
+        storage.remove_temporaries(folder)
+        storage.save_json(path, request)

@@ -379,6 +379,23 @@ def test_manifests_of_earlier_versions_have_no_precision(
     assert contents(old) == before and len(Tokens(old, "train", "abc")) == 20
 
 
+def test_manifests_of_earlier_versions_have_no_background(
+    tokenizer: VQModel, tmp_path: Path
+) -> None:
+    """It is recorded if it is not white; the fingerprints of the images have always covered it."""
+    red = Noise(20, 3)
+    red.background = (255, 0, 0)
+    images = Splits(red, IMAGES.val)
+    new = extract(tokenizer, "abc", images, tmp_path, CONFIG)
+    assert new.background == "#ff0000"
+    path = tmp_path / "manifest.json"
+    content = json.loads(path.read_text())
+    assert content.pop("background") == "#ff0000"
+    path.write_text(json.dumps(content))
+    assert extract(tokenizer, "abc", images, tmp_path, CONFIG) == new
+    assert "background" not in json.loads(path.read_text())
+
+
 def test_bf16_is_refused_on_devices_without_it(
     tokenizer: VQModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,6 +122,10 @@ def test_a_flat_folder_of_color_images_at_64_pixels(tmp_path: Path, ctf: Command
     pipe = Pipeline.from_pretrained(out)
     assert pipe.class_names == ("flat",)
     assert pipe.origin["background"] == "#ff0000"  # for Pipeline.encode
+    manifest = out / "tokens" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    assert content.pop("background") == "#ff0000"
+    assert "background" not in Pipeline.from_pretrained("fashion-mnist").origin
     assert pipe.sample([0], seed=0).images[0].size == (64, 64)
 
 

@@ -120,6 +120,7 @@ def extract(
         train=_split_manifest("train", images.train, order["train"], config, length),
         val=_split_manifest("val", images.val, order["val"], config, length),
         precision="bf16" if bf16 else "fp32",
+        background="#{:02x}{:02x}{:02x}".format(*images.train.background),
     )
     with claims.hold(folder, MANIFEST, what=WHAT, world=world):
         world.on_main(lambda: _claim(folder, manifest))
@@ -290,9 +291,11 @@ def _claim(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, or check that the existing one is equal."""
     path = folder / MANIFEST
     if path.is_file():
-        # Parsed first: manifests of earlier versions have no precision.
-        stored = to_json(from_json(Manifest, storage.load_json(path), where=str(path)))
-        claims.check_same(folder, stored, to_json(manifest), what=WHAT)
+        # Parsed first: manifests of earlier versions have no precision. Nor do they have a
+        # background, which the fingerprints cover.
+        stored = from_json(Manifest, storage.load_json(path), where=str(path))
+        stored = dataclasses.replace(stored, background=manifest.background)
+        claims.check_same(folder, to_json(stored), to_json(manifest), what=WHAT)
     else:
         storage.save_json(path, to_json(manifest))
     storage.remove_temporaries(folder)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ctf.common import storage
-from ctf.common.config import from_json
+from ctf.common.config import OMIT_DEFAULT, from_json
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
 from ctf.data import shards
@@ -30,6 +30,7 @@ Split = Literal["train", "val"]
 
 MANIFEST = "manifest.json"
 CLASS_DTYPE = "int64"
+WHITE = "#ffffff"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Manifest:
         train: the training images.
         val: the held-out images.
         precision: of the encoder's large convolutions.
+        background: colour behind transparent pixels of the images.
     """
 
     tokenizer: str
@@ -90,6 +92,7 @@ class Manifest:
     train: SplitManifest
     val: SplitManifest
     precision: Literal["fp32", "bf16"] = "fp32"
+    background: str = dataclasses.field(default=WHITE, metadata=OMIT_DEFAULT)
 
     def split(self, split: Split) -> SplitManifest:
         """Return the manifest of one split."""

@@ -24,7 +24,6 @@ from ctf.common.defaults import with_torch_defaults
 from ctf.common.distributed import World
 from ctf.common.progress import OpenProgress, show_progress
 from ctf.data import summary
-from ctf.data.decode import WHITE
 from ctf.data.image_set import Splits
 from ctf.data.transforms import VIEWS, as_tensor
 from ctf.models.tokenizer import VQModel
@@ -138,15 +137,13 @@ def save_origin(run: Path, images: Splits, recipe: Recipe, seconds: dict[str, fl
             metrics[stage] = {"loss": last["loss"]}
         # A training keeps its own time through all kills; the log lacks attempts that were killed.
         seconds = {**seconds, stage: max(seconds.get(stage, 0.0), last["seconds"])}
-    origin: dict[str, Any] = {
+    origin = {
         "images": images.train.name,
         "recipe": config.to_json(recipe),
         "metrics": metrics,
         "seconds": seconds,
     }
-    if images.train.background != WHITE:
-        origin["background"] = "#{:02x}{:02x}{:02x}".format(*images.train.background)
-    settings = dataclasses.replace(settings, origin=origin)
+    settings = dataclasses.replace(settings, origin=settings.origin | origin)
     storage.save_json(run / SETTINGS, config.to_json(settings))
 
 

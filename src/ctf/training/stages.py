@@ -293,11 +293,10 @@ class ModelStage:
     def _train(self, progress: Progress | None) -> None:
         world, t = self.world, self.training
         train, _ = self.tokens
-        settings = PipelineSettings(
-            train.manifest.class_names,
-            self.recipe.sampling,
-            {"images": train.manifest.train.images, "recipe": config.to_json(self.recipe)},
-        )
+        origin = {"images": train.manifest.train.images, "recipe": config.to_json(self.recipe)}
+        if (background := train.manifest.background) != tokens.WHITE:  # for `Pipeline.encode`
+            origin["background"] = background
+        settings = PipelineSettings(train.manifest.class_names, self.recipe.sampling, origin)
         world.on_main(lambda: storage.save_json(self.run / SETTINGS, config.to_json(settings)))
         states = self.folder / "state"
         resumed = bool(world.broadcast(state.latest_state(states) if world.is_main else 0))

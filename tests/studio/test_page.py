@@ -1,6 +1,7 @@
 """The page in a real browser. Screenshots of its states are written to build/screenshots."""
 
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -10,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ctf.studio import server
 from ctf.studio.tasks import Limits
@@ -183,6 +186,40 @@ def test_previews_are_shown_row_by_row(page: Any, worker: Worker) -> None:
     page.keyboard.press("End")
     assert shown_image(page) == final
     expect(page.locator("#start-page")).to_be_hidden()
+
+
+def cell_brightness(page: Any, position: int) -> float:
+    """The mean brightness of a token's cell in the large frame, on the screen."""
+    box = page.locator(".frame").last.bounding_box()
+    side = box["width"] / GRID
+    x, y = position % GRID, position // GRID
+    clip = {"x": box["x"] + (x + 0.3) * side, "y": box["y"] + (y + 0.3) * side}
+    png = page.screenshot(clip={**clip, "width": 0.4 * side, "height": 0.4 * side})
+    return float(np.asarray(Image.open(io.BytesIO(png)).convert("L")).mean())
+
+
+def test_what_is_not_sampled_yet_is_hatched(page: Any, worker: Worker) -> None:
+    """In the light theme, hatching is bright; the corners of these images are black."""
+    corners = [GRID - 1, GRID * (GRID - 1)]  # in the first and in the last row
+    generate(page, "bag", seed=1)
+    assert max(cell_brightness(page, corner) for corner in corners) < 30
+    with slow_steps(worker, 0.05):
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator(".frame")).to_have_class(re.compile("incomplete"))
+        first, last = (cell_brightness(page, corner) for corner in corners)
+        assert first < 30 and last > 150
+        expect_done(page)
+    page.locator(".filmstrip button").nth(3).click()  # back to the fourth row
+    assert cell_brightness(page, 4 * GRID - 1) < 30 and cell_brightness(page, 5 * GRID - 1) > 150
+    page.locator(".filmstrip button").last.click()
+    # Tokens that are kept are shown from the start.
+    page.get_by_label("Inpaint").check(force=True)
+    page.locator(f"[data-token='{corners[1]}']").click()
+    page.get_by_role("button", name="Resample mask").click()
+    expect_done(page)
+    page.locator(".filmstrip button").first.click()
+    assert cell_brightness(page, corners[1]) > 150
+    assert cell_brightness(page, corners[1] - GRID) < 30
 
 
 def test_downloads_can_be_sampled_by_the_command(page: Any, tmp_path: Path, ctf: Command) -> None:

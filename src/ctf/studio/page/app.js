@@ -162,6 +162,7 @@ const resampleFineStage = () => edit("fine stage resampled", "Sampling the fine 
 /** Resamples the tokens that are not in `keep`, a list of booleans. */
 function resample(keep, note) {
   edit(note, "Resampling", (version, { model, classNumber, codes }, signal, item) => {
+    version.keep = keep;
     const body = {
       model: model.name, classes: [classNumber], seed: version.seed, settings: form.settings(), codes: [codes], keep: [keep],
     };
@@ -189,7 +190,7 @@ function inspect(position) {
     const body = { model: version.model.name, class: version.classNumber, codes: version.codes, position, settings: form.settings() };
     const found = await api.post("v1/members", body, signal);
     const preview = (member) => {
-      if (member) viewer.display(pngUrl(member.image), `${version.className} with code ${member.code}`);
+      if (member) viewer.display({ image: pngUrl(member.image) }, `${version.className} with code ${member.code}`);
       else viewer.displayCurrent();
     };
     cluster.show(version, found, preview, (member) => replaceCode(version, position, member));

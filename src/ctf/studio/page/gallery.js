@@ -1,7 +1,7 @@
 // The gallery: a thumbnail of each item.
 
 import { $, el } from "./dom.js";
-import { current } from "./versions.js";
+import { current, newest, showStep } from "./versions.js";
 
 const thumbnails = new Map(); // by item
 
@@ -27,8 +27,9 @@ export function update(item) {
   if (!thumbnail) return;
   const version = current(item);
   const [image, name] = thumbnail.children;
-  if (version.image) image.src = version.image;
-  image.hidden = !version.image;
+  const step = newest(version);
+  if (step) showStep(image, step);
+  image.hidden = !step;
   name.textContent = item.counterpart ? version.model.name : version.className;
   thumbnail.classList.toggle("incomplete", !version.codes);
   thumbnail.style.setProperty("--rows", `${(100 * version.rows) / version.total}%`);

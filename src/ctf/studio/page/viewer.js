@@ -1,7 +1,7 @@
 // The viewer: one image, enlarged, with its tokens, its generation step by step, and its versions.
 
 import { $, el } from "./dom.js";
-import { comparedWith, current } from "./versions.js";
+import { comparedWith, current, newest, showStep } from "./versions.js";
 
 let item = null;
 let step = 0;
@@ -61,19 +61,25 @@ function createFigure(version, isCurrent) {
   const side = version.model.image_size;
   const image = el("img", { className: "large-image", alt: "", width: side, height: side });
   const frame = el("div", { className: "frame" }, image);
-  frame.classList.toggle("empty-frame", !version.image);
+  const step = newest(version);
+  frame.classList.toggle("empty-frame", !step);
   if (isCurrent) {
     image.id = "image";
     if (version.codes) frame.append(createTokens(version));
-    frame.classList.toggle("incomplete", !version.codes);
-    frame.style.setProperty("--rows", `${(100 * version.rows) / version.total}%`);
-  } else if (version.image) {
-    image.src = version.image;
+  } else if (step) {
+    showInFrame(image, step, version);
     image.alt = `${version.className}: ${version.note}`;
   }
   const isEdited = Boolean(current(item).parent);
   const caption = isEdited ? version.note : item.counterpart ? version.model.name : "";
   return el("figure", {}, frame, el("figcaption", { textContent: caption }));
+}
+
+/** Shows a step in the image of a frame, with a line below the last row that is sampled. */
+function showInFrame(image, step, { total }) {
+  showStep(image, step);
+  image.parentElement.classList.toggle("incomplete", Boolean(step.mask));
+  image.parentElement.style.setProperty("--rows", `${(100 * (step.rows ?? total)) / total}%`);
 }
 
 // --- Tokens --------------------------------------------------------------------------------------
@@ -190,8 +196,10 @@ function showMode() {
 
 function showFilmstrip(version) {
   $("filmstrip").style.setProperty("--frames", Math.max(version.steps.length, version.total + 1));
-  $("filmstrip").replaceChildren(...version.steps.map(({ text, image }, i) => {
-    const frame = el("button", { type: "button", tabIndex: -1, title: text, attributes: { "aria-label": text } }, el("img", { src: image, alt: "" }));
+  $("filmstrip").replaceChildren(...version.steps.map((one, i) => {
+    const image = el("img", { alt: "" });
+    showStep(image, one);
+    const frame = el("button", { type: "button", tabIndex: -1, title: one.text, attributes: { "aria-label": one.text } }, image);
     frame.addEventListener("click", () => goToStep(i));
     return frame;
   }));
@@ -207,28 +215,34 @@ function goToStep(position) {
 
 /** Shows the current step in the large frame. */
 export function displayCurrent() {
-  const { steps, className, image: newest } = item ? current(item) : { steps: [] };
+  const { steps, className } = item ? current(item) : { steps: [] };
   if (!steps.length) { $("step-text").textContent = "Waiting for the first row"; return; }
-  const { text, image } = steps[step];
+  const { text } = steps[step];
   $("step").value = step;
   $("step").style.setProperty("--at", `${(100 * step) / Math.max(steps.length - 1, 1)}%`);
   $("step").setAttribute("aria-valuetext", text);
   $("step-text").textContent = text;
-  if (newest) display(image, `${className}: ${text}`);
+  display(steps[step], `${className}: ${text}`);
   [...$("filmstrip").children].forEach((frame, i) => frame.classList.toggle("shown", i === step));
 }
 
-/** Shows another image in the large frame. */
-export function display(image, alt) {
-  Object.assign($("image"), { src: image, alt });
+/** Shows a step, or another image, in the large frame. */
+export function display(shown, alt) {
+  showInFrame($("image"), shown, current(item));
+  $("image").alt = alt;
 }
 
 // --- Versions and codes --------------------------------------------------------------------------
 
 function showVersions() {
   $("versions").replaceChildren(...item.versions.map((version, i) => {
+    const tile = el("i", { className: "tile" });
+    if (newest(version)) {
+      tile.append(el("img", { alt: "" }));
+      showStep(tile.firstChild, newest(version));
+    }
     const button = el("button", { type: "button", className: "version", attributes: { "aria-pressed": String(i === item.shown) } },
-      version.image ? el("img", { src: version.image, alt: "" }) : el("i", { className: "blank" }), el("span", { textContent: version.note }));
+      tile, el("span", { textContent: version.note }));
     button.addEventListener("click", () => {
       item.shown = i;
       item.onChange?.();

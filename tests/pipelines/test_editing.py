@@ -185,6 +185,27 @@ def test_preview_of_labels_is_that_of_the_event(sharp: Pipeline, samples: Sample
     assert (pixels(known) == pixels(sharp.sample(CLASSES, SEED, resize=20).images)).all()
 
 
+def test_what_is_not_sampled_yet_can_be_transparent(sharp: Pipeline, samples: Samples) -> None:
+    for known in ({}, {"codes": samples.codes, "known": MASK_BL}):
+        events = list(sharp.stream(CLASSES, SEED, transparent=True, **known))
+        opaque = list(sharp.stream(CLASSES, SEED, **known))
+        for event, other in zip(events[:-1], opaque[:-1], strict=True):
+            is_visible_BL = MASK_BL.clone() if known else torch.zeros_like(MASK_BL)
+            is_visible_BL[:, : event.rows * GRID] = True
+            for image, plain, is_visible_L in zip(
+                event.images, other.images, is_visible_BL, strict=True
+            ):
+                assert image.mode == "RGBA" and image.convert("RGB") == plain
+                cell = image.width // GRID
+                alpha = np.asarray(image)[..., 3].reshape(GRID, cell, GRID, cell)
+                expected = 255 * is_visible_L.view(GRID, 1, GRID, 1).numpy()
+                assert (alpha == expected).all()
+        assert events[-1].images == opaque[-1].images
+        (image,) = sharp.preview(samples.coarse[:1, :5], transparent=True, resize=50)
+        assert image.size == (50, 50) and image.getpixel((0, 0))[3] == 255  # type: ignore[index]
+        assert image.getpixel((49, 49))[3] == 0  # type: ignore[index]
+
+
 # --- Members of a cluster -------------------------------------------------------------------------
 
 

@@ -37,7 +37,8 @@ class Event:
 
     rows, total: Rows of labels sampled so far, and in all.
     coarse: (B, rows * grid), int64 in [0, K), the labels so far, row by row.
-    images: B PIL images, RGB: previews (none without `preview`); in the last event, the results.
+    images: B PIL images, RGB: previews (none without `preview`, RGBA with `transparent`); in the
+        last event, the results, RGB.
     samples: What `Pipeline.sample` returns, in the last event; otherwise None.
     numbers: Which images of the call these B are.
     """
@@ -108,6 +109,7 @@ def stream(
     resize: int | None = None,
     decode_separately: bool = False,
     preview: bool = True,
+    transparent: bool = False,
     active: Callable[[], Collection[int]] | None = None,
     **settings: Any,
 ) -> Generator[Event, None, None]:
@@ -116,11 +118,11 @@ def stream(
     The last event has `samples`, which equal what `Pipeline.sample` returns. When the generator is
     closed, or its loop left, sampling stops and its memory is freed.
 
-    A preview (see `Pipeline.preview`) costs a pass of the decoder per row; with `preview=False`,
-    events have the labels only. If `active` is given, it is called before each step and returns the
-    indices in `classes` of the images that are still needed: the others leave the batch, and if
-    there are none, the generator ends. At most `Pipeline.largest_batch` images can be streamed at a
-    time. The other arguments are those of `Pipeline.sample`.
+    A preview (see `Pipeline.preview`, also for `transparent`) costs a pass of the decoder per row;
+    with `preview=False`, events have the labels only. If `active` is given, it is called before
+    each step and returns the indices in `classes` of the images that are still needed: the others
+    leave the batch, and if there are none, the generator ends. At most `Pipeline.largest_batch`
+    images can be streamed at a time. The other arguments are those of `Pipeline.sample`.
 
     Raises:
         UserError: As for `Pipeline.sample`; more images than fit into one batch. It is raised by
@@ -136,7 +138,8 @@ def stream(
             "Pipeline.sample takes any number"
         )
     (batch,) = generation.batches(pipe, request)
-    return steps_with_torch_defaults(_events(pipe, request, batch, preview, active))
+    events = _events(pipe, request, batch, preview, transparent, active)
+    return steps_with_torch_defaults(events)
 
 
 def _events(
@@ -144,6 +147,7 @@ def _events(
     request: Request,
     batch: Batch,
     preview: bool,
+    transparent: bool,
     active: Callable[[], Collection[int]] | None,
 ) -> Generator[Event, None, None]:
     grid, length = pipe.coarse.config.grid, pipe.coarse.config.length
@@ -164,7 +168,8 @@ def _events(
         if done % grid == 0:
             images = []
             if preview:
-                images = as_pil(_preview(pipe, labels_BT, batch.known_codes_BL, request.resize))
+                known_BL = batch.known_codes_BL
+                images = _preview(pipe, labels_BT, known_BL, request.resize, transparent)
             numbers = tuple(batch.numbers)
             yield Event(done // grid, grid, labels_BT.clone().cpu(), images, None, numbers)
     samples = generation.finish(pipe, request, batch, labels_BT)
@@ -180,12 +185,14 @@ def preview(
     codes: Tensor | None = None,
     known: Tensor | None = None,
     resize: int | None = None,
+    transparent: bool = False,
 ) -> list[Image.Image]:
     """Decode coarse labels alone: each token has the mean code vector of its cluster.
 
     `coarse` are the first T labels of each image, 1 <= T <= L: (B, T) of integers in [0, K). All
     later tokens have the mean vector of all clusters; known codes (see `Pipeline.sample`) are shown
-    as they are.
+    as they are. With `transparent`, images are RGBA, and tokens that are neither sampled nor known
+    are transparent.
 
     Raises:
         UserError: Labels of another shape, type or range; as for `Pipeline.sample`.
@@ -200,12 +207,14 @@ def preview(
     arguments.check_integers("coarse", coarse)
     arguments.check_range("coarse", coarse, pipe.clusters.count)
     known_BL = arguments.known_codes(pipe, codes, known, len(coarse))
-    return as_pil(_preview(pipe, coarse.to(pipe.device).long(), known_BL, resize))
+    return _preview(pipe, coarse.to(pipe.device).long(), known_BL, resize, transparent)
 
 
 @torch.inference_mode()
-def _preview(pipe: Pipeline, labels_BT: Tensor, known_BL: Tensor, resize: int | None) -> Tensor:
-    """Decode the first T labels and all known codes into images in [-1, 1]."""
+def _preview(
+    pipe: Pipeline, labels_BT: Tensor, known_BL: Tensor, resize: int | None, transparent: bool
+) -> list[Image.Image]:
+    """Decode the first T labels and all known codes; the rest is transparent, or the mean."""
     codebook_VC = pipe.tokenizer.codebook()
     means_KC = codebook_VC.new_zeros(pipe.clusters.count, codebook_VC.shape[1])
     means_KC.index_add_(0, pipe.clusters.labels_V, codebook_VC)
@@ -215,7 +224,15 @@ def _preview(pipe: Pipeline, labels_BT: Tensor, known_BL: Tensor, resize: int | 
     vectors_BLC = means_KC.mean(0).repeat(*known_BL.shape, 1)
     vectors_BLC[:, : labels_BT.shape[1]] = means_KC[labels_BT]
     vectors_BLC = torch.where((known_BL >= 0)[..., None], codebook_VC[known_BL], vectors_BLC)
-    return generation.decode_vectors(pipe, vectors_BLC, resize)
+    images = as_pil(generation.decode_vectors(pipe, vectors_BLC, resize))
+    if transparent:
+        visible_BL = known_BL >= 0
+        visible_BL[:, : labels_BT.shape[1]] = True
+        grid = pipe.coarse.config.grid
+        for image, visible_HW in zip(images, visible_BL.view(-1, grid, grid).cpu(), strict=True):
+            alpha = Image.fromarray(visible_HW.numpy())
+            image.putalpha(alpha.convert("L").resize(image.size, Image.Resampling.NEAREST))
+    return images
 
 
 @renamed_keywords(chosen="class_id")

@@ -1,19 +1,18 @@
-"""Images in .parquet files, in the layout of Hugging Face `datasets`.
+"""Images in .parquet files, as Hugging Face `datasets` or img2dataset write them.
 
-Needs pyarrow: pip install 'ctf[parquet]'. The images are a column of structs with `bytes` and
-`path`. The classes are a column of strings, or of integers whose names are in the schema
-(ClassLabel).
+Needs pyarrow: pip install 'ctf[parquet]'. The images are a column of encoded files: binary values,
+or structs with `bytes` and `path`. The classes are a column of strings or whole numbers, whose
+names may be in the schema (ClassLabel).
 
 Shape suffix: N images (rows).
 """
 
 from __future__ import annotations
 
-import json
 import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,19 @@ from numpy.typing import NDArray
 
 from ctf.common.errors import UserError
 from ctf.data.decode import UnreadableImageError
-from ctf.data.sources.base import ImageSource, archive_prefixes, classes_from_labels, file_stamp
+from ctf.data.sources.base import ImageSource, archive_prefixes, file_stamp
+from ctf.data.sources.columns import (
+    Table,
+    choose_classes,
+    choose_image_column,
+    first_line,
+    number_classes,
+    open_table,
+)
+from ctf.data.sources.layout import TEST
+from ctf.data.sources.splits import join_left_out, splits_of_names, use_splits
 
 CACHE_BYTES = 1 << 28  # of row groups in memory; reading any image reads its whole row group
-LABEL_COLUMNS = ("label", "labels", "class", "cls")  # tried if the schema has no ClassLabel
-
-
-@dataclass(frozen=True)
-class _Table:
-    """A .parquet file: its columns, the size of each row group, and the label of each row."""
-
-    file: Any  # pyarrow.parquet.ParquetFile
-    image_column: str
-    group_sizes: list[int]
-    labels: list[str]  # "" if there is none
-    class_names: tuple[str, ...] | None  # by number, if the schema has them
 
 
 class ParquetSource(ImageSource):
@@ -47,10 +44,18 @@ class ParquetSource(ImageSource):
         title: see `ImageSource`.
         files: the .parquet files.
         base: the folder that several files are in; None for a single file.
+        image_column: name of the column of images; by default the only one, or that of the usual
+            name (`IMAGE_COLUMNS`).
+        class_column: name of the column of classes; by default the first ClassLabel, or that of the
+            usual name (`CLASS_COLUMNS`).
+        classes_at_depth: must be None, since tables have no folders.
 
     Raises:
-        UserError: pyarrow is not installed, or a file is damaged or has no column of images.
+        UserError: pyarrow is not installed, a file is damaged or lacks a column, or it cannot be
+            told which column holds the images.
     """
+
+    unit = "row"
 
     def __init__(
         self,
@@ -63,29 +68,65 @@ class ParquetSource(ImageSource):
         class_column: str | None = None,
         classes_at_depth: int | None = None,
     ) -> None:
-        tables = [_open_table(file) for file in files]
-        self.row_groups = RowGroupCache(tables)
-        self._stamps = np.array([file_stamp(file) for file in files], np.int64)
-        counts = [len(table.labels) for table in tables]
+        if classes_at_depth is not None:
+            raise UserError(f"{path}: tables have no folders; omit --classes-at-depth")
+        prefixes = archive_prefixes(files, base)
+        splits, split_lines = splits_of_names([prefix.rstrip("/") for prefix in prefixes])
+        all_tables = [open_table(file) for file in files]
+        used = [i for i in range(len(files)) if splits is None or splits[i] != TEST]
+        tests = {
+            "split test": [
+                name
+                for i, (table, prefix) in enumerate(zip(all_tables, prefixes, strict=True))
+                if i not in used
+                for name in _row_names(prefix, table)
+            ]
+        }
+        tables = [all_tables[i] for i in used]
+        self.image_column, image_line = choose_image_column(tables, image_column)
+        column, labels, class_line = choose_classes(tables, self.image_column, class_column)
+        class_names, classes_N = number_classes(tables, column, labels, title)
+
+        names = [name for i in used for name in _row_names(prefixes[i], all_tables[i])]
+        counts = [table.file.metadata.num_rows for table in tables]
+        splits_N = None if splits is None else np.repeat(splits[used], counts)
+        chosen = use_splits(names, class_names, classes_N, splits_N)
+        rows_N = chosen.rows_N
         # Where each row is: file, row group in the file, and row in that group.
-        self._file_N = np.repeat(np.arange(len(files)), counts)
         sizes = [table.group_sizes for table in tables]
-        self._group_N = np.concatenate([np.repeat(np.arange(len(rows)), rows) for rows in sizes])
-        self._row_N = np.concatenate([np.arange(n) for rows in sizes for n in [0, *rows]])
-        names = [
-            f"{prefix}{row:08d}"
-            for prefix, count in zip(archive_prefixes(files, base), counts, strict=True)
-            for row in range(count)
-        ]
-        super().__init__(path, title, names, *_classes(files, tables, title))
+        self._file_N = np.repeat(np.arange(len(tables)), counts)[rows_N]
+        group_N = np.concatenate([np.repeat(np.arange(len(rows)), rows) for rows in sizes])
+        self._group_N = group_N[rows_N]
+        self._row_N = np.concatenate([np.arange(n) for rows in sizes for n in [0, *rows]])[rows_N]
+        self.row_groups = RowGroupCache(tables, self.image_column)
+        # The same row of another column is another image.
+        self._stamps = np.array([file_stamp(table.path) for table in tables], np.int64)
+        self._stamps[:, 2] ^= zlib.crc32(self.image_column.encode(errors="replace"))
+        super().__init__(
+            path=path,
+            title=title,
+            names=[names[row] for row in rows_N.tolist()],
+            class_names=chosen.class_names,
+            classes_N=chosen.classes_N,
+            understood=(f"{image_line}, {class_line}", *split_lines),
+            left_out={
+                reason: rows
+                for reason, rows in join_left_out(tests, chosen.left_out).items()
+                if rows
+            },
+            splits_N=chosen.splits_N,
+        )
 
     def read(self, row: int) -> bytes:
         """See `ImageSource.read`."""
         if self.classes_N[row] < 0:
             raise UnreadableImageError("no class, unlike the others")
         column = self.row_groups.read(int(self._file_N[row]), int(self._group_N[row]))
-        image = column[int(self._row_N[row])].as_py()
-        data = image["bytes"] if image is not None else None
+        data = column[int(self._row_N[row])].as_py()
+        if isinstance(data, dict):
+            if data.get("bytes") is None and data.get("path"):
+                raise UnreadableImageError("its bytes are not in the table, only a path")
+            data = data.get("bytes")
         if data is None:
             raise UnreadableImageError("its bytes are not in the table")
         return bytes(data)
@@ -98,8 +139,8 @@ class ParquetSource(ImageSource):
 class RowGroupCache:
     """Image columns of row groups; the most recently used, up to `CACHE_BYTES`, stay in memory."""
 
-    def __init__(self, tables: Sequence[_Table]) -> None:
-        self._tables = tables
+    def __init__(self, tables: Sequence[Table], column: str) -> None:
+        self._tables, self._column = tables, column
         self._columns: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -120,90 +161,15 @@ class RowGroupCache:
             if (file, group) not in self._columns:
                 table = self._tables[file]
                 try:
-                    content = table.file.read_row_group(group, columns=[table.image_column])
+                    content = table.file.read_row_group(group, columns=[self._column])
                 except (pyarrow.ArrowException, OSError) as error:
-                    raise UnreadableImageError(f"damaged: {_first_line(error)}") from None
-                self._columns[file, group] = content.column(0)
+                    raise UnreadableImageError(f"damaged: {first_line(error)}") from None
+                self._columns[file, group] = content.column(self._column)
                 while self.nbytes > CACHE_BYTES and len(self._columns) > 1:
                     self._columns.popitem(last=False)
             self._columns.move_to_end((file, group))
             return self._columns[file, group]
 
 
-def _open_table(path: Path) -> _Table:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            f"{path}: reading .parquet files needs pyarrow; pip install 'ctf[parquet]'"
-        ) from None
-    try:
-        return _read_table(path, pyarrow.parquet.ParquetFile(path, memory_map=True))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: damaged, or not a .parquet file ({_first_line(error)})") from None
-
-
-def _read_table(path: Path, file: Any) -> _Table:
-    schema = file.schema_arrow
-    images = [field.name for field in schema if _has_bytes(field.type)]
-    if not images:
-        raise UserError(
-            f"{path}: no column of images; got columns {', '.join(schema.names)}, expected one of "
-            "structs with bytes, as Hugging Face datasets writes them"
-        )
-    features = _features(schema.metadata or {})
-    classes = [name for name, feature in features.items() if _type(feature) == "ClassLabel"]
-    classes = [name for name in (*classes, *LABEL_COLUMNS) if name in schema.names]
-    labels, class_names = [""] * file.metadata.num_rows, None
-    if classes:
-        values = file.read(columns=[classes[0]]).column(0).to_pylist()
-        # `datasets` writes -1 for an unknown class.
-        labels = ["" if value in (None, -1) else str(value) for value in values]
-        if _type(features.get(classes[0])) == "ClassLabel":
-            class_names = tuple(map(str, features[classes[0]].get("names") or ())) or None
-    group_sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    return _Table(file, images[0], group_sizes, labels, class_names)
-
-
-def _has_bytes(column_type: Any) -> bool:
-    import pyarrow
-
-    return bool(pyarrow.types.is_struct(column_type) and column_type.get_field_index("bytes") >= 0)
-
-
-def _features(metadata: dict[bytes, bytes]) -> dict[str, Any]:
-    """Return the features that `datasets` describes in the metadata; {} without a description."""
-    try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError):
-        return {}
-    return features if isinstance(features, dict) else {}
-
-
-def _type(feature: Any) -> str | None:
-    return feature.get("_type") if isinstance(feature, dict) else None
-
-
-def _classes(
-    files: Sequence[Path], tables: Sequence[_Table], title: str
-) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Return the names of the classes that occur, and the class of each row (N,)."""
-    names = tables[0].class_names
-    for file, table in zip(files, tables, strict=True):
-        if table.class_names != names:
-            raise UserError(
-                f"{file}: has other classes than {files[0]}; pass only files of one data set"
-            )
-    labels = [label for table in tables for label in table.labels]
-    if not any(labels):
-        return (title,), np.zeros(len(labels), np.int64)
-    if names is None:
-        return classes_from_labels(labels)
-    known = {str(number) for number in range(len(names))}
-    present, classes_N = classes_from_labels([label if label in known else "" for label in labels])
-    return tuple(names[int(number)] for number in present), classes_N
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:100]
+def _row_names(prefix: str, table: Table) -> list[str]:
+    return [f"{prefix}{row:08d}" for row in range(table.file.metadata.num_rows)]

@@ -525,3 +525,19 @@ def test_jpeg_2000_of_signed_or_many_bits_is_refused() -> None:
     data[size + 40] = 11
     with pytest.raises(UnreadableImageError, match="12 bits"):
         decode(bytes(data), 8, WHITE)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF", "WEBP", "GIF", "AVIF", "BMP"])
+def test_an_image_whose_file_was_closed_is_told(file_format: str, tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(encode(Image.fromarray(RGB), file_format))
+    with Image.open(path) as image:
+        pass
+    if file_format in ("WEBP", "AVIF"):  # are read when they are opened
+        assert read_image(image, WHITE).size == (32, 24)
+    else:
+        with pytest.raises(UnreadableImageError, match="closed; pass its path"):
+            read_image(image, WHITE)
+    with Image.open(path) as image:
+        image.load()
+    assert np.array_equal(read_image(image, WHITE), decode(path.read_bytes(), 1, WHITE))

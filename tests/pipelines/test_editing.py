@@ -310,6 +310,8 @@ def test_images_are_encoded_as_in_training(
     assert torch.equal(sharp.encode([Image.open(path).copy() for path in files]), from_files)
     assert torch.equal(sharp.encode(str(files[0])), from_files[:1])
     assert torch.equal(sharp.encode(crops), expected)
+    assert torch.equal(sharp.encode(np.stack(crops)), expected)
+    assert torch.equal(sharp.encode(crops[0]), expected[:1])
     monkeypatch.setattr(generation, "BATCH_SIZE", 7)
     assert torch.equal(sharp.encode(opened), from_files)
 

@@ -180,14 +180,15 @@ def read_image(image: ImageLike, background: tuple[int, ...]) -> Image.Image:
             raise UnreadableImageError(
                 f"{type(image).__name__}; expected a path, bytes, an array or an image of Pillow"
             )
-    # A file that is not loaded yet. Once it is, Pillow's image lacks what these formats say of it.
-    if getattr(image, "tile", None) and image.format in ("PNG", "TIFF", "PPM", "JPEG2000"):
-        file = cast(ImageFile.ImageFile, image)
-        if file.tell() == 0 and file.fp is not None and not file.fp.closed:
-            position = file.fp.tell()
-            file.fp.seek(0)
-            data = file.fp.read()
-            file.fp.seek(position)
+    # A file that is not loaded yet; once it is, Pillow's image lacks what these formats say of it.
+    if isinstance(image, ImageFile.ImageFile) and image.tile and image.format != "AVIF":
+        if image.fp is None or getattr(image.fp, "closed", False):
+            raise UnreadableImageError("its file was closed; pass its path instead")
+        if image.format in ("PNG", "TIFF", "PPM", "JPEG2000") and image.tell() == 0:
+            position = image.fp.tell()
+            image.fp.seek(0)
+            data = image.fp.read()
+            image.fp.seek(position)
             return decode(data, 1, background)
     with _readable(sys.maxsize):
         return to_rgb(image, background)

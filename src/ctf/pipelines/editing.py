@@ -295,7 +295,9 @@ def encode(pipe: Pipeline, images: Sequence[ImageLike] | ImageLike) -> Tensor:
     Raises:
         UserError: There are no images, or one cannot be read.
     """
-    if isinstance(images, str | os.PathLike | bytes | Image.Image):
+    if isinstance(images, str | os.PathLike | bytes | Image.Image) or (
+        isinstance(images, np.ndarray) and images.ndim < 4
+    ):
         images = [images]
     if len(images) == 0:
         raise UserError("got 0 images to encode, expected 1 or more")

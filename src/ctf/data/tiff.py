@@ -89,6 +89,8 @@ def read(data: bytes, tags: Tags, max_pixels: int) -> Image.Image:
         colours_HWC = palette.T[samples_HWC[..., 0]]
         rest_HWC = _to_8_bits(samples_HWC[..., 1:], top)
         pixels_HWC, mode = np.concatenate([colours_HWC, rest_HWC], axis=2).astype(np.uint8), "RGB"
+    elif bits == 16 and mode != "L":  # the higher byte, as Pillow does
+        pixels_HWC = (samples_HWC >> 8).astype(np.uint8)
     else:
         pixels_HWC = _to_8_bits(samples_HWC, top)
         if colour == 0:  # white is zero

@@ -446,6 +446,37 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
             assert classes_of(path) == dict.fromkeys(range(4), "caf\udce9")
 
 
+def test_concatenated_tars_are_read_to_the_end(tmp_path: Path) -> None:
+    parts = [
+        pack(tmp_path / f"{start}.tar", samples(6, start=start)).read_bytes() for start in (0, 6)
+    ]
+    path = tmp_path / "both" / "a.tar"
+    path.parent.mkdir()
+    path.write_bytes(b"".join(parts))
+    assert classes_of(path) == {i: str(i % 3) for i in range(12)}
+    path.write_bytes(parts[0] + b"hello" * 1000)
+    assert "invalid header at byte" in refusal(path)
+
+
+def test_shards_of_img2dataset_beside_their_tables(tmp_path: Path) -> None:
+    for shard in range(2):
+        members = samples(6, start=6 * shard)
+        pack(tmp_path / f"{shard:05d}.tar", members)
+        (tmp_path / f"{shard:05d}.parquet").write_bytes(b"a table without images")
+        (tmp_path / f"{shard:05d}_stats.json").write_text("{}")
+    assert classes_of(tmp_path) == {i: str(i % 3) for i in range(12)}
+    left_out = open_images(tmp_path, SIZE).left_out
+    assert left_out["not an image (.parquet)"] == ["00000.parquet", "00001.parquet"]
+
+
+def test_patterns_with_braces(tmp_path: Path) -> None:
+    for shard in range(3):
+        pack(tmp_path / f"train-{shard:03d}.tar", samples(6, start=6 * shard))
+    assert classes_of(tmp_path / "train-{000..001}.tar") == {i: str(i % 3) for i in range(12)}
+    assert classes_of(tmp_path / "train-{000,002}.tar").keys() == {*range(6), *range(12, 18)}
+    assert "no such files (7, e.g. " in refusal(tmp_path / "train-{000..009}.tar")
+
+
 # --- splits ---------------------------------------------------------------------------------------
 
 

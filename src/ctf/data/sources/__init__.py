@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ ARCHIVES: dict[str, Callable[..., ImageSource]] = {
     ".zip": ArchiveSource,
     ".parquet": ParquetSource,
 }
+MAX_FILES = 1_000_000  # of a pattern
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 # Kinds that cannot be read in place, and what to do about it.
 PACKED = {
     ".gz": "decompress it first: gzip -d {}",
@@ -53,7 +56,7 @@ def open_image_source(
     Images in a folder take precedence: archives next to them are ignored.
 
     Args:
-        source: a path, or a pattern such as "data/train-*.tar".
+        source: a path, or a pattern such as "data/train-*.tar" or "data/train-{000..127}.tar".
         included: names of the included sets, to suggest one for a misspelt name.
         image_column: see `ParquetSource` and `ArchiveSource`.
         class_column: see `ParquetSource` and `ArchiveSource`.
@@ -81,13 +84,36 @@ def open_image_source(
             if others := [name for name in names if name not in used]:
                 opened.left_out.setdefault(reason, []).extend(others)
         return opened
-    if matches := sorted(map(Path, glob.glob(source))):
-        base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+    if matches := sorted({Path(match) for each in _braces(source) for match in glob.glob(each)}):
+        base = Path(*itertools.takewhile(lambda part: not _is_pattern(part), path.parts))
+        if missing := [each for each in _braces(source) if not glob.glob(each)]:
+            raise UserError(f"{source}: no such files ({len(missing):,}, e.g. {missing[0]})")
         return _open_archives(path, base.resolve().name, matches, base, options)
     raise UserError(
         f"{source}: no such folder, nor an included set of that name"
         f"{did_you_mean(source, included)}"
     )
+
+
+def _is_pattern(part: str) -> bool:
+    return glob.has_magic(part) or _BRACES.search(part) is not None
+
+
+def _braces(pattern: str) -> list[str]:
+    """Expand the first {000..127} or {train,val} in a pattern, as webdataset does, and so on."""
+    match = _BRACES.search(pattern)
+    if match is None:
+        return [pattern]
+    first, last, names = match.groups()
+    if names is None:
+        if int(last) - int(first) >= MAX_FILES:
+            raise UserError(f"{pattern}: more than {MAX_FILES:,} files")
+        numbers = range(int(first), int(last) + 1)
+        options = [str(number).zfill(len(first)) for number in numbers]
+    else:
+        options = names.split(",")
+    start, end = pattern[: match.start()], pattern[match.end() :]
+    return [path for option in options for path in _braces(f"{start}{option}{end}")]
 
 
 def _find_archives(folder: Path) -> list[Path]:
@@ -115,6 +141,9 @@ def _find_archives(folder: Path) -> list[Path]:
 def _of_first_kind(files: Iterable[Path]) -> list[Path]:
     """Return the archives among files, without .zip and packed files that lie beside others."""
     found = [file for file in sorted(files) if not is_hidden(file.name) and file.is_file()]
+    # img2dataset writes a table of the images, without them, beside each .tar file.
+    tars = {file.with_suffix("") for file in found if file.suffix.lower() == ".tar"}
+    found = [f for f in found if f.suffix.lower() != ".parquet" or f.with_suffix("") not in tars]
     for is_kind in (
         lambda file: file.suffix.lower() in (".tar", ".parquet") or _is_packed_tar(file),
         lambda file: file.suffix.lower() == ".zip",

@@ -22,20 +22,23 @@ def list_tar(path: Path) -> Members:
         OSError: the file cannot be read.
     """
     members = Members()
+    start: int | None = 0
     with open(path, "rb") as file:
         try:
-            # The same names everywhere, whatever this machine's encoding is.
-            with tarfile.open(
-                fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape"
-            ) as archive:
-                last = -1
-                while (member := archive.next()) is not None:
-                    archive.members.clear()  # type: ignore[attr-defined]  # saves memory
-                    if archive.offset <= last:  # a negative size would loop forever
-                        raise tarfile.ReadError("negative size")
-                    last = archive.offset
-                    _add(members, member)
-                members.damage = _trailing_damage(file, archive.offset)
+            while start is not None:
+                file.seek(start)
+                # The same names everywhere, whatever this machine's encoding is.
+                with tarfile.open(
+                    fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape"
+                ) as archive:
+                    last = -1
+                    while (member := archive.next()) is not None:
+                        archive.members.clear()  # type: ignore[attr-defined]  # saves memory
+                        if archive.offset <= last:  # a negative size would loop forever
+                            raise tarfile.ReadError("negative size")
+                        last = archive.offset
+                        _add(members, member)
+                    start = _next_archive(file, archive.offset)
         except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
             members.damage = _compression(path, file) or str(error)
     if members.damage:
@@ -64,10 +67,27 @@ def _compression(path: Path, file: BinaryIO) -> str:
     return program and f"{program}; decompress it first: {program} -d {path}"
 
 
-def _trailing_damage(file: BinaryIO, offset: int) -> str:
-    """Describe data after the end, which is all zeros; tarfile ends at a damaged header, too."""
+def _next_archive(file: BinaryIO, offset: int) -> int | None:
+    """Return where another archive begins after the end of one: `cat a.tar b.tar > both.tar`.
+
+    Args:
+        file: the file.
+        offset: where the blocks of zeros are that end the archive.
+
+    Raises:
+        ReadError: other data follows; tarfile ends at a damaged header, too.
+    """
     file.seek(offset)
     while chunk := file.read(1 << 20):
-        if chunk.strip(b"\0"):
-            return f"invalid header at byte {offset}"
-    return ""
+        if content := chunk.lstrip(b"\0"):
+            at = file.tell() - len(content)
+            at -= at % tarfile.BLOCKSIZE
+            header = os.pread(file.fileno(), tarfile.BLOCKSIZE, at)
+            try:
+                if at - offset < 2 * tarfile.BLOCKSIZE:
+                    raise tarfile.ReadError("no end")
+                tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            except tarfile.TarError:
+                raise tarfile.ReadError(f"invalid header at byte {offset}") from None
+            return at
+    return None

@@ -84,3 +84,33 @@ def test_a_vacant_folder_holds_only_what_a_kill_left(tmp_path: Path) -> None:
 )
 def test_the_first_difference(stored: Any, config: Any, expected: str | None) -> None:
     assert claims.first_difference(stored, config) == expected
+
+
+# --- images beside what ctf makes -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", ["{}", "[]", '{"classes": 3}', "{", "[" * 100_000])
+def test_folders_with_files_of_the_same_names_are_not_of_ctf(tmp_path: Path, other: str) -> None:
+    for marker in claims.MARKERS:
+        (tmp_path / marker).parent.mkdir(exist_ok=True)
+        (tmp_path / marker).write_text(other)
+    assert not claims.is_ctf_folder(tmp_path)
+    assert not claims.is_ctf_folder(tmp_path / "missing")
+
+
+def test_a_run_is_kept_apart_from_its_images(tmp_path: Path) -> None:
+    images = tmp_path / "work" / "images"
+    (images / "cat").mkdir(parents=True)
+    (images / "cat" / "1.png").touch()
+    for out, message in (
+        (images, "this is the folder of the images\n"),
+        (images / "cat" / "..", "this is the folder of the images\n"),
+        (tmp_path / "work", "are inside this folder"),
+        (images / "cat", "this is a folder of the images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            claims.check_apart(out, images)
+    claims.check_apart(images / "run", images)
+    claims.check_apart(tmp_path / "other", images)
+    (images / "run").mkdir()
+    claims.check_apart(images / "run", images)

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from ctf.cli import main as cli
-from ctf.common import config, storage
+from ctf.common import claims, config, storage
 from ctf.data import extraction, image_set
 from ctf.data.images import open_images
 from ctf.data.tokens import Tokens
@@ -478,6 +478,34 @@ def test_with_little_time_only_some_images_are_encoded(
     train = Tokens(tmp_path / "tokens", "train")
     assert len(train) < len(splits.train)
     assert max(np.bincount(train.classes_N)) - min(np.bincount(train.classes_N, minlength=3)) <= 1
+
+
+# --- beside its images ----------------------------------------------------------------------------
+
+
+def test_a_run_among_its_images_is_no_class(
+    tmp_path: Path, ctf: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = save_images(tmp_path / "discs")
+    monkeypatch.chdir(images)
+    command = fit_arguments(Path("."), Path("run"), steps=2)
+    assert ctf(*command).code == 0
+    samples = ("sample", "run", "--count", 1)
+    assert ctf(*samples, "--out", "samples").code == 0
+    assert ctf(*samples, "--out", Path("red") / "samples").code == 0
+    before = read_files(Path("run"))
+    result = ctf(*command)
+    assert result.code == 0, result.err
+    assert "made by ctf" in result.out and "3 classes" in result.out
+    assert read_files(Path("run")) == before
+    for stage in ("run/clusters", "run/tokenizer", "run/tokens", "run/coarse", "samples"):
+        assert claims.is_ctf_folder(Path(stage)), stage
+    for out in (".", "..", "red"):
+        result = ctf(*fit_arguments(Path("."), Path(out), steps=2))
+        assert result.code == 2 and f"--out {out}: " in result.err, result
+    report = ("evaluate", "run", "--reference", ".", "--samples", 30, "--features", "fashion")
+    assert ctf(*report, "--out", "scores").code == 0
+    assert claims.is_ctf_folder(Path("scores"))
 
 
 # --- one stage after another ----------------------------------------------------------------------

@@ -7,6 +7,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import tyro
@@ -97,13 +98,21 @@ def open_splits(
     preset: str | None = None,
     world: Any = None,
     *,
+    out: Path | None = None,
     full: bool = False,
 ) -> Any:
-    """Open images with `open_images`, at the preset's size by default, and print their summary."""
+    """Open images with `open_images`, at the preset's size by default, and print their summary.
+
+    Raises:
+        UserError: see `open_images`, and `claims.check_apart` for the folder `out`.
+    """
+    from ctf.common import claims
     from ctf.data.images import INCLUDED, open_images
     from ctf.data.summary import summarize
     from ctf.training.recipes import preset as preset_named
 
+    if out is not None:
+        claims.check_apart(out, Path(images))
     if image_size is None and preset is not None and images not in INCLUDED:
         image_size = preset_named(preset).image_size
 

@@ -94,7 +94,7 @@ def fit(
     if minutes is not None:
         check_minutes(minutes)
     torch_device = open_device(device)
-    splits = open_splits(images, image_options, image_size, preset, full=dry_run)
+    splits = open_splits(images, image_options, image_size, preset, out=out, full=dry_run)
     recipe = resolve(preset, splits, steps=steps, views=views, overrides=set)
     resolved = execution.resolve(torch_device)
     if dry_run:

@@ -41,7 +41,9 @@ def tokenizer_train(
     from ctf.training.recipes import resolve
 
     with distributed.init_world(open_device(device)) as world:
-        splits = open_splits(images, image_options, image_size, preset, world, full=dry_run)
+        splits = open_splits(
+            images, image_options, image_size, preset, world, out=out, full=dry_run
+        )
         recipe = resolve(preset, splits, steps=steps, overrides=set)
         if dry_run:
             show(fitting.describe(splits, recipe, None, world.size), world)
@@ -398,7 +400,7 @@ def classifier_train(
     from ctf.training.classifier import held_out_accuracy, train_classifier
     from ctf.training.recipes import with_steps
 
-    splits = open_splits(images, image_options, image_size, full=dry_run)
+    splits = open_splits(images, image_options, image_size, out=out, full=dry_run)
     config = classifier.ClassifierConfig()
     if steps is not None:
         config = with_steps(config, steps)

@@ -9,13 +9,67 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ctf.common import locks, storage
 from ctf.common.distributed import ALONE, World
 from ctf.common.errors import UserError
+
+# Files that ctf writes into its folders, and keys that each of them has.
+MARKERS = {
+    "fit.json": ("asked", "plan"),
+    "pipeline.json": ("class_names", "sampling"),
+    "tokenizer/config.json": ("model",),
+    "settings.json": ("classes", "count", "seed", "sampling"),  # samples
+    "asked.json": ("subject", "reference", "features"),  # an evaluation
+    "manifest.json": ("tokenizer", "codebook_size", "train", "val"),  # tokens
+    "cell.json": ("job", "needs"),  # of ctf reproduce
+    "sample.json": ("asked", "where", "groups"),  # a benchmark
+    "train.json": ("asked", "where", "groups"),
+}
+FILES = (locks.NAME, "clusters.safetensors", "metrics.jsonl")  # that nothing else writes
+MAX_MARKER_BYTES = 1 << 26
+
+
+def is_ctf_folder(folder: Path) -> bool:
+    """Return whether ctf wrote a folder: a run or a part of it, samples, an evaluation, results."""
+    if any((folder / name).is_file() for name in FILES):
+        return True
+    for together in (("cells", "report.md"), ("shipped.png", "run/fit.json")):
+        if all((folder / name).exists() for name in together):  # of ctf reproduce, of ctf demo
+            return True
+    return any(_has_keys(folder / name, keys) for name, keys in MARKERS.items())
+
+
+def _has_keys(path: Path, keys: Sequence[str]) -> bool:
+    """Return whether a file is a JSON object with these keys."""
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_MARKER_BYTES:
+            return False
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and all(key in content for key in keys)
+
+
+def check_apart(out: Path, images: Path) -> None:
+    """Check that a new folder is not the folder of the images, around it, or a folder of images.
+
+    Raises:
+        UserError: It is; a folder for `out` is suggested.
+    """
+    if not images.is_dir() or not out.is_dir() or is_ctf_folder(out):
+        return
+    new, source = out.resolve(), images.resolve()
+    advice = f"choose another folder, e.g. {source.parent / f'{source.name}-run'}"
+    if new == source:
+        raise UserError(f"--out {out}: this is the folder of the images\n{advice}")
+    if new in source.parents:
+        raise UserError(f"--out {out}: the images {images} are inside this folder\n{advice}")
+    if source in new.parents and not is_vacant(out):
+        raise UserError(f"--out {out}: this is a folder of the images {images}\n{advice}")
 
 
 @contextlib.contextmanager

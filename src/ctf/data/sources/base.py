@@ -20,6 +20,7 @@ from ctf.common.errors import UserError
 from ctf.data.decode import SUFFIXES
 
 TRAIN, VAL = 0, 1  # in `ImageSource.splits_N`
+MADE_BY_CTF = "made by ctf"  # a reason in `ImageSource.left_out`
 HIDDEN = "hidden"  # a reason in `ImageSource.left_out`
 SYSTEM_FOLDERS = {  # made by systems and not by the user, in lower case
     "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found",

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ctf.common import claims
 from ctf.common.errors import UserError
 from ctf.data.decode import HEAD, is_image, read_bytes
 from ctf.data.sources.base import (
     HIDDEN,
+    MADE_BY_CTF,
     ImageSource,
     file_stamp,
     has_image_suffix,
@@ -134,6 +136,9 @@ def find_images(root: Path) -> Files:
             visited.add(real)
         files.folders[path] = real
         for name, is_link in files.add(path, _list(root / path)):
+            if claims.is_ctf_folder(root / name):  # such as the run that is trained on the images
+                files.left_out[MADE_BY_CTF].append(f"{name}/")
+                continue
             inner, inner_visited = f"{real}/{name.rpartition('/')[2]}", visited
             if is_link:
                 inner = os.path.realpath(inner)

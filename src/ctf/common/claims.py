@@ -35,10 +35,10 @@ MAX_MARKER_BYTES = 1 << 26
 
 def is_ctf_folder(folder: Path) -> bool:
     """Return whether ctf wrote a folder: a run or a part of it, samples, an evaluation, results."""
-    if any((folder / name).is_file() for name in FILES):
+    if any(os.path.isfile(folder / name) for name in FILES):
         return True
     for together in (("cells", "report.md"), ("shipped.png", "run/fit.json")):
-        if all((folder / name).exists() for name in together):  # of ctf reproduce, of ctf demo
+        if all(os.path.exists(folder / name) for name in together):  # of ctf reproduce, of ctf demo
             return True
     return any(_has_keys(folder / name, keys) for name, keys in MARKERS.items())
 

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,6 +122,13 @@ def write_tar(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
+def write_zip(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
 def shards(items: list[Any], count: int) -> Iterator[tuple[int, list[Any]]]:
     return ((number, items[number::count]) for number in range(count))
 
@@ -159,6 +167,10 @@ def write_parquet(root: Path, items: list[Item], count: int, *, named: bool) -> 
     return root
 
 
+def contents(files: dict[str, Item]) -> dict[str, bytes]:
+    return {path: item.data for path, item in files.items()}
+
+
 # --- The test -------------------------------------------------------------------------------------
 
 
@@ -191,6 +203,12 @@ def test_every_layout_and_container_gives_the_same_images_and_classes(
         files = layout(items)
         writers[f"{layout.__name__} folder"] = lambda path, files=files: write_folder(path, files)
         writers[f"{layout.__name__} links"] = lambda path, files=files: write_links(path, files)
+        writers[f"{layout.__name__} zip"] = lambda path, files=files: write_zip(
+            path.with_suffix(".zip"), contents(files)
+        )
+        writers[f"{layout.__name__} tar"] = lambda path, files=files: write_tar(
+            path.with_suffix(".tar"), contents(files)
+        )
     for count in (1, 2):
         for flag in (False, True):
             writers[f"webdataset {count} {flag}"] = lambda path, c=count, f=flag: write_webdataset(

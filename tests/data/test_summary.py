@@ -31,6 +31,7 @@ def test_classes_and_what_is_left_out_are_told(damaged_folder: Path) -> None:
         "val": val,
         "classes": {"a": 12, "b": 12},
         "understood": ["classes: the folders in images/"],
+        "options": {},
         "left_out": {
             "hidden": 2, "not an image (.csv)": 1, "not an image (.db)": 1,
             "not an image (.txt)": 1, "unreadable": 3, "too small": 1,

@@ -391,7 +391,33 @@ def test_other_options_are_another_configuration(
 def test_new_images_are_another_configuration(run: Path, tmp_path: Path, ctf: Command) -> None:
     more = save_images(tmp_path / "discs", count=9)
     result = ctf(*fit_arguments(more, run))
-    assert result.code == 2 and "fingerprint was" in result.err
+    assert result.code == 2 and "data.train was 20, now 23" in result.err
+
+
+def test_other_classes_of_the_same_images_are_another_configuration(
+    run: Path, image_folder: Path, ctf: Command
+) -> None:
+    """And the same by an option are not."""
+    assert ctf(*fit_arguments(image_folder, run, "--classes-at-depth", 1)).code == 0
+    result = ctf(*fit_arguments(image_folder, run, "--classes-at-depth", 0))
+    assert result.code == 2 and "data.options.classes_at_depth was null, now 0" in result.err
+
+
+def test_runs_of_earlier_versions_keep_the_order_of_their_classes(
+    tmp_path: Path, ctf: Command
+) -> None:
+    folder = save_images(tmp_path / "discs")
+    for number, path in zip((2, 10, 9), sorted(folder.iterdir()), strict=True):
+        path.rename(folder / f"class{number}")
+    images = open_images(folder, SIDE)
+    assert images.train.class_names == ("class2", "class9", "class10")
+    earlier = images.earlier[0]()
+    recipe = resolve("tiny", earlier, steps=2, overrides=SMALLER_RECIPE)
+    pipe = fit.fit(earlier, tmp_path / "run", recipe, device=torch.device("cpu"))
+    assert pipe.class_names == ("class10", "class2", "class9")
+    before = read_files(tmp_path / "run")
+    assert ctf(*fit_arguments(folder, tmp_path / "run", steps=2)).code == 0
+    assert read_files(tmp_path / "run") == before
 
 
 # --- minutes --------------------------------------------------------------------------------------

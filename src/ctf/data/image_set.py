@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +85,7 @@ class Splits:
         understood: how the source was read, a line each; see `ImageSource`.
         left_out: names of files that are not used, although nothing is wrong with them, by reason.
         unit: what each name in `left_out` stands for.
+        options: which of `open_images` said how to read the source; by default it is found out.
         earlier: open the same images with their classes in the order of earlier versions, which
             sorted them as text, "class10" before "class2".
     """
@@ -95,6 +96,7 @@ class Splits:
     understood: tuple[str, ...] = ()
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)
     unit: str = "file"
+    options: Mapping[str, int | str] = field(default_factory=dict)
     earlier: tuple[Callable[[], Splits], ...] = field(default=(), repr=False)
 
     def as_recorded(
@@ -118,7 +120,7 @@ class Splits:
         if not matches(self.train):
             for open_earlier in self.earlier:
                 if matches((images := open_earlier()).train):
-                    return images
+                    return replace(images, options=self.options)
         return self
 
     def as_recorded_in(self, path: Path, *keys: str) -> Splits:

@@ -87,8 +87,7 @@ def open_images(
 
     Raises:
         UserError: the source, the size or the colour is invalid, or it cannot be told what the
-            classes are, or images cannot be used; all of
-            these are listed.
+            classes are, or images cannot be used; all of these are listed.
     """
     source = os.fspath(source)
     if image_size is not None and not MIN_IMAGE_SIZE <= image_size <= MAX_IMAGE_SIZE:
@@ -109,7 +108,14 @@ def open_images(
         class_column=class_column,
         classes_at_depth=classes_at_depth,
     )
-    return _open_files(files, image_size or DEFAULT_IMAGE_SIZE, colour, skip_bad, progress)
+    splits = _open_files(files, image_size or DEFAULT_IMAGE_SIZE, colour, skip_bad, progress)
+    options = {
+        "classes_at_depth": classes_at_depth,
+        "image_column": image_column,
+        "class_column": class_column,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    return dataclasses.replace(splits, options=given)
 
 
 class FileImageSet(ImageSet):

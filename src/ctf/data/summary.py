@@ -55,6 +55,7 @@ def summarize_source(source: ImageSource, *, full: bool = False) -> str:
 def to_json(images: Splits) -> dict[str, Any]:
     """Return the same as plain values: numbers of images of each class, and left out by reason."""
     return {
+        "options": dict(images.options),
         "train": len(images.train),
         "val": len(images.val),
         "classes": dict(zip(images.train.class_names, class_counts(images), strict=True)),

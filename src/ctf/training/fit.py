@@ -91,8 +91,7 @@ def _fit(
         "minutes": minutes,
         "recipe": config.to_json(recipe),
     }
-    log = _Log.open(run, request)
-    log.note_images(images)
+    log = _Log.open(run, request, summary.to_json(images))
     budget = None if minutes is None else _Budget(recipe, minutes, log)
 
     if budget is not None:
@@ -187,14 +186,19 @@ class _Log:
         self.path, self.content = path, content
 
     @classmethod
-    def open(cls, run: Path, request: dict[str, Any]) -> _Log:
+    def open(cls, run: Path, request: dict[str, Any], data: dict[str, Any]) -> _Log:
+        """Open the log of a run, or begin it; `data` is how the images were understood."""
         path = run / FIT
         if path.is_file():
             content = storage.load_object(path)
-            claims.check_same(run, content.get("asked"), request, what=WHAT)
+            asked, before = content.get("asked"), content.get("data")
+            fingerprints = [(x or {}).get("images_fingerprint") for x in (asked, request)]
+            if before is not None and fingerprints[0] != fingerprints[1]:  # says more than these
+                claims.check_same(run, {"data": before}, {"data": data}, what=WHAT)
+            claims.check_same(run, asked, request, what=WHAT)
             storage.remove_temporaries(run)
             return cls(path, content)
-        log = cls(path, {"asked": request, "plan": {}, "seconds": {}, "done": []})
+        log = cls(path, {"asked": request, "data": data, "plan": {}, "seconds": {}, "done": []})
         log._save()
         return log
 
@@ -205,12 +209,6 @@ class _Log:
     def seconds(self) -> dict[str, float]:
         """Seconds that each stage has taken."""
         return dict(self.content["seconds"])
-
-    def note_images(self, images: Splits) -> None:
-        """Add how the images were understood."""
-        if "data" not in self.content:
-            self.content["data"] = summary.to_json(images)
-            self._save()
 
     def plan(self, stage: str, measure: Callable[[], int]) -> int:
         """Return the number planned for a stage: measured once, and the same ever after."""

@@ -541,3 +541,23 @@ def test_an_image_whose_file_was_closed_is_told(file_format: str, tmp_path: Path
     with Image.open(path) as image:
         image.load()
     assert np.array_equal(read_image(image, WHITE), decode(path.read_bytes(), 1, WHITE))
+
+
+@pytest.mark.parametrize(("data", "reason"), [
+    (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"), (b"\xff\x0a" + bytes(60), "JPEG XL"),
+    (b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+    (b"<!DOCTYPE html>\n<html>404 Not Found</html>", "HTML"), (b"%PDF-1.7\n", "PDF"),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n", "EPS"),
+])  # fmt: skip
+def test_files_that_are_taken_for_images_are_named(data: bytes, reason: str) -> None:
+    with pytest.raises(UnreadableImageError, match=f"{reason}, which is not supported"):
+        decode(data, 8, WHITE)
+
+
+def test_jpegs_of_12_bits_are_not_called_corrupt() -> None:
+    data = bytearray(encode(Image.fromarray(RGB), "JPEG"))
+    start = data.index(b"\xff\xc0")
+    assert data[start + 4] == 8
+    data[start + 4] = 12
+    with pytest.raises(UnreadableImageError, match="JPEG with 12 bits"):
+        decode(bytes(data), 8, WHITE)

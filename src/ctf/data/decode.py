@@ -27,46 +27,11 @@ from PIL import (
 
 from ctf.common.errors import UserError
 from ctf.data import tiff
+from ctf.data.formats import HEAD as HEAD
+from ctf.data.formats import image_format, unsupported_format
+from ctf.data.formats import is_image as is_image
 
-# How files of each supported format begin, by Pillow's name of it; stricter than Pillow where that
-# accepts nearly anything. Left out: programs (EPS), formats without a decoder (HDF5, GRIB, WMF),
-# and those of measurements, whose pixels have no known range (FITS, SPIDER).
-SIGNATURES = {
-    name: re.compile(pattern, re.DOTALL)
-    for name, pattern in {
-        "PNG": rb"\x89PNG\r\n\x1a\n",
-        "JPEG": rb"\xff\xd8\xff",
-        "WEBP": rb"RIFF.{4}WEBP",
-        "GIF": rb"GIF8[79]a",
-        "TIFF": rb"(II|MM)(\*\0|\0\*)|II\+\0|MM\0\+",
-        "AVIF": rb".{4}ftyp(avi[fs]|m[is]f1.{4}(.{4}){0,12}?avi[fs])",
-        "JPEG2000": rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
-        "BMP": rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",
-        "DIB": rb"[\x28\x34\x38\x6c\x7c]\0\0\0.{8}\x01\0[\x01\x04\x08\x10\x18\x20]\0",
-        "PPM": rb"P[1-6f]\s(\s|#[^\n]*\n)*\d",
-        "QOI": rb"qoif",
-        "TGA": (
-            rb".(\x01[\x01\x09].{4}[\x0f\x10\x18\x20]|\0[\x02\x03\x0a\x0b]\0{5})"
-            rb".{8}[\x01\x08\x10\x18\x20][\0-\x3f]"
-        ),
-        "ICO": rb"\0\0\x01\0[^\0]\0.{3}\0",
-        "CUR": rb"\0\0\x02\0[^\0]\0.{3}\0",
-        "ICNS": rb"icns",
-        "PSD": rb"8BPS\0\x01",
-        "DDS": rb"DDS \x7c\0\0\0",
-        "SGI": rb"\x01\xda[\0\x01][\x01\x02]\0[\x01-\x03]",
-        "SUN": rb"\x59\xa6\x6a\x95",
-        "PCX": rb"\n[\0\x02\x03\5]\x01[\x01\x02\4\x08]",
-        "DCX": rb"\xb1\x68\xde\x3a",
-        "FLI": rb".{4}[\x11\x12]\xaf.{8}[\0\x03]\0",
-        "BLP": rb"BLP[12]",
-        "FTEX": rb"FTEX",
-        "MSP": rb"DanM|LinS",
-        "XBM": rb"\s*(/\*.*\*/\s*)?#define[ \t]+\w*_width[ \t]+\d+\s+#define[ \t]+\w*_height[ \t]",
-        "XPM": rb"/\* XPM \*/",
-    }.items()
-}
-HEAD = 512  # bytes of a file that tell whether it is an image
+CORRUPT = "corrupt, truncated or of an unknown format"
 
 # What `read_image` takes.
 ImageLike = (
@@ -100,20 +65,6 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UnreadableImageError(f"cannot be read: {error.strerror}") from None
-
-
-def image_format(head: bytes) -> str | None:
-    """Return Pillow's name of an image's format by its first bytes; None if unknown.
-
-    Args:
-        head: the first `HEAD` bytes of the file, or all if it is shorter.
-    """
-    return next((name for name, begin in SIGNATURES.items() if begin.match(head)), None)
-
-
-def is_image(head: bytes) -> bool:
-    """Whether the first `HEAD` bytes of a file are those of an image of a supported format."""
-    return image_format(head) is not None
 
 
 def decode(
@@ -215,9 +166,10 @@ def image_size(data: bytes) -> tuple[int, int]:
         UnreadableImageError: as for `decode`.
     """
     with _readable(sys.maxsize):
-        if image_format(data[:HEAD]) == "TIFF":
+        name = _known_format(data)
+        if name == "TIFF":
             return tiff.size(tiff.read_tags(data))
-        with Image.open(io.BytesIO(data), formats=_formats(data)) as file:
+        with Image.open(io.BytesIO(data), formats=[name]) as file:
             return file.size
 
 
@@ -289,7 +241,7 @@ def _readable(limit: int) -> Iterator[None]:
     except Image.DecompressionBombError:
         raise UnreadableImageError(f"more than {limit:,} pixels") from None
     except Exception:  # damaged data makes decoders raise nearly any exception
-        raise UnreadableImageError("corrupt, truncated or of an unknown format") from None
+        raise UnreadableImageError(CORRUPT) from None
 
 
 def _decode(data: bytes, background: tuple[int, ...], limit: int) -> Image.Image:
@@ -312,23 +264,27 @@ def _without_metadata(png: bytes) -> bytes:
     return b"".join(chunks)
 
 
-def _formats(data: bytes) -> list[str]:
-    name = image_format(data[:HEAD])
-    return [name] if name else []
+def _known_format(data: bytes) -> str:
+    if name := image_format(data[:HEAD]):
+        return name
+    other = unsupported_format(data[:HEAD])
+    raise UnreadableImageError(f"{other}, which is not supported" if other else CORRUPT)
 
 
 def _opened(data: bytes, limit: int) -> Image.Image:
     """Open an encoded image of at most `limit` pixels; those that Pillow gets wrong are read."""
-    formats = _formats(data)
-    if formats == ["TIFF"]:
+    name = _known_format(data)
+    if name == "TIFF":
         tags = tiff.read_tags(data)
         if not tiff.pillow_is_right(tags):
             return tiff.read(data, tags, limit)
     try:
-        file = Image.open(io.BytesIO(data), formats=formats)
+        file = Image.open(io.BytesIO(data), formats=[name])
     except UnidentifiedImageError:
-        if formats == ["TIFF"]:
+        if name == "TIFF":
             return tiff.read(data, tags, limit)
+        if name == "JPEG" and re.search(rb"\xff[\xc0-\xc2]\0.\x0c", data, re.DOTALL):
+            raise UnreadableImageError("JPEG with 12 bits a sample; expected 8") from None
         raise
     if file.width * file.height > limit:
         raise Image.DecompressionBombError

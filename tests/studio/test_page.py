@@ -389,6 +389,41 @@ def test_stop_cancels_the_request(page: Any, worker: Worker) -> None:
         wait_until(lambda: not worker.state()["running"])
 
 
+def test_the_page_works_without_storage(empty_page: Any, worker: Worker) -> None:
+    """As in a frame on another site, in browsers that block storage there."""
+    for name in ("localStorage", "sessionStorage"):
+        blocked = "{ get() { throw new DOMException('denied', 'SecurityError'); } }"
+        empty_page.add_init_script(f"Object.defineProperty(window, '{name}', {blocked});")
+    with serving([worker], Limits(), token="open") as url:
+        empty_page.goto(url)
+        empty_page.get_by_role("textbox", name="Token").fill("open")
+        empty_page.get_by_role("button", name="Continue").click()
+        generate(empty_page, "bag")
+        empty_page.get_by_role("button", name="Colours: auto").click()
+        expect(empty_page.locator("html")).to_have_attribute("data-theme", "light")
+
+
+def test_class_names_of_any_kind_fit_and_can_be_chosen(browser: Any, worker: Worker) -> None:
+    names = ["a" * 150, "<img src=x>", "[bold]", "tench, Tinca tinca", "\u7fbd", "x/../y"]
+    pipe = dataclasses.replace(
+        worker.model.pipe, class_names=(*names, *worker.model.pipe.class_names[6:])
+    )
+    model = dataclasses.replace(worker.model, pipe=pipe, name="m [x] " + "n" * 60)
+    odd = Worker(model, Limits())
+    with serving([odd], Limits()) as url, new_page(browser, NARROW) as page:
+        open_studio(page, url)
+        page.locator(".chip").first.get_by_role("checkbox").uncheck()
+        for name in names:
+            page.get_by_label(name, exact=True).check(force=True)
+        page.get_by_label("Per class").fill("1")
+        page.get_by_role("button", name="Generate").click()
+        expect_done(page)
+        expect(page.locator(".thumbnail-name")).to_have_text(names)
+        for thumbnail in page.locator(".thumbnail").all():
+            thumbnail.click()
+            assert_fits(page)
+
+
 def test_the_page_asks_for_the_token(empty_page: Any, worker: Worker) -> None:
     with serving([worker], Limits(), token="open") as url:
         empty_page.goto(url)

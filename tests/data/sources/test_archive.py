@@ -347,6 +347,19 @@ def test_an_index_of_an_older_version_is_not_read(
     assert classes_of(path) == {i: str(i % 3) for i in range(6)}
 
 
+def test_the_list_of_stylegan_without_labels_is_one_class(tmp_path: Path) -> None:
+    members = {f"0000{i % 2}/img{i:08d}.png": CIRCLES[i] for i in range(12)}
+    members["dataset.json"] = b'{"labels": null}'
+    path = pack_zip(tmp_path / "a.zip", members)
+    assert classes_of(path) == dict.fromkeys(range(12), "images")
+    assert not open_images(path, SIZE).left_out
+    measured = [[name, [2.5, 100.0 * i]] for i, name in enumerate([*members][:12])]
+    members["dataset.json"] = json.dumps({"labels": measured}).encode()
+    splits = open_images(pack_zip(tmp_path / "b.zip", members), SIZE)
+    assert splits.train.class_names == ("00000", "00001")
+    assert "not used: labels in dataset.json, which name no class each" in splits.understood
+
+
 # --- links ----------------------------------------------------------------------------------------
 
 

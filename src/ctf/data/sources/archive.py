@@ -43,7 +43,7 @@ from ctf.data.sources.tar import list_tar, read_tar
 from ctf.data.sources.zip import list_zip, read_zip
 
 MAX_IMAGE_BYTES = 1 << 28
-INDEX_VERSION = 2  # raise it when what the cache holds gets another meaning
+INDEX_VERSION = 3  # raise it when what the cache holds gets another meaning
 # How members are listed, and how one is read up to a number of bytes.
 KINDS: dict[
     str, tuple[Callable[[Path], Members], Callable[[BinaryIO, Span, int], bytes]]

@@ -11,7 +11,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
@@ -28,7 +28,8 @@ from ctf.data.sources.labels import (
 from ctf.data.sources.members import Span
 
 MAX_LABEL_BYTES, MAX_LIST_BYTES = 1 << 16, 1 << 28
-LABEL_LIST = "dataset.json"  # {"labels": [["00000/img00000000.png", 6], ...]}
+LABEL_LIST = "dataset.json"  # {"labels": [["00000/img00000000.png", 6], ...]}, or null for none
+NO_CLASSES = "images"  # the only class if there are none
 JSON_KEYS = tuple(dict.fromkeys(("label", "cls", *CLASS_COLUMNS)))
 # Labels by where they were found, from the most to the least telling: ".cls" are files of that
 # ending, "label" is a key of .json files. The last ones may be numbers or captions of the samples.
@@ -81,17 +82,19 @@ def find_samples(
         for name, labelled_sample, label in found:
             labels[name][labelled_sample] = label
         others.append((path, found[0][1] if found else ""))
+    if NO_CLASSES in labels[LABEL_LIST].values():
+        labels[LABEL_LIST] = dict.fromkeys(spans, NO_CLASSES)
     labelled = {sample for by_sample in labels.values() for sample in by_sample}
     stems = {path.rpartition(".")[0] for path in spans}
     samples = [_sample(path, labelled, stems) for path in spans]
     columns = {
-        name: texts
+        name: [by_sample.get(sample, "") for sample in samples]
         for name, by_sample in labels.items()
-        if any(texts := [by_sample.get(sample, "") for sample in samples])
+        if not by_sample.keys().isdisjoint(samples)
     }
     known = {*samples}
     for path, sample in others:
-        if sample not in known:
+        if sample not in known and not (LABEL_LIST in columns and path.endswith(LABEL_LIST)):
             left_out[why_no_image(path)].append(path)
     return Samples(spans, samples, columns, dict(left_out))
 
@@ -118,24 +121,28 @@ def _labels(
 ) -> Iterator[tuple[str, str, str]]:
     """Yield column, sample and label of what a file labels."""
     try:
-        if not column:
-            return
-        if column not in (".json", LABEL_LIST):
+        if column == LABEL_LIST:
+            yield from _listed_labels(path.removesuffix(LABEL_LIST), json.loads(data))
+        elif column == ".json":
+            content = json.loads(data)
+            for key in dict.fromkeys((*JSON_KEYS, class_column)):
+                if isinstance(content, dict) and key is not None and key in content:
+                    yield key, sample, class_of(content[key])
+        elif column:
             label = class_of_text(data.decode("utf-8-sig"))
             if column not in UNSURE or class_column in (column, column[1:]) or is_whole(label):
                 yield column, sample, label
-            return
-        content = json.loads(data)
-        if column == LABEL_LIST:
-            folder = path.removesuffix(LABEL_LIST)
-            for name, label in content["labels"]:
-                yield column, folder + name, class_of(label)
-        elif isinstance(content, dict):
-            for key in dict.fromkeys((*JSON_KEYS, class_column)):
-                if key is not None and key in content:
-                    yield key, sample, class_of(content[key])
     except (ValueError, TypeError, KeyError, RecursionError):
         return
+
+
+def _listed_labels(folder: str, content: Any) -> Iterator[tuple[str, str, str]]:
+    """Yield what StyleGAN's list labels; null means that its folders are no classes either."""
+    if content["labels"] is None:
+        yield LABEL_LIST, folder, NO_CLASSES
+        return
+    for name, label in content["labels"]:
+        yield LABEL_LIST, folder + name, class_of(label)
 
 
 def _sample(path: str, labelled: Collection[str], stems: Collection[str]) -> str:
@@ -254,7 +261,9 @@ def choose_labels(
             and not (name in UNSURE and 2 * len({*known[name]}) > counts[name])
         ]
     if not names:
-        return None, []
+        unusable = [name for name in counts if not counts[name] and name not in UNSURE]
+        lines = [f"not used: {_describe(name)}, which name no class each" for name in unusable]
+        return None, lines
     chosen = names[0]
     labels = known[chosen]
     lines = [f"classes: {_describe(chosen)}"]

@@ -213,6 +213,20 @@ def test_masks_beside_dotted_names_are_left_out(tmp_path: Path) -> None:
     assert "no image has such an ending; got " in refusal(path, image_column="depth")
 
 
+def test_several_images_of_a_sample_are_told(tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for i in range(10):
+        members |= {
+            f"{i}.jpg": CIRCLES[i],
+            f"{i}.png": CIRCLES[10 + i],
+            f"{i}.cls": b"%d" % (i % 2),
+        }
+    path = pack(tmp_path / "a.tar", members)
+    assert len(classes_of(path)) == 20
+    assert "20 images of 10 samples (see --image-column)" in open_images(path, SIZE).understood
+    assert classes_of(path, image_column="jpg").keys() == {*range(10)}
+
+
 def test_several_images_without_a_usual_name_are_a_question(tmp_path: Path) -> None:
     members: dict[str, bytes] = {}
     for i in range(10):
@@ -519,7 +533,7 @@ def test_splits_of_archives(tmp_path: Path, where: str, labelled: bool) -> None:
     assert classes_of(source) == {i: str(i % 3) for i in range(18)}
     assert (len(splits.train), len(splits.val)) == (12, 6)
     assert {reason: len(names) for reason, names in splits.left_out.items()} == {"split test": 6}
-    assert any(line.startswith("splits: ") for line in splits.understood)
+    assert any(line.startswith("splits") for line in splits.understood)
 
 
 def test_one_split_alone_is_used_as_it_is(tmp_path: Path) -> None:

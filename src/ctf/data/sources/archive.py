@@ -119,6 +119,8 @@ class ArchiveSource(ImageSource):
         rows, parts = choose_images(
             path, index.names, index.samples, image_column, labelled=labels is not None
         )
+        if labels is not None and len(rows) > (count := len({index.samples[row] for row in rows})):
+            understood.append(f"{len(rows):,} images of {count:,} samples (see --image-column)")
         names = [index.names[row] for row in rows]
         file_splits, split_lines = splits_of_names([prefix.rstrip("/") for prefix in prefixes])
         splits_N = None if file_splits is None else file_splits[file_N[rows]]

@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
 from ctf.data.decode import HEAD, is_image
 from ctf.data.sources.base import HIDDEN, has_image_suffix, is_hidden, why_no_image
@@ -251,7 +250,6 @@ def choose_labels(
             got = _some(sorted(filter(counts.get, counts))) or "none"
             raise UserError(
                 f"{source}: --class-column {class_column}: there are no such labels; got {got}"
-                f"{did_you_mean(class_column, [*counts])}"
             )
     else:
         names = [

@@ -15,7 +15,6 @@ from ctf.data.sources.base import TRAIN, VAL
 from ctf.data.sources.layout import TEST, Layout, parse_split
 
 SPLIT_NAMES = {TRAIN: "train", VAL: "val", TEST: "test"}
-USES = {TRAIN: "to train on", VAL: "held out", TEST: "left out"}
 
 
 def splits_of_names(names: Sequence[str]) -> tuple[NDArray[np.int8] | None, list[str]]:
@@ -31,16 +30,18 @@ def splits_of_names(names: Sequence[str]) -> tuple[NDArray[np.int8] | None, list
     kinds = [None if split is None else split[0] for split in parsed]
     if TRAIN not in kinds or not {VAL, TEST} & {*kinds}:
         return None, []
-    uses = {
+    by_kind = {
         kind: [name for name, other in zip(names, kinds, strict=True) if other == kind]
-        for kind in (*USES, None)
+        for kind in (*SPLIT_NAMES, None)
     }
-    parts = [f"{_some(uses[kind])} {use}" for kind, use in USES.items() if uses[kind]]
-    if unclear := uses[None]:
-        parts.append(f"{_some(unclear)} not named as a split, so to train on, too")
+    parts = [
+        f"{_some(by_kind[kind])} ({name})" for kind, name in SPLIT_NAMES.items() if by_kind[kind]
+    ]
+    if unclear := by_kind[None]:
+        parts.append(f"{_some(unclear)} (train, since not named as a split)")
     return (
         np.array([TRAIN if kind is None else kind for kind in kinds], np.int8),
-        [f"splits: {'; '.join(parts)}"],
+        [f"splits by name: {', '.join(parts)}"],
     )
 
 

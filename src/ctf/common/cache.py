@@ -1,7 +1,7 @@
 """Results that are expensive to compute, as arrays in the user's cache folder.
 
 The folder is $CTF_CACHE, else $XDG_CACHE_HOME/ctf, else ~/.cache/ctf. It may be deleted at any
-time. If it cannot be written, everything works without it.
+time. If it cannot be written, or there is no home, everything works without it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def load(name: str) -> dict[str, Any] | None:
     try:
         with np.load(_path(name), allow_pickle=False) as stored:
             return dict(stored)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, UserError):
         return None
 
 
@@ -46,5 +46,11 @@ def to_texts(array: NDArray[np.uint8], count: int) -> list[str]:
 
 
 def _path(name: str) -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("CTF_CACHE") or Path(home) / "ctf") / name
+    """Return the file of a name. Raises a UserError if there is no cache folder."""
+    if folder := os.environ.get("CTF_CACHE"):
+        return Path(folder) / name
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # neither $HOME nor an entry in the list of users
+        raise UserError("no home directory; set CTF_CACHE to a folder") from None
+    return Path(home) / "ctf" / name

@@ -169,7 +169,14 @@ def save_png(path: Path, image: Image.Image) -> None:
 
 
 def save_plot(path: Path, figure: Figure) -> None:
-    """Write a plot as PNG. Raises UserError as `atomic`."""
+    """Write a plot as PNG; names in it are no formulas. Raises UserError as `atomic`."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        if (name := text.get_text()) and "\\mathdefault" not in name:  # as on logarithmic axes
+            text.set_text(encodable(name))
+            text.set_parse_math(False)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
@@ -238,7 +245,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if not path.is_file():
         raise _not_found(path)
-    with _safetensors_errors(path), safe_open(path, framework="pt") as file:
+    with _safetensors_errors(path), _utf8(path) as name, safe_open(name, framework="pt") as file:
         # Cloned: a mapped file's tensors need not be aligned, and kernels may round differently on
         # unaligned memory; a resumed run must end with the same bits.
         tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
@@ -259,8 +266,18 @@ def check_complete(path: Path) -> None:
     Raises:
         UserError: The file is truncated, or not a safetensors file.
     """
-    with _safetensors_errors(path), safe_open(path, framework="pt") as file:
+    with _safetensors_errors(path), _utf8(path) as name, safe_open(name, framework="pt") as file:
         file.keys()
+
+
+@contextlib.contextmanager
+def _utf8(path: Path) -> Iterator[Path]:
+    """Yield a path of the same file in UTF-8, which is all that safetensors can open."""
+    if encodable(str(path)) == str(path):
+        yield path
+        return
+    with open(path, "rb") as file:
+        yield Path(f"/proc/self/fd/{file.fileno()}")
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from ctf.common import storage
 from ctf.common.errors import UserError
 from ctf.common.markdown import markdown_table
 from ctf.common.progress import Progress
+from ctf.common.text import encodable
 from ctf.common.weights import describe_parameters
 from ctf.models.sampling import format_settings
 from ctf.pipelines.export import class_sheet
@@ -109,7 +110,7 @@ def text(pipe: Pipeline, name: str = FOLDER, *, with_image: bool = False) -> str
         "How it was made": _origin(origin),
     }
     parts += [f"## {title}\n\n{content}" for title, content in sections.items() if content]
-    return _with_hash("\n\n".join(parts) + "\n")
+    return _with_hash(encodable("\n\n".join(parts)) + "\n")
 
 
 def _summary(pipe: Pipeline) -> str:
@@ -129,7 +130,8 @@ def _summary(pipe: Pipeline) -> str:
 
 
 def _use(pipe: Pipeline, name: str) -> str:
-    class_name = json.dumps(pipe.class_names[0], ensure_ascii=False)
+    first = pipe.class_names[0]
+    class_name = json.dumps(first, ensure_ascii=first != encodable(first))
     return f"""```python
 from ctf import Pipeline
 pipe = Pipeline.from_pretrained("{name}")

@@ -107,6 +107,32 @@ def test_moved_images_are_the_same_configuration(
     assert read_files(run) == before
 
 
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_renamed_folder_of_images_is_the_same(tmp_path: Path, ctf: Command, flat: bool) -> None:
+    images = save_images(tmp_path / "discs")
+    folder, out = images / "red" if flat else images, tmp_path / "run"
+    command = ["fit", "--out", out, "--preset", "tiny", "--image-size", 32, "--steps", 2]
+    command += recipe_options("tokenizer_training.batch_size=4")
+    assert ctf(*command[:1], folder, *command[1:]).code == 0
+    folder.rename(tmp_path / "renamed")
+    before = comparable(out)
+    for lost in ("tokens/train-00000.npy", "fine/model.safetensors"):  # to be made again
+        (out / lost).unlink()
+    (out / "fine" / "metrics.jsonl").unlink()
+    result = ctf(*command[:1], tmp_path / "renamed", *command[1:])
+    assert result.code == 0, result.err
+    assert f"the images of {folder.name} are now in renamed" in result.out
+    after = comparable(out)
+    assert after.pop("fit.json")["asked"]["images"] == "renamed"
+    before.pop("fit.json")
+    origins = [content["pipeline.json"].pop("origin", None) for content in (before, after)]
+    assert all(origins) and after == before
+    next((tmp_path / "renamed").rglob("7.png")).unlink()
+    result = ctf(*command[:1], tmp_path / "renamed", *command[1:])
+    assert result.code == 2 and "of another configuration: " in result.err
+    assert "was 7, now 6" in result.err or "was 8, now 7" in result.err or "train was" in result.err
+
+
 def test_a_flat_folder_of_color_images_at_64_pixels(tmp_path: Path, ctf: Command) -> None:
     folder = tmp_path / "flat"
     folder.mkdir()

@@ -295,7 +295,21 @@ def _claim(folder: Path, manifest: Manifest) -> None:
         # background, which the fingerprints cover.
         stored = from_json(Manifest, storage.load_json(path), where=str(path))
         stored = dataclasses.replace(stored, background=manifest.background)
-        claims.check_same(folder, to_json(stored), to_json(manifest), what=WHAT)
+        before, now = to_json(_without_titles(stored)), to_json(_without_titles(manifest))
+        claims.check_same(folder, before, now, what=WHAT)
     else:
         storage.save_json(path, to_json(manifest))
     storage.remove_temporaries(folder)
+
+
+def _without_titles(manifest: Manifest) -> Manifest:
+    """Return the manifest without the name of the images' folder, which may be renamed.
+
+    It is also the name of the only class if there are no folders of classes.
+    """
+    return dataclasses.replace(
+        manifest,
+        class_names=manifest.class_names if len(manifest.class_names) > 1 else ("",),
+        train=dataclasses.replace(manifest.train, images=""),
+        val=dataclasses.replace(manifest.val, images=""),
+    )

@@ -195,9 +195,15 @@ class _Log:
             fingerprints = [(x or {}).get("images_fingerprint") for x in (asked, request)]
             if before is not None and fingerprints[0] != fingerprints[1]:  # says more than these
                 claims.check_same(run, {"data": before}, {"data": data}, what=WHAT)
-            claims.check_same(run, asked, request, what=WHAT)
+            log = cls(path, content)
+            renamed = (asked or {}).get("images"), request["images"]
+            claims.check_same(run, {**(asked or {}), "images": renamed[1]}, request, what=WHAT)
             storage.remove_temporaries(run)
-            return cls(path, content)
+            if renamed[0] != renamed[1]:  # or moved: the fingerprint covers what matters
+                content["asked"] = request
+                log._save()
+                print(f"{run}: the images of {renamed[0]} are now in {renamed[1]}", flush=True)
+            return log
         log = cls(path, {"asked": request, "data": data, "plan": {}, "seconds": {}, "done": []})
         log._save()
         return log

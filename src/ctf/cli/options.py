@@ -76,8 +76,8 @@ Images = Annotated[
     arg(
         metavar="IMAGES",
         help="fashion-mnist, a folder of images with one subfolder per class (or none, for a "
-        "single class), which may be split into train/, val/ and test/, or .tar or .parquet files: "
-        "one, a folder of them, or a quoted pattern",
+        "single class), which may be split into train/, val/ and test/, or .tar, .zip or .parquet "
+        "files: one, a folder of them, or a quoted pattern",
     ),
 ]
 Run = Annotated[Path, Positional, arg(metavar="RUN", help="folder of the run")]

@@ -59,7 +59,8 @@ def read_zip(file: BinaryIO, span: Span, limit: int) -> bytes:
     _, name_length, extra_length = LOCAL_HEADER.unpack(header)
     start = span.start + LOCAL_HEADER.size + name_length + extra_length
     whole = limit >= span.size
-    data = os.pread(file.fileno(), span.stored if whole else min(span.stored, limit), start)
+    # Deflate never makes data so much larger; a header may say anything.
+    data = os.pread(file.fileno(), min(span.stored, 2 * limit + 1024), start)
     if span.method == zipfile.ZIP_DEFLATED:
         try:
             data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, min(limit, span.size) + 1)

@@ -136,6 +136,9 @@ def tokens_extract(
             images, image_options, tokenizer.config.image_size, world=world, full=dry_run
         )
         recipe = resolve(preset, splits, views=views, overrides=set)
+        classes = len(splits.train.class_names)
+        if limit is not None and limit < classes:
+            show(f"--limit {limit}: {classes - limit} of {classes} classes are left out", world)
         if dry_run:
             show(fitting.describe(splits, recipe, None, world.size), world)
             return

@@ -278,7 +278,8 @@ class _Budget:
 
         def measure() -> int:
             encoded = self._seconds("tokens") / seconds_per_image(tokenizer, images, device)
-            return max(1, int(max(encoded / (views + 1), (encoded - len(images.val)) / views)))
+            count = int(max(encoded / (views + 1), (encoded - len(images.val)) / views))
+            return max(len(images.train.class_names), count)  # one of each class, at least
 
         return self.log.plan("tokens", measure)
 

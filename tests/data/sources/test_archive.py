@@ -307,7 +307,11 @@ def test_captions_and_numbers_of_samples_are_not_classes(tmp_path: Path) -> None
         }
     path = pack(tmp_path / "plain.tar", members)
     assert {*classes_of(path).values()} == {"plain"}
-    left_out = open_images(path, SIZE).left_out
+    splits = open_images(path, SIZE)
+    assert ".txt and .json files are no labels, unless --class-column names" in " ".join(
+        splits.understood
+    )
+    left_out = splits.left_out
     assert {reason: len(names) for reason, names in left_out.items()} == {
         "not an image (.txt)": 10,
         "not an image (.json)": 10,

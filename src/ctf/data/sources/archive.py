@@ -29,7 +29,7 @@ from ctf.data.sources.base import (
     classes_from_labels,
     file_stamp,
 )
-from ctf.data.sources.layout import read_layout
+from ctf.data.sources.layout import Layout, read_layout
 from ctf.data.sources.members import Members, Span
 from ctf.data.sources.samples import choose_images, choose_labels, find_samples
 from ctf.data.sources.splits import (
@@ -133,17 +133,8 @@ class ArchiveSource(ImageSource):
             layout = use_splits(names, *classes, splits_N)
         else:
             starts = [prefixes[i] for i in file_N[rows].tolist()]
-            inner = [name[len(start) :] for name, start in zip(names, starts, strict=True)]
-            if splits_N is None:
-                layout = read_layout(path, title, inner, classes_at_depth)
-                inner = [name.removeprefix(layout.base) for name in inner]
-            else:  # as if the images were in folders of the splits
-                inner = _without_common_folder(inner)
-                splits = [SPLIT_NAMES[split] for split in splits_N.tolist()]
-                in_splits = [f"{split}/{n}" for split, n in zip(splits, inner, strict=True)]
-                depth = None if classes_at_depth is None else classes_at_depth + 1
-                layout = read_layout(path, title, in_splits, depth)
-            names = [start + name for start, name in zip(starts, inner, strict=True)]
+            names, layout = _read_folders(path, title, names, starts, splits_N, classes_at_depth)
+            understood += _possible_labels(index, layout)
 
         used_N = np.array(rows, np.int64)[layout.rows_N]
         # One more row for each damaged file, so that it is listed with the unreadable images.
@@ -262,6 +253,51 @@ def _join(indices: Sequence[ArchiveIndex], prefixes: Sequence[str]) -> ArchiveIn
         ),
         spans=np.concatenate([index.spans for index in indices]),
     )
+
+
+def _read_folders(
+    path: Path,
+    title: str,
+    names: Sequence[str],
+    starts: Sequence[str],
+    splits_N: NDArray[np.int8] | None,
+    classes_at_depth: int | None,
+) -> tuple[list[str], Layout]:
+    """Find the classes of images by the folders in the archives, as `read_layout` does.
+
+    Args:
+        path: see `read_layout`.
+        title: see `read_layout`.
+        names: names of the images.
+        starts: what each name begins with, which stands for the archive.
+        splits_N: the splits of the images by the names of the archives, if these have splits.
+        classes_at_depth: see `read_layout`.
+
+    Returns:
+        The names without the folders that all images are in, and the layout.
+    """
+    inner = [name[len(start) :] for name, start in zip(names, starts, strict=True)]
+    if splits_N is None:
+        layout = read_layout(path, title, inner, classes_at_depth)
+        inner = [name.removeprefix(layout.base) for name in inner]
+    else:  # as if the images were in folders of the splits
+        inner = _without_common_folder(inner)
+        splits = [SPLIT_NAMES[split] for split in splits_N.tolist()]
+        in_splits = [f"{split}/{name}" for split, name in zip(splits, inner, strict=True)]
+        depth = None if classes_at_depth is None else classes_at_depth + 1
+        layout = read_layout(path, title, in_splits, depth)
+    return [start + name for start, name in zip(starts, inner, strict=True)], layout
+
+
+def _possible_labels(index: ArchiveIndex, layout: Layout) -> list[str]:
+    """Return a line about files that may be labels, if there is one class."""
+    beside = [
+        suffix for suffix in (".txt", ".json") if f"not an image ({suffix})" in index.left_out
+    ]
+    if len(layout.class_names) > 1 or not beside:
+        return []
+    files = " and ".join(beside)
+    return [f"{files} files are no labels, unless --class-column names their ending or key"]
 
 
 def _without_common_folder(names: list[str]) -> list[str]:

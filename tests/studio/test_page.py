@@ -389,6 +389,18 @@ def test_stop_cancels_the_request(page: Any, worker: Worker) -> None:
         wait_until(lambda: not worker.state()["running"])
 
 
+def test_a_file_that_is_too_large_is_not_sent(empty_page: Any, worker: Worker) -> None:
+    page = empty_page
+    with serving([worker], Limits(upload_bytes=1000)) as url:
+        open_studio(page, url)
+        large = {"name": "large.png", "mimeType": "image/png", "buffer": bytes(1001)}
+        page.set_input_files("#file", large)
+        alert = page.get_by_role("alert")
+        expect(alert).to_contain_text("large.png: got 1001 bytes, expected 1000 or fewer")
+        page.get_by_role("button", name="Close").click()
+        expect(alert).to_be_hidden()
+
+
 def test_the_page_works_without_storage(empty_page: Any, worker: Worker) -> None:
     """As in a frame on another site, in browsers that block storage there."""
     for name in ("localStorage", "sessionStorage"):

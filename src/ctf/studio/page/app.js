@@ -12,6 +12,7 @@ import * as viewer from "./viewer.js";
 let items = [];
 let running = null; // the AbortController of the current requests
 let retry = null; // what the button of the error does
+let maxBytes = Infinity; // of an image file
 
 // --- Status and errors -----------------------------------------------------------------------------
 
@@ -215,6 +216,11 @@ function replaceCode(parent, position, { code, image }) {
 /** Encodes an image file, and resamples its fine stage. */
 function upload(file) {
   if (!file) return;
+  if (file.size > maxBytes) { // the connection would be closed before there is a response
+    retry = () => { hideError(); $("file").focus(); };
+    showError(new Error(`${file.name}: got ${file.size} bytes, expected ${maxBytes} or fewer.`), "Close");
+    return;
+  }
   const [model] = form.chosenModels();
   const classNumber = Number($("upload-class").value);
   run("Encoding the image", async (signal) => {
@@ -287,7 +293,8 @@ async function start() {
   $("error-button").addEventListener("click", () => retry());
   setStatus("Loading", true);
   try {
-    const { models } = await api.models();
+    const { models, upload_bytes: limit } = await api.models();
+    maxBytes = limit;
     form.build(models);
     connect();
     setStatus("");

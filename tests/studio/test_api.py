@@ -241,7 +241,8 @@ def test_invalid_json_is_refused(client: httpx2.Client, text: str, status: int) 
 
 def test_unreadable_images_are_refused(client: httpx2.Client) -> None:
     expect_error(upload(client, b""), 422, "empty body")
-    expect_error(upload(client, b"<svg/>"), 422, "unknown format")
+    expect_error(upload(client, b"<svg/>"), 422, "SVG, which is not supported")
+    expect_error(upload(client, b"neither"), 422, "unknown format")
     expect_error(upload(client, image_file()[:500]), 422, "corrupt")
     expect_error(upload(client, image_file((101, 100))), 422, "more than 10,000 pixels")
     expect_error(upload(client, image_file(), "text/plain"), 415, "Content-Type: image/")

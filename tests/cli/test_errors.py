@@ -160,6 +160,7 @@ def test_invalid_values_are_refused(
         (["--guidance", "nan"], "guidance: got nan"),
         (["--count", "2000"], "6000 images on one sheet, expected 1024 or fewer"),
         (["--seed", str(2**70)], "seed"),
+        (["--count", str(10**30), "--out", "folder"], "images, expected 10,000,000 or fewer"),
         (["--out", "sheet.jpg"], "sheet.jpg: expected a name ending in .png, or a folder"),
     ],
 )
@@ -227,6 +228,11 @@ def test_class_numbers_begin_at_0(ctf: Command, pipe: Pipeline, tmp_path: Path) 
             ["train", "baseline", "RUN", "--out", "NEW", "--warm-start", "nowhere", "--dry-run"],
             "nowhere",
         ),
+        (
+            ["evaluate", "RUN", "--samples", 3 * 10**12, "--reference", "IMAGES"],
+            "got 3000000000000 samples, expected 10,000,000 or fewer",
+        ),
+        (["runs", "tensorboard", "RUN", "--samples-every", -1], "samples-every: got -1"),
         (["evaluate", "nowhere"], "no pipeline 'nowhere'"),
         (["tokenizer", "evaluate", "nowhere", "--images", "IMAGES"], "no pipeline 'nowhere'"),
     ],
@@ -350,3 +356,13 @@ def test_a_full_disk_is_reported(
             "the disk is full; the previous file is unchanged",
         )
     assert read_files(tmp_path) == {}
+
+
+def test_a_deleted_current_folder_is_reported(
+    ctf: Command, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    check_refused(ctf("sample", run), "the current folder has been deleted", lines=1)
+    monkeypatch.chdir(tmp_path)

@@ -25,7 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     """
     # Of several processes that raise the same error, only the first one's message is not empty.
     try:
-        parse(sys.argv[1:] if arguments is None else arguments)()
+        call = parse(sys.argv[1:] if arguments is None else arguments)
+        _check_current_folder()
+        call()
     except SystemExit as exit_:  # after a help text
         return int(exit_.code or 0)
     except Stopped as stopped:
@@ -45,6 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 130
     return 0
+
+
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # neither relative paths nor PyTorch's libraries work in it
+        raise UserError("the current folder has been deleted; change to another one") from None
 
 
 def _refuse(message: str) -> int:

@@ -369,6 +369,8 @@ def runs_tensorboard(
     """
     from ctf.training import monitoring, tensorboard
 
+    if samples_every < 0:
+        raise UserError(f"samples-every: got {samples_every}, expected 0 or more")
     names = ", ".join(folder.name for folder in monitoring.find_stages(run))
     folder = run / tensorboard.FOLDER
     if dry_run:

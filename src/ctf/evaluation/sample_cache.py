@@ -19,6 +19,7 @@ from ctf.common.progress import Progress
 from ctf.common.rng import generator
 from ctf.evaluation.options import Balance
 from ctf.evaluation.reference_sets import ImageCollection, open_samples, save_images
+from ctf.pipelines.export import MAX_IMAGES
 from ctf.pipelines.generation import BATCH_SIZE
 from ctf.pipelines.pipeline import Pipeline
 
@@ -48,6 +49,8 @@ class GenerationConfig:
         """
         if self.samples < 1:
             raise UserError(f"got {self.samples} samples, expected 1 or more")
+        if self.samples > MAX_IMAGES:
+            raise UserError(f"got {self.samples} samples, expected {MAX_IMAGES:,} or fewer")
         if self.balance == "uniform":
             # Keys of a generator are not negative.
             return generator(self.seed % 2**64, class_count).integers(

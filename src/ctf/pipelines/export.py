@@ -28,6 +28,7 @@ from ctf.pipelines.pipeline import Pipeline
 
 MAX_COLUMNS = 16  # of a contact sheet
 MAX_ON_SHEET = 1024  # images
+MAX_IMAGES = 10_000_000  # of a folder
 SETTINGS, CODES, WHAT = "settings.json", "codes.npz", "a folder of samples"
 BEGUN, REQUEST = ".begun", "request.json"  # a folder's, with the codes of whole batches
 
@@ -159,6 +160,8 @@ def check(out: Path, settings: Settings) -> None:
     images = len(settings.classes) * settings.count
     if settings.count < 1:
         raise UserError(f"count is {settings.count}, expected 1 or more images of each class")
+    if images > MAX_IMAGES:
+        raise UserError(f"got {images} images, expected {MAX_IMAGES:,} or fewer at a time")
     check_seed(settings.seed, images)
     if out.suffix.lower() == ".png":
         if images > MAX_ON_SHEET:

@@ -194,7 +194,9 @@ class _Log:
             asked, before = content.get("asked"), content.get("data")
             fingerprints = [(x or {}).get("images_fingerprint") for x in (asked, request)]
             if before is not None and fingerprints[0] != fingerprints[1]:  # says more than these
-                claims.check_same(run, {"data": before}, {"data": data}, what=WHAT)
+                told = ("options", "train", "val", "classes")
+                stored, now = ({key: each.get(key) for key in told} for each in (before, data))
+                claims.check_same(run, {"data": stored}, {"data": now}, what=WHAT)
             log = cls(path, content)
             renamed = (asked or {}).get("images"), request["images"]
             claims.check_same(run, {**(asked or {}), "images": renamed[1]}, request, what=WHAT)

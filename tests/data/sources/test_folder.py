@@ -236,3 +236,17 @@ def test_the_classes_of_earlier_versions_keep_their_order(folder: Path) -> None:
     assert counts(earlier) == counts(splits)
     assert splits.as_recorded(class_names=as_text).train.fingerprint == recorded
     assert splits.as_recorded("of other images") is splits is splits.as_recorded()
+
+
+def test_a_class_must_have_usable_images_to_train_on(folder: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        shutil.copytree(folder, tmp_path / "sets" / split)
+    for path in (tmp_path / "sets" / "train" / "b" / "deeper").iterdir():
+        path.write_bytes(b"damaged")
+    message = refusal(tmp_path / "sets", skip_bad=True)
+    assert "no usable images to train on of class b; add some or remove" in message
+    shutil.rmtree(tmp_path / "sets" / "train" / "b")
+    splits = open_images(tmp_path / "sets", 16)
+    assert splits.train.class_names == splits.val.class_names == ("a",)
+    assert len(splits.left_out["split val, of classes that are not in train"]) == 12
+    assert "classes only in val, and not used: b" in splits.understood

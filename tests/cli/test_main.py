@@ -131,6 +131,38 @@ def test_an_interrupted_command_exits_with_130(
     )
 
 
+def test_no_home_directory_is_needed(run: Path, tmp_path: Path) -> None:
+    code = (
+        "import pwd, sys\n"
+        "def unknown(uid): raise KeyError(f'getpwuid(): uid not found: {uid}')\n"
+        "pwd.getpwuid = unknown\n"
+        "from ctf.cli.main import main\n"
+        "run = sys.argv[1]\n"
+        "assert main(['sample', run, '--count', '1']) == 0\n"
+        "assert main(['runs', 'show', run]) == 0\n"
+        "assert main(['sample', 'me/nothing']) == 2\n"
+    )
+    names = (
+        "HOME",
+        "USER",
+        "LOGNAME",
+        "LNAME",
+        "USERNAME",
+        "CTF_CACHE",
+        "XDG_CACHE_HOME",
+        "HF_HOME",
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment["PYTHONPATH"] = str(Path(cli.__file__).parents[2])
+    result = subprocess.run(
+        [sys.executable, "-c", code, run],
+        env=environment, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"sheet.png", "curves.png"}
+    assert "set HF_HOME to a folder" in result.stderr or "HF_HUB_OFFLINE" in result.stderr
+
+
 def test_parsing_does_not_import_torch() -> None:
     code = (
         "import sys, ctf.cli.main as m; m.main(['fit', '--help']); sys.exit('torch' in sys.modules)"

@@ -275,6 +275,8 @@ def _message(error: Exception, address: Address, refused: str, advice: str) -> s
                 f"{error.filename or constants.HF_HUB_CACHE}: {error.strerror}\n"
                 "free some space, or choose another folder for the cache with HF_HUB_CACHE"
             )
+    if "home directory" in str(error):  # Path.home(): neither $HOME nor an entry for the user
+        return f"{address}: there is no home directory for the cache\nset HF_HOME to a folder"
     return (
         f"{address}: the connection to {hub} was lost: {_first_line(error.__cause__ or error)}\n"
         "run the command again: complete files are not transferred twice"

@@ -13,6 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ctf.cli import main as cli
+from ctf.models import points
 from ctf.training import loop, metrics_log, state
 from ctf.training import tensorboard as events
 from tests.conftest import Command, fit_arguments, read_files
@@ -112,6 +113,9 @@ def test_samples_of_a_training_in_progress(
 ) -> None:
     """Stopped after 20 steps of a stage, with a state saved: sampled with its averaged weights."""
 
+    def averaged(states: Path) -> dict[str, torch.Tensor]:
+        return points.fold(state.without_prefix(state.load_state(states, 20), "ema."))
+
     def stop_in(stage: str) -> None:
         save = state.save_state
 
@@ -140,15 +144,15 @@ def test_samples_of_a_training_in_progress(
     stop_in("coarse")
     assert sampled("coarse") == [20] and sampled("coarse") == [20] and sampled("fine") == []
     pipe = events.load_unfinished(run)
-    tensors = state.load_state(run / "coarse" / "state", 20)
-    assert torch.equal(pipe.coarse.head.weight, tensors["ema.head.weight"])
+    tensors = averaged(run / "coarse" / "state")
+    assert torch.equal(pipe.coarse.head.weight, tensors["head.weight"])
     assert pipe.fine is not None and not pipe.fine.head.weight.any()
     stop_in("fine")
     assert sampled("coarse") == [20] and sampled("fine") == [20]
     pipe = events.load_unfinished(run)
-    tensors = state.load_state(run / "fine" / "state", 20)
+    tensors = averaged(run / "fine" / "state")
     assert pipe.fine is not None
-    assert torch.equal(pipe.fine.head.weight, tensors["ema.head.weight"])
+    assert torch.equal(pipe.fine.head.weight, tensors["head.weight"])
     # A mirror that is started again shows no step twice.
     samples["fine"] = events.SampleEvents(run, "fine", 20)
     assert sampled("fine") == [20]

@@ -223,7 +223,7 @@ def fit_balanced(codebook_VC: Tensor, count: int, *, seed: int = 0, restarts: in
     room_K = np.array([smallest + 1] * larger + [smallest] * (count - larger))
     rounds: list[tuple[float, Clusters]] = []
     for _ in range(BALANCING_ROUNDS):
-        distance_VK = torch.cdist(codebook_VC, _means(codebook_VC, clusters))
+        distance_VK = torch.cdist(codebook_VC, centers(codebook_VC, clusters))
         labels_V = assign_balanced(distance_VK.numpy(), room_K)
         clusters = Clusters.from_labels(torch.from_numpy(labels_V))
         rounds.append((inertia(codebook_VC, clusters), clusters))
@@ -283,11 +283,13 @@ def random_like(clusters: Clusters, seed: int) -> Clusters:
 def inertia(codebook_VC: Tensor, clusters: Clusters) -> float:
     """Sum of the squared distances of all code vectors to the mean of their cluster."""
     codebook_VC = codebook_VC.detach().double().cpu()
-    means_VC = _means(codebook_VC, clusters)[clusters.labels_V]
+    means_VC = centers(codebook_VC, clusters)[clusters.labels_V]
     return float((codebook_VC - means_VC).square().sum())
 
 
-def _means(codebook_VC: Tensor, clusters: Clusters) -> Tensor:
+def centers(codebook_VC: Tensor, clusters: Clusters) -> Tensor:
+    """Mean vector of each cluster's members: (K, C)."""
+    codebook_VC = codebook_VC.detach()
     sums_KC = codebook_VC.new_zeros(clusters.count, codebook_VC.shape[1])
     return sums_KC.index_add_(0, clusters.labels_V, codebook_VC) / clusters.sizes_K[:, None]
 

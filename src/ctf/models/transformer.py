@@ -302,7 +302,7 @@ class Backbone(nn.Module):
 
     def rotation(self, start: int, stop: int) -> Tensor:
         """Rotations of positions `start` to `stop`: (T, P, 2)."""
-        return rotation_table(self.config, self.label_embedding.weight.device)[start:stop]
+        return rotation_table(self.config, self.norm.weight.device)[start:stop]
 
 
 def _initialize(module: nn.Module) -> None:

@@ -67,6 +67,8 @@ class Recipe:
     # Share of wrong labels when the fine model is trained, so that it tolerates coarse mistakes.
     fine_corruption: float = 0.0
     group_loss: GroupLoss = GroupLoss()  # of a full-vocabulary baseline
+    # Whether the transformers know the codebook, see models/points.py.
+    geometry: bool = dataclasses.field(default=False, metadata=config.OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
         if not 0 <= self.fine_corruption < 1:
@@ -260,6 +262,7 @@ PRESETS = {
         image_size=32,
         # After two minutes, the quality of images depends on the coarse model.
         time_shares=TimeShares(tokenizer=0.3, tokens=0.1, coarse=0.45, fine=0.15),
+        geometry=True,
     ),
     # The shipped pipeline's: 7060 seconds on one thread, with the transformers in bfloat16.
     "small": Recipe(
@@ -274,6 +277,7 @@ PRESETS = {
         fine_training=TrainingConfig(steps=4000, batch_size=32, learning_rate=2e-3),
         sampling=Sampling(),
         image_size=64,
+        geometry=True,
     ),
     # The paper's size B with a fine model of the shape of L, for GPUs and images of 256 pixels.
     "base": Recipe(
@@ -295,6 +299,7 @@ PRESETS = {
         fine_training=TrainingConfig(steps=125_000, batch_size=1024, ema=0.9999),
         sampling=Sampling(guidance=2.0, temperature=1.1, fine_temperature=1.1),
         image_size=256,
+        geometry=True,
     ),
     # The paper's table 1, not trained here; `ctf cost` calculates them. The guidance of B is the
     # paper's, that of L and XL is LlamaGen's for these sizes.

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ctf.common import claims, config, storage
-from ctf.common.distributed import ALONE, World
+from ctf.common.distributed import ALONE, World, full_tensor
 from ctf.common.errors import UserError
 from ctf.common.precision import Precision
 from ctf.common.progress import Progress
@@ -28,7 +28,7 @@ from ctf.data import extraction, tokens
 from ctf.data.image_set import Splits
 from ctf.data.tokens import Tokens
 from ctf.models import clusters as clustering
-from ctf.models import objectives
+from ctf.models import objectives, points
 from ctf.models.clusters import Clusters, ClustersConfig
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
@@ -306,7 +306,8 @@ class ModelStage:
             evaluate_every=t.evaluate_every, evaluate_first=self.warm_start is not None,
             progress=progress, world=world,
         )  # fmt: skip
-        loop.finish(self.folder, trainer.averaged.state_dict(), world)
+        weights = {n: full_tensor(t) for n, t in trainer.averaged.state_dict().items()}
+        loop.finish(self.folder, points.fold(weights), world)
 
     def _description(self) -> dict[str, Any]:
         """Return all that determines the weights."""
@@ -323,6 +324,8 @@ class ModelStage:
                 description["corruption"] = recipe.fine_corruption
         elif recipe.group_loss.weight > 0:
             description["group_loss"] = config.to_json(recipe.group_loss)
+        if recipe.geometry:
+            description["geometry"] = True
         if self.warm_start is not None:
             description["warm_start"] = self.warm_start.hash
         return description
@@ -349,6 +352,9 @@ class ModelStage:
             objective = objectives.fine_objective(clusters)
             if recipe.fine_corruption > 0:
                 other = objectives.corrupted_objective(clusters, recipe.fine_corruption)
+        if recipe.geometry:
+            codebook_VC = load_tokenizer(self.run / "tokenizer").codebook()
+            points.use_points(model, codebook_VC, clusters, warm=self.warm_start is not None)
         return transformers.Trainer(
             model, objective, *self.tokens, self.training, self.world, self.execution, other
         )

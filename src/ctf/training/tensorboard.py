@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ctf import kernels
 from ctf.common.errors import UserError
+from ctf.models import points
 from ctf.models.fine import FineModel
 from ctf.pipelines import card
 from ctf.pipelines.folder import (
@@ -191,7 +192,8 @@ def _averaged_weights(stage: Path) -> dict[str, Tensor] | None:
     if loop.is_finished(stage):
         return None
     states = stage / "state"
-    return state.without_prefix(state.load_state(states, state.newest_step(states)), "ema.")
+    tensors = state.load_state(states, state.newest_step(states))
+    return points.fold(state.without_prefix(tensors, "ema."))
 
 
 def _open_writer(folder: Path, step: int = 0) -> SummaryWriter:

@@ -8,4 +8,5 @@ fine         class and all labels -> all codes
 objectives   what both are trained on
 sampling     classes and random numbers -> labels -> codes
 sizes        shapes, parameters and FLOPs
+points       embeddings and output layers that know the codebook: an addition to the paper
 """

@@ -751,6 +751,38 @@ def test_corruption_is_part_of_the_configuration(run: Path, tmp_path: Path, ctf:
     assert "expected 0 to below 1" in bad.err
 
 
+def test_geometry_is_part_of_the_configuration_and_not_of_the_weights(
+    run: Path, tmp_path: Path, ctf: Command
+) -> None:
+    copied, two = shutil.copytree(run, tmp_path / "run"), recipe_options("coarse_training.steps=2")
+    shutil.rmtree(copied / "coarse")
+    train = ("train", "coarse", copied, "--preset", "tiny")
+    assert ctf(*train, *two).code == 0
+    assert json.loads((copied / "coarse" / "config.json").read_text())["geometry"] is True
+    tensors, _ = storage.load_tensors(copied / "coarse" / "model.safetensors")
+    assert not [name for name in tensors if "parametrizations" in name]
+    off = recipe_options("coarse_training.steps=2", "geometry=false")
+    refused = ctf(*train, *off)
+    assert refused.code == 2 and "geometry was true, now false" in refused.err
+
+
+def test_trainings_begun_before_geometry_resume_without_it(
+    image_folder: Path, run: Path, tmp_path: Path, ctf: Command
+) -> None:
+    copied, two = shutil.copytree(run, tmp_path / "run"), ["coarse_training.steps=2"]
+    shutil.rmtree(copied / "coarse")
+    train = ("train", "coarse", copied, "--preset", "tiny")
+    assert ctf(*train, *recipe_options(*two, "geometry=null")).code == 0
+    before = read_files(copied)
+    assert ctf(*train, *recipe_options(*two)).code == 0 and read_files(copied) == before
+
+    made = ("fit", image_folder, "--out", tmp_path / "made", "--image-size", 32, "--preset", "tiny")
+    options = ("--steps", 2, *recipe_options())
+    assert ctf(*made, *options, "geometry=null").code == 0
+    before = read_files(tmp_path / "made")
+    assert ctf(*made, *options).code == 0 and read_files(tmp_path / "made") == before
+
+
 def test_the_group_loss_is_for_the_baseline(run: Path, tmp_path: Path, ctf: Command) -> None:
     grouped = recipe_options(
         "group_loss.weight=1", "group_loss.clusters.count=4", "coarse_training.steps=2"

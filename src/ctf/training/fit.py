@@ -31,7 +31,7 @@ from ctf.pipelines.folder import SETTINGS, load_settings, load_tokenizer
 from ctf.pipelines.pipeline import Pipeline
 from ctf.training import cost, loop, metrics_log, stages
 from ctf.training.loop import DEFAULT_EXECUTION, Execution, Trainable
-from ctf.training.recipes import KINDS, Recipe, check_recipe
+from ctf.training.recipes import KINDS, Recipe, as_recorded, check_recipe
 from ctf.training.stages import FIT, ModelStage
 from ctf.training.tokenizer import TokenizerTrainer, reconstruction_metrics
 
@@ -71,6 +71,7 @@ def fit(
     """
     check_recipe(images, recipe)
     images = images.as_recorded_in(run / FIT, "asked", "images_fingerprint")
+    recipe = as_recorded(recipe, run / FIT, "asked", "recipe")
     with claims.hold(run, FIT, what=WHAT):
         return _fit(images, run, recipe, minutes, device, open_progress, execution)
 

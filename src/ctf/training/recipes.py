@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from ctf.common import config
+from ctf.common import config, storage
 from ctf.common.errors import UserError
 from ctf.data.extraction import TokensConfig
 from ctf.data.image_set import Splits
@@ -67,8 +68,9 @@ class Recipe:
     # Share of wrong labels when the fine model is trained, so that it tolerates coarse mistakes.
     fine_corruption: float = 0.0
     group_loss: GroupLoss = GroupLoss()  # of a full-vocabulary baseline
-    # Whether the transformers know the codebook, see models/points.py.
-    geometry: bool = dataclasses.field(default=False, metadata=config.OMIT_DEFAULT)
+    # Whether the transformers know the codebook, see models/points.py; None is no, as in recipes
+    # of before there was a choice.
+    geometry: bool | None = dataclasses.field(default=None, metadata=config.OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
         if not 0 <= self.fine_corruption < 1:
@@ -87,6 +89,23 @@ class Recipe:
         trainings = {f"{stage}_training": getattr(self, f"{stage}_training") for stage in stages}
         changes: dict[str, Any] = {k: with_steps(t, steps) for k, t in trainings.items()}
         return dataclasses.replace(self, **changes)
+
+
+def as_recorded(recipe: Recipe, path: Path, *keys: str) -> Recipe:
+    """Return the recipe without what a training begun by an earlier version has no record of.
+
+    Args:
+        recipe: The one to resume with.
+        path: JSON file of the training; may be missing.
+        keys: Those under which it has the recipe's values.
+    """
+    if not path.is_file():
+        return recipe
+    recorded = storage.load_json(path)
+    for key in keys:
+        recorded = recorded.get(key) if isinstance(recorded, dict) else None
+    known = not isinstance(recorded, dict) or "geometry" in recorded
+    return recipe if known else dataclasses.replace(recipe, geometry=None)
 
 
 T = TypeVar("T", TokenizerTraining, TrainingConfig, ClassifierConfig)

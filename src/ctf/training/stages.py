@@ -42,7 +42,7 @@ from ctf.pipelines.folder import (
     load_tokenizer,
 )
 from ctf.training import clusters as clusters_stage
-from ctf.training import cost, loop, state, tokenizer, transformers, warm_start
+from ctf.training import cost, loop, recipes, state, tokenizer, transformers, warm_start
 from ctf.training.loop import DEFAULT_EXECUTION, Execution
 from ctf.training.recipes import Kind, Recipe
 from ctf.training.transformers import TrainingConfig
@@ -211,6 +211,7 @@ class ModelStage:
             UserError: There are no clusters, or see `warm_start.open_source`.
         """
         clusters, source = clusters or load_clusters(run / "clusters" / CLUSTERS), None
+        recipe = recipes.as_recorded(recipe, run / kind / "config.json")
         if warm_start_from is not None:
             source = warm_start.open_source(warm_start_from, tokenizer_hash(run))
         return cls(run, kind, recipe, clusters, world, execution, source)
@@ -324,8 +325,8 @@ class ModelStage:
                 description["corruption"] = recipe.fine_corruption
         elif recipe.group_loss.weight > 0:
             description["group_loss"] = config.to_json(recipe.group_loss)
-        if recipe.geometry:
-            description["geometry"] = True
+        if recipe.geometry is not None:
+            description["geometry"] = recipe.geometry
         if self.warm_start is not None:
             description["warm_start"] = self.warm_start.hash
         return description

@@ -159,8 +159,9 @@ def link_clusters(cell: CoarseCell | FineCell, run: Path, space: Workspace) -> C
 
 
 def _recipe(**values: Any) -> Recipe:
-    """The preset "small" with values replaced, and plain views of the images."""
-    return dataclasses.replace(preset("small"), tokens=TokensConfig(views="plain"), **values)
+    """The preset "small" with plain views and values replaced, and no addition to the paper."""
+    plain = TokensConfig(views="plain")
+    return dataclasses.replace(preset("small"), tokens=plain, geometry=None, **values)
 
 
 def _mean_members(run: Path, clusters: Clusters) -> int:

@@ -532,6 +532,23 @@ def test_with_little_time_only_some_images_are_encoded(
     assert max(np.bincount(train.classes_N)) - min(np.bincount(train.classes_N, minlength=3)) <= 1
 
 
+def test_a_run_that_is_removed_during_training_can_be_made_again(
+    image_folder: Path, tmp_path: Path, ctf: Command
+) -> None:
+    out = tmp_path / "run"
+
+    def remove(_: TokenizerTrainer) -> dict[str, float]:
+        shutil.rmtree(out)
+        return {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenizerTrainer, "evaluate", remove)
+        result = ctf(*fit_arguments(image_folder, out, steps=2))
+    assert result.code == 2 and "run/tokenizer was removed during the training" in result.err
+    assert not out.exists()
+    assert ctf(*fit_arguments(image_folder, out, steps=2)).code == 0
+
+
 # --- beside its images ----------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import shutil
 import statistics
 import time
@@ -123,11 +124,15 @@ def run(
     interrupts, so a resumed training logs the same means.
 
     Raises:
+        UserError: The folder was removed.
         Stopped: One of the processes got SIGTERM; the training is saved.
     """
 
     def log(split: Split, metrics: Mapping[str, float], step: int, seconds: float) -> None:
+        world.on_main(check_folder)
         world.on_main(lambda: append_metrics(folder, step, split, metrics, seconds))
+
+    check_folder = functools.partial(_check_folder, folder, folder.is_dir())
 
     start, sums = _resume(trainable, folder / "state", world)
     world.on_main(lambda: drop_metrics(folder, start))
@@ -154,11 +159,18 @@ def run(
             if save or stop:
                 line = {f"loop.{k}": torch.tensor(v, dtype=torch.double) for k, v in sums.items()}
                 tensors = state.collect(trainable.parts()) | line
+                world.on_main(check_folder)
                 state.save_state(folder / "state", done, tensors, world)
                 last_saved = clock()
             if stop:
                 message = f"{folder}: stopped after step {done} and saved; run it again to resume"
                 raise Stopped(message if world.is_main else "")
+
+
+def _check_folder(folder: Path, existed: bool) -> None:
+    """Raise a UserError if a training's folder is gone: no command would recognise the rest."""
+    if existed and not folder.is_dir():
+        raise UserError(f"{folder} was removed during the training; run the command again")
 
 
 def _resume(trainable: Trainable, folder: Path, world: World) -> tuple[int, dict[str, float]]:

@@ -109,5 +109,5 @@ def _generate_batch(
     if config.resize is not None:
         settings["resize"] = config.resize
     classes: Any = classes_N[start : start + BATCH_SIZE]
-    images = pipe.sample(classes, seed=config.seed + start, **settings).images
+    images = pipe.sample(classes=classes, seed=config.seed + start, **settings).images
     return np.stack([np.asarray(image) for image in images])

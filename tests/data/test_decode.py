@@ -409,7 +409,10 @@ def test_an_image_is_the_same_in_every_form_that_it_is_handed_over_in(
     assert np.array_equal(read_image(np.asarray(expected), RED), expected)
 
 
-@pytest.mark.parametrize("kind", {*kinds_of_files()} - {"PNG with a transparent grey of 2 bits"})
+# What Pillow has loaded of the other kind no longer says how many bits it had.
+@pytest.mark.parametrize(
+    "kind", [kind for kind in kinds_of_files() if kind != "PNG with a transparent grey of 2 bits"]
+)
 def test_a_loaded_image_is_as_its_file(kind: str) -> None:
     image = Image.open(io.BytesIO(kinds_of_files()[kind]))
     image.load()

@@ -20,7 +20,7 @@ from tests.conftest import CLASSES, SIDE, Command, read_files
     [
         (["demo", "--out", "NEW"], "about 2 minutes in all"),
         (["fit", "IMAGES", "--out", "NEW", "--preset", "tiny"], "600 steps"),
-        (["fit", "fashion-mnist", "--out", "NEW", "--minutes", 2], "60000 images to train on"),
+        (["fit", "fashion-mnist", "--out", "NEW", "--minutes", 2], "60,000 to train on"),
         (["sample", "RUN", "--out", "NEW"], "would sample 8 images of each of 3 classes"),
         (["tokenizer", "train", "IMAGES", "--out", "NEW", "--preset", "tiny"], "tokenizer: "),
         (["tokens", "extract", "IMAGES", "--run", "RUN", "--preset", "tiny"], "held out"),

@@ -172,8 +172,7 @@ def test_identity_needs_no_count(splits: image_set.Splits) -> None:
 def test_description(splits: image_set.Splits) -> None:
     text = fit.describe(splits, preset("tiny"), None)
     first, *stages = (line for line in text.splitlines() if not line.startswith(" "))
-    assert f"{len(splits.train)} images to train on, {len(splits.val)} held out, 3 classes" in first
-    assert "32 pixels -> 8 x 8 of 4096 codes in 256 clusters" in first
+    assert first == "32 pixels -> 8 x 8 of 4096 codes in 256 clusters"
     assert [line.split(":")[0] for line in stages] == ["tokenizer", "tokens", "coarse", "fine"]
     assert "600 steps" in text
     _, *stages, last = fit.describe(splits, preset("tiny"), 3).splitlines()

@@ -163,7 +163,6 @@ def describe(
     size, classes = images.train.image_size, len(images.train.class_names)
     tokenizer = recipe.tokenizer.config(size)
     lines = [
-        f"{len(images.train)} images to train on, {len(images.val)} held out, {classes} classes, "
         f"{size} pixels -> {tokenizer.grid} x {tokenizer.grid} "
         f"of {tokenizer.codebook_size} codes in {recipe.clusters.count} clusters"
     ]

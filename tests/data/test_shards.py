@@ -1,5 +1,9 @@
 """Arrays with a checksum."""
 
+import gc
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -32,3 +36,28 @@ def test_an_intact_file_is_read_by_numpy_and_at_any_offset(tmp_path: Path) -> No
     row = np.empty(4, np.uint16)
     shards.Reader(tmp_path / "a.npy").read_into(row, offset + array[:2].nbytes)
     assert np.array_equal(row, array[2])
+
+
+@pytest.fixture
+def collected_often() -> Iterator[None]:
+    """Collects garbage at every turn, with a callback, which lets other threads run."""
+    before, callback = gc.get_threshold(), lambda *_: sum(range(200))
+    interval = sys.getswitchinterval()
+    gc.callbacks.append(callback)
+    gc.set_threshold(5)
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+    gc.set_threshold(*before)
+    gc.callbacks.remove(callback)
+
+
+@pytest.mark.usefixtures("collected_often")
+def test_several_threads_read_headers_at_a_time(tmp_path: Path) -> None:
+    shards.save(tmp_path / "a.npy", np.zeros((3, 4), np.uint16))
+    with ThreadPoolExecutor(8) as pool:
+        verified = [
+            pool.submit(shards.verify, tmp_path / "a.npy", (3, 4), "uint16", 12)
+            for _ in range(1000)
+        ]
+        assert all(future.result() for future in verified)

@@ -50,9 +50,11 @@ def test_classes_have_different_images(pipe: Pipeline) -> None:
 
 def test_the_pipelines_settings_are_the_default(pipe: Pipeline) -> None:
     greedy = dataclasses.replace(pipe, sampling=Sampling(top_k=1, fine_top_k=1))
-    assert same(greedy.sample([1], seed=0), pipe.sample([1], seed=0, top_k=1, fine_top_k=1))
-    assert same(greedy.sample([1], seed=0), greedy.sample([1], seed=99))
-    assert not same(greedy.sample([1], seed=0), greedy.sample([1], seed=0, top_k=0))
+    ones = [1] * 8
+    assert same(greedy.sample(ones, seed=0), pipe.sample(ones, seed=0, top_k=1, fine_top_k=1))
+    assert same(greedy.sample(ones, seed=0), greedy.sample(ones, seed=99))
+    random = greedy.sample(ones, seed=0, top_k=0, temperature=2.0)
+    assert not same(greedy.sample(ones, seed=0), random)
 
 
 def test_former_keywords_work_and_warn(sharp: Pipeline) -> None:

@@ -288,7 +288,9 @@ def test_batches_must_be_divisible_by_the_processes(run: Path, tmp_path: Path) -
 def test_fit_is_one_process(
     image_folder: Path, tmp_path: Path, ctf: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    variables = {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
     result = ctf("fit", image_folder, "--out", tmp_path / "run")
     assert result.code == 2 and "ctf fit runs as one process" in result.err
     assert not (tmp_path / "run").exists()

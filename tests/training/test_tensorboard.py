@@ -169,7 +169,7 @@ def test_it_can_be_started_first(tmp_path: Path, ctf: Command) -> None:
     result = ctf("runs", "tensorboard", tmp_path, "--dry-run")
     assert result.code == 0 and "nothing yet" in result.out and list(tmp_path.iterdir()) == []
     result = ctf("runs", "tensorboard", tmp_path, "--once", "--samples-every", -1)
-    assert result.code == 2 and "samples_every: got -1, expected 0 or more" in result.err
+    assert result.code == 2 and "samples-every: got -1, expected 0 or more" in result.err
     result = ctf("runs", "tensorboard", tmp_path / "none", "--once")
     assert result.code == 2 and "not found" in result.err
     assert ctf("runs", "tensorboard", tmp_path, "--once").code == 0

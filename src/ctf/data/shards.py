@@ -11,6 +11,7 @@ import hashlib
 import io
 import math
 import os
+import threading
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +20,9 @@ import numpy as np
 from ctf.common import storage
 
 CHUNK_BYTES = 1 << 20  # read at a time
+# NumPy parses a header as Python's syntax, and ast.parse of Python 3.11 fails now and then if
+# another thread is in it, too ("AST constructor recursion depth mismatch").
+_PARSING = threading.Lock()
 
 
 class DamagedFileError(Exception):
@@ -108,7 +112,8 @@ def _data_offset(file: BinaryIO, shape: tuple[int, ...], dtype: str) -> int:
     try:
         if np.lib.format.read_magic(file) != (1, 0):
             raise DamagedFileError("not a .npy file of version 1.0")
-        got, by_column, got_dtype = np.lib.format.read_array_header_1_0(file)
+        with _PARSING:
+            got, by_column, got_dtype = np.lib.format.read_array_header_1_0(file)
     except DamagedFileError:
         raise
     except Exception:  # a damaged header makes the parser raise nearly any exception

@@ -61,8 +61,6 @@ def follow(run: Path, *, once: bool, samples_every: int = SAMPLES_EVERY) -> None
     Raises:
         UserError: There is no such folder, or TensorBoard is not installed.
     """
-    if samples_every < 0:
-        raise UserError(f"samples_every: got {samples_every}, expected 0 or more")
     scalars: dict[Path, ScalarEvents] = {}
     images = ImageEvents(run)
     samples = [SampleEvents(run, kind, samples_every) for kind in KINDS if samples_every]

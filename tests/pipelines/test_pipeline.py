@@ -98,7 +98,7 @@ def test_public_names() -> None:
         (
             "from ctf import Pipeline; Pipeline.from_pretrained({run!r}).sample([0])",
             ["huggingface_hub", "httpx2", "matplotlib", "ctf.pipelines.card", "ctf.pipelines.hub",
-             "ctf.evaluation", "ctf.training", "ctf.studio"],
+             "ctf.data.images", "ctf.evaluation", "ctf.training", "ctf.studio"],
         ),
     ],
 )  # fmt: skip

@@ -30,10 +30,17 @@ from ctf.data.scan import THREADS, scan
 from ctf.data.sources import open_image_source
 from ctf.data.sources.base import VAL, ImageSource
 from ctf.data.summary import describe_left_out
-from ctf.data.transforms import PLAIN, View, central_square, crop, crop_square
+from ctf.data.transforms import (
+    MAX_IMAGE_SIZE,
+    MIN_IMAGE_SIZE,
+    PLAIN,
+    View,
+    central_square,
+    crop,
+    crop_square,
+)
 
 DEFAULT_IMAGE_SIZE = 64  # of files; an included set has its own
-MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 8, 2048
 VAL_SHARE, MAX_VAL_IMAGES = 0.1, 10_000  # of the files
 CACHE_BYTES = 1 << 30  # the crops of files stay in memory if they fit into this
 INCLUDED = (fashion_mnist.NAME,)

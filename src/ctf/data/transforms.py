@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 8, 2048  # side in pixels
+
 
 @dataclass(frozen=True)
 class View:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ctf.common.config import did_you_mean, list_names
 from ctf.common.errors import UserError
-from ctf.data.images import MAX_IMAGE_SIZE
+from ctf.data.transforms import MAX_IMAGE_SIZE
 from ctf.models.sampling import Sampling
 
 if TYPE_CHECKING:

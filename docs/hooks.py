@@ -27,6 +27,7 @@ MODELS = [
     "objectives",
     "sampling",
     "sizes",
+    "points",
 ]
 # A link from a page to a file of the repository that lies outside of docs.
 OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:src|examples|spaces|tests|scripts)/[^)#\s]+)\)")

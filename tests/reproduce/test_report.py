@@ -2,8 +2,7 @@
 
 from ctf.reproduce import experiments
 from ctf.reproduce.cells import Workspace
-from ctf.reproduce.findings import MISSING
-from ctf.reproduce.scored import scored
+from ctf.reproduce.scored import MISSING, scored
 from tests.reproduce.conftest import CODES
 
 

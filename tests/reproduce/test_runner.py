@@ -14,10 +14,10 @@ from filelock import FileLock
 
 from ctf.common import storage
 from ctf.common.errors import UserError
-from ctf.reproduce import experiments, report, runner
+from ctf.reproduce import experiments, report, runner, systems
 from ctf.reproduce.cells import Cell, Workspace, with_needs
-from ctf.reproduce.findings import MISSING
 from ctf.reproduce.plan import BUDGETS, Plan
+from ctf.reproduce.scored import MISSING
 from tests.conftest import Command
 from tests.reproduce.conftest import CLUSTERS, CODES, open_workspace
 
@@ -47,7 +47,7 @@ def test_a_computed_cell_is_not_computed_again(
 
 
 def test_results_are_published_again_from_the_files(space: Workspace, tmp_path: Path) -> None:
-    cell = experiments.baseline(space.plan, CODES, 0)
+    cell = systems.baseline(space.plan, CODES, 0)
     other = dataclasses.replace(space, results=tmp_path, open_progress=failing)
     assert {name: state for name, state, _ in runner.status(other)}[cell.name] == "computed"
     assert runner.compute(other, [cell]) == []
@@ -122,8 +122,8 @@ def test_a_cell_of_another_process_is_left_to_it(space: Workspace, tmp_path: Pat
     """And timings wait until nothing else is left."""
     space = dataclasses.replace(space, results=tmp_path)
     timed = experiments.table2(space.plan)
-    clusters = experiments.clusters(space.plan, CODES)
-    identity = experiments.clusters(space.plan, CODES, method="identity")
+    clusters = systems.clusters(space.plan, CODES)
+    identity = systems.clusters(space.plan, CODES, method="identity")
     lock = FileLock(space.work / f".clusters-{CODES}-{CLUSTERS}.lock", blocking=False)
     order = []
 

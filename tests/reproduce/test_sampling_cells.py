@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ctf.data.image_set import ImageSet
 from ctf.data.images import open_images
-from ctf.reproduce import experiments, report, runner
+from ctf.reproduce import experiments, report, runner, systems
 from ctf.reproduce.cells import Workspace
 from tests.conftest import CLASSES
 from tests.reproduce.conftest import CODES
@@ -25,7 +25,7 @@ def test_searches_have_images_of_their_own(space: Workspace) -> None:
 
     assert sorted(images(train) + images(reserved)) == sorted(images(everything))
     assert not {*images(train)} & {*images(reserved)}
-    tokens = space.outcome(experiments.clusters(space.plan, CODES).tokens)
+    tokens = space.outcome(systems.clusters(space.plan, CODES).tokens)
     assert tokens == {"pictures": len(train) + len(space.images.val)}
 
 

@@ -1,10 +1,10 @@
 """Scores with what their models cost."""
 
 from ctf.evaluation.extractors import open_extractor
-from ctf.reproduce import experiments, scored
+from ctf.reproduce import experiments, scored, systems
 from ctf.reproduce.cells import Workspace
-from ctf.reproduce.experiments import Choice
 from ctf.reproduce.plan import BUDGETS
+from ctf.reproduce.systems import Choice
 from tests.reproduce.conftest import CODES, store
 
 
@@ -15,7 +15,7 @@ def row(space: Workspace, label: str) -> Choice:
 
 def test_a_random_member_costs_no_fine_model(copied: Workspace) -> None:
     usual, member = experiments.table1(copied.plan, CODES)[0].ctf, row(copied, "MASC").cell
-    settings = {"fine_temperature": experiments.UNIFORM}
+    settings = {"fine_temperature": systems.UNIFORM}
     store(copied, member, usual, settings=settings)
     score, coarse = scored.scored(copied, member), copied.outcome(usual.coarse)
     assert score is not None and coarse is not None

@@ -1,6 +1,6 @@
 """What trained models cost."""
 
-from ctf.reproduce import experiments
+from ctf.reproduce import systems
 from ctf.reproduce.cells import Workspace
 from tests.conftest import CLASSES
 from tests.reproduce.conftest import BATCH, COARSE, CODES, STEPS
@@ -9,7 +9,7 @@ LENGTH = 16
 
 
 def test_flops_and_parameters_of_the_baseline(space: Workspace) -> None:
-    outcome = space.outcome(experiments.baseline(space.plan, CODES, 0))
+    outcome = space.outcome(systems.baseline(space.plan, CODES, 0))
     assert outcome is not None
     width, layers, hidden = COARSE.width, COARSE.layers, 256  # SwiGLU is rounded up to 256
     blocks = layers * (4 * width**2 + 3 * width * hidden)

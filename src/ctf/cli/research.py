@@ -165,7 +165,17 @@ def bench_quality(
 @command("reproduce")
 def reproduce(
     what: Annotated[
-        Literal["all", "table1", "table2", "table3", "figure1", "figure2", "report", "status"],
+        Literal[
+            "all",
+            "table1",
+            "table2",
+            "table3",
+            "figure1",
+            "figure2",
+            "geometry",
+            "report",
+            "status",
+        ],
         Positional,
     ],
     /,
@@ -187,8 +197,9 @@ def reproduce(
     Example: ctf reproduce table1 --budget small --results results
 
     Args:
-        what: table or figure of the paper, or all of them; report writes the report of the present
-            results; status lists the cells without computing any
+        what: table or figure of the paper; geometry compares models that know the codebook with
+            those that don't; all is everything; report writes the report of the present results;
+            status lists the cells without computing any
         budget: with two jobs on two cores, small takes less than an hour, full less than six
         out: folder for the files of the cells; each budget has a folder of its own in it
         results: folder for the report and the results of the cells, with the same folders in it

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ctf.common import storage
+from ctf.common import config, storage
 from ctf.common.progress import OpenProgress
 from ctf.data.image_set import ImageSet, Splits
 from ctf.evaluation import reference_sets
@@ -88,12 +88,16 @@ class Cell:
         return tuple(item for item in each if isinstance(item, Cell))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything that decides the result, as cell.json holds it; other cells by a hash."""
-        fields = {
-            field.metadata.get("key", field.name): getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name != "name"
-        }
+        """Everything that decides the result, as cell.json holds it; other cells by a hash.
+
+        A field of `config.OMIT_DEFAULT` is left out while it has its default.
+        """
+        fields = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            omitted = field.metadata.get("omit_default") and value == field.default
+            if field.name != "name" and not omitted:
+                fields[field.metadata.get("key", field.name)] = value
         plain = json.loads(json.dumps(fields, default=_to_json))
         needs = {cell.name: storage.hash_json(cell.to_json())[:16] for cell in self.needs}
         return {"job": type(self).__name__.replace("Cell", "Job"), **plain, "needs": needs}
@@ -104,7 +108,7 @@ class Cell:
 
 
 def _to_json(value: Any) -> Any:
-    return value.name if isinstance(value, Cell) else dataclasses.asdict(value)
+    return value.name if isinstance(value, Cell) else config.to_json(value)
 
 
 def stored_as(key: str) -> Any:

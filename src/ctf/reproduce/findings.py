@@ -8,8 +8,9 @@ from ctf.reproduce import experiments
 from ctf.reproduce.cells import Workspace
 from ctf.reproduce.experiments import Claim
 from ctf.reproduce.scored import (
-    Scored,
+    MISSING,
     margins,
+    order,
     score_names,
     scored,
     scored_pair,
@@ -17,7 +18,6 @@ from ctf.reproduce.scored import (
     table1_pairs,
 )
 
-MISSING = "not computed yet"
 OVERLAP = "no: the intervals overlap"
 
 Row = tuple[str, str, str]  # claim, what was found here, and whether the claim holds
@@ -61,18 +61,11 @@ def _is_better(space: Workspace, name: str, *, lower: bool) -> Row:
     changes = [-margin for margin in margins(space, codes, name)]
     seeds = f"{len(pairs)} of {len(experiments.table1(space.plan, codes))} seeds"
     here = f"{', '.join(f'{change:+.1%}' for change in changes)} ({seeds})"
-    if not all(_order(ctf, base, name) > 0 for base, ctf in pairs):
+    if not all(order(ctf, base, name) > 0 for base, ctf in pairs):
         return claim, here, "no: the intervals of a pair overlap, or the baseline is better"
     if lower and statistics.mean(changes) > -min(PAPER_MARGINS):
         return claim, here, "yes, but by less than in the paper"
     return claim, here, "yes"
-
-
-def _order(one: Scored, other: Scored, name: str) -> int:
-    """1 where the first is better beyond both intervals, -1 where it is worse, else 0."""
-    (low, high), (other_low, other_high) = one.interval(name), other.interval(name)
-    higher = (low > other_high) - (high < other_low)
-    return higher if name.startswith("IS") else -higher
 
 
 def _margin_grows(space: Workspace, name: str) -> Row:
@@ -112,4 +105,4 @@ def _is_ahead(space: Workspace, claim: Claim) -> Row:
     name = score_names(space.plan, claim.score)[0]
     here = f"{name} {better.value(name):.4g}, {worse.value(name):.4g} with {claim.worse.label}"
     holds = {1: "yes", 0: OVERLAP, -1: "no: the opposite"}
-    return claim.text, here, holds[_order(better, worse, name)]
+    return claim.text, here, holds[order(better, worse, name)]

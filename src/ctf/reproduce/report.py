@@ -10,12 +10,22 @@ from ctf.bench.tables import listed, spread
 from ctf.common import storage
 from ctf.common.markdown import markdown_table
 from ctf.models.sampling import format_settings
-from ctf.reproduce import experiments
+from ctf.reproduce import additions_report, experiments, systems
 from ctf.reproduce.cells import Workspace
-from ctf.reproduce.findings import MISSING, PAPER_TABLE1, findings
-from ctf.reproduce.plan import BUDGETS, Plan
-from ctf.reproduce.sampling_cells import ScoreCell
-from ctf.reproduce.scored import Scored, margins, score_names, scored, speed_ups, table1_pairs
+from ctf.reproduce.findings import PAPER_TABLE1, findings
+from ctf.reproduce.plan import BUDGETS
+from ctf.reproduce.scored import (
+    MISSING,
+    Scored,
+    columns,
+    margins,
+    missing,
+    row,
+    score_names,
+    scored,
+    speed_ups,
+    table1_pairs,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,6 +61,7 @@ def write(space: Workspace) -> None:
         *_table3(space),
         *_figure1(space),
         *_figure2(space),
+        *additions_report.geometry(space),
     ]
     storage.save_text(space.results / "report.md", "\n\n".join(parts) + "\n")
 
@@ -80,34 +91,6 @@ def _head(space: Workspace) -> list[str]:
     ]
 
 
-# --- Scores --------------------------------------------------------------------------------------
-
-
-def _columns(plan: Plan) -> list[str]:
-    return [*score_names(plan, "FID", "IS"), "class accuracy", "parameters", "GFLOP", "seconds"]
-
-
-def _row(space: Workspace, cell: ScoreCell) -> list[str]:
-    """The columns of a score."""
-    if (score := scored(space, cell)) is None:
-        return _missing(len(_columns(space.plan)))
-    accuracy = score.outcome["accuracy"]
-    return [
-        *(
-            "{value:.4g} ({low:.4g} to {high:.4g})".format(**score.outcome["scores"][name])
-            for name in score_names(space.plan, "FID", "IS")
-        ),
-        "" if accuracy is None else f"{accuracy['value']:.1%}",
-        f"{score.parameters / 1e6:.2f} M",
-        f"{score.flops / 1e9:.0f}",
-        f"{score.seconds:.0f}",
-    ]
-
-
-def _missing(columns: int) -> list[str]:
-    return [MISSING, *[""] * (columns - 1)]
-
-
 # --- Tables and figures ---------------------------------------------------------------------------
 
 
@@ -115,9 +98,9 @@ def _tokenizers(space: Workspace) -> list[str]:
     plan, rows = space.plan, []
     header = ("V", "PSNR", "SSIM", "codes used", *score_names(plan, "rFID"), "seconds")
     for codes in plan.codebooks:
-        outcome = space.outcome(experiments.tokenizer(plan, codes))
+        outcome = space.outcome(systems.tokenizer(plan, codes))
         if outcome is None:
-            rows.append([str(codes), *_missing(len(header) - 1)])
+            rows.append([str(codes), *missing(len(header) - 1)])
             continue
         distances = [f"{outcome[name]['value']:.4g}" for name in score_names(plan, "rFID")]
         rows.append(
@@ -135,10 +118,10 @@ def _table1(space: Workspace) -> list[str]:
         for pair in experiments.table1(plan, codes):
             name = f"CTF, K = {plan.clusters_of(codes)}"
             for label, cell in (("baseline", pair.baseline), (name, pair.ctf)):
-                rows.append([str(codes), str(pair.seed), label, *_row(space, cell)])
+                rows.append([str(codes), str(pair.seed), label, *row(space, cell)])
         settings = []
         for label in ("baseline", "CTF"):
-            outcome = space.outcome(experiments.search(plan, codes, ctf=label == "CTF"))
+            outcome = space.outcome(systems.search(plan, codes, ctf=label == "CTF"))
             if outcome is not None:
                 settings.append(f"{label} {format_settings(outcome['best'])}")
         if len(settings) == 2:
@@ -150,7 +133,7 @@ def _table1(space: Workspace) -> list[str]:
         "least as many parameters as both models of CTF together. Guidance and temperatures are "
         "from the same search with the same number of points for both, on other seeds and against "
         "the reserved images.",
-        markdown_table(("V", "seed", "model", *_columns(plan)), rows),
+        markdown_table(("V", "seed", "model", *columns(plan)), rows),
         *searches,
         markdown_table(("the paper's, ImageNet 256", "parameters", "FID / IS"), paper),
         *_plot_margins(space),
@@ -219,8 +202,8 @@ def _table3(space: Workspace) -> list[str]:
             label, outcome = choice.label, space.outcome(choice.cell)
             if outcome is not None and choice.setting is not None:
                 label = f"{outcome['settings'][choice.setting]:g}, {label}"
-            rows.append([label, *_row(space, choice.cell)])
-        parts += [f"### {title}", markdown_table(("choice", *_columns(plan)), rows)]
+            rows.append([label, *row(space, choice.cell)])
+        parts += [f"### {title}", markdown_table(("choice", *columns(plan)), rows)]
         if title in PAPER_TABLE3:
             parts.append(f"The paper (FID / IS): {PAPER_TABLE3[title]}.")
     return parts
@@ -230,7 +213,7 @@ def _figure1(space: Workspace) -> list[str]:
     cells, rows = experiments.figure1(space.plan), []
     for cell in cells:
         if (outcome := space.outcome(cell)) is None:
-            rows.append([cell.name, *_missing(3)])
+            rows.append([cell.name, *missing(3)])
             continue
         sizes = "{min} / {median:g} / {max}".format(**outcome["sizes"])
         swaps = [f"{outcome['swap_psnr'][way]:.1f} dB" for way in ("clusters", "random")]
@@ -242,7 +225,7 @@ def _figure1(space: Workspace) -> list[str]:
     names, details = score_names(space.plan, "FID"), []
     for label, detail in experiments.details(space.plan).items():
         outcome = space.outcome(detail)
-        values = _missing(len(names))
+        values = missing(len(names))
         if outcome is not None:
             values = [f"{outcome[name]['value']:.4g}" for name in names]
         details.append([label, *values])
@@ -264,14 +247,14 @@ def _figure2(space: Workspace) -> list[str]:
     points: dict[str, list[Scored]] = {"baseline": [], "CTF": []}
     for each in experiments.figure2(plan):
         for label, cell in (("baseline", each.baseline), ("CTF", each.ctf)):
-            rows.append([str(each.steps), label, *_row(space, cell)])
+            rows.append([str(each.steps), label, *row(space, cell)])
             if (score := scored(space, cell)) is not None:
                 points[label].append(score)
     return [
         "## Figure 2: quality over training",
         "Each point is a training run of its own length, with the settings that were tuned at the "
         "full length.",
-        markdown_table(("steps", "model", *_columns(plan)), rows),
+        markdown_table(("steps", "model", *columns(plan)), rows),
         f"The paper: {PAPER_FIGURE2}.",
         *(_plot_training(space, points) if all(points.values()) else []),
     ]

@@ -1,14 +1,16 @@
-"""Scores of systems, read from stored results, with what the models of a system cost."""
+"""Scores of systems, read from stored results, with what the models of a system cost; as rows."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from ctf.reproduce.cells import Outcome, Workspace
-from ctf.reproduce.experiments import UNIFORM, Pair, table1
+from ctf.reproduce.experiments import table1
 from ctf.reproduce.plan import Plan
 from ctf.reproduce.sampling_cells import ScoreCell
+from ctf.reproduce.systems import UNIFORM, Pair
 
+MISSING = "not computed yet"
 SUFFIXES = {"lite0": "-Lite0", "fashion": "-fashion"}  # of the scores by each feature network
 
 
@@ -19,12 +21,18 @@ def score_names(plan: Plan, *scores: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """A score with what its models cost."""
+    """A score with what its models cost.
+
+    Attributes:
+        loss: Cross-entropy of held-out codes, in nats a token: of the coarse model and of the fine
+            model together. None where random members take the place of the fine model.
+    """
 
     outcome: Outcome
     parameters: int
     flops: int
     seconds: float
+    loss: float | None
 
     def value(self, name: str) -> float:
         """A score by its name, e.g. FID-Lite0."""
@@ -56,6 +64,7 @@ def scored(space: Workspace, cell: ScoreCell) -> Scored | None:
         sum(cost["parameters"] for cost in known[: len(models)]),
         sum(cost["flops"] for cost in known),
         sum(cost["seconds_of_training"] for cost in known),
+        None if uniform else sum(cost["loss"] for cost in known[: len(models)]),
     )
 
 
@@ -76,7 +85,51 @@ def margins(space: Workspace, codes: int, name: str) -> list[float]:
     return [1 - ctf.value(name) / base.value(name) for base, ctf in table1_pairs(space, codes)]
 
 
+def order(one: Scored, other: Scored, name: str) -> int:
+    """1 where the first is better beyond both intervals, -1 where it is worse, else 0."""
+    (low, high), (other_low, other_high) = one.interval(name), other.interval(name)
+    higher = (low > other_high) - (high < other_low)
+    return higher if name.startswith("IS") else -higher
+
+
 def speed_ups(outcome: Outcome) -> dict[str, list[float]]:
     """Return how many times as fast as the baseline CTF was in each round, by batch."""
     base, ctf = outcome["seconds"]["baseline"], outcome["seconds"]["CTF"]
     return {b: [x / y for x, y in zip(base[b], ctf[b], strict=True)] for b in ctf}
+
+
+# --- Rows of the report's tables ------------------------------------------------------------------
+
+
+def columns(plan: Plan) -> list[str]:
+    """Return the names of the columns of a score."""
+    return [*score_names(plan, "FID", "IS"), "class accuracy", "parameters", "GFLOP", "seconds"]
+
+
+def row(space: Workspace, cell: ScoreCell) -> list[str]:
+    """Return the columns of a score."""
+    if (score := scored(space, cell)) is None:
+        return missing(len(columns(space.plan)))
+    accuracy = score.outcome["accuracy"]
+    return [
+        *(
+            "{value:.4g} ({low:.4g} to {high:.4g})".format(**score.outcome["scores"][name])
+            for name in score_names(space.plan, "FID", "IS")
+        ),
+        "" if accuracy is None else f"{accuracy['value']:.1%}",
+        f"{score.parameters / 1e6:.2f} M",
+        f"{score.flops / 1e9:.0f}",
+        f"{score.seconds:.0f}",
+    ]
+
+
+def missing(count: int) -> list[str]:
+    """Return that many columns of a cell that isn't computed yet."""
+    return [MISSING, *[""] * (count - 1)]
+
+
+def compare(one: Scored, other: Scored, name: str) -> str:
+    """Return how much lower or higher the first score is, and whether beyond both intervals."""
+    change = one.value(name) / other.value(name) - 1
+    beyond = "" if order(one, other, name) else ", within the intervals"
+    return f"{abs(change):.1%} {'higher' if change > 0 else 'lower'}{beyond}"

@@ -16,12 +16,12 @@ from ctf.data.tokens import Tokens
 from ctf.evaluation import scores
 from ctf.models.clusters import Clusters, ClustersConfig
 from ctf.models.sizes import TokenizerShape, TransformerShape, training_flops
-from ctf.models.transformer import TransformerConfig
 from ctf.pipelines.folder import CLUSTERS, load_clusters, load_tokenizer
 from ctf.reproduce.cells import Cell, Outcome, Workspace, link, stored_as
 from ctf.training import cost, metrics_log, stages
 from ctf.training import tokenizer as tokenizer_training
 from ctf.training.recipes import GroupLoss, Recipe, preset
+from ctf.training.stages import ModelStage
 from ctf.training.tokenizer import TokenizerTraining
 from ctf.training.transformers import TrainingConfig
 
@@ -99,6 +99,7 @@ class CoarseCell(Cell):
 
     Attributes:
         warm_start: A baseline to start from.
+        geometry: Whether it knows the codebook, see models/points.py.
     """
 
     clusters: ClustersCell
@@ -106,32 +107,37 @@ class CoarseCell(Cell):
     training: TrainingConfig
     group_loss: GroupLoss = dataclasses.field(default_factory=GroupLoss)
     warm_start: CoarseCell | None = None
+    geometry: bool = dataclasses.field(default=False, metadata=config.OMIT_DEFAULT)
 
     def compute(self, space: Workspace) -> Outcome:
         """Return the loss and the cost."""
         clusters = link_clusters(self, run := space.run(self), space)
         recipe = _recipe(
-            coarse=self.shape, coarse_training=self.training, group_loss=self.group_loss
+            coarse=self.shape,
+            coarse_training=self.training,
+            group_loss=self.group_loss,
+            geometry=self.geometry or None,
         )
         start = None if self.warm_start is None else space.run(self.warm_start)
         with space.open_progress("coarse") as progress:
             world = World(device=space.device)
-            stage = stages.ModelStage.open(run, "coarse", recipe, world, warm_start_from=start)
+            stage = ModelStage.open(run, "coarse", recipe, world, warm_start_from=start)
             stage.train(progress)
-        shape = _config(run / "coarse")
+        shape = stage.model_config
         flops = training_flops(shape, shape.length, clusters.count)
-        return _trained(run / "coarse", self.training, shape.length, flops)
+        return _trained(stage, flops)
 
 
 @dataclasses.dataclass(frozen=True)
 class FineCell(Cell):
-    """Trains a fine model."""
+    """Trains a fine model; `geometry` as in `CoarseCell`."""
 
     clusters: ClustersCell
     shape: TransformerShape
     training: TrainingConfig
     softmax: Literal["members", "full"] = "members"
     corruption: float = 0.0
+    geometry: bool = dataclasses.field(default=False, metadata=config.OMIT_DEFAULT)
 
     def compute(self, space: Workspace) -> Outcome:
         """Return the loss and the cost."""
@@ -141,15 +147,16 @@ class FineCell(Cell):
             fine_training=self.training,
             fine_softmax=self.softmax,
             fine_corruption=self.corruption,
+            geometry=self.geometry or None,
         )
         with space.open_progress("fine") as progress:
-            world = World(device=space.device)
-            stages.ModelStage.open(run, "fine", recipe, world).train(progress)
-        shape, outputs = _config(run / "fine"), clusters.codebook_size
+            stage = ModelStage.open(run, "fine", recipe, World(device=space.device))
+            stage.train(progress)
+        shape, outputs = stage.model_config, clusters.codebook_size
         if self.softmax == "members":
             outputs = _mean_members(run, clusters)
         flops = training_flops(shape, shape.length + 1, outputs)
-        return _trained(run / "fine", self.training, shape.length, flops)
+        return _trained(stage, flops)
 
 
 def link_clusters(cell: CoarseCell | FineCell, run: Path, space: Workspace) -> Clusters:
@@ -159,9 +166,9 @@ def link_clusters(cell: CoarseCell | FineCell, run: Path, space: Workspace) -> C
 
 
 def _recipe(**values: Any) -> Recipe:
-    """The preset "small" with plain views and values replaced, and no addition to the paper."""
-    plain = TokensConfig(views="plain")
-    return dataclasses.replace(preset("small"), tokens=plain, geometry=None, **values)
+    """The preset "small" with plain views and values replaced, by default without additions."""
+    plain = {"tokens": TokensConfig(views="plain"), "geometry": None}
+    return dataclasses.replace(preset("small"), **{**plain, **values})
 
 
 def _mean_members(run: Path, clusters: Clusters) -> int:
@@ -171,24 +178,23 @@ def _mean_members(run: Path, clusters: Clusters) -> int:
     return round(float(clusters.sizes_K[clusters.labels_V[codes_BL]].double().mean()))
 
 
-def _config(stage: Path) -> TransformerConfig:
-    stored = storage.load_object(stage / "config.json")["model"]
-    return config.from_json(TransformerConfig, stored, "model")
-
-
-def _trained(stage: Path, training: TrainingConfig, length: int, flops: int) -> Outcome:
+def _trained(stage: ModelStage, flops: int) -> Outcome:
     """Loss and cost of a trained transformer; `flops` are those of an image."""
-    images = training.steps * training.batch_size
-    tensors, _ = storage.load_tensors(stage / "model.safetensors")
-    curve = [line for line in metrics_log.read_metrics(stage) if line["split"] == "val"]
+    images = stage.training.steps * stage.training.batch_size
+    flops *= images
+    if stage.recipe.geometry:  # the rows are computed once a step, forward and backward
+        model = stage.make_trainer(resumed=True).model
+        flops += 3 * cost.parametrization_flops(model) * stage.training.steps
+    tensors, _ = storage.load_tensors(stage.folder / "model.safetensors")
+    curve = [line for line in metrics_log.read_metrics(stage.folder) if line["split"] == "val"]
     return {
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
-        "flops": flops * images,
+        "flops": flops,
         "images_seen": images,
-        "tokens_seen": images * length,
+        "tokens_seen": images * stage.model_config.length,
         "loss": curve[-1]["loss"],
         "curve": [[line["step"], line["loss"]] for line in curve],
-        "seconds_of_training": _training_seconds(stage),
+        "seconds_of_training": _training_seconds(stage.folder),
     }
 
 

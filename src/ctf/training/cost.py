@@ -12,6 +12,7 @@ K clusters.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from ctf.common.errors import UserError
@@ -156,6 +158,16 @@ def model_cost(
         memory=memory,
         options=("checkpoint_activations", *(["shard"] if shardable else [])),
     )
+
+
+def parametrization_flops(model: nn.Module) -> int:
+    """Return the FLOPs of computing once all weights that are functions of other tensors.
+
+    With `models.points` these are the rows that know the codebook: in training once a step.
+    """
+    layers = [m for m in model.modules() if parametrize.is_parametrized(m, "weight")]
+    with torch.no_grad():
+        return sum(_count_flops(functools.partial(getattr, m, "weight")) for m in layers)
 
 
 def activation_bytes(

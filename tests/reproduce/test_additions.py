@@ -4,7 +4,7 @@ from ctf.reproduce import additions, experiments, report, runner
 from ctf.reproduce.cells import Workspace
 from ctf.reproduce.plan import FULL
 from ctf.reproduce.scored import columns, scored
-from tests.reproduce.conftest import CLUSTERS, CODES, COARSE, STEPS
+from tests.reproduce.conftest import CLUSTERS, COARSE, CODES, STEPS
 
 
 def test_models_with_geometry_differ_from_those_of_the_paper_in_nothing_else() -> None:

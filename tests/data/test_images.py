@@ -257,7 +257,8 @@ def test_unknown_sources_are_refused(tmp_path: Path) -> None:
     assert refusal("fashion_mnist").endswith("did you mean 'fashion-mnist'?")
     missing = refusal(tmp_path / "nowhere")
     assert missing.startswith(f"{tmp_path / 'nowhere'}: no such folder")
-    assert missing.endswith(": expected fashion-mnist")
+    assert missing.endswith(": expected fashion-mnist, eurosat")
+    assert refusal("EuroSat").endswith("did you mean 'eurosat'?")
     save(tmp_path / "a.png")
     assert "got a file, expected a folder" in refusal(tmp_path / "a.png")
 

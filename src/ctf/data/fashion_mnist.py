@@ -1,28 +1,18 @@
-"""Fashion-MNIST, the data set that is included in the package.
-
-Shape suffixes: N images, H and W height and width (28).
-"""
+"""Fashion-MNIST, an image set that is included in the package."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import zipfile
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from PIL import Image
+from numpy.typing import NDArray
 
-from ctf.common.errors import UserError
-from ctf.data.image_set import ImageSet, Splits
-from ctf.data.scan import THREADS
-from ctf.data.transforms import PLAIN, View, crop
+from ctf.data.image_set import Splits
+from ctf.data.sheets import INCLUDED_SETS, SheetImageSet, Sheets, check_size
 
 NAME = "fashion-mnist"
-FOLDER = Path(__file__).parent / "included" / NAME
+FOLDER = INCLUDED_SETS / NAME
 CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat",
     "sandal", "shirt", "sneaker", "bag", "ankle-boot",
@@ -32,39 +22,34 @@ SHA256 = {
     "train": "16d82e2b505296aa2b78bd5ea0992634f30419a4c97def7c907d154a35ac6157",
     "test": "9f1ec356a747bfe4ebab3cfb722d3694c9ca737e2570f6f90cf31d7b6fd689d4",
 }
+FILE_SHA256 = "616ab1fc5ac3cc3e69234ad21f72324da269a4ac413612432171e32ec7f84c37"
 ORIGINAL_SIZE, PADDED_SIZE = 28, 32  # as published; with a black border of 2 pixels
 
 
-class FashionMNIST(ImageSet):
-    """One split; its grey pixels are kept in memory, border and RGB are added when it is read."""
+class FashionMNIST(SheetImageSet):
+    """One split; its grey pixels are kept in memory, border and RGB are added when it is read.
+
+    The originals have a border unless their own size is requested.
+    """
 
     mirrors = False  # all shoes point the same way
 
     def __init__(self, split: str, size: int) -> None:
-        self._pixels_NHW, labels_N = load_arrays(split)
         content = json.dumps([NAME, SHA256[split], size])
         super().__init__(
+            sheets(),
+            split,
+            border=0 if size == ORIGINAL_SIZE else (PADDED_SIZE - ORIGINAL_SIZE) // 2,
             name=NAME,
             class_names=CLASSES,
-            classes_N=labels_N.astype(np.int64),
             image_size=size,
             fingerprint=hashlib.sha256(content.encode()).hexdigest(),
         )
 
-    def read(self, indices: ArrayLike, view: View = PLAIN) -> NDArray[np.uint8]:
-        """See `ImageSet.read`; the originals are bordered unless their own size is requested."""
-        size = self.image_size
-        side = ORIGINAL_SIZE if size == ORIGINAL_SIZE else PADDED_SIZE
-        border = (side - ORIGINAL_SIZE) // 2
-        grey_BHW = self._pixels_NHW[np.asarray(indices, dtype=np.int64)]
-        grey_BHW = np.pad(grey_BHW, ((0, 0), (border, border), (border, border)))
-        images = np.empty((len(grey_BHW), size, size, 3), dtype=np.uint8)
-        if size == side == view.side(size):
-            images[:] = (grey_BHW[:, :, ::-1] if view.flip else grey_BHW)[..., None]
-        else:
-            for image, grey_HW in zip(images, grey_BHW, strict=True):
-                image[:] = np.asarray(crop(Image.fromarray(grey_HW), size, view))[..., None]
-        return images
+
+def sheets() -> Sheets:
+    """Return the data file of the package."""
+    return Sheets(FOLDER / "pictures.zip", FILE_SHA256, ORIGINAL_SIZE, "L")
 
 
 def load_arrays(split: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -79,19 +64,7 @@ def load_arrays(split: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     Raises:
         UserError: the data file of the package is missing or damaged.
     """
-
-    def unpack(sheet: bytes) -> NDArray[np.uint8]:
-        return np.asarray(Image.open(io.BytesIO(sheet))).reshape(-1, ORIGINAL_SIZE, ORIGINAL_SIZE)
-
-    path = FOLDER / "pictures.zip"
-    try:
-        with zipfile.ZipFile(path) as file, ThreadPoolExecutor(THREADS) as pool:
-            sheets = [n for n in sorted(file.namelist()) if n.startswith(f"{split}/pixels-")]
-            pixels = np.concatenate(list(pool.map(lambda name: unpack(file.read(name)), sheets)))
-            labels = np.frombuffer(file.read(f"{split}/labels"), dtype=np.uint8)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: missing or damaged ({error}); reinstall ctf") from None
-    return pixels, labels
+    return sheets().pixels(split).squeeze(-1), sheets().labels(split)
 
 
 def open_fashion_mnist(size: int | None = None) -> Splits:
@@ -104,9 +77,6 @@ def open_fashion_mnist(size: int | None = None) -> Splits:
         UserError: `size` is above 32, or the data file is damaged.
     """
     size = size or PADDED_SIZE
-    if size > PADDED_SIZE:
-        raise UserError(
-            f"fashion-mnist: got --image-size {size}, expected {PADDED_SIZE} or less, the size of "
-            "its images"
-        )
+    check_size(NAME, size, PADDED_SIZE)
+    sheets().check()
     return Splits(train=FashionMNIST("train", size), val=FashionMNIST("test", size))

@@ -1,4 +1,4 @@
-"""Opening of image data sets: the included one, or files on disk, split into train and val.
+"""Opening of image data sets: the included ones, or files on disk, split into train and val.
 
 Shape suffixes: B images of a batch, N images of a set, S = image_size.
 """
@@ -22,7 +22,7 @@ from PIL import Image
 from ctf.common.defaults import with_torch_defaults
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
-from ctf.data import fashion_mnist
+from ctf.data import eurosat, fashion_mnist
 from ctf.data.decode import UnreadableImageError, decode, parse_colour
 from ctf.data.image_set import BadImage, ImageSet, Splits
 from ctf.data.imagenet import readable_class_names
@@ -43,7 +43,11 @@ from ctf.data.transforms import (
 DEFAULT_IMAGE_SIZE = 64  # of files; an included set has its own
 VAL_SHARE, MAX_VAL_IMAGES = 0.1, 10_000  # of the files
 CACHE_BYTES = 1 << 30  # the crops of files stay in memory if they fit into this
-INCLUDED = (fashion_mnist.NAME,)
+# Opens the set of each name at an image size, or at its own.
+INCLUDED: dict[str, Callable[[int | None], Splits]] = {
+    fashion_mnist.NAME: fashion_mnist.open_fashion_mnist,
+    eurosat.NAME: eurosat.open_eurosat,
+}
 
 
 class ImageOptions(TypedDict, total=False):
@@ -78,10 +82,11 @@ def open_images(
     about a tenth of the images is held out, see `choose_val`. `summary.summarize` tells all that.
 
     Args:
-        source: "fashion-mnist" (a folder of that name is ./fashion-mnist), a folder, a .tar, .zip
-            or .parquet file, a folder of nothing but these, or a pattern like "data/train-*.tar".
+        source: "fashion-mnist" or "eurosat" (a folder of that name is ./eurosat), a folder, a .tar,
+            .zip or .parquet file, a folder of nothing but these, or a pattern like
+            "data/train-*.tar".
         image_size: side in pixels of the squares that images are cropped to, 8..2048. By default
-            32 for fashion-mnist (28 is the originals without their border), 64 for files.
+            32 for fashion-mnist (28 is the originals without their border), 64 for all others.
         background: colour behind transparent pixels, by name or as #rrggbb.
         skip_bad: leave out images that cannot be used, and list them in `Splits.skipped`.
         classes_at_depth: 1 if the folders in the source are the classes, 2 if the folders in these
@@ -102,15 +107,15 @@ def open_images(
             f"image size: got {image_size}, expected {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE} pixels"
         )
     colour = parse_colour(background)
-    if source == fashion_mnist.NAME:
+    if source in INCLUDED:
         if classes_at_depth is not None:
             raise UserError(f"{source} has no folders; omit --classes-at-depth")
         if image_column is not None or class_column is not None:
             raise UserError(f"{source} has no columns; omit --image-column and --class-column")
-        return fashion_mnist.open_fashion_mnist(image_size)
+        return INCLUDED[source](image_size)
     files = open_image_source(
         source,
-        INCLUDED,
+        (*INCLUDED,),
         image_column=image_column,
         class_column=class_column,
         classes_at_depth=classes_at_depth,

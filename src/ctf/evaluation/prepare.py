@@ -135,7 +135,9 @@ def _generation_config(
 
 def _is_like_fashion_mnist(pipe: Pipeline | None, source: str, size: int) -> bool:
     """Whether the images are like those that the included classifier was trained on."""
-    known = source in INCLUDED if pipe is None else pipe.class_names == fashion_mnist.CLASSES
+    known = source == fashion_mnist.NAME
+    if pipe is not None:
+        known = pipe.class_names == fashion_mnist.CLASSES
     return known and size == fashion_mnist.PADDED_SIZE
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from ctf.common.errors import UserError
 from ctf.data.images import open_images
 from ctf.data.transforms import as_tensor, crop
-from ctf.evaluation.classifier import shipped_classifier
-from ctf.evaluation.extractors import Extractor, open_extractor
+from ctf.evaluation.classifier import SHIPPED, shipped_classifier
+from ctf.evaluation.extractors import Extractor, classifier_extractor, open_extractor
 from ctf.evaluation.inception import Inception, fold_batch_norms
 from ctf.evaluation.lite0 import load_lite0
 from tests.evaluation.test_inception import random_weights
@@ -68,6 +68,15 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
 def close(a: Tensor | None, b: Tensor | None) -> None:
     assert a is not None and b is not None
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+def test_a_trained_classifier_is_a_network(fashion: Extractor) -> None:
+    extractor = classifier_extractor(SHIPPED)
+    assert (extractor.name, extractor.suffix) == ("classifier", "-classifier")
+    assert extractor.digest != fashion.digest  # other scores' names
+    one, other = extractor(NOISE), fashion(NOISE)
+    close(one.pooled_ND, other.pooled_ND)
+    close(one.logits_NK, other.logits_NK)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Random groups, the jackknife, and differences of two estimates."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +9,15 @@ from hypothesis import strategies as st
 from scipy.stats import sem, ttest_1samp
 
 from ctf.common.errors import UserError
-from ctf.evaluation.intervals import Difference, Estimate, RandomGroups, difference, jackknife
+from ctf.evaluation.intervals import (
+    Difference,
+    Estimate,
+    RandomGroups,
+    difference,
+    estimate,
+    jackknife,
+    leave_one_out,
+)
 
 
 @given(st.integers(0, 60), st.lists(st.integers(0, 17), max_size=8), st.integers(2, 7))
@@ -41,6 +51,18 @@ def test_jackknife_of_a_mean_is_students_interval_of_the_groups(size: int, each:
     assert got.standard_error == pytest.approx(sem(values))
     assert (got.low, got.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
     assert got.count == size * each
+
+
+def test_statistics_without_each_group_can_be_combined_first() -> None:
+    """As in one statistic of both, here a ratio of means."""
+    pairs = np.random.default_rng(0).normal(5, 1, (6, 2))
+
+    def mean(side: int) -> Callable[[Sequence[np.ndarray]], float]:
+        return lambda used: float(np.mean([pair[side] for pair in used]))
+
+    ratio = jackknife([*pairs], lambda used: mean(0)(used) / mean(1)(used), 60)
+    without_G = leave_one_out([*pairs], mean(0)) / leave_one_out([*pairs], mean(1))
+    assert estimate(mean(0)(pairs) / mean(1)(pairs), without_G, 60) == ratio
 
 
 def test_interval_is_clipped_at_the_lower_bound() -> None:

@@ -280,3 +280,10 @@ def test_methods_by_name() -> None:
     ):
         config = ClustersConfig(method=method, count=8, restarts=2, seed=3)  # type: ignore[arg-type]
         assert torch.equal(clusters.fit(vectors_VC, config).labels_V, direct.labels_V)
+
+
+def test_central_members_are_the_nearest_to_the_mean_of_their_cluster() -> None:
+    codebook_VC = torch.tensor([[0.0], [10.0], [1.0], [5.0], [12.0], [11.5]])
+    labels_V = torch.tensor([0, 1, 0, 0, 1, 1])  # means 2 and 11.17
+    central_K = clusters.central_members(codebook_VC, Clusters.from_labels(labels_V))
+    assert central_K.tolist() == [2, 5]

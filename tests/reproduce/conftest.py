@@ -52,6 +52,8 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
         lengths=(0.5,),
         group_loss=GroupLoss(1.0, ClustersConfig(method="balanced", count=4)),
         details=12,
+        fine_clusters=(4, CLUSTERS),
+        fine_images=1000,  # all that there are
     )
 
 

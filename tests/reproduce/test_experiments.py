@@ -11,7 +11,7 @@ from ctf.reproduce.plan import BUDGETS, FULL, Plan
 
 COMMITTED = Path(__file__).parents[2] / "docs" / "results" / "full" / "cells"
 PAPER = ("table1", "table2", "table3", "figure1", "figure2")
-EXPERIMENTS = (*PAPER, "geometry")
+EXPERIMENTS = (*PAPER, "geometry", "fine")
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

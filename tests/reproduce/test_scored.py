@@ -1,5 +1,11 @@
 """Scores with what their models cost."""
 
+import dataclasses
+from typing import Any
+
+import pytest
+
+from ctf.evaluation.classifier import ClassifierConfig
 from ctf.evaluation.extractors import open_extractor
 from ctf.reproduce import experiments, scored, systems
 from ctf.reproduce.cells import Workspace
@@ -35,7 +41,30 @@ def test_a_model_costs_also_the_training_of_the_one_it_started_from(copied: Work
     assert score.parameters == ctf.parameters
 
 
-def test_names_of_scores_are_those_of_the_networks() -> None:
-    for name, suffix in scored.SUFFIXES.items():
-        assert open_extractor(name).suffix == suffix
-    assert {name for plan in BUDGETS.values() for name in plan.features} <= scored.SUFFIXES.keys()
+def test_names_of_scores_are_those_of_the_networks(space: Workspace) -> None:
+    networks = {name for plan in BUDGETS.values() for name in plan.features}
+    assert {*scored.SUFFIXES} == networks | {"classifier"}
+    for name in networks:
+        assert open_extractor(name).suffix == scored.SUFFIXES[name]
+    assert scored.score_names(space.plan, "FID", "IS") == ["FID-fashion", "IS-fashion"]
+    plan = dataclasses.replace(space.plan, classifier=ClassifierConfig())
+    assert scored.score_names(plan, "FID") == ["FID-fashion", "FID-classifier"]
+
+
+def test_what_is_recovered_is_between_random_members_and_true_codes() -> None:
+    """The interval is that of the ratio: where all groups agree, there is none."""
+
+    def outcome(value: float, *without: float) -> dict[str, Any]:
+        return {"FID": {"value": value, "without_group": without, "count": 100}}
+
+    true, random = outcome(10.0, 9.0, 11.0), outcome(20.0, 19.0, 21.0)
+    for chosen, expected in ((true, 1.0), (random, 0.0), (outcome(15.0, 14.0, 16.0), 0.5)):
+        part = scored.recovered(true, random, chosen, "FID")
+        assert part is not None
+        assert (part.low, part.value, part.high) == (expected,) * 3
+    part = scored.recovered(true, random, outcome(15.0, 15.0, 15.0), "FID")
+    assert part is not None
+    assert part.value == 0.5
+    # Without a group 0.4 or 0.6, so an error of 0.1 times the root of G - 1; t of one degree.
+    assert part.high - part.value == pytest.approx(12.7062 * 0.1, rel=1e-4)
+    assert scored.recovered(random, true, true, "FID") is None

@@ -198,8 +198,8 @@ def reproduce(
 
     Args:
         what: table or figure of the paper; geometry compares models that know the codebook with
-            those that don't; all is everything; report writes the report of the present results;
-            status lists the cells without computing any
+            those that don't; fine is the fine stage alone; all is everything; report writes the
+            report of the present results; status lists the cells without computing any
         budget: with two jobs on two cores, small takes less than an hour, full less than six
         out: folder for the files of the cells; each budget has a folder of its own in it
         results: folder for the report and the results of the cells, with the same folders in it

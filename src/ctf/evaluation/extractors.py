@@ -32,14 +32,14 @@ from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
 from ctf.data.transforms import as_tensor, crop
 from ctf.evaluation import lite0
-from ctf.evaluation.classifier import SHIPPED, shipped_classifier
+from ctf.evaluation.classifier import SHIPPED, load_classifier, shipped_classifier
 from ctf.evaluation.inception import find_inception_weights, load_inception
 
 NAMES = ("lite0", "inception", "fashion")
 PREPROCESSING_VERSION = 1  # part of the digests; increase it if preprocessing changes
 
 # Images per batch. On a CPU small batches are fastest, as their maps stay in the caches.
-CPU_BATCH = {"lite0": 4, "inception": 4, "fashion": 64}
+CPU_BATCH = {"lite0": 4, "inception": 4, "fashion": 64, "classifier": 64}
 OTHER_CPU_BATCH = 16
 GPU_BATCH = 128
 
@@ -151,6 +151,20 @@ def open_extractor(
             known = (*NAMES, "module:factory")
             raise UserError(f"unknown features {spec!r}{did_you_mean(spec, known)}")
     return _extractor(spec, suffix, [storage.hash_file(path)], network, device)
+
+
+def classifier_extractor(folder: Path, device: torch.device | str = "cpu") -> Extractor:
+    """Load the classifier in `folder` as a feature network.
+
+    Its scores end in "-classifier", whatever it was trained on.
+
+    Raises:
+        UserError: see `load_classifier`.
+    """
+    device = torch.device(device)
+    classifier = load_classifier(folder, device)
+    network = _on_crops(classifier, classifier.image_size, device)
+    return _extractor("classifier", "-classifier", [classifier.digest], network, device)
 
 
 Network = Callable[[NDArray[np.uint8]], Features]

@@ -94,15 +94,29 @@ def jackknife(
         UserError: fewer images than groups.
         ValueError: fewer than two groups.
     """
-    from scipy.special import stdtrit
-
     size = len(groups)
     if size < 2:
         raise ValueError(f"an interval needs 2 groups or more, got {size}")
     if count < size:
         raise UserError(f"got {count} images; an interval over {size} groups needs {size} or more")
-    value = statistic(groups)
-    without_G = np.array([statistic([*groups[:i], *groups[i + 1 :]]) for i in range(size)])
+    return estimate(statistic(groups), leave_one_out(groups, statistic), count, lower_bound)
+
+
+def leave_one_out(groups: Sequence[T], statistic: Callable[[Sequence[T]], float]) -> np.ndarray:
+    """Return the statistic without each of the groups: (G,)."""
+    return np.array([statistic([*groups[:i], *groups[i + 1 :]]) for i in range(len(groups))])
+
+
+def estimate(
+    value: float, without_G: np.ndarray, count: int, lower_bound: float = -math.inf
+) -> Estimate:
+    """Estimate a statistic from its value and those without each of the groups, see `jackknife`.
+
+    Statistics of the same groups of images can be combined first, e.g. into a ratio.
+    """
+    from scipy.special import stdtrit
+
+    size = len(without_G)
     error = math.sqrt((size - 1) * float(np.var(without_G)))
     half = float(stdtrit(size - 1, 0.975)) * error
     return Estimate(value, max(lower_bound, value - half), value + half, error, count)

@@ -294,6 +294,15 @@ def centers(codebook_VC: Tensor, clusters: Clusters) -> Tensor:
     return sums_KC.index_add_(0, clusters.labels_V, codebook_VC) / clusters.sizes_K[:, None]
 
 
+def central_members(codebook_VC: Tensor, clusters: Clusters) -> Tensor:
+    """The member of each cluster that is nearest to its centre: (K,), int64."""
+    centers_KC = centers(codebook_VC, clusters)
+    distance_V = (codebook_VC.detach() - centers_KC[clusters.labels_V]).square().sum(1)
+    distance_KS = distance_V[clusters.members_KS.clamp(min=0)]
+    distance_KS = distance_KS.masked_fill(clusters.members_KS < 0, torch.inf)
+    return clusters.members_KS.gather(1, distance_KS.argmin(1, keepdim=True))[:, 0]
+
+
 def _slots(labels_V: Tensor, sizes_K: Tensor) -> Tensor:
     order_V = labels_V.argsort(stable=True)
     first_K = sizes_K.cumsum(0) - sizes_K  # start of each cluster in `order_V`

@@ -19,7 +19,6 @@ from ctf.common import config, storage
 from ctf.common.progress import OpenProgress
 from ctf.data.image_set import ImageSet, Splits
 from ctf.evaluation import reference_sets
-from ctf.evaluation.extractors import Extractor, open_extractor
 from ctf.evaluation.reference_sets import ImageCollection
 from ctf.reproduce.plan import Plan
 
@@ -59,10 +58,6 @@ class Workspace:
         """The numbers of a stored result."""
         result = self.result(cell)
         return None if result is None else result["found"]
-
-    def extractors(self) -> list[Extractor]:
-        """The feature networks of the plan."""
-        return [open_extractor(name, device=self.device) for name in self.plan.features]
 
     def held_out(self) -> ImageCollection:
         """The images that scores are computed against."""

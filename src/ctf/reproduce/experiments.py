@@ -15,13 +15,15 @@ from ctf.models.clusters import Method
 from ctf.models.sizes import TransformerShape
 from ctf.reproduce import additions
 from ctf.reproduce.cells import Cell, with_needs
+from ctf.reproduce.fine_cells import DetailsCell
 from ctf.reproduce.plan import Plan
-from ctf.reproduce.sampling_cells import DetailsCell, SpeedCell
+from ctf.reproduce.sampling_cells import SpeedCell
 from ctf.reproduce.systems import (
     UNIFORM,
     Choice,
     Pair,
     baseline,
+    classifier,
     clusters,
     coarse,
     fine,
@@ -182,7 +184,7 @@ def details(plan: Plan) -> dict[str, DetailsCell]:
         name: str, codes: Literal["true", "random", "model"], temperature: float = 1.0
     ) -> DetailsCell:
         name = f"details-{plan.largest}-{name}"
-        return DetailsCell(name, model, codes, temperature, plan.details)
+        return DetailsCell(name, model, codes, temperature, plan.details, classifier(plan))
 
     return {
         "true codes": cell("true", "true"),
@@ -201,7 +203,7 @@ def select(plan: Plan, what: str = "all", only: str | None = None) -> dict[str, 
 
     Args:
         plan: How much is computed.
-        what: "all", "table1", "table2", "table3", "figure1", "figure2" or "geometry".
+        what: "all", or a table, a figure or another experiment, see below.
         only: One of the cells; None: all.
 
     Raises:
@@ -214,6 +216,7 @@ def select(plan: Plan, what: str = "all", only: str | None = None) -> dict[str, 
         "figure1": [*figure1(plan), *details(plan).values()],
         "figure2": [cell for each in figure2(plan) for cell in (each.baseline, each.ctf)],
         "geometry": [cell for pair in additions.geometry(plan).values() for cell in pair],
+        "fine": [cell for rows in additions.fine_stage(plan).values() for cell in rows.values()],
         "table2": [table2(plan)],
     }
     chosen = experiments.values() if what == "all" else [experiments[what]]

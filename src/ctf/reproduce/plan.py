@@ -9,6 +9,7 @@ import dataclasses
 
 from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
+from ctf.evaluation.classifier import ClassifierConfig
 from ctf.models.sizes import TokenizerShape, TransformerShape
 from ctf.training.recipes import GroupLoss, with_steps
 from ctf.training.tokenizer import TokenizerTraining
@@ -33,6 +34,10 @@ class Plan:
         lengths: Shares of the training steps (Fig. 2).
         group_loss: IAR's cluster loss, for Table 3.
         details: Held-out images whose codes are resampled (Fig. 1).
+        fine_clusters: K for the largest V, for the fine stage alone.
+        fine_images: Held-out images of each row about the fine stage alone.
+        classifier: Trained on the images as one more feature network, which also measures the class
+            accuracy; None where the shipped one does.
     """
 
     source: str
@@ -57,6 +62,9 @@ class Plan:
     lengths: tuple[float, ...]
     group_loss: GroupLoss
     details: int
+    fine_clusters: tuple[int, ...]
+    fine_images: int
+    classifier: ClassifierConfig | None = None
 
     @property
     def largest(self) -> int:
@@ -105,6 +113,8 @@ FULL = Plan(
     lengths=(0.25, 0.5),
     group_loss=GroupLoss(weight=1.0),
     details=10_000,
+    fine_clusters=(128, 512, 1024, 2048),
+    fine_images=2000,
 )
 
 # One seed, two codebooks, a quarter of the training, 1000 samples.
@@ -123,6 +133,8 @@ SMALL = dataclasses.replace(
     search_points=12,
     lengths=(0.5,),
     details=1000,
+    fine_clusters=(512,),
+    fine_images=500,
 )
 
 BUDGETS = {"small": SMALL, "full": FULL}

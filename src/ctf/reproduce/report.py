@@ -62,6 +62,7 @@ def write(space: Workspace) -> None:
         *_figure1(space),
         *_figure2(space),
         *additions_report.geometry(space),
+        *additions_report.fine_stage(space),
     ]
     storage.save_text(space.results / "report.md", "\n\n".join(parts) + "\n")
 

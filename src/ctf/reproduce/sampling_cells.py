@@ -1,7 +1,4 @@
-"""Cells that sample: search settings, score samples, resample details, time sampling.
-
-Shapes: B batch, L tokens of an image, V codes, S members of the largest cluster, T tokens.
-"""
+"""Cells that sample: search settings, score samples, time sampling."""
 
 from __future__ import annotations
 
@@ -10,30 +7,19 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import Any
 
 from ctf.bench import harness
 from ctf.common import config, storage
-from ctf.data.tokens import Tokens
-from ctf.data.transforms import as_pil
 from ctf.evaluation import reference_sets, scores
-from ctf.evaluation.distances import frechet_distance_estimate
 from ctf.evaluation.options import EvaluationOptions
 from ctf.evaluation.prepare import prepare
 from ctf.evaluation.sample_cache import GenerationConfig
 from ctf.evaluation.search import search
-from ctf.models.clusters import Clusters, swap
-from ctf.models.fine import FineModel
-from ctf.pipelines.folder import SETTINGS, load_fine, load_tokenizer
+from ctf.pipelines.folder import SETTINGS
 from ctf.pipelines.pipeline import Pipeline
-from ctf.reproduce.cells import Cell, Outcome, Workspace, link, stored_as
-from ctf.reproduce.training_cells import CoarseCell, FineCell, link_clusters
-from ctf.training import stages
-from ctf.training.tokenizer import EVALUATION_BATCH
+from ctf.reproduce.cells import Cell, Outcome, Workspace, link
+from ctf.reproduce.training_cells import ClassifierCell, CoarseCell, FineCell, open_extractors
 
 
 def _pipeline(
@@ -60,7 +46,7 @@ class SearchCell(Cell):
 
     def compute(self, space: Workspace) -> Outcome:
         """Return the best settings, and all that were tried."""
-        run, extractor = space.run(self), space.extractors()[0]
+        run, extractor = space.run(self), open_extractors(space)[0]
         pipe = _pipeline(run / "pipeline", self.coarse, self.fine, space)
         images = reference_sets.from_image_sets("reserved images", (space.reserved,))
         with space.open_progress(f"{extractor.name}: reserved images") as progress:
@@ -91,6 +77,7 @@ class ScoreCell(Cell):
         seed: Of the first sample.
         settings: Sampling settings that replace those of the search.
         tuned: The search that the settings are from.
+        classifier: Of the plan, if it has one.
     """
 
     coarse: CoarseCell
@@ -99,6 +86,9 @@ class ScoreCell(Cell):
     seed: int
     settings: dict[str, float]
     tuned: SearchCell
+    classifier: ClassifierCell | None = dataclasses.field(
+        default=None, metadata=config.OMIT_DEFAULT
+    )
 
     def compute(self, space: Workspace) -> Outcome:
         """Return the scores with their intervals, the class accuracy, and the settings."""
@@ -114,13 +104,17 @@ class ScoreCell(Cell):
                 features=space.plan.features,
                 seed=self.seed,
                 split="val",
+                classifier=None if self.classifier is None else self.classifier.folder(space),
             ),
             settings=settings,
             device=space.device,
         )
         began = time.monotonic()
         # The same pipeline, with the engine that samples fastest.
-        result = dataclasses.replace(evaluation, pipe=pipe).run(space.open_progress)
+        evaluation = dataclasses.replace(
+            evaluation, pipe=pipe, extractors=open_extractors(space, self.classifier)
+        )
+        result = evaluation.run(space.open_progress)
         return {
             "scores": result.scores,
             "accuracy": None if result.accuracy is None else config.to_json(result.accuracy),
@@ -129,73 +123,6 @@ class ScoreCell(Cell):
             "pictures": result.pictures,
             "seconds_of_scoring": round(time.monotonic() - began, 1),
         }
-
-
-@dataclasses.dataclass(frozen=True)
-class DetailsCell(Cell):
-    """Scores the fine stage alone: held-out images with codes resampled from their true labels.
-
-    Attributes:
-        codes: The true codes, random members of their clusters, or samples of the fine model.
-        temperature: Of the fine model; 0 takes the most likely member.
-    """
-
-    fine: FineCell
-    codes: Literal["true", "random", "model"]
-    temperature: float
-    images: int = stored_as("pictures")
-
-    @torch.inference_mode()
-    def compute(self, space: Workspace) -> Outcome:
-        """Return the FID by each feature network."""
-        run = space.run(self)
-        clusters = link_clusters(self.fine, run, space)
-        tokenizer = load_tokenizer(run / "tokenizer", space.device)
-        fine = load_fine(space.run(self.fine) / "fine", clusters, space.device)
-        val = Tokens(stages.tokens_folder(run), "val", stages.tokenizer_hash(run))
-        generator = torch.Generator().manual_seed(0)
-        batches = []  # sampled once for all networks
-        rows_N = np.arange(min(self.images, len(val)))
-        for rows_B in np.split(rows_N, range(EVALUATION_BATCH, len(rows_N), EVALUATION_BATCH)):
-            codes_BL, classes_B = val.codes(rows_B), torch.from_numpy(val.classes_N[rows_B])
-            codes_BL = self._resample(fine, clusters, codes_BL, classes_B, generator)
-            images = as_pil(tokenizer.decode(codes_BL.to(space.device)))
-            batches.append(np.stack([np.asarray(image) for image in images]))
-        held_out, outcome = space.held_out(), {}
-        subject = dataclasses.replace(
-            held_out,
-            batches=batches.__iter__,
-            count=sum(map(len, batches)),
-            classes_N=None,
-            class_names=None,
-        )
-        for extractor in space.extractors():
-            reference = scores.load_reference(held_out, extractor)
-            with space.open_progress(f"{extractor.name}: {self.codes} codes") as progress:
-                summary = scores.summarize(extractor, subject, progress)
-            distance = frechet_distance_estimate(summary.groups, reference.pooled)
-            outcome[f"FID{extractor.suffix}"] = config.to_json(distance)
-        return outcome
-
-    def _resample(
-        self,
-        fine: FineModel,
-        clusters: Clusters,
-        codes_BL: Tensor,
-        classes_B: Tensor,
-        generator: torch.Generator,
-    ) -> Tensor:
-        if self.codes == "true":
-            return codes_BL
-        if self.codes == "random":
-            return swap(codes_BL, clusters, generator)
-        labels_BL = clusters.labels_V[codes_BL]
-        logits_BLS = fine(labels_BL, classes_B).float()
-        if self.temperature == 0:
-            return fine.codes(labels_BL, logits_BLS.argmax(-1))
-        probabilities_TS = (logits_BLS / self.temperature).softmax(-1).flatten(0, 1)
-        members_T1 = torch.multinomial(probabilities_TS, 1, generator=generator)
-        return fine.codes(labels_BL, members_T1.view_as(labels_BL))
 
 
 @dataclasses.dataclass(frozen=True)

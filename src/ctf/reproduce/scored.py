@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
+from ctf.evaluation.intervals import Estimate, estimate
 from ctf.reproduce.cells import Outcome, Workspace
 from ctf.reproduce.experiments import table1
 from ctf.reproduce.plan import Plan
@@ -11,12 +14,14 @@ from ctf.reproduce.sampling_cells import ScoreCell
 from ctf.reproduce.systems import UNIFORM, Pair
 
 MISSING = "not computed yet"
-SUFFIXES = {"lite0": "-Lite0", "fashion": "-fashion"}  # of the scores by each feature network
+# Of the scores by each feature network; the last is the classifier of a plan.
+SUFFIXES = {"lite0": "-Lite0", "fashion": "-fashion", "classifier": "-classifier"}
 
 
 def score_names(plan: Plan, *scores: str) -> list[str]:
     """Return these scores by each feature network, e.g. FID-Lite0; searches use the first."""
-    return [f"{score}{SUFFIXES[network]}" for network in plan.features for score in scores]
+    networks = [*plan.features, *([] if plan.classifier is None else ["classifier"])]
+    return [f"{score}{SUFFIXES[network]}" for network in networks for score in scores]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +95,22 @@ def order(one: Scored, other: Scored, name: str) -> int:
     (low, high), (other_low, other_high) = one.interval(name), other.interval(name)
     higher = (low > other_high) - (high < other_low)
     return higher if name.startswith("IS") else -higher
+
+
+def recovered(true: Outcome, random: Outcome, chosen: Outcome, name: str) -> Estimate | None:
+    """Return which part of what random members lose is recovered by chosen ones: 1 is all of it.
+
+    None where random members lose nothing. The interval is of the same groups of images in all.
+    """
+    lost = random[name]["value"] - true[name]["value"]
+    if lost <= 0:
+        return None
+    true_G, random_G, chosen_G = (
+        np.array(outcome[name]["without_group"]) for outcome in (true, random, chosen)
+    )
+    value = (random[name]["value"] - chosen[name]["value"]) / lost
+    without_G = (random_G - chosen_G) / (random_G - true_G)
+    return estimate(value, without_G, chosen[name]["count"])
 
 
 def speed_ups(outcome: Outcome) -> dict[str, list[float]]:

@@ -13,6 +13,7 @@ from ctf.models.clusters import ClustersConfig, Method
 from ctf.reproduce.plan import Plan
 from ctf.reproduce.sampling_cells import ScoreCell, SearchCell
 from ctf.reproduce.training_cells import (
+    ClassifierCell,
     ClustersCell,
     CoarseCell,
     FineCell,
@@ -24,6 +25,11 @@ from ctf.training.recipes import with_steps
 UNIFORM = 1e6  # a temperature at which all members of a cluster are equally likely
 
 Model = TypeVar("Model", CoarseCell, FineCell)
+
+
+def classifier(plan: Plan) -> ClassifierCell | None:
+    """The classifier that is a feature network of the scores, if the plan has one."""
+    return None if plan.classifier is None else ClassifierCell("classifier", plan.classifier)
 
 
 def tokenizer(plan: Plan, codes: int) -> TokenizerCell:
@@ -88,7 +94,16 @@ def score(
     codes = coarse.clusters.tokens.tokenizer.shape.codebook_size
     first_sample = coarse.training.seed * plan.samples
     tuned = search(plan, codes, ctf=fine is not None, geometry=coarse.geometry)
-    return ScoreCell(name, coarse, fine, plan.samples, first_sample, dict(settings or {}), tuned)
+    return ScoreCell(
+        name,
+        coarse,
+        fine,
+        plan.samples,
+        first_sample,
+        dict(settings or {}),
+        tuned,
+        classifier(plan),
+    )
 
 
 def variant(cell: Model, suffix: str, **changes: Any) -> Model:

@@ -1,4 +1,4 @@
-"""Cells that train: tokenizer, tokens, clusters, coarse and fine model."""
+"""Cells that train: tokenizer, tokens, clusters, coarse and fine model, and a classifier."""
 
 from __future__ import annotations
 
@@ -14,16 +14,53 @@ from ctf.common.weights import count_parameters
 from ctf.data.extraction import TokensConfig
 from ctf.data.tokens import Tokens
 from ctf.evaluation import scores
+from ctf.evaluation.classifier import ClassifierConfig
+from ctf.evaluation.extractors import Extractor, classifier_extractor, open_extractor
 from ctf.models.clusters import Clusters, ClustersConfig
 from ctf.models.sizes import TokenizerShape, TransformerShape, training_flops
 from ctf.pipelines.folder import CLUSTERS, load_clusters, load_tokenizer
 from ctf.reproduce.cells import Cell, Outcome, Workspace, link, stored_as
 from ctf.training import cost, metrics_log, stages
 from ctf.training import tokenizer as tokenizer_training
+from ctf.training.classifier import held_out_accuracy, train_classifier
 from ctf.training.recipes import GroupLoss, Recipe, preset
 from ctf.training.stages import ModelStage
 from ctf.training.tokenizer import TokenizerTraining
 from ctf.training.transformers import TrainingConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierCell(Cell):
+    """Trains a classifier of the images: a feature network, and a measure of class accuracy."""
+
+    training: ClassifierConfig
+
+    def folder(self, space: Workspace) -> Path:
+        """Where the classifier is."""
+        return space.run(self) / "classifier"
+
+    def compute(self, space: Workspace) -> Outcome:
+        """Return the accuracy on held-out images."""
+        with space.open_progress("classifier") as progress:
+            model = train_classifier(
+                space.images,
+                self.folder(space),
+                self.training,
+                device=space.device,
+                progress=progress,
+            )
+        return {
+            "accuracy": held_out_accuracy(model, space.images.val),
+            "parameters": count_parameters(model),
+        }
+
+
+def open_extractors(space: Workspace, classifier: ClassifierCell | None = None) -> list[Extractor]:
+    """Open the feature networks of the plan, and that of a classifier."""
+    named = [open_extractor(name, device=space.device) for name in space.plan.features]
+    if classifier is None:
+        return named
+    return [*named, classifier_extractor(classifier.folder(space), space.device)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +84,7 @@ class TokenizerCell(Cell):
                 )
             )
         held_out = space.held_out()
-        for extractor in space.extractors():
+        for extractor in open_extractors(space):
             name = f"rFID{extractor.suffix}"
             with space.open_progress(name) as progress:
                 distance = scores.reconstruction_fid(tokenizer, held_out, extractor, progress)
@@ -111,7 +148,7 @@ class CoarseCell(Cell):
 
     def compute(self, space: Workspace) -> Outcome:
         """Return the loss and the cost."""
-        clusters = link_clusters(self, run := space.run(self), space)
+        clusters = link_clusters(self.clusters, run := space.run(self), space)
         recipe = _recipe(
             coarse=self.shape,
             coarse_training=self.training,
@@ -141,7 +178,7 @@ class FineCell(Cell):
 
     def compute(self, space: Workspace) -> Outcome:
         """Return the loss and the cost."""
-        clusters = link_clusters(self, run := space.run(self), space)
+        clusters = link_clusters(self.clusters, run := space.run(self), space)
         recipe = _recipe(
             fine=self.shape,
             fine_training=self.training,
@@ -159,9 +196,9 @@ class FineCell(Cell):
         return _trained(stage, flops)
 
 
-def link_clusters(cell: CoarseCell | FineCell, run: Path, space: Workspace) -> Clusters:
-    """Make `run` a run with the tokenizer, tokens and clusters of a model; load the clusters."""
-    link(run, space.run(cell.clusters), "tokenizer", "tokens", "clusters")
+def link_clusters(cell: ClustersCell, run: Path, space: Workspace) -> Clusters:
+    """Make `run` a run with the tokenizer, tokens and clusters of a cell; load the clusters."""
+    link(run, space.run(cell), "tokenizer", "tokens", "clusters")
     return load_clusters(run / "clusters" / CLUSTERS)
 
 

@@ -22,8 +22,9 @@ from ctf.data.transforms import as_pil, as_tensor
 from ctf.models.clusters import ClustersConfig, fit
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
+from ctf.models.noise import noise_keys
 from ctf.models.objectives import Objective, coarse_objective, fine_objective
-from ctf.models.sampling import Sampling, per_image_noise, sample_coarse, sample_fine
+from ctf.models.sampling import Sampling, sample_coarse, sample_fine
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.models.transformer import TransformerConfig
 
@@ -133,10 +134,10 @@ def main(
 
     # 6. Sampling: labels one after another, then all codes in one pass, then the decoder.
     classes_B = torch.arange(10).repeat_interleave(8)
-    noise_B2L = per_image_noise(range(seed, seed + len(classes_B)), TRANSFORMER.length)
+    keys_B2L = noise_keys(range(seed, seed + len(classes_B)), TRANSFORMER.length)
     settings = Sampling(guidance=2.0)
-    labels_BL = sample_coarse(coarse, classes_B, noise_B2L[:, 0], settings)
-    codes_BL = sample_fine(fine, clusters, labels_BL, classes_B, noise_B2L[:, 1], settings)
+    labels_BL = sample_coarse(coarse, classes_B, keys_B2L[:, 0], settings)
+    codes_BL = sample_fine(fine, clusters, labels_BL, classes_B, keys_B2L[:, 1], settings)
     samples = as_pil(tokenizer.decode(codes_BL))
     rows = [(name, samples[8 * i : 8 * i + 8]) for i, name in enumerate(data.class_names)]
     image_grid(rows).save(out)

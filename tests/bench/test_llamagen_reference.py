@@ -15,7 +15,8 @@ from ctf.data.image_set import Splits
 from ctf.data.tokens import Tokens
 from ctf.data.transforms import VIEWS
 from ctf.models.coarse import CoarseModel
-from ctf.models.sampling import Sampling, per_image_noise, sample_coarse
+from ctf.models.noise import noise_keys
+from ctf.models.sampling import Sampling, sample_coarse
 from ctf.models.tokenizer import VQModel
 from ctf.models.transformer import TransformerConfig
 from ctf.pipelines import llamagen
@@ -86,11 +87,11 @@ def test_the_plain_loop_samples_the_same_labels(guidance: float, top_k: int) -> 
     for parameter in model.parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.1)
-    numbers_BL = per_image_noise(range(5), 16)[:, 0]
+    keys_BL = noise_keys(range(5), 16)[:, 0]
     settings = Sampling(guidance=guidance, top_k=top_k)
-    expected = sample_coarse(model, torch.arange(5), numbers_BL, settings)
+    expected = sample_coarse(model, torch.arange(5), keys_BL, settings)
     assert torch.equal(
-        llamagen_reference.sample(model, torch.arange(5), numbers_BL, settings), expected
+        llamagen_reference.sample(model, torch.arange(5), keys_BL, settings), expected
     )
 
 
@@ -100,7 +101,5 @@ def test_the_plain_loop_samples_what_llamagen_does(guidance: int) -> None:
     model = llamagen.load(FIXTURES / "vq.pt", FIXTURES / "gpt.pt", image_size=8, heads=4).coarse
     classes_B = torch.from_numpy(stored["labels"]).long()
     settings = Sampling(guidance=guidance, top_k=1)
-    drawn = llamagen_reference.sample(
-        model, classes_B, per_image_noise([0, 1, 2], 16)[:, 0], settings
-    )
+    drawn = llamagen_reference.sample(model, classes_B, noise_keys([0, 1, 2], 16)[:, 0], settings)
     assert drawn.tolist() == stored[f"greedy_guidance_{guidance}"].tolist()

@@ -5,7 +5,8 @@ import torch
 
 from ctf import kernels
 from ctf.kernels import compiled
-from ctf.models.sampling import Sampling, per_image_noise, sample_coarse
+from ctf.models.noise import noise_keys
+from ctf.models.sampling import Sampling, sample_coarse
 from ctf.models.transformer import rotate, rotation_table
 from tests.kernels.conftest import CONFIG, make_coarse
 
@@ -26,14 +27,12 @@ def test_compiled_steps_sample_the_same() -> None:
         del each.backbone.layers[1:]  # compiling is slow
     kernels.for_sampling(fast, None, None, "compile")
     assert model.state_dict().keys() == fast.state_dict().keys()
-    numbers_BL = per_image_noise(range(5), 16)[:, 0]
+    keys_BL = noise_keys(range(5), 16)[:, 0]
     for settings in (
         Sampling(guidance=2.0),
         Sampling(guidance=2.0, top_k=1),
         # Halves that catch up, uncompiled.
         Sampling(guidance=1.5, guidance_window=(0.25, 0.75)),
     ):
-        one, other = (
-            sample_coarse(m, torch.arange(5), numbers_BL, settings) for m in (model, fast)
-        )
+        one, other = (sample_coarse(m, torch.arange(5), keys_BL, settings) for m in (model, fast))
         assert torch.equal(one, other)

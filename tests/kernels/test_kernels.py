@@ -13,7 +13,8 @@ from ctf.kernels.tokenizer_cpu import CpuVQModel
 from ctf.models.clusters import Clusters
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
-from ctf.models.sampling import CoarseDecoder, Sampling, per_image_noise, sample_coarse
+from ctf.models.noise import noise_keys
+from ctf.models.sampling import CoarseDecoder, Sampling, sample_coarse
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.models.transformer import Attention, KVCache, SwiGLU
 from tests.kernels.conftest import CONFIG, VOCAB_SIZE, logits, make_coarse
@@ -24,7 +25,7 @@ needs_int8 = pytest.mark.skipif(not kernels.available("int8", CPU), reason="no i
 
 
 def sampled(model: CoarseModel) -> Tensor:
-    return sample_coarse(model, torch.arange(5), per_image_noise(range(5), 16)[:, 0], Sampling())
+    return sample_coarse(model, torch.arange(5), noise_keys(range(5), 16)[:, 0], Sampling())
 
 
 def classes_of(model: nn.Module) -> set[type[nn.Module]]:

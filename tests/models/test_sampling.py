@@ -18,15 +18,14 @@ from ctf.models import clusters as clustering
 from ctf.models.clusters import Clusters
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
+from ctf.models.noise import gumbel_noise, noise_keys
 from ctf.models.sampling import (
     Sampling,
     apply_guidance,
     format_settings,
     guidance_scales,
-    per_image_noise,
     sample_coarse,
     sample_fine,
-    sample_inverse_cdf,
     sample_logits,
     stream_coarse,
     top_k_filter,
@@ -149,26 +148,6 @@ def test_a_window_leaves_the_schedule_as_it_is(g, schedule, eighths, length):
         assert sorted(every, reverse=g < 1) == every
 
 
-# Random numbers
-
-
-def test_numbers_of_an_image_depend_on_its_seed_alone():
-    together = per_image_noise(SEEDS, L)
-    assert together.shape == (5, 2, L)
-    assert together.dtype == torch.float64
-    for i, seed in enumerate(SEEDS):
-        assert torch.equal(per_image_noise([seed], L)[0], together[i])
-    assert len(together.unique()) == together.numel()
-
-
-def test_numbers_of_neighbouring_seeds_are_uniform_and_unrelated():
-    numbers = per_image_noise(range(4000), 2)[:, :, 0].numpy()
-    for stage in range(2):
-        assert scipy.stats.kstest(numbers[:, stage], "uniform").pvalue > 0.01
-    assert abs(np.corrcoef(numbers[:-1, 0], numbers[1:, 0])[0, 1]) < 0.05
-    assert abs(np.corrcoef(numbers[:, 0], numbers[:, 1])[0, 1]) < 0.05
-
-
 # Logits
 
 # Few values, so that there are ties; -inf as the fine model's padding, but never everywhere.
@@ -228,50 +207,51 @@ def test_guidance_in_closed_form():
     assert apply_guidance(cond.bfloat16(), uncond.bfloat16(), 1.7).dtype == torch.float32
 
 
-# Draws
+# Choices
 
 
-@given(rows, st.one_of(st.sampled_from([0.0, 5e-324, 1 - 2**-53, 1.0]), st.floats(0, 1)))
-def test_nothing_masked_is_ever_sampled(row, uniform):
-    choice = int(sample_inverse_cdf(row_tensor(row), torch.tensor([uniform], dtype=torch.float64)))
-    assert np.isfinite(row[choice])
+def noise(count: int, choices: int) -> Tensor:
+    """Noise of the first position of `count` images."""
+    return gumbel_noise(noise_keys(range(count), 1)[:, 0, 0], choices)
+
+
+@given(rows, st.integers(-(2**63), 2**63 - 1))
+def test_nothing_masked_is_ever_sampled(row, key):
+    noise_1K = gumbel_noise(torch.tensor([key]), len(row))
+    assert np.isfinite(row[int(sample_logits(row_tensor(row), noise_1K, 1.0, 0, 1.0))])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_even_grid_of_numbers_gives_the_probabilities(dtype):
-    logits_K = torch.tensor([0.5, -torch.inf, 2.0, -1.0, 0.25, -torch.inf], dtype=dtype)
+def test_frequencies_over_seeds_follow_the_probabilities(dtype):
+    logits_K = torch.tensor([1.0, 0.0, -torch.inf, -1.0, 2.0], dtype=dtype)
     count = 10_000
-    numbers = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    sampled = sample_inverse_cdf(logits_K.expand(count, -1), numbers).bincount(minlength=6)
+    sampled = sample_logits(logits_K.expand(count, -1), noise(count, 5), 1.0, 0, 1.0)
     expected = count * logits_K.double().softmax(-1)
-    assert float((sampled - expected).abs().max()) <= 1
-
-
-def test_frequencies_over_seeds_follow_the_probabilities():
-    logits_K = torch.tensor([1.0, 0.0, -torch.inf, -1.0, 2.0])
-    numbers = per_image_noise(range(40), 250).flatten()
-    sampled = sample_inverse_cdf(logits_K.expand(len(numbers), -1), numbers).bincount(minlength=5)
-    expected = len(numbers) * logits_K.double().softmax(-1)
-    real = expected > 0
-    assert int(sampled[~real].sum()) == 0
-    assert scipy.stats.chisquare(sampled[real].numpy(), expected[real].numpy()).pvalue > 0.01
+    frequencies, real = sampled.bincount(minlength=5), expected > 0
+    assert int(frequencies[~real].sum()) == 0
+    assert scipy.stats.chisquare(frequencies[real].numpy(), expected[real].numpy()).pvalue > 0.01
 
 
 def test_temperature_then_top_k_then_top_p():
     logits_K = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0], dtype=torch.float64)
     count = 10_000
-    numbers = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    sampled = sample_logits(logits_K.expand(count, -1), numbers, 2.0, 4, 0.8).bincount(minlength=5)
-    four = np.exp([1.0, 0.5, 0.0, -0.5])
-    # 0.455 and 0.276 of the four make 0.73, so that a third is needed for 0.8.
-    expected = np.array([*(four[:3] / four[:3].sum()), 0, 0]) * count
-    assert np.abs(sampled.numpy() - expected).max() <= 1
+    sampled = sample_logits(logits_K.expand(count, -1), noise(count, 5), 2.0, 4, 0.8)
+    frequencies = sampled.bincount(minlength=5)
+    # 0.455 and 0.276 of the first four make 0.73, so that a third is needed for 0.8.
+    assert frequencies[3:].tolist() == [0, 0]
+    three = np.exp([1.0, 0.5, 0.0])
+    expected = count * three / three.sum()
+    assert scipy.stats.chisquare(frequencies[:3].numpy(), expected).pvalue > 0.01
 
 
-@given(rows, st.floats(0, 1))
-def test_greedy_is_the_first_largest(row, uniform):
-    number = torch.tensor([uniform], dtype=torch.float64)
-    assert int(sample_logits(row_tensor(row), number, 1.0, 1, 1.0)) == row.index(max(row))
+@given(rows, st.integers(-(2**63), 2**63 - 1), st.sampled_from([(1.0, 1), (5e-324, 0)]))
+def test_greedy_is_the_first_largest(row, key, limits):
+    temperature, top_k = limits
+    noise_1K = gumbel_noise(torch.tensor([key]), len(row))
+    choice = int(sample_logits(row_tensor(row), noise_1K, temperature, top_k, 1.0))
+    if top_k == 1:
+        assert choice == row.index(max(row))
+    assert row[choice] == max(row)
 
 
 # Images
@@ -287,9 +267,9 @@ SETTINGS = [
 def sample(
     coarse: CoarseModel, fine: FineModel, classes: Tensor, seeds: list[int], settings: Sampling
 ) -> tuple[Tensor, Tensor]:
-    numbers = per_image_noise(seeds, L)
-    labels_BL = sample_coarse(coarse, classes, numbers[:, 0], settings)
-    return labels_BL, sample_fine(fine, CLUSTERS, labels_BL, classes, numbers[:, 1], settings)
+    keys_B2L = noise_keys(seeds, L)
+    labels_BL = sample_coarse(coarse, classes, keys_B2L[:, 0], settings)
+    return labels_BL, sample_fine(fine, CLUSTERS, labels_BL, classes, keys_B2L[:, 1], settings)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -310,10 +290,10 @@ def test_codes_are_members_of_their_labels(coarse, fine, settings):
 
 @torch.no_grad()
 def plain_coarse(
-    model: CoarseModel, numbers_BL: Tensor, settings: Sampling, kept_BL: Tensor | None = None
+    model: CoarseModel, keys_BL: Tensor, settings: Sampling, kept_BL: Tensor | None = None
 ) -> Tensor:
     """The definition: no cache, two passes, the guided logits of one position after another."""
-    labels_BL = torch.zeros(numbers_BL.shape, dtype=torch.int64)
+    labels_BL = torch.zeros(keys_BL.shape, dtype=torch.int64)
     first, last = settings.guidance_window
     for position in range(L):
         cond = model(labels_BL, CLASSES_B)[:, position]
@@ -325,7 +305,11 @@ def plain_coarse(
             scale = 1
         logits = uncond + scale * (cond - uncond)
         labels_BL[:, position] = sample_logits(
-            logits, numbers_BL[:, position], settings.temperature, settings.top_k, settings.top_p
+            logits,
+            gumbel_noise(keys_BL[:, position], CLUSTERS.count),
+            settings.temperature,
+            settings.top_k,
+            settings.top_p,
         )
         if kept_BL is not None:
             for b in range(len(kept_BL)):
@@ -347,30 +331,34 @@ WINDOWS = [
     "settings", [*SETTINGS, Sampling(top_k=1), Sampling(1.0, top_k=1), *WINDOWS]
 )
 def test_coarse_sampling_against_its_definition(coarse, settings):
-    numbers_BL = per_image_noise(SEEDS, L)[:, 0]
-    expected = plain_coarse(coarse, numbers_BL, settings)
-    assert torch.equal(sample_coarse(coarse, CLASSES_B, numbers_BL, settings), expected)
+    keys_BL = noise_keys(SEEDS, L)[:, 0]
+    expected = plain_coarse(coarse, keys_BL, settings)
+    assert torch.equal(sample_coarse(coarse, CLASSES_B, keys_BL, settings), expected)
     if settings.top_k != 1:
         whole = dataclasses.replace(
             settings, guidance_schedule="constant", guidance_window=(0.0, 1.0)
         )
         assert settings == whole or not torch.equal(
-            sample_coarse(coarse, CLASSES_B, numbers_BL, whole), expected
+            sample_coarse(coarse, CLASSES_B, keys_BL, whole), expected
         )
 
 
 @torch.inference_mode()
-def cached_coarse(model: CoarseModel, numbers_BL: Tensor, settings: Sampling) -> Tensor:
+def cached_coarse(model: CoarseModel, keys_BL: Tensor, settings: Sampling) -> Tensor:
     """Full guidance with a cache and nothing else."""
     classes = torch.cat([CLASSES_B, torch.full_like(CLASSES_B, model.no_class)])
     cache = KVCache(CONFIG, len(classes), torch.device("cpu"), torch.float32)
-    labels_BL = torch.zeros(numbers_BL.shape, dtype=torch.int64)
+    labels_BL = torch.zeros(keys_BL.shape, dtype=torch.int64)
     inputs = classes
     for position in range(L):
         cond, uncond = model.step(inputs[:, None], position, cache).chunk(2)
         logits = apply_guidance(cond, uncond, settings.guidance)
         labels_BL[:, position] = sample_logits(
-            logits, numbers_BL[:, position], settings.temperature, settings.top_k, settings.top_p
+            logits,
+            gumbel_noise(keys_BL[:, position], CLUSTERS.count),
+            settings.temperature,
+            settings.top_k,
+            settings.top_p,
         )
         inputs = labels_BL[:, position].repeat(2)
     return labels_BL
@@ -398,12 +386,12 @@ def recorded(*models: nn.Module) -> Iterator[tuple[list[tuple[int, ...]], list[T
 
 @pytest.mark.parametrize("guidance", [0.1, 1.1, 2.0])
 def test_full_guidance_is_the_plain_loop_to_the_bit(coarse, guidance):
-    numbers_BL = per_image_noise(SEEDS, L)[:, 0]
+    keys_BL = noise_keys(SEEDS, L)[:, 0]
     settings = Sampling(guidance=guidance)
     with recorded(coarse) as (_, plain):
-        expected = cached_coarse(coarse, numbers_BL, settings)
+        expected = cached_coarse(coarse, keys_BL, settings)
     with recorded(coarse) as (_, logits):
-        got = sample_coarse(coarse, CLASSES_B, numbers_BL, settings)
+        got = sample_coarse(coarse, CLASSES_B, keys_BL, settings)
     assert torch.equal(got, expected)
     assert len(plain) == len(logits) == L
     assert all(torch.equal(one, other) for one, other in zip(plain, logits, strict=True))
@@ -427,23 +415,23 @@ ONE, BOTH = (5, 1), (10, 1)  # a step of the batch, and of the batch with and wi
 )
 def test_nothing_unconditional_is_computed_that_is_not_needed(coarse, settings, expected):
     with recorded(coarse) as (shapes, logits):
-        sample_coarse(coarse, CLASSES_B, per_image_noise(SEEDS, L)[:, 0], settings)
+        sample_coarse(coarse, CLASSES_B, noise_keys(SEEDS, L)[:, 0], settings)
     assert shapes == expected
     assert [len(logits_BK) for logits_BK in logits] == [batch for batch, _ in expected]
 
 
 def test_a_stream_takes_a_step_only_for_the_next_labels(coarse):
-    numbers_BL = per_image_noise(SEEDS, L)[:, 0]
-    expected = sample_coarse(coarse, CLASSES_B, numbers_BL, Sampling())
+    keys_BL = noise_keys(SEEDS, L)[:, 0]
+    expected = sample_coarse(coarse, CLASSES_B, keys_BL, Sampling())
     with recorded(coarse) as (_, logits):
-        steps = stream_coarse(coarse, CLASSES_B, numbers_BL, Sampling())
+        steps = stream_coarse(coarse, CLASSES_B, keys_BL, Sampling())
         assert len(logits) == 0
         for count in range(1, L + 1):
             assert torch.equal(next(steps), expected[:, :count])
             assert len(logits) == count
             assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
         assert list(steps) == []
-        steps = stream_coarse(coarse, CLASSES_B, numbers_BL, Sampling())
+        steps = stream_coarse(coarse, CLASSES_B, keys_BL, Sampling())
         next(steps)
         steps.close()
         assert len(logits) == L + 1 and list(steps) == []
@@ -460,11 +448,11 @@ FORCED_BL = torch.arange(5 * L).view(5, L) * 3 % CLUSTERS.count
 @given(masks, st.sampled_from([SETTINGS[1], Sampling(1.0), WINDOWS[1], WINDOWS[2]]))
 @examples(max_examples=25, deadline=None)
 def test_sampling_around_known_labels_against_its_definition(coarse, known_BL, settings):
-    numbers_BL = per_image_noise(SEEDS, L)[:, 0]
+    keys_BL = noise_keys(SEEDS, L)[:, 0]
     kept_BL = FORCED_BL.masked_fill(~known_BL, -1)
     before = kept_BL.clone()
-    got = sample_coarse(coarse, CLASSES_B, numbers_BL, settings, kept_BL)
-    assert torch.equal(got, plain_coarse(coarse, numbers_BL, settings, kept_BL))
+    got = sample_coarse(coarse, CLASSES_B, keys_BL, settings, kept_BL)
+    assert torch.equal(got, plain_coarse(coarse, keys_BL, settings, kept_BL))
     assert torch.equal(kept_BL, before)
 
 
@@ -472,11 +460,11 @@ def test_sampling_around_known_labels_against_its_definition(coarse, known_BL, s
 @examples(max_examples=40, deadline=None)
 def test_positions_that_all_images_keep_take_no_step(coarse, bits, settings):
     known_L = torch.tensor([bits >> i & 1 for i in range(L)], dtype=torch.bool)
-    numbers_BL = per_image_noise(SEEDS, L)[:, 0]
+    keys_BL = noise_keys(SEEDS, L)[:, 0]
     kept_BL = FORCED_BL.masked_fill(~known_L, -1)
     with recorded(coarse) as (shapes, logits):
-        got = sample_coarse(coarse, CLASSES_B, numbers_BL, settings, kept_BL)
-    assert torch.equal(got, plain_coarse(coarse, numbers_BL, settings, kept_BL))
+        got = sample_coarse(coarse, CLASSES_B, keys_BL, settings, kept_BL)
+    assert torch.equal(got, plain_coarse(coarse, keys_BL, settings, kept_BL))
     assert 0 <= len(logits) - int((~known_L).sum()) <= 1  # one step may take two passes
     # No position is computed twice, and none after the last that is sampled.
     images = sum(batch * positions for batch, positions in shapes)
@@ -485,7 +473,7 @@ def test_positions_that_all_images_keep_take_no_step(coarse, bits, settings):
 
 
 def test_a_known_half_takes_one_pass(coarse):
-    numbers_BL = per_image_noise(SEEDS, L)[:, 0]
+    keys_BL = noise_keys(SEEDS, L)[:, 0]
     for known_L, expected in (
         (torch.arange(L) < 8, [(10, 9)] + [BOTH] * 7),
         (torch.arange(L) >= 8, [BOTH] * 8),
@@ -493,7 +481,7 @@ def test_a_known_half_takes_one_pass(coarse):
     ):
         with recorded(coarse) as (shapes, _):
             kept_BL = FORCED_BL.masked_fill(~known_L, -1)
-            sample_coarse(coarse, CLASSES_B, numbers_BL, Sampling(), kept_BL)
+            sample_coarse(coarse, CLASSES_B, keys_BL, Sampling(), kept_BL)
         assert shapes == expected
 
 
@@ -503,7 +491,7 @@ def test_known_codes_stay(softmax):
     randomise(model)
     codes_BL = torch.arange(5 * L).view(5, L) % len(LABELS_V)
     known_BL = torch.arange(5 * L).view(5, L) % 3 == 0
-    inputs = (CLUSTERS, LABELS_V[codes_BL], CLASSES_B, per_image_noise(SEEDS, L)[:, 1], Sampling())
+    inputs = (CLUSTERS, LABELS_V[codes_BL], CLASSES_B, noise_keys(SEEDS, L)[:, 1], Sampling())
     free_BL = sample_fine(model, *inputs)
     got_BL = sample_fine(model, *inputs, codes_BL.masked_fill(~known_BL, -1))
     assert torch.equal(got_BL, torch.where(known_BL, codes_BL, free_BL))
@@ -517,10 +505,10 @@ def test_fine_sampling_against_its_definition(settings, softmax):
     model = FineModel(CONFIG, CLUSTERS, softmax).eval()
     randomise(model)
     labels_BL = LABELS_V[torch.arange(5 * L).view(5, L) % len(LABELS_V)]
-    numbers_BL = per_image_noise(SEEDS, L)[:, 1]
+    keys_BL = noise_keys(SEEDS, L)[:, 1]
     cond = model(labels_BL, CLASSES_B)
     uncond = model(labels_BL, torch.full_like(CLASSES_B, model.no_class))
-    got = sample_fine(model, CLUSTERS, labels_BL, CLASSES_B, numbers_BL, settings)
+    got = sample_fine(model, CLUSTERS, labels_BL, CLASSES_B, keys_BL, settings)
     for b in range(5):
         for i in range(L):
             members = CLUSTERS.members_KS[labels_BL[b, i]]
@@ -529,7 +517,7 @@ def test_fine_sampling_against_its_definition(settings, softmax):
             logits = u + settings.fine_guidance * (c - u)
             choice = sample_logits(
                 logits[None],
-                numbers_BL[b, i : i + 1],
+                gumbel_noise(keys_BL[b, i : i + 1], len(codes)),
                 settings.fine_temperature,
                 settings.fine_top_k,
                 settings.fine_top_p,
@@ -559,10 +547,10 @@ def test_each_stage_has_settings_of_its_own(coarse, fine):
 
 def test_baseline_has_codes_for_labels(coarse):
     settings = Sampling()
-    numbers = per_image_noise(SEEDS, L)
-    labels_BL = sample_coarse(coarse, CLASSES_B, numbers[:, 0], settings)
+    keys_B2L = noise_keys(SEEDS, L)
+    labels_BL = sample_coarse(coarse, CLASSES_B, keys_B2L[:, 0], settings)
     clusters = clustering.identity(CLUSTERS.count)
-    codes_BL = sample_fine(None, clusters, labels_BL, CLASSES_B, numbers[:, 1], settings)
+    codes_BL = sample_fine(None, clusters, labels_BL, CLASSES_B, keys_B2L[:, 1], settings)
     assert torch.equal(codes_BL, labels_BL)
 
 

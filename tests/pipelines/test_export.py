@@ -116,6 +116,28 @@ def test_settings_beside_an_evaluation_sample_its_images(
                 assert (np.asarray(image) == pixels).all()
 
 
+def test_samples_of_another_versions_random_numbers_are_not_continued(
+    ctf: Command, run: Path, written: Path, tmp_path: Path
+) -> None:
+    """Folders from before there was a version of them, too."""
+    settings = json.loads((written / "settings.json").read_text())
+    assert settings.pop("noise_version") == 2
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(settings))
+    result = ctf("sample", "--settings", path, "--out", tmp_path / "out")
+    assert result.code == 0 and "the random numbers of another version of ctf" in result.out
+    assert (tmp_path / "out" / "settings.json").read_bytes() == (
+        written / "settings.json"
+    ).read_bytes()
+    begun = tmp_path / "begun" / export.BEGUN
+    begun.mkdir(parents=True)
+    request = {"settings": settings, "weights": settings["weights"], "exact": True}
+    (begun / export.REQUEST).write_text(json.dumps(request))
+    (begun.parent / "settings.json").write_text(json.dumps(settings))
+    result = ctf("sample", "--settings", written, "--out", begun.parent)
+    assert result.code == 2 and "settings.noise_version was null, now 2" in result.err
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "windows"])
 def test_settings_edited_elsewhere_are_read(
     ctf: Command, run: Path, written: Path, tmp_path: Path, encoding: str

@@ -15,6 +15,7 @@ from ctf.kernels.products import Int8, Packed
 from ctf.kernels.sampling_cpu import GrowingCache, PackedSwiGLU
 from ctf.models import sampling
 from ctf.models.coarse import CoarseModel
+from ctf.models.noise import gumbel_noise
 from ctf.models.sampling import Sampling
 
 LAYERS_APART = 12  # layers with a cache of their own: more than fit into any processor's cache
@@ -24,7 +25,7 @@ Steps = Callable[[int], Callable[[], Tensor]]
 
 
 def engine_steps(
-    model: CoarseModel, guidance: float, classes_B: Tensor, labels_BL: Tensor, noise_B: Tensor
+    model: CoarseModel, guidance: float, classes_B: Tensor, labels_BL: Tensor, keys_B: Tensor
 ) -> Steps:
     """The steps of a coarse model as the pipeline takes them."""
 
@@ -39,14 +40,18 @@ def engine_steps(
             ]
             stored[:] = [apart[layer % len(apart)] for layer in range(len(stored))]
         return lambda: sampling.sample_logits(
-            decoder.logits(labels_BL, position, guidance), noise_B, 1.0, 0, 1.0
+            decoder.logits(labels_BL, position, guidance),
+            gumbel_noise(keys_B, model.vocab_size),
+            1.0,
+            0,
+            1.0,
         )
 
     return at
 
 
 def plain_steps(
-    model: CoarseModel, guidance: float, classes_B: Tensor, labels_BL: Tensor, noise_B: Tensor
+    model: CoarseModel, guidance: float, classes_B: Tensor, labels_BL: Tensor, keys_B: Tensor
 ) -> Steps:
     """The same steps in LlamaGen's way."""
     settings = Sampling(guidance=guidance)
@@ -61,7 +66,13 @@ def plain_steps(
         if position:
             inputs_B = labels_BL[:, position - 1].repeat(len(first_B) // len(classes_B))
         return lambda: llamagen_reference.sample_step(
-            model, inputs_B, position, caches, masks, noise_B, settings
+            model,
+            inputs_B,
+            position,
+            caches,
+            masks,
+            gumbel_noise(keys_B, model.vocab_size),
+            settings,
         )
 
     return at

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ctf.data.image_set import ImageSet
 from ctf.data.transforms import View, as_tensor
 from ctf.models.coarse import CoarseModel
+from ctf.models.noise import gumbel_noise
 from ctf.models.sampling import Sampling, sample_logits
 from ctf.models.tokenizer import AttentionBlock, ResidualBlock, VQModel
 from ctf.models.transformer import Block, TransformerConfig
@@ -34,13 +35,14 @@ CLIP, CLASS_DROPOUT = 1.0, 0.1
 
 
 @torch.inference_mode()
-def sample(model: CoarseModel, classes_B: Tensor, noise_BL: Tensor, settings: Sampling) -> Tensor:
+def sample(model: CoarseModel, classes_B: Tensor, keys_BL: Tensor, settings: Sampling) -> Tensor:
     """Sample labels (B, L), int64, as `sampling.sample_coarse` does at constant guidance."""
     inputs_B = first_inputs(model, classes_B, settings)
     caches, masks = make_caches(model.config, len(inputs_B))
     labels = []
-    for i, noise_B in enumerate(noise_BL.unbind(1)):
-        labels_B = sample_step(model, inputs_B, i, caches, masks, noise_B, settings)
+    for i, keys_B in enumerate(keys_BL.unbind(1)):
+        noise_BK = gumbel_noise(keys_B, model.vocab_size)
+        labels_B = sample_step(model, inputs_B, i, caches, masks, noise_BK, settings)
         labels.append(labels_B)
         inputs_B = labels_B.repeat(len(inputs_B) // len(labels_B))
     return torch.stack(labels, dim=1)
@@ -67,7 +69,7 @@ def sample_step(
     i: int,
     caches: Iterable[Tensor],
     masks: Tensor,
-    noise_B: Tensor,
+    noise_BK: Tensor,
     settings: Sampling,
 ) -> Tensor:
     """Sample label `i`; the inputs are classes at position 0, then the label before."""
@@ -91,7 +93,7 @@ def sample_step(
     if settings.guidance != 1:
         cond, uncond = logits_BK.chunk(2)
         logits_BK = uncond + (cond - uncond) * settings.guidance
-    return sample_logits(logits_BK, noise_B, settings.temperature, settings.top_k, settings.top_p)
+    return sample_logits(logits_BK, noise_BK, settings.temperature, settings.top_k, settings.top_p)
 
 
 # --- Training -------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from ctf.kernels.sampling_cpu import GrowingCache
 from ctf.models import sampling
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
+from ctf.models.noise import noise_keys
 from ctf.models.sampling import Sampling
 from ctf.models.tokenizer import VQModel
 from ctf.training import cost
@@ -195,7 +196,7 @@ class _Stages:
                 self.benchmark.guidance,
                 torch.randint(shapes.classes, (batch,), device=self.device),
                 torch.randint(labels, (batch, length), device=self.device),
-                torch.rand(batch, dtype=torch.float64, device=self.device),
+                noise_keys(range(batch), 1)[:, 0, 0].to(self.device),
             )
             for engine, own in self._prepared(model).items():
                 steps = engine_steps(own, *inputs)
@@ -230,7 +231,7 @@ class _Stages:
         clusters = shapes.make_clusters().to(self.device)
         labels_BL = torch.randint(shapes.clusters, (batch, shapes.length), device=self.device)
         classes_B = torch.randint(shapes.classes, (batch,), device=self.device)
-        noise_BL = sampling.per_image_noise(range(batch), shapes.length)[:, 1]
+        keys_BL = noise_keys(range(batch), shapes.length)[:, 1]
         for size in (RECOMMENDED, PAPER):
             with self.device:
                 model = _random(FineModel(shapes.transformer(size), clusters))
@@ -238,7 +239,7 @@ class _Stages:
                 for guidance in dict.fromkeys((1.0, self.benchmark.guidance)):
                     name = f"{size} {engine}{' guided' * (guidance != 1)}"
                     call = partial(
-                        sampling.sample_fine, own, clusters, labels_BL, classes_B, noise_BL,
+                        sampling.sample_fine, own, clusters, labels_BL, classes_B, keys_BL,
                         Sampling(fine_guidance=guidance),
                     )  # fmt: skip
                     rows = batch * (1 if guidance == 1 else 2)
@@ -305,9 +306,9 @@ class _Stages:
         if self.device.type != "cpu":
             return Group(machine)
         model = self._coarse_model(size, self.shapes.codes)
-        noise_BL = sampling.per_image_noise(range(GREEDY_BATCH), self.shapes.length)[:, 0]
+        keys_BL = noise_keys(range(GREEDY_BATCH), self.shapes.length)[:, 0]
         settings = Sampling(guidance=self.benchmark.guidance, top_k=1)
-        inputs = (model, torch.arange(GREEDY_BATCH), noise_BL, settings)
+        inputs = (model, torch.arange(GREEDY_BATCH), keys_BL, settings)
         plain = harness.timed(lambda: llamagen_reference.sample(*inputs), self.device)
         kernels.for_sampling(model, None, None, "auto")
         ours = harness.timed(lambda: sampling.sample_coarse(*inputs), self.device)

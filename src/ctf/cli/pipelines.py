@@ -248,6 +248,7 @@ def _choose_classes(names: Sequence[str], texts: Sequence[str]) -> list[int]:
 
 def _load_settings(path: Path, model: str | None, others: list[str]) -> tuple[Any, Path]:
     """Load a settings file and find its pipeline; it excludes all other settings."""
+    from ctf.models import noise
     from ctf.pipelines import export
     from ctf.pipelines.folder import find_pipeline, hash_pipeline, lasting_name
 
@@ -275,8 +276,16 @@ def _load_settings(path: Path, model: str | None, others: list[str]) -> tuple[An
                 f"{path}: its images were sampled from another pipeline than {model or folder}"
             )
         show(f"{path}: its images were sampled from another pipeline than {model}")
+    if settings.noise_version != noise.VERSION:
+        show(
+            f"{path}: its images were sampled with the random numbers of another version of ctf; "
+            "the new images will be others"
+        )
     name = lasting_name(model) if model is not None else settings.model
-    return dataclasses.replace(settings, model=name, weights=weights), folder
+    settings = dataclasses.replace(
+        settings, model=name, weights=weights, noise_version=noise.VERSION
+    )
+    return settings, folder
 
 
 @command("evaluate")

@@ -31,6 +31,7 @@ from ctf.evaluation.report import ReferenceInfo, Report, Subject
 from ctf.evaluation.sample_cache import GenerationConfig, cached_samples, generate
 from ctf.evaluation.scores import FeatureSummary, Reference
 from ctf.evaluation.search import search
+from ctf.models import noise
 from ctf.pipelines import export
 from ctf.pipelines.arguments import update_sampling
 from ctf.pipelines.folder import lasting_name
@@ -89,6 +90,7 @@ class Evaluation:
     def config(self) -> dict[str, Any]:
         """Everything that determines the result: the content of asked.json."""
         generation = self.subject.drawing
+        sampled = {} if generation is None else {"noise_version": noise.VERSION}
         return {
             "version": scores.VERSION,
             "subject": self.subject.hash,
@@ -97,6 +99,7 @@ class Evaluation:
             "reference": self.reference.fingerprint,
             "features": [f"{extractor.name} {extractor.digest}" for extractor in self.extractors],
             "classifier": None if self.classifier is None else self.classifier.digest,
+            **sampled,
         }
 
     @property

@@ -1,8 +1,7 @@
 """Sampling: classes and random numbers -> coarse labels, one after another -> codes, in one pass.
 
-Each image has its own random numbers, from its own seed, so it does not depend on its batch. In
-both stages a choice is made from logits by guidance, temperature, top-k, top-p and one uniform
-random number.
+Each image has its own noise, from its own seed, so it does not depend on its batch. In both stages
+a choice is made from logits by guidance, temperature, top-k, top-p and noise.
 
 Shapes: B batch, T positions, L tokens of an image, K choices (clusters, members or codes).
 """
@@ -11,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -23,6 +22,7 @@ from ctf.common.errors import UserError
 from ctf.models.clusters import Clusters
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
+from ctf.models.noise import Noise, gumbel_noise
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -132,18 +132,6 @@ def format_settings(settings: Mapping[str, Any]) -> str:
 # --- From logits to choices -----------------------------------------------------------------------
 
 
-def per_image_noise(seeds: Sequence[int], length: int) -> Tensor:
-    """Uniform random numbers in [0, 1), one generator per image: float64 (B, 2, L).
-
-    Row 0 is for the coarse labels, row 1 for the codes. An image's numbers depend on its seed
-    alone, of which PyTorch uses the lowest 32 bits.
-    """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.stack(
-        [torch.rand(2, length, dtype=torch.float64, generator=g) for g in generators]
-    )
-
-
 def apply_guidance(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance on logits: uncond + scale * (cond - uncond), at least in float32.
 
@@ -200,20 +188,6 @@ def top_p_filter(logits_BK: Tensor, top_p: float) -> Tensor:
     return logits_BK.masked_fill(drop_BK, -torch.inf)
 
 
-def sample_inverse_cdf(logits_BK: Tensor, noise_B: Tensor) -> Tensor:
-    """Sample one choice a row by inverting the distribution function, in float64: int64 (B,).
-
-    A choice of probability zero is never sampled, not even for random numbers 0 and 1.
-    """
-    cdf_BK = logits_BK.double().softmax(-1).cumsum(-1)
-    total_B1 = cdf_BK[:, -1:]
-    # The first entry above the target is one where the function rises, and the target stays
-    # below the function's end, which no rounding may reach.
-    below_total_B1 = total_B1.nextafter(torch.zeros_like(total_B1))
-    target_B1 = torch.minimum(noise_B[:, None].double() * total_B1, below_total_B1)
-    return torch.searchsorted(cdf_BK, target_B1, right=True)[:, 0]
-
-
 def filter_logits(logits_BK: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """Divide by the temperature, then apply top-k, then top-p: float64 (B, K)."""
     logits_BK = logits_BK.double() / max(temperature, MIN_TEMPERATURE)
@@ -221,15 +195,17 @@ def filter_logits(logits_BK: Tensor, temperature: float, top_k: int, top_p: floa
 
 
 def sample_logits(
-    logits_BK: Tensor, noise_B: Tensor, temperature: float, top_k: int, top_p: float
+    logits_BK: Tensor, noise_BK: Tensor, temperature: float, top_k: int, top_p: float
 ) -> Tensor:
     """Sample one choice a row, after temperature, top-k and top-p: int64 (B,).
 
-    A `top_k` of 1 is greedy: the first of the largest logits, whatever the random number.
+    The choice is the largest sum of a logit and its noise, see `ctf.models.noise`. One of
+    probability zero is never sampled. A `top_k` of 1 is greedy: the first of the largest logits,
+    whatever the noise.
     """
     if top_k == 1:
         return logits_BK.argmax(-1)
-    return sample_inverse_cdf(filter_logits(logits_BK, temperature, top_k, top_p), noise_B)
+    return (filter_logits(logits_BK, temperature, top_k, top_p) + noise_BK).argmax(-1)
 
 
 # --- The coarse stage -----------------------------------------------------------------------------
@@ -275,7 +251,7 @@ class CoarseDecoder:
 def stream_coarse(
     model: CoarseModel,
     classes_B: Tensor,
-    noise_BL: Tensor,
+    keys_BL: Tensor,
     settings: Sampling,
     known_labels_BL: Tensor | None = None,
 ) -> Generator[Tensor, None, None]:
@@ -287,16 +263,15 @@ def stream_coarse(
     Args:
         model: In evaluation mode, for no dropout.
         classes_B: int64 in [0, classes], on the model's device.
-        noise_BL: In [0, 1], row 0 of `per_image_noise`. Position i uses number i, whatever is
-            known.
+        keys_BL: Of the noise, row 0 of `noise_keys`. Position i uses key i, whatever is known.
         settings: Of the coarse stage.
         known_labels_BL: int64 (B, L), -1 where a label is to be sampled. Positions that are known
             in all images take no step of their own.
     """
-    noise_BL = noise_BL.to(classes_B.device)
+    noise = Noise(keys_BL.to(classes_B.device), model.vocab_size)
     # Created outside of inference mode, so that a model can be trained on the labels.
     if known_labels_BL is None:
-        labels_BL = classes_B.new_full(noise_BL.shape, -1)
+        labels_BL = classes_B.new_full(keys_BL.shape, -1)
     else:
         labels_BL = known_labels_BL.to(classes_B.device, copy=True)
     unknown_BL = labels_BL < 0
@@ -309,7 +284,7 @@ def stream_coarse(
             decoder = decoder or CoarseDecoder(model, classes_B, guided=guided)
             logits_BK = decoder.logits(labels_BL, i, scale)
             labels_B = sample_logits(
-                logits_BK, noise_BL[:, i], settings.temperature, settings.top_k, settings.top_p
+                logits_BK, noise[:, i], settings.temperature, settings.top_k, settings.top_p
             )
             labels_BL[:, i] = torch.where(unknown_BL[:, i], labels_B, labels_BL[:, i])
         yield labels_BL[:, : i + 1]
@@ -318,12 +293,12 @@ def stream_coarse(
 def sample_coarse(
     model: CoarseModel,
     classes_B: Tensor,
-    noise_BL: Tensor,
+    keys_BL: Tensor,
     settings: Sampling,
     known_labels_BL: Tensor | None = None,
 ) -> Tensor:
     """Sample the labels of each image, int64 (B, L): the last that `stream_coarse` yields."""
-    *_, labels_BL = stream_coarse(model, classes_B, noise_BL, settings, known_labels_BL)
+    *_, labels_BL = stream_coarse(model, classes_B, keys_BL, settings, known_labels_BL)
     return labels_BL
 
 
@@ -335,7 +310,7 @@ def sample_fine(
     clusters: Clusters,
     labels_BL: Tensor,
     classes_B: Tensor,
-    noise_BL: Tensor,
+    keys_BL: Tensor,
     settings: Sampling,
     known_codes_BL: Tensor | None = None,
 ) -> Tensor:
@@ -347,18 +322,18 @@ def sample_fine(
         clusters: Those of the labels.
         labels_BL: int64 in [0, K).
         classes_B: int64 in [0, classes], on the model's device.
-        noise_BL: In [0, 1], row 1 of `per_image_noise`.
+        keys_BL: Of the noise, row 1 of `noise_keys`.
         settings: Of the fine stage.
         known_codes_BL: int64 (B, L), codes of these labels, -1 where one is to be sampled.
     """
     if model is None:
         return clusters.members_KS.to(labels_BL.device)[labels_BL, 0]
-    noise_BL = noise_BL.to(labels_BL.device)
+    keys_BL = keys_BL.to(labels_BL.device)
     # Products of FINE_TOKENS are large enough to be fast, and small enough for any memory.
     halves = 1 if settings.fine_guidance == 1 else 2
     images = max(1, FINE_TOKENS // (halves * labels_BL.shape[1]))
     parts = zip(
-        labels_BL.split(images), classes_B.split(images), noise_BL.split(images), strict=True
+        labels_BL.split(images), classes_B.split(images), keys_BL.split(images), strict=True
     )
     choices_BL = torch.cat([_sample_choices(model, *part, settings) for part in parts])
     codes_BL = model.codes(labels_BL, choices_BL)
@@ -370,7 +345,7 @@ def sample_fine(
 
 @torch.inference_mode()
 def _sample_choices(
-    model: FineModel, labels_BL: Tensor, classes_B: Tensor, noise_BL: Tensor, settings: Sampling
+    model: FineModel, labels_BL: Tensor, classes_B: Tensor, keys_BL: Tensor, settings: Sampling
 ) -> Tensor:
     if settings.fine_guidance == 1:
         logits_BLK = model(labels_BL, classes_B)
@@ -380,8 +355,12 @@ def _sample_choices(
         logits_BLK = apply_guidance(cond, uncond, settings.fine_guidance)
     limits = settings.fine_temperature, settings.fine_top_k, settings.fine_top_p
     # Image by image: in float64, the logits of a whole batch may be large.
-    images = zip(logits_BLK, noise_BL, strict=True)
-    return torch.stack([sample_logits(logits, noise, *limits) for logits, noise in images])
+    return torch.stack(
+        [
+            sample_logits(logits_LK, gumbel_noise(keys_L, logits_LK.shape[-1]), *limits)
+            for logits_LK, keys_L in zip(logits_BLK, keys_BL, strict=True)
+        ]
+    )
 
 
 def _with_no_class(classes_B: Tensor, no_class: int) -> Tensor:

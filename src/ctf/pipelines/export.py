@@ -21,6 +21,7 @@ from ctf.common import claims, config, storage
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
 from ctf.data.image_grid import image_grid
+from ctf.models import noise
 from ctf.models.sampling import Sampling
 from ctf.pipelines.arguments import check_seed
 from ctf.pipelines.generation import BATCH_SIZE, Samples
@@ -48,6 +49,7 @@ class Settings:
         codes: (L,), see `Pipeline.sample`; the same for all images.
         keep: (L,), which of `codes` are known.
         coarse: (L,), labels to sample the fine stage for, see `Pipeline.refine`.
+        noise_version: The version of the random numbers; other ones give other images.
     """
 
     classes: tuple[int, ...]
@@ -60,6 +62,7 @@ class Settings:
     codes: tuple[int, ...] | None = None
     keep: tuple[bool, ...] | None = None
     coarse: tuple[int, ...] | None = None
+    noise_version: int = noise.VERSION
 
     def __post_init__(self) -> None:
         if self.coarse is not None and (self.codes is not None or self.keep is not None):
@@ -86,7 +89,8 @@ def load(path: Path) -> Settings:
     """
     if path.is_dir():
         path /= SETTINGS
-    return config.from_json(Settings, storage.load_object(path), str(path))
+    content = {"noise_version": 1, **storage.load_object(path)}  # the first version was not stored
+    return config.from_json(Settings, content, str(path))
 
 
 def sample(

@@ -17,6 +17,7 @@ from ctf.common import memory
 from ctf.common.progress import Progress
 from ctf.data.transforms import as_pil
 from ctf.models import sampling
+from ctf.models.noise import noise_keys
 from ctf.models.sampling import Sampling
 from ctf.models.tokenizer import VQModel
 from ctf.pipelines.arguments import Request
@@ -47,12 +48,12 @@ class Batch:
     """B images that are sampled together.
 
     numbers: Which of the request's images these are.
-    noise_B2L: The random numbers of both stages, see `sampling.per_image_noise`.
+    keys_B2L: What the noise of both stages is made from, see `noise_keys`.
     """
 
     numbers: Sequence[int]
     classes_B: Tensor
-    noise_B2L: Tensor
+    keys_B2L: Tensor
     known_codes_BL: Tensor
     known_labels_BL: Tensor
 
@@ -63,7 +64,7 @@ class Batch:
         return Batch(
             [self.numbers[row] for row in rows],
             self.classes_B[rows],
-            self.noise_B2L[rows],
+            self.keys_B2L[rows],
             self.known_codes_BL[rows],
             known_labels_BL[rows],
         )
@@ -77,7 +78,7 @@ def batches(pipe: Pipeline, request: Request) -> Iterator[Batch]:
         yield Batch(
             range(count)[rows],
             torch.tensor(request.classes[rows], device=pipe.device),
-            sampling.per_image_noise(request.seeds[rows], pipe.coarse.config.length),
+            noise_keys(request.seeds[rows], pipe.coarse.config.length),
             request.known_codes_NL[rows],
             request.known_labels_NL[rows],
         )
@@ -110,7 +111,7 @@ def coarse_steps(pipe: Pipeline, request: Request, batch: Batch) -> Generator[Te
     return sampling.stream_coarse(
         pipe.coarse,
         batch.classes_B,
-        batch.noise_B2L[:, 0],
+        batch.keys_B2L[:, 0],
         request.sampling,
         batch.known_labels_BL,
     )
@@ -123,7 +124,7 @@ def finish(pipe: Pipeline, request: Request, batch: Batch, labels_BL: Tensor) ->
         pipe.clusters,
         labels_BL,
         batch.classes_B,
-        batch.noise_B2L[:, 1],
+        batch.keys_B2L[:, 1],
         request.sampling,
         batch.known_codes_BL,
     )

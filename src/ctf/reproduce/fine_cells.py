@@ -28,7 +28,8 @@ from ctf.evaluation.distances import (
 from ctf.evaluation.intervals import estimate, leave_one_out
 from ctf.models.clusters import Clusters, central_members, swap
 from ctf.models.fine import FineModel
-from ctf.models.sampling import Sampling, per_image_noise, sample_fine
+from ctf.models.noise import noise_keys
+from ctf.models.sampling import Sampling, sample_fine
 from ctf.pipelines.folder import load_fine, load_tokenizer
 from ctf.reproduce.cells import Cell, Outcome, Workspace, stored_as
 from ctf.reproduce.training_cells import (
@@ -122,13 +123,13 @@ class FineStageCell(Cell):
         rows_B: np.ndarray,
     ) -> Tensor:
         labels_BL = clusters.labels_V[codes_BL]
-        noise_BL = per_image_noise(rows_B.tolist(), codes_BL.shape[1])[:, 1]
+        keys_BL = noise_keys(rows_B.tolist(), codes_BL.shape[1])[:, 1]
         match self.codes:
             case "true":
                 return codes_BL
             case "random":
                 sizes_BL = clusters.sizes_K[labels_BL]
-                return clusters.members_KS[labels_BL, (noise_BL * sizes_BL).long()]
+                return clusters.members_KS[labels_BL, (keys_BL * sizes_BL).long()]
             case "nearest":
                 return central_K[labels_BL]
             case "model":
@@ -139,7 +140,7 @@ class FineStageCell(Cell):
                     clusters,
                     labels_BL.to(device),
                     classes_B.to(device),
-                    noise_BL,
+                    keys_BL,
                     Sampling(**self.settings),
                 )
 

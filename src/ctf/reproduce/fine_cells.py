@@ -28,7 +28,7 @@ from ctf.evaluation.distances import (
 from ctf.evaluation.intervals import estimate, leave_one_out
 from ctf.models.clusters import Clusters, central_members, swap
 from ctf.models.fine import FineModel
-from ctf.models.noise import noise_keys
+from ctf.models.noise import gumbel_noise, noise_keys
 from ctf.models.sampling import Sampling, sample_fine
 from ctf.pipelines.folder import load_fine, load_tokenizer
 from ctf.reproduce.cells import Cell, Outcome, Workspace, stored_as
@@ -128,8 +128,10 @@ class FineStageCell(Cell):
             case "true":
                 return codes_BL
             case "random":
-                sizes_BL = clusters.sizes_K[labels_BL]
-                return clusters.members_KS[labels_BL, (keys_BL * sizes_BL).long()]
+                members_BLS = clusters.members_KS[labels_BL]
+                noise_BLS = gumbel_noise(keys_BL, members_BLS.shape[-1])
+                chosen_BL1 = noise_BLS.masked_fill(members_BLS < 0, -torch.inf).argmax(-1, True)
+                return members_BLS.gather(-1, chosen_BL1)[..., 0]
             case "nearest":
                 return central_K[labels_BL]
             case "model":

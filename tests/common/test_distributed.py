@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ctf.common.distributed import ALONE, World, init_world, launched_size
+from ctf.common.distributed import ALONE, Vote, World, init_world, launched_size
 from ctf.common.errors import UserError
 from ctf.common.signals import stop_on_sigterm
 
@@ -27,6 +27,13 @@ def test_a_single_process_communicates_nothing() -> None:
         assert float(world.mean(torch.tensor(2.5))) == 2.5
         assert world.any(True) and not world.any(False)
         assert world.gather(torch.ones(2, 3)).shape == (2, 3)
+
+
+def test_a_vote_is_answered_at_once_or_on_gpus_a_call_later() -> None:
+    conditions = [False, True, False, False, True]
+    at_once, later = Vote(ALONE), Vote(ALONE, delayed=True)
+    assert [at_once(c) for c in conditions] == conditions
+    assert [later(c) for c in conditions] == [False, *conditions[:-1]]
 
 
 def test_an_error_of_the_first_process_is_raised() -> None:

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
 from ctf import kernels
-from ctf.kernels import compiled
+from ctf.kernels import compiled, logits
+from ctf.kernels.replace import replace
+from ctf.models.coarse import CoarseModel
 from ctf.models.noise import noise_keys
 from ctf.models.sampling import Sampling, sample_coarse
 from ctf.models.transformer import rotate, rotation_table
@@ -36,3 +39,36 @@ def test_compiled_steps_sample_the_same() -> None:
     ):
         one, other = (sample_coarse(m, torch.arange(5), keys_BL, settings) for m in (model, fast))
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_slice_of_the_loss_is_pytorchs(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits_TV, t_T1 = (4 * torch.randn(7, 40)).to(dtype), torch.randint(40, (7, 1))
+    x_TV = logits_TV.float().requires_grad_()
+    expected = nn.functional.cross_entropy(x_TV, t_T1[:, 0], reduction="sum")
+    (expected / 20).backward()
+    loss, grad_TV = compiled.softmax_loss(logits_TV, t_T1, 20)  # what is compiled below
+    torch.testing.assert_close(loss, expected)
+    assert x_TV.grad is not None
+    torch.testing.assert_close(grad_TV, x_TV.grad.to(dtype))
+
+
+@pytest.mark.skipif(not compiled.compiles("cpu"), reason="there is no compiler here")
+def test_the_compiled_loss_is_that_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    lean, fast = make_coarse(), make_coarse()
+    for model in (lean, fast):
+        kernels.for_evaluation(model)
+        model.requires_grad_(True)
+    monkeypatch.setattr(logits, "SLICE", 20 * lean.vocab_size)  # the last slice is shorter
+    replace(fast, {logits.LeanCoarseModel: compiled.CoarseModel})
+    assert isinstance(fast, CoarseModel)
+    labels_BL, classes_B = torch.randint(lean.vocab_size, (3, 16)), torch.arange(3)
+    losses = [model.loss(labels_BL, classes_B) for model in (fast, lean)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for one, other in zip(fast.parameters(), lean.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7)
+    with torch.no_grad():
+        torch.testing.assert_close(fast.loss(labels_BL, classes_B), losses[0].detach())

@@ -14,7 +14,14 @@ from torch.utils._pytree import tree_leaves
 
 from ctf import kernels
 from ctf.kernels import logits
-from ctf.kernels.logits import cross_entropy, members_logits
+from ctf.kernels.logits import (
+    BatchedFineModel,
+    LeanFineModel,
+    batched_members_logits,
+    cross_entropy,
+    members_logits,
+)
+from ctf.kernels.replace import replace
 from ctf.models.clusters import Clusters
 from ctf.models.fine import FineModel
 from ctf.models.transformer import TransformerConfig
@@ -173,6 +180,45 @@ def test_members_logits_equal_the_full_product_gathered(problem):
     expected = torch.autograd.grad(F.cross_entropy(expected_TS, slots_T), (hidden_TD, weight_VD))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@given(problems(), st.integers(1, 5))
+def test_one_batched_product_equals_one_for_each_cluster(problem, block):
+    sizes, labels_T, seed = problem
+    hidden_TD, weight_VD = random_problem(*problem)
+    sizes_K, slots_S = torch.tensor(sizes), torch.arange(max(sizes))
+    starts_K = sizes_K.cumsum(0) - sizes_K
+    rows_KS = starts_K[:, None] + torch.minimum(slots_S, sizes_K[:, None] - 1)
+    batched_TS = batched_members_logits(hidden_TD, weight_VD, labels_T, rows_KS, block)
+    expected_TS = members_logits(hidden_TD, weight_VD, labels_T, sizes)
+    real_TS = expected_TS.isfinite()
+    torch.testing.assert_close(batched_TS[real_TS], expected_TS[real_TS])
+    generator = torch.Generator().manual_seed(seed)
+    grad_TS = torch.randn(real_TS.shape, generator=generator, dtype=torch.float64) * real_TS
+    found = torch.autograd.grad(batched_TS, (hidden_TD, weight_VD), grad_TS)
+    expected = torch.autograd.grad(expected_TS, (hidden_TD, weight_VD), grad_TS)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("batch", [1, 3, 20])  # of 16 tokens: fewer and more than a block
+def test_the_fine_model_of_a_gpu_is_that_of_a_processor(batch: int, autocast: bool) -> None:
+    codes_BL, labels_BL, classes_B = make_inputs(batch)
+    lean, batched = make_model(), make_model()
+    kernels.for_evaluation(lean)
+    replace(batched, {FineModel: BatchedFineModel})
+    assert type(lean) is LeanFineModel
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found, expected = (model(labels_BL, classes_B) for model in (batched, lean))
+        losses = [model.loss(labels_BL, classes_B, codes_BL) for model in (batched, lean)]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    tolerance = 1e-2 if autocast else 1e-4
+    for one, other in zip(batched.parameters(), lean.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=tolerance, atol=tolerance / 100)
 
 
 def test_members_logits_gradcheck():

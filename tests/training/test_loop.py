@@ -35,6 +35,7 @@ class Line(nn.Module):
         self.line = nn.Linear(3, 2)
         self.optimizer = optim.make_optimizer(self.line, 0.1, (0.9, 0.95), 0.05)
         self.killed_after = killed_after
+        self.checks = optim.Checks()
         self.steps_made: list[int] = []
         self.evaluations = 0
 
@@ -48,9 +49,13 @@ class Line(nn.Module):
         self.optimizer.zero_grad()
         loss.backward()
         norm = optim.update(
-            self.optimizer, loss.detach(), 0.1, 1.0, step=step, name="loss", images_B=IMAGES
-        )
+            self.optimizer, loss.detach(), 0.1, 1.0,
+            step=step, name="loss", images_B=IMAGES, checks=self.checks,
+        )  # fmt: skip
         return {"loss": loss.detach(), "norm": norm, "number": float(step)}
+
+    def check(self) -> None:
+        self.checks.check()
 
     def evaluate(self) -> Mapping[str, float]:
         self.evaluations += 1
@@ -101,6 +106,41 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, kills: list[int]) -> None:
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
     seconds = [entry["seconds"] for entry in lines(tmp_path / "killed")]
     assert seconds == sorted(seconds)
+
+
+class Exploding(Line):
+    """Its loss is not finite from a step on; it is on a GPU, as it were."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+        self.checks = optim.Checks(deferred=True)
+
+    def step(self, step: int) -> Mapping[str, Tensor | float]:
+        metrics = dict(super().step(step))
+        if step >= self.at:
+            self.checks.add(torch.tensor(math.nan), "loss", step, IMAGES)
+        return metrics
+
+
+@pytest.mark.parametrize("at", [20, 33, 39])
+def test_a_step_that_went_wrong_is_neither_logged_nor_saved(tmp_path: Path, at: int) -> None:
+    with pytest.raises(UserError, match=f"step {at}: loss is nan"):
+        loop.run(Exploding(at), tmp_path, 70, evaluate_every=20)
+    assert state.latest_state(tmp_path / "state") == 20
+    assert [entry["step"] for entry in lines(tmp_path)] == [20, 20]
+
+
+def test_nor_is_it_saved_when_sigterm_comes(tmp_path: Path) -> None:
+    class Both(Exploding):
+        def step(self, step: int) -> Mapping[str, Tensor | float]:
+            if step == self.at + 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().step(step)
+
+    with pytest.raises(UserError, match="step 25: loss is nan"):
+        loop.run(Both(25), tmp_path, 70, evaluate_every=20)
+    assert state.latest_state(tmp_path / "state") == 20
 
 
 def test_at_most_one_line_of_work_is_lost(tmp_path: Path) -> None:

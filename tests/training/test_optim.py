@@ -111,6 +111,25 @@ def test_values_that_are_not_finite_stop_it_before_the_update(case: int) -> None
         assert torch.equal(optimizer.state[x][name], value)
 
 
+def test_on_a_gpu_values_are_checked_later_and_the_first_bad_one_is_named() -> None:
+    checks = optim.Checks(deferred=True)
+    x = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = torch.optim.SGD([x], lr=0.1)
+    for step, scale in enumerate((1.0, math.inf, math.nan)):
+        optimizer.zero_grad()
+        loss = (scale * x).sum()
+        loss.backward()
+        optim.update(
+            optimizer, loss.detach(), 0.1, 1.0,
+            step=step, name="loss", images_B=IMAGES + step, checks=checks,
+        )  # fmt: skip
+    with pytest.raises(UserError, match=r"step 1: loss is inf .* images 21, .*; stopped, and the"):
+        checks.check()
+    checks.check()  # what was reported is forgotten
+    checks.add(torch.tensor(3.0), "loss", 4, IMAGES)
+    checks.check()
+
+
 def test_moving_average() -> None:
     module = nn.Linear(1, 1, bias=False)
     ema = {"weight": torch.zeros(1, 1)}

@@ -16,7 +16,7 @@ from torch import Tensor
 from ctf.common.distributed import ALONE
 from ctf.common.errors import UserError
 from ctf.data.image_set import ImageSet, Splits
-from ctf.data.transforms import PLAIN, View, as_tensor
+from ctf.data.transforms import PLAIN, View, as_tensor, from_pixels
 from ctf.evaluation import metrics
 from ctf.models.tokenizer import TokenizerConfig
 from ctf.pipelines.folder import load_tokenizer
@@ -29,6 +29,7 @@ from ctf.training.tokenizer import (
     train,
 )
 from tests.conftest import without_times
+from tests.stalls import no_stalls
 
 SIZE = 32
 MODEL = TokenizerConfig(
@@ -406,6 +407,17 @@ def test_values_out_of_range(change: dict[str, Any], message: str) -> None:
         dataclasses.replace(TRAINING, **change)
 
 
+def test_most_steps_never_wait_for_a_gpu() -> None:
+    t = trainer(revive_every=5, perceptual_weight=0.1, adversarial_weight=0.1, adversarial_start=0)
+    t.checks = optim.Checks(deferred=True)
+    t.step(0)
+    with no_stalls():
+        for step in range(1, 4):
+            t.step(step)
+        with pytest.raises(AssertionError, match="nonzero"):
+            t.step(4)  # codes are revived
+
+
 def test_the_codebook_is_initialized_with_vectors() -> None:
     t = trainer(steps=20, free_until=0.5)
     before = t.model.embedding.weight.clone()
@@ -415,7 +427,7 @@ def test_the_codebook_is_initialized_with_vectors() -> None:
     assert torch.equal(t.model.embedding.weight, before)
     t.step(9)
     with torch.no_grad():
-        batches = [t.model.encode_vectors(t.batch(i)[1]) for i in range(4)]
+        batches = [t.model.encode_vectors(from_pixels(t.batches(i)[1][0])) for i in range(4)]
         vectors_NC = torch.cat(batches).flatten(0, 1)
         nearest_V = (t.model.codebook() @ vectors_NC.T).max(1).values
     torch.testing.assert_close(nearest_V, torch.ones_like(nearest_V))

@@ -19,6 +19,8 @@ from ctf.common.errors import UserError
 from ctf.common.precision import supports_bf16
 from ctf.data.tokens import MANIFEST, Manifest, Shard, SplitManifest, Tokens
 from ctf.data.transforms import VIEWS
+from ctf.kernels.logits import BatchedFineModel, LeanFineModel
+from ctf.kernels.replace import replace
 from ctf.models import objectives
 from ctf.models.clusters import Clusters
 from ctf.models.coarse import CoarseModel
@@ -31,6 +33,7 @@ from ctf.training.metrics_log import last_metrics
 from ctf.training.state import collect, latest_state, save_state
 from ctf.training.transformers import Trainer, TrainingConfig
 from tests.conftest import without_times
+from tests.stalls import no_stalls
 
 CODES, CLASSES, GRID = 40, 3, 4
 LENGTH = GRID**2
@@ -139,6 +142,19 @@ def test_the_first_loss_is_that_of_knowing_nothing(folder: Path, kind: Kind) -> 
     if kind == "fine":
         choices_BL = CLUSTERS.sizes_K[CLUSTERS.labels_V[codes_BL]]
     assert loss == pytest.approx(float(choices_BL.double().log().mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_never_waits_for_a_gpu(folder: Path, kind: Kind) -> None:
+    trainer = make(folder, kind)
+    trainer.checks = optim.Checks(deferred=True)
+    replace(trainer.model, {LeanFineModel: BatchedFineModel})
+    trainer.step(0)  # makes what is made once
+    with no_stalls():
+        losses = [trainer.step(step)["loss"] for step in (1, 2)]
+    assert torch.stack([*map(torch.as_tensor, losses)]).isfinite().all()
+    with pytest.raises(AssertionError, match="would wait"), no_stalls():
+        trainer.check()
 
 
 # --- the data of a step ---------------------------------------------------------------------------
@@ -394,7 +410,7 @@ def test_activations_that_are_computed_again_are_the_same(folder: Path, kind: Ki
     saved = {}
     for execution in (DEFAULT_EXECUTION, again):
         trainer = make(folder, kind, execution=execution)
-        _, codes_BL, classes_B = trainer.batch(0)
+        _, (codes_BL, classes_B) = trainer.batches(0)
         saved[execution] = cost.saved_bytes(
             trainer.model, lambda t=trainer, c=codes_BL, k=classes_B: t.trained(c, k)
         )

@@ -137,6 +137,43 @@ class World:
 ALONE = World()
 
 
+class Vote:
+    """Whether a condition is true in any process, asked again and again.
+
+    On GPUs the answer would have to wait until all work before it is done. So there each call
+    returns the answer to the one before, which is known by then; it is the same in all processes.
+
+    Args:
+        world: The processes.
+        delayed: Whether answers come a call later; by default on several GPUs.
+    """
+
+    def __init__(self, world: World, *, delayed: bool | None = None) -> None:
+        self.world = world
+        several_gpus = world.size > 1 and world.device.type == "cuda"
+        self.delayed = several_gpus if delayed is None else delayed
+        self._before: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def __call__(self, condition: bool) -> bool:
+        """Return the answer, or that of the call before; False at first."""
+        if not self.delayed:
+            return self.world.any(condition)
+        device = self.world.device
+        votes = self.world.sum(torch.full((), float(condition), device=device))
+        copied = None
+        if device.type == "cuda":
+            votes = votes.to("cpu", non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        before, self._before = self._before, (votes, copied)
+        if before is None:
+            return False
+        votes, copied = before
+        if copied is not None:
+            copied.synchronize()
+        return bool(votes)
+
+
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
     """Return whether a tensor is sharded over processes."""
     # Importing the module takes half a second; before anybody has, there are no DTensors.

@@ -88,7 +88,12 @@ def crop_square(square: Image.Image, size: int, view: View) -> Image.Image:
 
 def as_tensor(pixels_BHWC: NDArray[np.uint8], device: torch.device | str = "cpu") -> Tensor:
     """Convert uint8 RGB pixels to floats in [-1, 1], (B, 3, H, W), channels-last in memory."""
-    return torch.from_numpy(pixels_BHWC).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return from_pixels(torch.from_numpy(pixels_BHWC).to(device))
+
+
+def from_pixels(pixels_BHWC: Tensor) -> Tensor:
+    """Convert as `as_tensor` does what is on its device already."""
+    return pixels_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def as_pil(images_BCHW: Tensor) -> list[Image.Image]:

@@ -20,7 +20,7 @@ from torch import nn
 
 from ctf.common.precision import supports_bf16
 from ctf.kernels import compiled, tokenizer_cpu, train_cpu
-from ctf.kernels.logits import LeanCoarseModel, LeanFineModel
+from ctf.kernels.logits import BatchedFineModel, LeanCoarseModel, LeanFineModel
 from ctf.kernels.products import Int8, Packed, has_layer
 from ctf.kernels.replace import replace
 from ctf.kernels.sampling_cpu import GrowingCache, pack
@@ -38,8 +38,10 @@ def for_evaluation(model: nn.Module) -> None:
 
     Losses and logits take little memory, and a processor finds the nearest code faster.
     """
-    replace(model, {CoarseModel: LeanCoarseModel, FineModel: LeanFineModel})
-    if _device(model).type == "cpu":
+    on_cpu = _device(model).type == "cpu"
+    fine = LeanFineModel if on_cpu else BatchedFineModel
+    replace(model, {CoarseModel: LeanCoarseModel, FineModel: fine})
+    if on_cpu:
         replace(model, {VQModel: tokenizer_cpu.CpuVQModel})
 
 
@@ -48,7 +50,7 @@ def for_training(model: Transformer | VQModel, *, compile: bool = False) -> None
 
     Args:
         model: Weights in float32.
-        compile: Compile the blocks of a transformer.
+        compile: Compile the blocks of a transformer, and on a GPU its loss.
     """
     for_evaluation(model)
     if isinstance(model, VQModel):
@@ -58,6 +60,8 @@ def for_training(model: Transformer | VQModel, *, compile: bool = False) -> None
         for layer in backbone.layers:
             replace(layer, {Attention: compiled.Attention})
             layer.forward = torch.compile(layer.forward)
+        if _device(model).type != "cpu":
+            replace(model, {LeanCoarseModel: compiled.CoarseModel})
     if _device(model).type == "cpu":
         # Compiled blocks stay as they are: the compiler fuses their operators itself.
         for part in (backbone.dropout, backbone.norm) if compile else (backbone,):

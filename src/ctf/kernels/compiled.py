@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ctf.kernels.logits import LeanCoarseModel, cross_entropy
 from ctf.kernels.products import works
 from ctf.models import transformer
 from ctf.models.transformer import Backbone, KVCache
@@ -34,6 +35,36 @@ class Attention(transformer.Attention):
     """Attention that can be compiled."""
 
     rotate = staticmethod(rotate)
+
+
+class CoarseModel(LeanCoarseModel):
+    """A coarse model whose loss goes through the logits of a slice twice, not five times."""
+
+    def loss(self, labels_BL: Tensor, classes_B: Tensor) -> Tensor:
+        """As `CoarseModel.loss`."""
+        hidden_BLD = self.hidden(labels_BL, classes_B)
+        return cross_entropy(hidden_BLD, self.head.weight, labels_BL, slice_loss)
+
+
+def slice_loss(
+    h_TD: Tensor, w_VD: Tensor, t_T1: Tensor, tokens: int, differentiate: bool
+) -> tuple[Tensor, Tensor | None]:
+    """A `logits.SliceLoss` whose part between the products is compiled."""
+    loss, grad_TV = _softmax_loss()(h_TD @ w_VD.T, t_T1, tokens)
+    return loss, grad_TV if differentiate else None
+
+
+def softmax_loss(logits_TV: Tensor, t_T1: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """The sum of the losses of logits, and the gradient of the mean over all tokens."""
+    logp_TV = logits_TV.float().log_softmax(-1)
+    is_target_TV = torch.arange(logits_TV.shape[1], device=t_T1.device) == t_T1
+    grad_TV = (logp_TV.exp() - is_target_TV.float()) / tokens
+    return -logp_TV.gather(1, t_T1).sum(), grad_TV.to(logits_TV.dtype)
+
+
+@functools.cache
+def _softmax_loss() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(softmax_loss)
 
 
 class CompiledBackbone(Backbone):

@@ -11,6 +11,7 @@ largest cluster.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,18 +30,20 @@ Objective = Callable[[Any, Tensor, Tensor], Tensor]
 
 def coarse_objective(clusters: Clusters) -> Objective:
     """Predict each label from the class and the labels before it (the paper's section 3.2)."""
+    labels = _labels(clusters)
 
     def loss(model: CoarseModel, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
-        return model.loss(_labels(clusters, codes_BL), classes_B)
+        return model.loss(labels(codes_BL), classes_B)
 
     return loss
 
 
 def fine_objective(clusters: Clusters) -> Objective:
     """Predict each code from the class and all true labels (the paper's section 3.2)."""
+    labels = _labels(clusters)
 
     def loss(model: FineModel, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
-        return model.loss(_labels(clusters, codes_BL), classes_B, codes_BL)
+        return model.loss(labels(codes_BL), classes_B, codes_BL)
 
     return loss
 
@@ -52,9 +55,10 @@ def corrupted_objective(clusters: Clusters, share: float) -> Objective:
     true code is no member of such a label's cluster, so the token has no loss; with softmax "full"
     every token has one. Random numbers come from torch's global generator.
     """
+    labels = _labels(clusters)
 
     def loss(model: FineModel, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
-        labels_BL = _labels(clusters, codes_BL)
+        labels_BL = labels(codes_BL)
         wrong_BL = torch.rand(labels_BL.shape, device=labels_BL.device) < share
         order_T = torch.randperm(labels_BL.numel(), device=labels_BL.device)
         others_BL = labels_BL.flatten()[order_T].view_as(labels_BL)
@@ -75,12 +79,13 @@ def grouped_objective(groups: Clusters, weight: float) -> Objective:
     To the cross-entropy of each code it adds `weight` times that of the code's group, whose
     probability is the sum of its members'.
     """
+    labels, members = _labels(groups), _table(groups.members_KS)
 
     def loss(model: CoarseModel, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
         logits_BLV: Tensor = model(codes_BL, classes_B)
         logp_TV = logits_BLV.flatten(0, 1).log_softmax(-1)
         logp_code_T = logp_TV.gather(1, codes_BL.view(-1, 1))[:, 0]
-        members_TS = groups.members_KS.to(codes_BL.device)[_labels(groups, codes_BL).flatten()]
+        members_TS = members(labels(codes_BL).flatten())
         logp_TS = logp_TV.gather(1, members_TS.clamp(min=0))
         logp_group_T = logp_TS.masked_fill(members_TS < 0, -torch.inf).logsumexp(-1)
         return -(logp_code_T + weight * logp_group_T).mean()
@@ -88,5 +93,11 @@ def grouped_objective(groups: Clusters, weight: float) -> Objective:
     return loss
 
 
-def _labels(clusters: Clusters, codes_BL: Tensor) -> Tensor:
-    return clusters.labels_V.to(codes_BL.device)[codes_BL]
+def _labels(clusters: Clusters) -> Callable[[Tensor], Tensor]:
+    return _table(clusters.labels_V)
+
+
+def _table(values: Tensor) -> Callable[[Tensor], Tensor]:
+    """A look-up in a table, which is copied to each device once: at every step it would stall."""
+    on_device = functools.cache(values.to)
+    return lambda indices: on_device(indices.device)[indices]

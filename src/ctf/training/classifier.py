@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ctf.common import rng
 from ctf.common.config import to_json
+from ctf.common.distributed import World
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
 from ctf.data.image_set import ImageSet, Splits
-from ctf.data.transforms import as_tensor
+from ctf.data.transforms import from_pixels
 from ctf.evaluation.classifier import (
     BATCH,
     CHANNELS_PER_GROUP,
@@ -29,6 +30,7 @@ from ctf.evaluation.classifier import (
 )
 from ctf.pipelines.folder import to_channels_last
 from ctf.training import loop, optim
+from ctf.training.batches import Batch, Batches
 from ctf.training.state import Part
 
 
@@ -36,22 +38,21 @@ class ClassifierTrainer:
     """A classifier and its optimizer: a `loop.Trainable`."""
 
     def __init__(self, images: Splits, config: ClassifierConfig, device: torch.device) -> None:
-        self.images, self.config, self.device = images, config, device
+        self.images, self.config = images, config
         torch.manual_seed(config.seed)
         model = Classifier(config.width, images.train.image_size, images.train.class_names)
         self.model = to_channels_last(model, device)
+        self.batches = Batches(self.read_batch, config.steps, device)
+        self.checks = optim.Checks(World(device=device))
         self.optimizer = optim.make_optimizer(
             self.model, config.learning_rate, config.betas, config.weight_decay
         )
 
     def step(self, step: int) -> Mapping[str, Tensor | float]:
         """Take an optimizer step on the cross-entropy of augmented images."""
-        c, train = self.config, self.images.train
-        indices_B = optim.batch_indices(len(train), c.batch_size, c.seed, step)
-        random = rng.generator(c.seed, 1, step)
-        pixels_BSSC = augment(train.read(indices_B), random, flip=c.flip, shift=c.shift)
-        classes_B = torch.from_numpy(train.classes_N[indices_B]).to(self.device)
-        logits_BK, _ = self.model(as_tensor(pixels_BSSC, self.device))
+        c = self.config
+        indices_B, (pixels_BSSC, classes_B) = self.batches(step)
+        logits_BK, _ = self.model(from_pixels(pixels_BSSC))
         loss = F.cross_entropy(logits_BK, classes_B, label_smoothing=c.label_smoothing)
         rate = optim.learning_rate(
             step, c.steps, c.learning_rate, c.warm_up, "cosine", c.final_learning_rate
@@ -60,7 +61,7 @@ class ClassifierTrainer:
         loss.backward()
         norm = optim.update(
             self.optimizer, loss.detach(), rate, c.clip,
-            step=step, name="classifier's loss", images_B=indices_B,
+            step=step, name="classifier's loss", images_B=indices_B, checks=self.checks,
         )  # fmt: skip
         correct_B = logits_BK.detach().argmax(1) == classes_B
         return {
@@ -70,6 +71,20 @@ class ClassifierTrainer:
             "learning_rate": rate,
             "images": c.batch_size,
         }
+
+    def read_batch(self, step: int) -> Batch:
+        """Return the indices of the images, their augmented pixels and their classes."""
+        c, train = self.config, self.images.train
+        indices_B = optim.batch_indices(len(train), c.batch_size, c.seed, step)
+        random = rng.generator(c.seed, 1, step)
+        pixels_BSSC = augment(train.read(indices_B), random, flip=c.flip, shift=c.shift)
+        return indices_B, [
+            torch.from_numpy(pixels_BSSC), torch.from_numpy(train.classes_N[indices_B])
+        ]  # fmt: skip
+
+    def check(self) -> None:
+        """Raise a UserError if the loss or the gradient of a step since was not finite."""
+        self.checks.check()
 
     def evaluate(self) -> Mapping[str, float]:
         """Return the accuracy on held-out images."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ctf.common import claims, locks, memory, signals, storage
-from ctf.common.distributed import ALONE, World, full_tensor
+from ctf.common.distributed import ALONE, Vote, World, full_tensor
 from ctf.common.errors import Stopped, UserError
 from ctf.common.precision import Precision
 from ctf.common.progress import Progress
@@ -65,8 +65,12 @@ class Trainable(Protocol):
     def step(self, step: int) -> Mapping[str, Tensor | float]:
         """Take the optimizer step number `step`, counted from 0, and return its metrics.
 
-        "images" and "tokens" are how many all processes saw; they are logged per second.
+        "images" and "tokens" are how many all processes saw; they are logged per second. Metrics
+        stay on the device: reading a number from a GPU waits until it has nothing left to do.
         """
+
+    def check(self) -> None:
+        """Raise a UserError if a step since the last call went wrong; see `optim.Checks`."""
 
     def evaluate(self) -> Mapping[str, float]:
         """Return metrics on held-out data."""
@@ -140,6 +144,7 @@ def run(
     seconds_before += sums.get("seconds", 0.0)
     evaluate_every = max(1, round(evaluate_every / LOG_EVERY)) * LOG_EVERY
     began = last_saved = clock()
+    stopping = Vote(world)
     if evaluate_first and start == 0:
         log("val", trainable.evaluate(), 0, 0.0)
     with signals.termination_requested() as requested, memory.keep_freed():
@@ -147,7 +152,8 @@ def run(
             _step(trainable, done - 1, sums, clock)
             save = False
             if done % LOG_EVERY == 0 or done == steps:
-                means, sums = _means(sums, (done - 1) % LOG_EVERY + 1), {}
+                means = _means(_read(trainable, sums, clock), (done - 1) % LOG_EVERY + 1)
+                sums = {}
                 seconds = seconds_before + clock() - began
                 log("train", means, done, seconds)
                 if progress is not None:
@@ -155,9 +161,12 @@ def run(
                 if done % evaluate_every == 0 or done == steps:
                     log("val", trainable.evaluate(), done, seconds)
                 save = world.any(clock() - last_saved > SAVE_SECONDS) or done == steps
-            stop = world.any(requested.is_set()) and done < steps
+            stop = stopping(requested.is_set()) and done < steps
             if save or stop:
-                line = {f"loop.{k}": torch.tensor(v, dtype=torch.double) for k, v in sums.items()}
+                line = {
+                    f"loop.{name}": torch.tensor(value, dtype=torch.double)
+                    for name, value in _read(trainable, sums, clock).items()
+                }
                 tensors = state.collect(trainable.parts()) | line
                 world.on_main(check_folder)
                 state.save_state(folder / "state", done, tensors, world)
@@ -173,7 +182,10 @@ def _check_folder(folder: Path, existed: bool) -> None:
         raise UserError(f"{folder} was removed during the training; run the command again")
 
 
-def _resume(trainable: Trainable, folder: Path, world: World) -> tuple[int, dict[str, float]]:
+Sums = dict[str, Tensor | float]  # of the metrics of a line, each where its values are
+
+
+def _resume(trainable: Trainable, folder: Path, world: World) -> tuple[int, Sums]:
     """Load the newest state; return its step, 0 if there is none, and the sums of its line."""
     # The first process decides, since it removes damaged states.
     start = world.broadcast(state.latest_state(folder) if world.is_main else 0)
@@ -185,15 +197,29 @@ def _resume(trainable: Trainable, folder: Path, world: World) -> tuple[int, dict
     return start, {name: float(value) for name, value in sums.items()}
 
 
-def _step(
-    trainable: Trainable, step: int, sums: dict[str, float], clock: Callable[[], float]
-) -> None:
+def _step(trainable: Trainable, step: int, sums: Sums, clock: Callable[[], float]) -> None:
     """Take a step; add its metrics and its duration to the sums of a line."""
     began = clock()
     for name, value in trainable.step(step).items():
-        sums[name] = sums.get(name, 0.0) + float(value)
-    # After the values were read: only then has a GPU finished the step.
+        value = value.double() if isinstance(value, Tensor) else value
+        sums[name] = sums.get(name, 0.0) + value
     sums["seconds"] = sums.get("seconds", 0.0) + clock() - began
+
+
+def _read(trainable: Trainable, sums: Sums, clock: Callable[[], float]) -> dict[str, float]:
+    """Return the sums of a line as numbers, all read at once; check the steps behind them.
+
+    Only then has a GPU finished these steps, so the time that it takes counts as theirs.
+    """
+    began = clock()
+    tensors = {name: value for name, value in sums.items() if isinstance(value, Tensor)}
+    read: list[float] = torch.stack([*tensors.values()]).tolist() if tensors else []
+    values = sums | dict(zip(tensors, read, strict=True))
+    numbers = {name: float(value) for name, value in values.items()}
+    trainable.check()
+    if "seconds" in numbers:
+        numbers["seconds"] += clock() - began
+    return numbers
 
 
 def _means(sums: Mapping[str, float], count: int) -> dict[str, float]:
@@ -238,7 +264,9 @@ def seconds_per_step(
     durations = []
     with memory.keep_freed():
         for step in range(warm_up + timed):
+            sums: Sums = {}
             began = clock()
-            trainable.step(step)
+            _step(trainable, step, sums, clock)
+            _read(trainable, sums, clock)
             durations.append(clock() - began)
     return statistics.median(durations[warm_up:])

@@ -100,36 +100,72 @@ def update(
     step: int,
     name: str,
     images_B: np.ndarray,
-    world: World = ALONE,
+    checks: Checks | None = None,
 ) -> Tensor:
     """Clip the gradients of `loss`, take an optimizer step, and return their norm before clipping.
 
-    Loss and gradients are averages over all processes. The rest is for error messages: the step,
-    what the loss is called, and the indices of the images in the batch.
+    Loss and gradients are averages over all processes, and are checked to be finite: by default at
+    once, before anything has changed. The rest is for error messages: the step, what the loss is
+    called, and the indices of the images in the batch.
 
     Raises:
-        UserError: Loss or gradient are not finite; in all processes, before anything has changed.
+        UserError: See `Checks`.
     """
-    _check_finite(loss, name, step, images_B, world)
+    checks = checks or Checks()
+    checks.add(loss, name, step, images_B)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # The norm and the clipping of all gradients are a few kernels on a GPU, as is the update.
     norm = full_tensor(nn.utils.clip_grad_norm_(parameters, clip))
-    _check_finite(norm, f"gradient norm of the {name}", step, images_B, world)
+    checks.add(norm, f"gradient norm of the {name}", step, images_B)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     return norm
 
 
-def _check_finite(value: Tensor, name: str, step: int, images_B: np.ndarray, world: World) -> None:
-    if math.isfinite(float(value)):
-        return
-    listed = ", ".join(map(str, images_B[:NAMED_IMAGES]))
-    more = ", ..." * (len(images_B) > NAMED_IMAGES)
-    raise world.error(
-        f"step {step}: {name} is {float(value)} on a batch of {len(images_B)}, the images "
-        f"{listed}{more}; stopped before the update, and the last state is good\n"
-        "a lower learning rate usually helps: --set ...learning_rate=..., in a new folder"
-    )
+class Checks:
+    """Checks that losses and gradient norms are finite: at once on a processor, later on a GPU.
+
+    To read a value, one waits until a GPU has computed it, and the GPU then waits for the next
+    step. So there the values of some steps are read together, before any of these is saved.
+
+    Args:
+        world: All processes, which all check the same values.
+        deferred: Whether to hold the values until `check`; by default on anything but a processor.
+    """
+
+    def __init__(self, world: World = ALONE, *, deferred: bool | None = None) -> None:
+        self.world = world
+        self.deferred = world.device.type != "cpu" if deferred is None else deferred
+        self._held: list[tuple[Tensor, str, int, np.ndarray]] = []
+
+    def add(self, value: Tensor, name: str, step: int, images_B: np.ndarray) -> None:
+        """Check a value of a step, now or later; raises as `check`."""
+        self._held.append((value.detach(), name, step, images_B))
+        if not self.deferred:
+            self.check()
+
+    def check(self) -> None:
+        """Check the values that are held.
+
+        Raises:
+            UserError: One of them is not finite; in all processes, for the first such value.
+        """
+        held, self._held = self._held, []
+        if not held:
+            return
+        numbers = torch.stack([value.float() for value, *_ in held]).tolist()
+        for number, (_, name, step, images_B) in zip(numbers, held, strict=True):
+            if not math.isfinite(number):
+                listed = ", ".join(map(str, images_B[:NAMED_IMAGES]))
+                more = ", ..." * (len(images_B) > NAMED_IMAGES)
+                when = "" if self.deferred else " before the update"
+                raise self.world.error(
+                    f"step {step}: {name} is {number} on a batch of {len(images_B)}, the images "
+                    f"{listed}{more}; stopped{when}, and the last state is good\n"
+                    "a lower learning rate usually helps: --set ...learning_rate=..., in a new "
+                    "folder"
+                )
 
 
 def update_ema(ema: Mapping[str, Tensor], module: nn.Module, decay: float, step: int) -> None:

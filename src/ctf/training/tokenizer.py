@@ -26,12 +26,13 @@ from ctf.common.distributed import ALONE, World
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
 from ctf.data.image_set import ImageSet, Splits
-from ctf.data.transforms import View, as_tensor
+from ctf.data.transforms import View, as_tensor, from_pixels
 from ctf.evaluation import metrics
 from ctf.evaluation.lite0 import PerceptualLoss
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.pipelines.folder import load_tokenizer, to_channels_last
 from ctf.training import loop, optim
+from ctf.training.batches import Batch, Batches, to_device
 from ctf.training.state import Part
 
 EVALUATION_BATCH = 64  # images
@@ -122,6 +123,8 @@ class TokenizerTrainer:
         kernels.for_training(self.model)
         self.reconstruction = world.wrap(Reconstruction(self.model), unused=True)
         self.optimizer = self._make_optimizer(self.model)
+        self.batches = Batches(self.read_batch, training.steps, device)
+        self.checks = optim.Checks(world)
         self.usage_V = torch.ones(model_config.codebook_size, device=device)
         self.perceptual = (
             to_channels_last(PerceptualLoss(), device) if training.perceptual_weight else None
@@ -142,7 +145,8 @@ class TokenizerTrainer:
         rate = optim.learning_rate(
             step, t.steps, t.learning_rate, t.warm_up, t.schedule, t.final_learning_rate
         )
-        indices_B, images_BCHW = self.batch(step)
+        indices_B, (pixels_BHWC,) = self.batches(step)
+        images_BCHW = from_pixels(pixels_BHWC)
         # At first without codes: an encoder that has learned nothing and codes that mean nothing
         # collapse to a single code, and stay there.
         quantized_from = int(t.free_until * t.steps)
@@ -159,7 +163,7 @@ class TokenizerTrainer:
             loss.backward()
             return optim.update(
                 optimizer, mean, rate, t.clip,
-                step=step, name=name, images_B=indices_B, world=self.world,
+                step=step, name=name, images_B=indices_B, checks=self.checks,
             )  # fmt: skip
 
         logged: dict[str, Tensor | float] = {**losses}
@@ -183,8 +187,12 @@ class TokenizerTrainer:
         t = self.training
         return self.discriminator is not None and step >= t.adversarial_start * t.steps
 
-    def batch(self, step: int) -> tuple[np.ndarray, Tensor]:
-        """Return the indices of the whole batch and the images of this process's share."""
+    def check(self) -> None:
+        """Raise a UserError if a loss or gradient of a step since was not finite."""
+        self.checks.check()
+
+    def read_batch(self, step: int) -> Batch:
+        """Return the indices of the whole batch and the pixels of this process's share."""
         t, train = self.training, self.images.train
         indices_B = optim.batch_indices(len(train), t.batch_size, t.seed, step)
         flip_B = rng.generator(t.seed, 1, step).random(t.batch_size) < (0.5 if t.flip else 0.0)
@@ -193,7 +201,7 @@ class TokenizerTrainer:
         for flip in (False, True):
             if (flip_B == flip).any():
                 pixels_BHWC[flip_B == flip] = train.read(share_B[flip_B == flip], View(flip=flip))
-        return indices_B, as_tensor(pixels_BHWC, self.world.device)
+        return indices_B, [torch.from_numpy(pixels_BHWC)]
 
     def _losses(
         self,
@@ -228,14 +236,18 @@ class TokenizerTrainer:
         size = len(self.usage_V)
         vectors: list[Tensor] = []
         while sum(map(len, vectors)) < size:
-            _, images_BCHW = self.batch(len(vectors))
+            _, (pixels_BHWC,) = self.read_batch(len(vectors))
+            images_BCHW = from_pixels(to_device(pixels_BHWC, self.world.device))
             vectors_NC = self.model.encode_vectors(images_BCHW).flatten(0, 1)
             vectors.append(self.world.gather(vectors_NC))
         self.model.embedding.weight.copy_(self._choose(torch.cat(vectors), size, step))
 
     def _update_usage(self, codes_N: Tensor) -> None:
         """Update the moving average of each code's usage, 1 if all are used equally."""
-        counts_V = self.world.sum(torch.bincount(codes_N, minlength=len(self.usage_V)))
+        # Not bincount, which waits for a GPU to find the largest code.
+        counts_V = torch.zeros(len(self.usage_V), dtype=torch.int64, device=codes_N.device)
+        counts_V.index_add_(0, codes_N, torch.ones_like(codes_N))
+        counts_V = self.world.sum(counts_V)
         equal = len(codes_N) * self.world.size / len(self.usage_V)
         self.usage_V.lerp_(counts_V / equal, min(1.0, 2.0 / self.training.revive_every))
 

@@ -29,6 +29,7 @@ from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.objectives import Objective
 from ctf.training import optim
+from ctf.training.batches import Batch, Batches, to_device
 from ctf.training.loop import DEFAULT_EXECUTION, Execution
 from ctf.training.state import Part
 
@@ -128,6 +129,8 @@ class Trainer:
         else:
             self.trained = world.wrap(trained)
         self.ema = dict(self.averaged.named_parameters())
+        self.batches = Batches(self.read_batch, training.steps, world.device)
+        self.checks = optim.Checks(world)
         self.optimizer = optim.make_optimizer(
             model, training.learning_rate, training.betas, training.weight_decay
         )
@@ -138,7 +141,7 @@ class Trainer:
         rate = optim.learning_rate(
             step, t.steps, t.learning_rate, t.warm_up, t.schedule, t.final_learning_rate
         )
-        indices_B, codes_BL, classes_B = self.batch(step)
+        indices_B, (codes_BL, classes_B) = self.batches(step)
         rng.seed_dropout(t.seed, 4, step, *([self.world.rank] if self.world.rank else []))
         self.optimizer.zero_grad(set_to_none=True)
         images, total = len(codes_BL), torch.zeros((), device=self.world.device)
@@ -153,13 +156,13 @@ class Trainer:
         mean = self.world.mean(total)
         norm = optim.update(
             self.optimizer, mean, rate, t.clip,
-            step=step, name="loss", images_B=indices_B, world=self.world,
+            step=step, name="loss", images_B=indices_B, checks=self.checks,
         )  # fmt: skip
         optim.update_ema(self.ema, self.model, t.ema, step)
         tokens = t.batch_size * self.model.config.length
         return {"loss": mean, "gradient_norm": norm, "learning_rate": rate, "tokens": tokens}
 
-    def batch(self, step: int) -> tuple[np.ndarray, Tensor, Tensor]:
+    def read_batch(self, step: int) -> Batch:
         """Indices of the images of all processes' batch; codes and classes of this one's share."""
         t = self.training
         random = rng.generator(t.seed, 3, step)
@@ -168,7 +171,11 @@ class Trainer:
         dropped_B = random.random(t.batch_size) < t.class_dropout
         classes_B = np.where(dropped_B, self.model.no_class, self.train.classes_N[indices_B])
         codes_BL = self.train.codes(indices_B[self.share], views_B[self.share])
-        return indices_B, *self._to_device(codes_BL, classes_B[self.share])
+        return indices_B, [codes_BL, torch.from_numpy(classes_B[self.share])]
+
+    def check(self) -> None:
+        """Raise a UserError if the loss or the gradient of a step since was not finite."""
+        self.checks.check()
 
     def evaluate(self) -> Mapping[str, float]:
         """Mean cross-entropy of held-out tokens under the averaged weights, in nats a token."""
@@ -182,7 +189,11 @@ class Trainer:
                 weight = len(indices_B)
                 if not weight:  # the others need this process's shards of the weights
                     indices_B = np.zeros(1, np.int64)
-                batch = self._to_device(self.val.codes(indices_B), self.val.classes_N[indices_B])
+                classes_B = torch.from_numpy(self.val.classes_N[indices_B])
+                batch = [
+                    to_device(tensor, self.world.device)
+                    for tensor in (self.val.codes(indices_B), classes_B)
+                ]
                 total += weight * self.evaluated(*batch).double()
         return {"loss": float(self.world.sum(total)) / images}
 
@@ -205,10 +216,6 @@ class Trainer:
         # Uncached: no weight is used twice in a pass.
         device = self.world.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.in_bf16, cache_enabled=False)
-
-    def _to_device(self, codes_BL: Tensor, classes_B: np.ndarray) -> tuple[Tensor, Tensor]:
-        device = self.world.device
-        return codes_BL.to(device), torch.from_numpy(classes_B).to(device)
 
 
 def _shard(loss: Loss, world: World, reshard_after_forward: bool | None = None) -> Loss:

@@ -19,6 +19,15 @@ from tests.conftest import CLASSES, SIDE, Command, read_files
     ("command", "message"),
     [
         (["demo", "--out", "NEW"], "about 2 minutes in all"),
+        (["demo", "--images", "eurosat", "--out", "NEW"], "64 pixels -> 8 x 8"),
+        (["fit", "eurosat", "--out", "NEW"], "64 pixels -> 16 x 16 of 4096 codes"),
+        (["fit", "eurosat", "--out", "NEW", "--image-size", 32], "21,600 to train on"),
+        (["tokenizer", "train", "eurosat", "--out", "NEW", "--preset", "tiny"], "64 pixels"),
+        (["classifier", "train", "eurosat", "--out", "NEW"], "would train a classifier on 21600"),
+        (
+            ["evaluate", "RUN", "--reference", "eurosat", "--samples", 30, "--out", "NEW"],
+            "reference: 27,000 images in 10 classes: AnnualCrop (3,000)",
+        ),
         (["fit", "IMAGES", "--out", "NEW", "--preset", "tiny"], "600 steps"),
         (["fit", "fashion-mnist", "--out", "NEW", "--minutes", 2], "60,000 to train on"),
         (["sample", "RUN", "--out", "NEW"], "would sample 8 images of each of 3 classes"),

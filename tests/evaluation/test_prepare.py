@@ -15,6 +15,7 @@ from PIL import Image
 from ctf.common import config
 from ctf.common.errors import UserError
 from ctf.data.image_set import ImageSet, Splits
+from ctf.evaluation import classifier
 from ctf.evaluation.classifier import SHIPPED, ClassifierConfig, classify, shipped_classifier
 from ctf.evaluation.evaluate import add_class_accuracies
 from ctf.evaluation.options import EvaluationOptions
@@ -83,6 +84,22 @@ def test_class_accuracy_needs_known_classes_and_the_right_size(
         correct_N = classify(shipped_classifier(), pixels) == classes_N
         assert accuracy.value == correct_N.mean()
         assert evaluation.images.class_names == images.class_names
+
+
+def test_the_included_classifier_of_the_same_classes_and_size_is_used(
+    run: Path, image_folder: Path, splits: Splits, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever image set it is of: its features are named after the set."""
+    tiny = ClassifierConfig(width=16, steps=1, batch_size=8, warm_up=1)
+    included = here / "shipped" / "colours-classifier"
+    digest = train_classifier(splits, included, tiny).digest
+    monkeypatch.setattr(classifier, "SHIPPED_MODELS", here / "shipped")
+    evaluation = prepare(str(run), EvaluationOptions(str(image_folder)), device=torch.device("cpu"))
+    assert [e.name for e in evaluation.extractors] == ["lite0", "colours"]
+    assert evaluation.extractors[1].suffix == "-colours"
+    assert evaluation.classifier is not None and evaluation.classifier.digest == digest
+    larger = EvaluationOptions(str(image_folder), resize=splits.train.image_size + 8)
+    assert prepare(str(run), larger, device=torch.device("cpu")).classifier is None
 
 
 def test_a_classifier_is_identified_by_its_weights(

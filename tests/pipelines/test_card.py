@@ -53,6 +53,8 @@ def test_a_card_says_nothing_that_the_pipeline_does_not(pipe: Pipeline) -> None:
     assert "class 19; and 980 more" in card.text(pipe)
     pipe.origin = {"images": "fashion-mnist"}
     assert "- zalando-datasets/fashion_mnist" in card.text(pipe)
+    pipe.origin = {"images": "eurosat"}
+    assert "- timm/eurosat-rgb" in card.text(pipe)
 
 
 def test_the_python_of_a_card_runs(

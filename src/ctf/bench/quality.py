@@ -16,11 +16,10 @@ from torch import Tensor
 from ctf.bench.harness import check_positive
 from ctf.common.errors import UserError
 from ctf.common.progress import OpenProgress, Progress
-from ctf.data import fashion_mnist
 from ctf.data.image_set import ImageSet
 from ctf.data.images import INCLUDED, open_images
 from ctf.data.transforms import as_tensor
-from ctf.evaluation.classifier import shipped_classifier
+from ctf.evaluation.classifier import load_classifier, shipped_classifiers
 from ctf.evaluation.evaluate import sample_accuracy
 from ctf.evaluation.metrics import Accuracy
 from ctf.evaluation.sample_cache import GenerationConfig
@@ -75,6 +74,7 @@ def compare(
     if source not in INCLUDED:
         raise UserError(f"{model}: was trained on {source}, expected one of {', '.join(INCLUDED)}")
     images = open_images(source, pipe.tokenizer.image_size).val
+    classifier = shipped_classifiers().get(source)
     with open_progress("held-out images") as progress:
         codes_NL, classes_N = _encode(pipe, images, min(held_out, len(images)), progress)
     qualities = []
@@ -82,10 +82,10 @@ def compare(
         pipe = Pipeline.from_pretrained(folder, device, engine=engine)
         coarse, fine = cross_entropy(pipe, codes_NL, classes_N)
         accuracy = None
-        if pipe.class_names == fashion_mnist.CLASSES:
+        if classifier is not None:
             with open_progress(f"samples, {engine}") as progress:
                 accuracy = sample_accuracy(
-                    pipe, shipped_classifier(device), GenerationConfig(samples), progress
+                    pipe, load_classifier(classifier, device), GenerationConfig(samples), progress
                 )
         qualities.append(Quality(engine, coarse, fine, accuracy))
     return qualities

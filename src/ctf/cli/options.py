@@ -75,9 +75,9 @@ Images = Annotated[
     Positional,
     arg(
         metavar="IMAGES",
-        help="fashion-mnist, a folder of images with one subfolder per class (or none, for a "
-        "single class), which may be split into train/, val/ and test/, or .tar, .zip or .parquet "
-        "files: one, a folder of them, or a quoted pattern",
+        help="fashion-mnist, eurosat, a folder of images with one subfolder per class (or none, "
+        "for a single class), which may be split into train/, val/ and test/, or .tar, .zip or "
+        ".parquet files: one, a folder of them, or a quoted pattern",
     ),
 ]
 Run = Annotated[Path, Positional, arg(metavar="RUN", help="folder of the run")]
@@ -103,7 +103,7 @@ Overrides = Annotated[
 Steps = Annotated[Maybe[int], arg(help="training steps; by default the preset's")]
 ImageSize = Annotated[
     Maybe[int],
-    arg(help="side in pixels; by default 32 for fashion-mnist, else the preset's"),
+    arg(help="side in pixels; by default 32 for fashion-mnist, 64 for eurosat, else the preset's"),
 ]
 Views = Annotated[
     Maybe[Literal["plain", "flip", "ten-crop"]],

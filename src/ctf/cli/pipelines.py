@@ -29,7 +29,8 @@ from ctf.common.errors import UserError
 @command("demo")
 def demo(
     *,
-    out: Path = Path("ctf-demo"),
+    images: str = "fashion-mnist",
+    out: options.Maybe[Path] = None,
     minutes: float = 2.0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
@@ -39,22 +40,29 @@ def demo(
     Example: ctf demo
 
     Args:
-        out: folder for two contact sheets and the run
+        images: the included images to train on: fashion-mnist or eurosat
+        out: folder for the contact sheets and the run; by default ctf-demo, followed by the name of
+            other images than fashion-mnist
         minutes: training time of the small pipeline
     """
     from ctf.cli.common import console
+    from ctf.common.config import did_you_mean
+    from ctf.data.images import INCLUDED
     from ctf.training import demo as demonstration
     from ctf.training import fit as fitting
     from ctf.training.recipes import resolve
 
     check_minutes(minutes)
+    if images not in INCLUDED:
+        raise UserError(f"--images {images}: not included{did_you_mean(images, INCLUDED)}")
     torch_device = open_device(device)
     if dry_run:
-        splits = open_splits(demonstration.IMAGES, options.ImageOptions())
+        splits = open_splits(images, options.ImageOptions())
         recipe = resolve(demonstration.PRESET, splits)
         show(fitting.describe(splits, recipe, minutes))
         return
-    demonstration.demo(out, minutes, torch_device, console)
+    folder = out or Path("ctf-demo" if images == "fashion-mnist" else f"ctf-demo-{images}")
+    demonstration.demo(folder, minutes, torch_device, console, images)
 
 
 @command("fit")

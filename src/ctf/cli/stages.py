@@ -71,7 +71,7 @@ def tokenizer_evaluate(
     Args:
         run: fashion-mnist, the folder of a run or pipeline, or org/name[@revision] on the Hugging
             Face Hub
-        images: fashion-mnist, a folder of images, or .tar, .zip or .parquet files
+        images: fashion-mnist, eurosat, a folder of images, or .tar, .zip or .parquet files
         features: feature network to compute the rFID with: lite0, inception, fashion, or
             mymodule:factory; by default no rFID is computed
     """

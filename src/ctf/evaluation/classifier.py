@@ -1,7 +1,7 @@
 """A small convolutional classifier, for the class accuracy of samples.
 
-It scores small images, on which ImageNet networks are unreliable. The included one
-(`shipped_classifier`) was trained on Fashion-MNIST.
+It scores small images, on which ImageNet networks are unreliable. Included are classifiers of
+included image sets (`shipped_classifiers`).
 
 Shapes: B batch, N images, S image size, K classes, D features.
 """
@@ -26,7 +26,8 @@ from ctf.data.transforms import as_tensor
 from ctf.pipelines.folder import SHIPPED as SHIPPED_MODELS
 from ctf.pipelines.folder import to_channels_last
 
-SHIPPED = SHIPPED_MODELS / "fashion-mnist-classifier"
+SUFFIX = "-classifier"  # of the folder, after the name of the image set
+SHIPPED = SHIPPED_MODELS / f"fashion-mnist{SUFFIX}"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 CHANNELS_PER_GROUP = 16  # of the group normalisation
 BATCH = 256  # images at a time for inference
@@ -34,7 +35,7 @@ BATCH = 256  # images at a time for inference
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig:
-    """Architecture and training of a classifier. The defaults are those of the included one."""
+    """Architecture and training of a classifier. The defaults are those of Fashion-MNIST."""
 
     width: int = 32  # channels of the first stage; a multiple of 16
     steps: int = 7000
@@ -165,6 +166,14 @@ def load_classifier(folder: Path, device: torch.device | str = "cpu") -> Classif
     files = (folder / CONFIG, folder / WEIGHTS)
     model.digest = storage.hash_json([storage.hash_file(file) for file in files])
     return to_channels_last(model, torch.device(device)).eval().requires_grad_(False)
+
+
+def shipped_classifiers() -> dict[str, Path]:
+    """Return the folders of the included classifiers, by the image set each was trained on."""
+    return {
+        folder.name.removesuffix(SUFFIX): folder
+        for folder in sorted(SHIPPED_MODELS.glob(f"*{SUFFIX}"))
+    }
 
 
 def shipped_classifier(device: torch.device | str = "cpu") -> Classifier:

@@ -30,12 +30,13 @@ from torch import Tensor, nn
 from ctf.common import storage
 from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
+from ctf.data import fashion_mnist
 from ctf.data.transforms import as_tensor, crop
 from ctf.evaluation import lite0
-from ctf.evaluation.classifier import SHIPPED, load_classifier, shipped_classifier
+from ctf.evaluation.classifier import WEIGHTS, load_classifier, shipped_classifiers
 from ctf.evaluation.inception import find_inception_weights, load_inception
 
-NAMES = ("lite0", "inception", "fashion")
+NETWORKS = ("lite0", "inception")  # besides the included classifiers, see `classifier_name`
 PREPROCESSING_VERSION = 1  # part of the digests; increase it if preprocessing changes
 
 # Images per batch. On a CPU small batches are fastest, as their maps stay in the caches.
@@ -118,7 +119,7 @@ def open_extractor(
             "inception": the network of ADM's evaluator; see inception.py. 2048 features, 2023
                 spatial features, 1008 classes.
             "fashion": the included classifier of Fashion-MNIST, at 32 pixels. 128 features, 10
-                classes.
+                classes. That of another included set has the set's name.
             "module:factory": the return value of `factory()` from a Python module, searched for in
                 the current folder first. It takes float images (B, 3, H, W) in [-1, 1] at their own
                 size and returns features (B, D), or (features, logits (B, K)), or `Features`. Its
@@ -136,19 +137,20 @@ def open_extractor(
         raise UserError(f"--weights {weights}: only inception takes weights, got features {spec!r}")
     if ":" in spec:
         return _user_extractor(spec, device)
+    classifiers = {classifier_name(images): path for images, path in shipped_classifiers().items()}
     match spec:
         case "lite0":
             path, suffix = lite0.lite0_weights(), "-Lite0"
             network = _on_crops(lite0.load_lite0().to(device), lite0.IMAGE_SIZE, device)
-        case "fashion":
-            path, suffix = SHIPPED / "model.safetensors", "-fashion"
-            classifier = shipped_classifier(device)
-            network = _on_crops(classifier, classifier.image_size, device)
         case "inception":
             path, suffix = weights or find_inception_weights(), ""
             network = _on_pixels(load_inception(path, device), device)
+        case _ if spec in classifiers:
+            path, suffix = classifiers[spec] / WEIGHTS, f"-{spec}"
+            classifier = load_classifier(classifiers[spec], device)
+            network = _on_crops(classifier, classifier.image_size, device)
         case _:
-            known = (*NAMES, "module:factory")
+            known = (*NETWORKS, *classifiers, "module:factory")
             raise UserError(f"unknown features {spec!r}{did_you_mean(spec, known)}")
     return _extractor(spec, suffix, [storage.hash_file(path)], network, device)
 
@@ -165,6 +167,11 @@ def classifier_extractor(folder: Path, device: torch.device | str = "cpu") -> Ex
     classifier = load_classifier(folder, device)
     network = _on_crops(classifier, classifier.image_size, device)
     return _extractor("classifier", "-classifier", [classifier.digest], network, device)
+
+
+def classifier_name(images: str) -> str:
+    """Return the name of the features of the included classifier of an image set."""
+    return "fashion" if images == fashion_mnist.NAME else images
 
 
 Network = Callable[[NDArray[np.uint8]], Features]

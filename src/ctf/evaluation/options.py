@@ -26,8 +26,9 @@ class EvaluationOptions:
     """What to score against, and how.
 
     Attributes:
-        reference: fashion-mnist, image files (a folder, .tar or .parquet), or an .npz file of
-            images or statistics; by default the included set that the pipeline was trained on
+        reference: fashion-mnist, eurosat, image files (a folder, .tar or .parquet), or an .npz
+            file of images or statistics; by default the included set that the pipeline was trained
+            on
         samples: number of samples; by default 5000, or the next multiple of the number of classes
         out: folder for the report; by default one in evaluations/, named after the model and the
             options. With x.json, the folder is x, and x.json is a copy of the report.json in it

@@ -12,12 +12,11 @@ import torch
 
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
-from ctf.data import fashion_mnist
 from ctf.data.images import INCLUDED, ImageOptions
 from ctf.evaluation import report
-from ctf.evaluation.classifier import SHIPPED, Classifier, load_classifier
+from ctf.evaluation.classifier import Classifier, load_classifier, shipped_classifiers
 from ctf.evaluation.evaluate import Evaluation
-from ctf.evaluation.extractors import Extractor, open_extractor
+from ctf.evaluation.extractors import Extractor, classifier_name, open_extractor
 from ctf.evaluation.options import EvaluationOptions
 from ctf.evaluation.reference_sets import (
     ImageCollection,
@@ -82,9 +81,9 @@ def prepare(
         subject = Subject(name, hash_pipeline(folder), generation)
         size = options.resize or pipe.tokenizer.image_size
     source = _reference_source(model, options.reference, pipe)
-    like_fashion = _is_like_fashion_mnist(pipe, source, size)
-    loaded, images = _open_classifier(options.classifier, like_fashion, pipe, images, size, device)
-    extractors = _open_extractors(options, like_fashion, device)
+    like = _included_set_like(pipe, source, size)
+    loaded, images = _open_classifier(options.classifier, like, pipe, images, size, device)
+    extractors = _open_extractors(options, like, device)
     known = open_reference(
         source, size, options.split, progress=progress,
         class_names=None if pipe is None else tuple(pipe.class_names), **image_options,
@@ -133,18 +132,21 @@ def _generation_config(
     return generation
 
 
-def _is_like_fashion_mnist(pipe: Pipeline | None, source: str, size: int) -> bool:
-    """Whether the images are like those that the included classifier was trained on."""
-    known = source == fashion_mnist.NAME
-    if pipe is not None:
-        known = pipe.class_names == fashion_mnist.CLASSES
-    return known and size == fashion_mnist.PADDED_SIZE
+def _included_set_like(pipe: Pipeline | None, source: str, size: int) -> str | None:
+    """Return the included set that the images are like, if there is a classifier of it."""
+    for name, folder in shipped_classifiers().items():
+        classifier = load_classifier(folder)
+        same = source == name if pipe is None else pipe.class_names == classifier.class_names
+        if same and size == classifier.image_size:
+            return name
+    return None
 
 
 def _open_extractors(
-    options: EvaluationOptions, like_fashion: bool, device: torch.device
+    options: EvaluationOptions, like: str | None, device: torch.device
 ) -> list[Extractor]:
-    names = tuple(dict.fromkeys(options.features)) or ("lite0", *["fashion"] * like_fashion)
+    by_default = ("lite0",) if like is None else ("lite0", classifier_name(like))
+    names = tuple(dict.fromkeys(options.features)) or by_default
     weights = options.weights
     if weights is not None and "inception" not in names:
         raise UserError(f"--weights {weights}: only --features inception takes weights")
@@ -156,13 +158,13 @@ def _open_extractors(
 
 def _open_classifier(
     folder: Path | None,
-    like_fashion: bool,
+    like: str | None,
     pipe: Pipeline | None,
     images: ImageCollection | None,
     size: int,
     device: torch.device,
 ) -> tuple[Classifier | None, ImageCollection | None]:
-    """Open the classifier in `folder`, or the included one if it fits.
+    """Open the classifier in `folder`, or that of the included set that the images are like.
 
     Returns:
         The classifier, or None, and the images with their classes numbered as in the classifier.
@@ -170,9 +172,12 @@ def _open_classifier(
     Raises:
         UserError: the classifier in `folder` does not fit.
     """
-    if folder is None and not like_fashion:
-        return None, images
-    classifier = load_classifier(folder or SHIPPED, device)
+    if folder is None:
+        if like is None:
+            return None, images
+        classifier = load_classifier(shipped_classifiers()[like], device)
+    else:
+        classifier = load_classifier(folder, device)
     if images is not None:
         images = _renumber_classes(images, classifier.class_names)
     height, width = (size, size) if images is None else images.size

@@ -32,7 +32,10 @@ SHEET_CLASSES, SHEET_COLUMNS = 5, 4
 MAX_CLASS_NAMES = 20
 
 DIVIDER = (" --- ", " --- ")  # of tables
-HUB_DATASETS = {"fashion-mnist": "zalando-datasets/fashion_mnist"}
+HUB_DATASETS = {
+    "fashion-mnist": "zalando-datasets/fashion_mnist",
+    "eurosat": "timm/eurosat-rgb",
+}
 PAPER = "https://arxiv.org/abs/2503.16194"
 LLAMAGEN = "https://arxiv.org/abs/2406.06525"
 

@@ -57,7 +57,10 @@ def plain_steps(
     settings = Sampling(guidance=guidance)
     first_B = llamagen_reference.first_inputs(model, classes_B, settings)
     shallow = dataclasses.replace(model.config, layers=min(LAYERS_APART, model.config.layers))
-    apart, masks = llamagen_reference.make_caches(shallow, len(first_B))
+    weight = model.head.weight
+    apart, masks = llamagen_reference.make_caches(
+        shallow, len(first_B), weight.device, weight.dtype
+    )
     apart.fill_(0.01)
     caches = [apart[layer % len(apart)] for layer in range(model.config.layers)]
 

@@ -27,6 +27,7 @@ from ctf.kernels.products import Int8, Packed
 from ctf.models.sizes import SIZES
 
 LIMIT_SIDE = 2048  # of the square matrices whose product is timed for the limits
+LIMIT_SIDE_GPU = 8192  # smaller ones do not fill a GPU
 LIMIT_NUMBERS = 2**27  # read for the limit of the memory: 512 MB in float32
 
 
@@ -222,7 +223,8 @@ def working_memory(call: Callable[[], Any], device: torch.device) -> int:
 
 def limits(device: torch.device) -> Machine:
     """Measure the best of several products of large matrices, and of reading from memory."""
-    a, b = torch.randn(2, LIMIT_SIDE, LIMIT_SIDE, device=device)
+    side = LIMIT_SIDE if device.type == "cpu" else LIMIT_SIDE_GPU
+    a, b = torch.randn(2, side, side, device=device)
     low_a, low_b = a.bfloat16(), b.bfloat16()
     numbers = torch.ones(LIMIT_NUMBERS, device=device)
     fp32: list[Callable[[], Any]] = [lambda: a @ b]
@@ -233,7 +235,7 @@ def limits(device: torch.device) -> Machine:
     def best(call: Callable[[], Any]) -> float:
         return min(timed(call, device)[0] for _ in range(5))
 
-    operations = 2.0 * LIMIT_SIDE**3
+    operations = 2.0 * side**3
     fastest = max(operations / best(product) for product in fp32)
     bf16 = operations / best(lambda: low_a @ low_b)
     int8 = fastest  # where there is no int8, nothing is counted in it

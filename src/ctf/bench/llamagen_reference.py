@@ -1,7 +1,7 @@
 """LlamaGen's own way to sample, to train and to extract tokens: what `ctf bench` compares with.
 
 Its algorithms (arXiv 2406.06525; autoregressive/models, autoregressive/train and tokenizer of its
-repository), written plainly and on the weights of our models: single precision, operators one by
+repository), written plainly and on the weights of our models, in their precision: operators one by
 one, keys and values repeated for their heads. When sampling, keys and values of the whole length in
 the cache and a mask for what is not there yet, both halves of guidance at every step. Only the last
 step from logits to labels is ours, so that equal logits give equal labels.
@@ -38,9 +38,10 @@ CLIP, CLASS_DROPOUT = 1.0, 0.1
 def sample(model: CoarseModel, classes_B: Tensor, keys_BL: Tensor, settings: Sampling) -> Tensor:
     """Sample labels (B, L), int64, as `sampling.sample_coarse` does at constant guidance."""
     inputs_B = first_inputs(model, classes_B, settings)
-    caches, masks = make_caches(model.config, len(inputs_B))
+    weight = model.head.weight
+    caches, masks = make_caches(model.config, len(inputs_B), weight.device, weight.dtype)
     labels = []
-    for i, keys_B in enumerate(keys_BL.unbind(1)):
+    for i, keys_B in enumerate(keys_BL.to(weight.device).unbind(1)):
         noise_BK = gumbel_noise(keys_B, model.vocab_size)
         labels_B = sample_step(model, inputs_B, i, caches, masks, noise_BK, settings)
         labels.append(labels_B)
@@ -55,12 +56,17 @@ def first_inputs(model: CoarseModel, classes_B: Tensor, settings: Sampling) -> T
     return torch.cat([classes_B, torch.full_like(classes_B, model.no_class)])
 
 
-def make_caches(config: TransformerConfig, batch: int) -> tuple[Tensor, Tensor]:
+def make_caches(
+    config: TransformerConfig,
+    batch: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
     """Return keys and values, (layers, 2, B, N, T, E), and masks, (B, T, T), of the full length."""
     length = -(-(1 + config.length) // 8) * 8  # LlamaGen rounds its caches up
-    caches = torch.zeros(config.layers, 2, batch, config.heads, length, config.head_dim)
-    masks = torch.tril(torch.ones(length, length, dtype=torch.bool)).repeat(batch, 1, 1)
-    return caches, masks
+    shape = (config.layers, 2, batch, config.heads, length, config.head_dim)
+    masks = torch.tril(torch.ones(length, length, dtype=torch.bool, device=device))
+    return torch.zeros(shape, device=device, dtype=dtype), masks.repeat(batch, 1, 1)
 
 
 def sample_step(
@@ -73,7 +79,7 @@ def sample_step(
     settings: Sampling,
 ) -> Tensor:
     """Sample label `i`; the inputs are classes at position 0, then the label before."""
-    position = torch.tensor([i])
+    position = torch.arange(i, i + 1, device=inputs_B.device)
     embedding = model.backbone.class_embedding if i == 0 else model.backbone.label_embedding
     x_B1D = embedding(inputs_B)[:, None]
     mask_B11T = masks[:, None, position]
@@ -100,14 +106,27 @@ def sample_step(
 
 
 def train_step(
-    model: CoarseModel, optimizer: torch.optim.Optimizer, labels_BL: Tensor, classes_B: Tensor
+    model: CoarseModel,
+    optimizer: torch.optim.Optimizer,
+    labels_BL: Tensor,
+    classes_B: Tensor,
+    *,
+    bf16: bool = False,
 ) -> Tensor:
     """Take one step and return the loss; everything but the optimiser is at LlamaGen's settings.
 
     The model is in training mode: dropout is that of its configuration.
+
+    Args:
+        model: Weights in single precision.
+        optimizer: Of its weights.
+        labels_BL: To predict.
+        classes_B: Of the images.
+        bf16: Whether products are in bfloat16, by autocast.
     """
-    hidden_B = torch.rand(len(classes_B)) < CLASS_DROPOUT
-    loss_ = loss(model, labels_BL, torch.where(hidden_B, model.no_class, classes_B))
+    hidden_B = torch.rand(len(classes_B), device=classes_B.device) < CLASS_DROPOUT
+    with torch.autocast(classes_B.device.type, torch.bfloat16, enabled=bf16):
+        loss_ = loss(model, labels_BL, torch.where(hidden_B, model.no_class, classes_B))
     torch.autograd.backward(loss_)
     nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     optimizer.step()

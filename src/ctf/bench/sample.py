@@ -201,7 +201,7 @@ class _Stages:
             for engine, own in self._prepared(model).items():
                 steps = engine_steps(own, *inputs)
                 ways.append(self._coarse_way(f"{kind} {engine}", own, steps, batch, length))
-            if kind == "baseline" and self.device.type == "cpu":
+            if kind == "baseline":
                 rounded = -(-(1 + length) // 8) * 8
                 steps = plain_steps(model, *inputs)
                 ways.append(self._coarse_way("plain", model, steps, batch, rounded))
@@ -303,12 +303,11 @@ class _Stages:
     @torch.inference_mode()
     def greedy(self, size: str, machine: Machine) -> StageGroup:
         """How many greedily sampled labels are those of LlamaGen's way."""
-        if self.device.type != "cpu":
-            return Group(machine)
         model = self._coarse_model(size, self.shapes.codes)
         keys_BL = noise_keys(range(GREEDY_BATCH), self.shapes.length)[:, 0]
         settings = Sampling(guidance=self.benchmark.guidance, top_k=1)
-        inputs = (model, torch.arange(GREEDY_BATCH), keys_BL, settings)
+        classes_B = torch.arange(GREEDY_BATCH, device=self.device)
+        inputs = (model, classes_B, keys_BL, settings)
         plain = harness.timed(lambda: llamagen_reference.sample(*inputs), self.device)
         kernels.for_sampling(model, None, None, "auto")
         ours = harness.timed(lambda: sampling.sample_coarse(*inputs), self.device)

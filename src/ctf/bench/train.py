@@ -4,10 +4,12 @@ Compared are whole steps, from the batch to the moving average of the weights: L
 `llamagen_reference` writes it, and those of `ctf train` for the full-vocabulary baseline, the
 coarse and the fine model. All have the same dropout, clipping and AdamW; LlamaGen's has no moving
 average, as by its defaults. They are in single precision; where a processor multiplies bfloat16,
-baseline and coarse model are also timed as with `--precision bf16`.
+baseline and coarse model are also timed as with `--precision bf16`. On a GPU all are, and with
+`--compile`, too.
 
 In each round the ways take turns, with one model in memory at a time. The first step of each is not
-timed: it allocates the moments, and fills what the second finds in memory.
+timed: it allocates the moments, and fills what the second finds in memory. On a GPU, a number of
+steps is timed without waiting for each of them, as in a training.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import itertools
 import statistics
 import tempfile
 import time
@@ -33,9 +36,10 @@ from ctf.bench.work import Machine
 from ctf.common import memory, storage
 from ctf.common.distributed import World
 from ctf.common.markdown import markdown_table
-from ctf.common.precision import Precision, supports_bf16
+from ctf.common.precision import supports_bf16
 from ctf.common.progress import Progress
 from ctf.data.tokens import Tokens
+from ctf.kernels import compiled
 from ctf.models.clusters import Clusters, identity
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
@@ -47,7 +51,9 @@ from ctf.training.transformers import Trainer, TrainingConfig
 
 FILE = "train.json"
 IMAGES = 256  # in the tokens that are read; any number will do
-BF16 = ", bf16"  # ends the names of ways whose products are in bfloat16
+BF16 = ", bf16"  # in the names of ways whose products are in bfloat16
+COMPILED = ", compiled"  # ends the names of ways whose blocks are compiled
+GPU_WARM_UP, GPU_STEPS = 3, 10  # steps before those that are timed, and those
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,49 +166,70 @@ def _ways(
     """The ways of a round; each makes its model when it is called."""
     clusters = shapes.make_clusters()
 
-    def coarse(clusters: Clusters, precision: Precision = "fp32") -> _Way:
+    def coarse(clusters: Clusters, execution: Execution) -> _Way:
         model = CoarseModel(shapes.transformer(kind), clusters.count)
         flops = training_flops(model.config, shapes.length, clusters.count)
-        return trained(model, coarse_objective(clusters), flops, precision)
+        return trained(model, coarse_objective(clusters), flops, execution)
 
-    def fine(size: str) -> _Way:
+    def fine(size: str, execution: Execution) -> _Way:
         model = FineModel(shapes.transformer(size), clusters)
         flops = training_flops(model.config, 1 + shapes.length, shapes.members)
-        return trained(model, fine_objective(clusters), flops, "fp32")
+        return trained(model, fine_objective(clusters), flops, execution)
 
     def trained(
-        model: CoarseModel | FineModel, objective: Any, flops: int, precision: Precision
+        model: CoarseModel | FineModel, objective: Any, flops: int, execution: Execution
     ) -> _Way:
         trainer = Trainer(
             model, objective, tokens, tokens, TrainingConfig(batch_size=batch),
-            World(device=device), Execution(precision=precision),
+            World(device=device), execution,
         )  # fmt: skip
         return _Way(model, trainer.optimizer, trainer.step, batch * flops)
 
-    def plain() -> _Way:
+    def plain(execution: Execution) -> _Way:
         model = CoarseModel(shapes.transformer(kind), shapes.codes).to(device).train()
         training = TrainingConfig(batch_size=batch)
         optimizer = optim.make_optimizer(
             model, training.learning_rate, training.betas, training.weight_decay
         )
 
+        bf16 = execution.precision == "bf16"
+
         def step(number: int) -> float:
             indices_B = optim.batch_indices(len(tokens), batch, 0, number)
             classes_B = torch.from_numpy(tokens.classes_N[indices_B]).to(device)
             codes_BL = tokens.codes(indices_B).to(device)
-            return float(llamagen_reference.train_step(model, optimizer, codes_BL, classes_B))
+            loss = llamagen_reference.train_step(model, optimizer, codes_BL, classes_B, bf16=bf16)
+            return float(loss)
 
         flops = training_flops(model.config, shapes.length, shapes.codes)
         return _Way(model, optimizer, step, batch * flops)
 
+    models: dict[str, Callable[[Execution], _Way]]
     if kind == "fine":
-        return {size: partial(fine, size) for size in (RECOMMENDED, PAPER)}
-    models = {"baseline": identity(shapes.codes), "coarse": clusters}
-    ways: dict[str, Callable[[], _Way]] = {"plain": plain}
-    ways |= {name: partial(coarse, own) for name, own in models.items()}
-    if device.type == "cpu" and supports_bf16(device):
-        ways |= {f"{name}{BF16}": partial(coarse, own, "bf16") for name, own in models.items()}
-    return ways
+        models = {size: partial(fine, size) for size in (RECOMMENDED, PAPER)}
+    else:
+        models = {
+            "plain": plain,
+            "baseline": partial(coarse, identity(shapes.codes)),
+            "coarse": partial(coarse, clusters),
+        }
+    return {
+        f"{name}{suffix}": partial(model, execution)
+        for suffix, execution in _executions(device).items()
+        for name, model in models.items()
+        if device.type == "cuda" or suffix == "" or name in ("baseline", "coarse")
+        if not (execution.compile and name == "plain")
+    }
+
+
+def _executions(device: torch.device) -> dict[str, Execution]:
+    """How the ways are computed on a device, by the ends of their names."""
+    executions = {"": Execution(precision="fp32")}
+    if supports_bf16(device):
+        executions[BF16] = Execution(precision="bf16")
+        if device.type == "cuda" and compiled.compiles(device.type):
+            executions[BF16 + COMPILED] = Execution(precision="bf16", compile=True)
+    return executions
 
 
 def _timed(name: str, make: Callable[[], _Way], device: torch.device) -> StepTiming:
@@ -213,23 +240,43 @@ def _timed(name: str, make: Callable[[], _Way], device: torch.device) -> StepTim
     # As the training loop does.
     with contextlib.nullcontext() if name == "plain" else memory.keep_freed():
         way = make()
-        way.step(0)
-        marks: dict[str, float] = {}
+        warm_up, steps = (GPU_WARM_UP, GPU_STEPS) if device.type == "cuda" else (1, 1)
+        for number in range(warm_up):
+            way.step(number)
+        marks: list[_Mark] = []
 
-        def mark(part: str) -> Callable[..., None]:
-            def now(*_: object) -> None:
-                harness.synchronize(device)
-                marks.setdefault(part, time.perf_counter())
+        def mark(*_: object) -> None:
+            marks.append(_Mark(device))
 
-            return now
-
-        way.model.head.weight.register_post_accumulate_grad_hook(mark("forward"))
-        way.optimizer.register_step_pre_hook(mark("backward"))
-        began = time.perf_counter()
-        seconds, _ = harness.timed(lambda: way.step(1), device)
-        forward, backward = marks["forward"] - began, marks["backward"] - marks["forward"]
+        way.model.head.weight.register_post_accumulate_grad_hook(mark)
+        way.optimizer.register_step_pre_hook(mark)
+        harness.synchronize(device)
+        for number in range(warm_up, warm_up + steps):
+            mark()
+            way.step(number)
+        mark()
+        harness.synchronize(device)
+        # Of each step its start, its first and its last gradient; then the end of all.
+        seconds = [one.until(next_) for one, next_ in itertools.pairwise(marks)]
+        forward, backward, update = (statistics.mean(seconds[part::3]) for part in range(3))
         peak = max(0, memory.peak(device) - held)
-        return StepTiming(name, forward, backward, seconds - forward - backward, peak, way.flops)
+        return StepTiming(name, forward, backward, update, peak, way.flops)
+
+
+class _Mark:
+    """A moment of a computation; on a GPU it is noted there, without waiting."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self.event is not None:
+            self.event.record()
+        self.time = time.perf_counter()
+
+    def until(self, other: _Mark) -> float:
+        """Seconds; on a GPU, both moments must be over."""
+        if self.event is None or other.event is None:
+            return other.time - self.time
+        return float(self.event.elapsed_time(other.event)) / 1000
 
 
 # --- The report -----------------------------------------------------------------------------------
@@ -237,22 +284,24 @@ def _timed(name: str, make: Callable[[], _Way], device: torch.device) -> StepTim
 
 def table(results: TrainResults, size: str) -> tables.Table:
     """The ways of one size, and the fine models."""
-    coarse = f"CTF coarse, K = {IMAGENET.clusters}"
-    ways = [
+    models = [
         ("LlamaGen's step, plain", size, "plain"),
         ("baseline", size, "baseline"),
-        ("baseline, bf16", size, f"baseline{BF16}"),
-        (coarse, size, "coarse"),
-        (f"{coarse}, bf16", size, f"coarse{BF16}"),
+        (f"CTF coarse, K = {IMAGENET.clusters}", size, "coarse"),
         (f"CTF fine {RECOMMENDED}", "fine", RECOMMENDED),
         (f"CTF fine {PAPER}", "fine", PAPER),
+    ]
+    ways = [
+        (label + suffix, kind, name + suffix)
+        for label, kind, name in models
+        for suffix in ("", BF16, BF16 + COMPILED)
     ]
     rows = []
     for label, kind, name in ways:
         if not (timings := timings_of(results, kind, name)):
-            continue  # a processor without bfloat16
+            continue  # not on this device, or not yet
         machines = [group.machine for group in results.groups.values()]
-        peak = statistics.median(m.bf16 if name.endswith(BF16) else m.fp32 for m in machines)
+        peak = statistics.median(m.bf16 if BF16 in name else m.fp32 for m in machines)
         seconds, flops = statistics.median(t.seconds for t in timings), timings[0].flops
         parts = ("forward", "backward", "update")
         rows.append(

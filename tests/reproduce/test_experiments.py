@@ -7,18 +7,18 @@ import pytest
 from ctf.common import storage
 from ctf.common.errors import UserError
 from ctf.reproduce import experiments
-from ctf.reproduce.plan import BUDGETS, FULL, Plan
+from ctf.reproduce.plan import FULL, PLANS, SMALL, Plan
 
 COMMITTED = Path(__file__).parents[2] / "docs" / "results" / "full" / "cells"
 PAPER = ("table1", "table2", "table3", "figure1", "figure2")
 EXPERIMENTS = (*PAPER, "geometry", "fine")
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("plan", [plan for each in PLANS.values() for plan in each.values()])
 @pytest.mark.parametrize("what", [*EXPERIMENTS, "all"])
-def test_every_cell_comes_after_what_it_needs(budget: str, what: str) -> None:
+def test_every_cell_comes_after_what_it_needs(plan: Plan, what: str) -> None:
     seen: set[str] = set()
-    for name, cell in experiments.select(BUDGETS[budget], what).items():
+    for name, cell in experiments.select(plan, what).items():
         assert name == cell.name
         assert {needed.name for needed in cell.needs} <= seen
         seen.add(name)
@@ -43,7 +43,7 @@ def test_committed_results_are_of_these_cells() -> None:
 def test_a_cell_depends_on_all_that_it_needs() -> None:
     """By the hashes of what it needs, which depend on theirs in turn."""
     score = experiments.table1(FULL, 16384)[0].ctf
-    small = experiments.table1(BUDGETS["small"], 16384)[0].ctf
+    small = experiments.table1(SMALL, 16384)[0].ctf
     assert score.needs == (score.coarse, score.fine, score.tuned)
     for needed, other in zip(score.needs, small.needs, strict=True):
         assert needed.name == other.name

@@ -16,10 +16,11 @@ from ctf.common import storage
 from ctf.common.errors import UserError
 from ctf.reproduce import experiments, report, runner, systems
 from ctf.reproduce.cells import Cell, Workspace, with_needs
-from ctf.reproduce.plan import BUDGETS, Plan
+from ctf.reproduce.plan import SMALL, Plan
 from ctf.reproduce.scored import MISSING
 from tests.conftest import Command
 from tests.reproduce.conftest import CLUSTERS, CODES, open_workspace
+from tests.reproduce.test_experiments import EXPERIMENTS
 
 
 def table1(plan: Plan) -> list[Cell]:
@@ -168,13 +169,21 @@ def test_the_command(ctf: Command, tmp_path: Path) -> None:
     common = ("--budget", "small", "--out", tmp_path / "out", "--results", tmp_path / "results")
     status = ctf("reproduce", "status", *common)
     assert status.code == 0
-    assert f"0 of {len(experiments.select(BUDGETS['small']))} cells are done" in status.out
-    dry = ctf("reproduce", "table1", *common, "--dry-run")
-    assert dry.code == 0
-    assert "tokenizer-16384" in dry.out
+    assert f"0 of {len(experiments.select(SMALL))} cells are done" in status.out
+    for what in ("all", *EXPERIMENTS):
+        dry = ctf("reproduce", what, *common, "--dry-run")
+        assert dry.code == 0
+        assert "tokenizer-16384" in dry.out
     wrong = ctf("reproduce", "table1", *common, "--only", "tokenizer-16348")
     assert wrong.code == 2
     assert "did you mean 'tokenizer-16384'" in wrong.err
     assert not list(tmp_path.iterdir())
     assert ctf("reproduce", "report", *common).code == 0
     assert MISSING in (tmp_path / "results" / "small" / "report.md").read_text()
+    colour = ctf("reproduce", "table1", *common, "--images", "eurosat", "--dry-run")
+    assert colour.code == 0
+    assert "classifier, table1-baseline-16384-s0" in colour.out
+    assert ctf("reproduce", "report", *common, "--images", "eurosat").code == 0
+    text = (tmp_path / "results" / "eurosat-small" / "report.md").read_text()
+    assert "Made by `ctf reproduce all --images eurosat --budget small`" in text
+    assert "eurosat at 64 pixels" in text

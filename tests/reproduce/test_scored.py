@@ -9,7 +9,7 @@ from ctf.evaluation.classifier import ClassifierConfig
 from ctf.evaluation.extractors import open_extractor
 from ctf.reproduce import experiments, scored, systems
 from ctf.reproduce.cells import Workspace
-from ctf.reproduce.plan import BUDGETS
+from ctf.reproduce.plan import PLANS
 from ctf.reproduce.systems import Choice
 from tests.reproduce.conftest import CODES, store
 
@@ -42,10 +42,11 @@ def test_a_model_costs_also_the_training_of_the_one_it_started_from(copied: Work
 
 
 def test_names_of_scores_are_those_of_the_networks(space: Workspace) -> None:
-    networks = {name for plan in BUDGETS.values() for name in plan.features}
-    assert {*scored.SUFFIXES} == networks | {"classifier"}
-    for name in networks:
-        assert open_extractor(name).suffix == scored.SUFFIXES[name]
+    for plans in PLANS.values():
+        for plan in plans.values():
+            suffixes = [open_extractor(name).suffix for name in plan.features]
+            suffixes += [] if plan.classifier is None else ["-classifier"]
+            assert scored.score_names(plan, "") == suffixes
     assert scored.score_names(space.plan, "FID", "IS") == ["FID-fashion", "IS-fashion"]
     plan = dataclasses.replace(space.plan, classifier=ClassifierConfig())
     assert scored.score_names(plan, "FID") == ["FID-fashion", "FID-classifier"]

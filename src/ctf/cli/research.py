@@ -173,6 +173,7 @@ def reproduce(
             "figure1",
             "figure2",
             "geometry",
+            "fine",
             "report",
             "status",
         ],
@@ -180,6 +181,7 @@ def reproduce(
     ],
     /,
     *,
+    images: Literal["fashion-mnist", "eurosat"] = "fashion-mnist",
     budget: Literal["small", "full"] = "full",
     out: Path = Path("runs/reproduce"),
     results: Path = Path("docs/results"),
@@ -200,19 +202,27 @@ def reproduce(
         what: table or figure of the paper; geometry compares models that know the codebook with
             those that don't; fine is the fine stage alone; all is everything; report writes the
             report of the present results; status lists the cells without computing any
-        budget: with two jobs on two cores, small takes less than an hour, full less than six
-        out: folder for the files of the cells; each budget has a folder of its own in it
+        images: the included set to run them on; eurosat is in colour, with 256 tokens an image
+        budget: with two jobs on two cores, small takes about an hour, full about six; on eurosat
+            about two, and a day
+        out: folder for the files of the cells; each budget and set of images has a folder of its
+            own in it
         results: folder for the report and the results of the cells, with the same folders in it
         only: name of a single cell to compute, with the cells that it depends on
         jobs: processes that share the cells; each needs one core and 1 GB of memory
     """
     from ctf.reproduce import experiments, report, runner
-    from ctf.reproduce.plan import plan_of
+    from ctf.reproduce.plan import folder_of, plan_of
 
     if jobs < 1:
         raise UserError(f"jobs: got {jobs}, expected 1 or more")
+    folder = folder_of(budget, images)
     space = runner.open_workspace(
-        plan_of(budget), out / budget, results / budget, open_device(device), open_progress
+        plan_of(budget, images),
+        out / folder,
+        results / folder,
+        open_device(device),
+        open_progress,
     )
     if what == "status":
         rows = runner.status(space)
@@ -225,7 +235,10 @@ def reproduce(
     if dry_run:
         show(f"would compute {', '.join(cell.name for cell in missing) or 'nothing'}")
         return
-    options = ("--budget", budget, "--out", out, "--results", results, "--device", device)
+    options = (
+        "--images", images, "--budget", budget, "--out", out, "--results", results,
+        "--device", device,
+    )  # fmt: skip
     again = [*map(str, ("reproduce", what, *options)), *(["--only", only] if only else [])]
     helpers = jobs - 1 if missing else 0
     with signals.stop_on_sigterm(space.work), runner.helpers(helpers, again, space.work):

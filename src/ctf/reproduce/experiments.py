@@ -45,7 +45,8 @@ def table1(plan: Plan, codes: int) -> list[Pair]:
 
 def figure2(plan: Plan) -> list[Pair]:
     """Quality over training: a pair for each length, each with a schedule of its own."""
-    return [pair(plan, plan.largest, plan.seeds[0], share) for share in (*plan.lengths, 1.0)]
+    shares = sorted((*plan.lengths, 1.0))
+    return [pair(plan, plan.largest, plan.seeds[0], share) for share in shares]
 
 
 # --- Table 2: the speed of sampling ---------------------------------------------------------------
@@ -210,8 +211,13 @@ def select(plan: Plan, what: str = "all", only: str | None = None) -> dict[str, 
         UserError: There is no such cell.
     """
     pairs = [each for codes in reversed(plan.codebooks) for each in table1(plan, codes)]
+    # A tokenizer's own cell has no FID by the classifier.
+    decoded = () if plan.classifier is None else plan.codebooks
     experiments: dict[str, Sequence[Cell]] = {  # what matters most first
-        "table1": [cell for each in pairs for cell in (each.baseline, each.ctf)],
+        "table1": [
+            *(cell for each in pairs for cell in (each.baseline, each.ctf)),
+            *(additions.true_codes(plan, codes) for codes in decoded),
+        ],
         "table3": [row.cell for rows in table3(plan).values() for row in rows],
         "figure1": [*figure1(plan), *details(plan).values()],
         "figure2": [cell for each in figure2(plan) for cell in (each.baseline, each.ctf)],

@@ -10,10 +10,10 @@ from ctf.bench.tables import listed, spread
 from ctf.common import storage
 from ctf.common.markdown import markdown_table
 from ctf.models.sampling import format_settings
-from ctf.reproduce import additions_report, experiments, systems
+from ctf.reproduce import additions, additions_report, experiments, systems
 from ctf.reproduce.cells import Workspace
 from ctf.reproduce.findings import PAPER_TABLE1, findings
-from ctf.reproduce.plan import BUDGETS
+from ctf.reproduce.plan import PLANS, Plan
 from ctf.reproduce.scored import (
     MISSING,
     Scored,
@@ -71,10 +71,11 @@ def _head(space: Workspace) -> list[str]:
     plan, cells = space.plan, experiments.select(space.plan)
     results = [result for cell in cells.values() if (result := space.result(cell)) is not None]
     seconds = [result["seconds"] for result in results] or [0.0]
-    budget = "".join(f" --budget {name}" for name, known in BUDGETS.items() if known == plan)
     machines = {listed(result["where"]) for result in results}
+    most = plan.training.steps * plan.training.batch_size * max(1.0, *plan.lengths)
+    epochs = most / len(space.images.train)
     return [
-        f"Made by `ctf reproduce all{budget}`; do not edit. {len(results)} of {len(cells)} cells "
+        f"Made by `{_command(plan)}`; do not edit. {len(results)} of {len(cells)} cells "
         f"are computed, together in {sum(seconds) / 3600:.1f} hours of one thread, the longest in "
         f"{max(seconds) / 60:.0f} minutes. The raw numbers of each are in cells/; `--only CELL`, "
         "with another --out and --results, computes one again.",
@@ -82,14 +83,33 @@ def _head(space: Workspace) -> list[str]:
         "split are reserved for the searches, and no model is trained on them. Each score is of "
         f"{plan.samples:,} samples against the held-out images. In brackets: 95 % intervals of "
         "the sampling, not of the training. FID-Lite0 and IS-Lite0 are by EfficientNet-Lite0, "
-        "FID-fashion and IS-fashion by the shipped classifier; neither is the FID of the paper. "
+        f"{_second_network(space)}; neither is the FID of the paper. "
         "The tokenizers were trained with a perceptual loss by that same EfficientNet-Lite0, which "
         "flatters all FID-Lite0 here alike. Each model was trained on "
-        f"{plan.training.steps * plan.training.batch_size:,} images at most: its training is far "
-        "from convergence, and which model learns faster matters much. GFLOP and seconds are those "
-        "of training, without the tokenizer.",
+        f"{plan.training.steps * plan.training.batch_size:,} images, for Figure 2 on up to "
+        f"{most:,.0f}, {epochs:.2g} epochs: how fast a model learns matters much. GFLOP and "
+        "seconds are those of training, without the tokenizer.",
         *[f"Machine: {machine}." for machine in sorted(machines)],
     ]
+
+
+def _command(plan: Plan) -> str:
+    for images, budgets in PLANS.items():
+        for budget, known in budgets.items():
+            if known == plan:
+                return f"ctf reproduce all --images {images} --budget {budget}"
+    return "ctf reproduce all"
+
+
+def _second_network(space: Workspace) -> str:
+    network = score_names(space.plan, "")[-1]
+    names = f"FID{network} and IS{network}"
+    cell = systems.classifier(space.plan)
+    if cell is None:
+        return f"{names} by the shipped classifier"
+    outcome = space.outcome(cell)
+    accuracy = "" if outcome is None else f" ({outcome['accuracy']:.1%} of the held-out images)"
+    return f"{names} by a classifier trained on the same training images{accuracy}"
 
 
 # --- Tables and figures ---------------------------------------------------------------------------
@@ -103,7 +123,12 @@ def _tokenizers(space: Workspace) -> list[str]:
         if outcome is None:
             rows.append([str(codes), *missing(len(header) - 1)])
             continue
-        distances = [f"{outcome[name]['value']:.4g}" for name in score_names(plan, "rFID")]
+        decoded = space.outcome(additions.true_codes(plan, codes)) or {}
+        known = {**{f"r{name}": score for name, score in decoded.items()}, **outcome}
+        distances = [
+            f"{known[name]['value']:.4g}" if name in known else MISSING
+            for name in score_names(plan, "rFID")
+        ]
         rows.append(
             [
                 str(codes), f"{outcome['psnr']:.2f} dB", f"{outcome['ssim']:.3f}",

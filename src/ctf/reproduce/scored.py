@@ -14,14 +14,13 @@ from ctf.reproduce.sampling_cells import ScoreCell
 from ctf.reproduce.systems import UNIFORM, Pair
 
 MISSING = "not computed yet"
-# Of the scores by each feature network; the last is the classifier of a plan.
-SUFFIXES = {"lite0": "-Lite0", "fashion": "-fashion", "classifier": "-classifier"}
 
 
 def score_names(plan: Plan, *scores: str) -> list[str]:
     """Return these scores by each feature network, e.g. FID-Lite0; searches use the first."""
     networks = [*plan.features, *([] if plan.classifier is None else ["classifier"])]
-    return [f"{score}{SUFFIXES[network]}" for network in networks for score in scores]
+    suffixes = ["-Lite0" if network == "lite0" else f"-{network}" for network in networks]
+    return [f"{score}{suffix}" for suffix in suffixes for score in scores]
 
 
 @dataclasses.dataclass(frozen=True)

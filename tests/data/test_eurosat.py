@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -15,8 +15,10 @@ from ctf.common.errors import UserError
 from ctf.data import eurosat
 from ctf.data.image_set import Splits
 from ctf.data.images import INCLUDED, open_images
+from ctf.data.sheets import INCLUDED_SETS
+from ctf.data.summary import summarize
 from ctf.data.transforms import VIEWS, View, crop
-from tests.data.helpers import refusal
+from tests.data.helpers import refusal, save
 
 # Of 3000, 2500 or 2000 published images of each class.
 VAL_COUNTS = [600, 600, 600, 500, 500, 400, 500, 600, 500, 600]
@@ -41,19 +43,16 @@ def test_the_first_images_are_of_all_classes(splits: Splits) -> None:
         assert {*images.classes_N[:100].tolist()} == {*range(10)}
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_decoded_images_are_those_that_were_packed(split: str) -> None:
-    sheets = eurosat.sheets()
-    pixels, labels = sheets.pixels(split), sheets.labels(split)
-    assert pixels.shape == (len(labels), 64, 64, 3) and pixels.dtype == np.uint8
-    digest = hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest()
-    assert digest == eurosat.SHA256[split]
-
-
-def test_no_image_is_in_both_splits(splits: Splits) -> None:
-    images = [splits.train.read(range(len(splits.train))), splits.val.read(range(5_400))]
-    train, val = ({image.tobytes() for image in part} for part in images)
-    assert train.isdisjoint(val)
+def test_decoded_images_are_those_that_were_packed_and_in_one_split(splits: Splits) -> None:
+    decoded = []
+    for split, images in (("train", splits.train), ("val", splits.val)):
+        pixels, labels = images.read(range(len(images))), images.classes_N.astype(np.uint8)
+        assert pixels.shape == (len(labels), 64, 64, 3) and pixels.dtype == np.uint8
+        digest = hashlib.sha256(pixels)
+        digest.update(labels)
+        assert digest.hexdigest() == eurosat.SHA256[split]
+        decoded.append({hashlib.sha256(image).digest() for image in pixels})
+    assert decoded[0].isdisjoint(decoded[1])
 
 
 def test_images_look_as_their_classes_do(splits: Splits) -> None:
@@ -88,6 +87,35 @@ def test_fingerprints_differ_by_split_and_size(splits: Splits) -> None:
 def test_image_sizes_above_the_originals_are_refused() -> None:
     expected = "eurosat: got --image-size 65, expected 64 or less, the size of its images"
     assert refusal("eurosat", 65) == expected
+
+
+@pytest.mark.parametrize("name", INCLUDED)
+def test_a_folder_of_the_same_name_is_opened_by_its_path(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "the included set" not in summarize(open_images(name))
+    for i in range(4):
+        save(tmp_path / name / f"{i}.png")
+    splits = open_images(name)
+    assert f"the included set of this name; what is in the current folder is ./{name}" in (
+        summarize(splits)
+    )
+    assert len(splits.train) > 20_000
+    assert len(open_images(f"./{name}", 16).train) == 3
+
+
+@pytest.mark.parametrize("name", INCLUDED)
+def test_sources_and_licences_are_stated(name: str) -> None:
+    folder = INCLUDED_SETS / name
+    assert "Permission is hereby granted" in (folder / "LICENSE").read_text()
+    assert "MIT licence" in (folder / "SOURCE.md").read_text()
+
+
+def test_the_notice_is_given_and_the_file_is_small() -> None:
+    notice = "Contains modified Copernicus Sentinel data"
+    assert notice in (eurosat.FOLDER / "SOURCE.md").read_text()
+    assert eurosat.sheets().path.stat().st_size <= 22_000_000
 
 
 def test_options_of_files_are_refused() -> None:
@@ -138,6 +166,7 @@ def test_only_the_split_that_is_read_is_decoded(
         opened.train.read([0])
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.randoms())
 def test_a_fifth_of_each_class_is_held_out_whatever_the_order(classes: list[int], random) -> None:
     names = [f"{number}.jpg" for number in range(len(classes))]

@@ -112,7 +112,7 @@ def open_images(
             raise UserError(f"{source} has no folders; omit --classes-at-depth")
         if image_column is not None or class_column is not None:
             raise UserError(f"{source} has no columns; omit --image-column and --class-column")
-        return INCLUDED[source](image_size)
+        return _open_included(source, image_size)
     files = open_image_source(
         source,
         (*INCLUDED,),
@@ -128,6 +128,14 @@ def open_images(
     }
     given = {name: value for name, value in options.items() if value is not None}
     return dataclasses.replace(splits, options=given)
+
+
+def _open_included(name: str, image_size: int | None) -> Splits:
+    splits = INCLUDED[name](image_size)
+    if os.path.exists(name):
+        note = f"the included set of this name; what is in the current folder is ./{name}"
+        return dataclasses.replace(splits, understood=(note,))
+    return splits
 
 
 class FileImageSet(ImageSet):

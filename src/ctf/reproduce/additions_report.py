@@ -7,6 +7,7 @@ from ctf.reproduce import additions
 from ctf.reproduce.cells import Outcome, Workspace
 from ctf.reproduce.fine_cells import FineStageCell
 from ctf.reproduce.scored import (
+    MISSING,
     Scored,
     columns,
     compare,
@@ -79,6 +80,9 @@ def fine_stage(space: Workspace) -> list[str]:
 
 
 def _fine_stage_of(space: Workspace, count: int, cells: dict[str, FineStageCell]) -> list[str]:
+    title = f"### K = {count}"
+    if all(space.outcome(cell) is None for cell in cells.values()):
+        return [title, f"{MISSING}."]
     names, rows = score_names(space.plan, "FID"), []
     header = ["codes", "PSNR", *(column for name in names for column in (name, "recovered"))]
     for label, cell in cells.items():
@@ -90,7 +94,7 @@ def _fine_stage_of(space: Workspace, count: int, cells: dict[str, FineStageCell]
             distance = "{value:.4g} ({low:.4g} to {high:.4g})".format(**outcome[name])
             rows[-1] += [distance, _recovered(space, cells, outcome, name)]
     return [
-        f"### K = {count}",
+        title,
         markdown_table(header, rows),
         *_losses(space, cells),
         *_best_way(space, cells, names),

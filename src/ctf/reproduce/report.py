@@ -12,6 +12,7 @@ from ctf.common.markdown import markdown_table
 from ctf.models.sampling import format_settings
 from ctf.reproduce import additions, additions_report, experiments, systems
 from ctf.reproduce.cells import Workspace
+from ctf.reproduce.conclusions import conclusions
 from ctf.reproduce.findings import PAPER_TABLE1, findings
 from ctf.reproduce.plan import PLANS, Plan
 from ctf.reproduce.scored import (
@@ -52,6 +53,7 @@ def write(space: Workspace) -> None:
     space.results.mkdir(parents=True, exist_ok=True)
     parts = [
         "# The paper's experiments in small",
+        "\n".join(f"- {line}" for line in conclusions(space)),
         *_head(space),
         "## What holds here",
         markdown_table(("claim", "here", "holds"), findings(space)),
@@ -72,8 +74,9 @@ def _head(space: Workspace) -> list[str]:
     results = [result for cell in cells.values() if (result := space.result(cell)) is not None]
     seconds = [result["seconds"] for result in results] or [0.0]
     machines = {listed(result["where"]) for result in results}
-    most = plan.training.steps * plan.training.batch_size * max(1.0, *plan.lengths)
-    epochs = most / len(space.images.train)
+    each, total = plan.training.steps * plan.training.batch_size, len(space.images.train)
+    longest = max(1.0, *plan.lengths) * each
+    longer = f", for Figure 2 on up to {longest:,.0f} ({longest / total:.2g} epochs)"
     return [
         f"Made by `{_command(plan)}`; do not edit. {len(results)} of {len(cells)} cells "
         f"are computed, together in {sum(seconds) / 3600:.1f} hours of one thread, the longest in "
@@ -86,9 +89,9 @@ def _head(space: Workspace) -> list[str]:
         f"{_second_network(space)}; neither is the FID of the paper. "
         "The tokenizers were trained with a perceptual loss by that same EfficientNet-Lite0, which "
         "flatters all FID-Lite0 here alike. Each model was trained on "
-        f"{plan.training.steps * plan.training.batch_size:,} images, for Figure 2 on up to "
-        f"{most:,.0f}, {epochs:.2g} epochs: how fast a model learns matters much. GFLOP and "
-        "seconds are those of training, without the tokenizer.",
+        f"{each:,} images ({each / total:.2g} epochs){longer * (longest > each)}: far from "
+        "convergence, where it matters much which model learns faster. GFLOP and seconds are those "
+        "of training, without the tokenizer.",
         *[f"Machine: {machine}." for machine in sorted(machines)],
     ]
 

@@ -86,6 +86,20 @@ def test_class_accuracy_needs_known_classes_and_the_right_size(
         assert evaluation.images.class_names == images.class_names
 
 
+@pytest.mark.parametrize(("name", "count"), [("fashion-mnist", 10_000), ("eurosat", 5_400)])
+def test_the_reference_is_by_default_the_included_set_that_was_trained_on(
+    run: Path, here: Path, name: str, count: int
+) -> None:
+    copy = here / "copy"
+    shutil.copytree(run, copy)
+    settings = json.loads((copy / "pipeline.json").read_text())
+    settings["origin"]["images"] = name
+    (copy / "pipeline.json").write_text(json.dumps(settings))
+    evaluation = prepare(str(copy), EvaluationOptions(samples=12), device=torch.device("cpu"))
+    assert isinstance(evaluation.reference, ImageCollection)
+    assert evaluation.reference.name == f"{name} (val)" and evaluation.reference.count == count
+
+
 def test_the_included_classifier_of_the_same_classes_and_size_is_used(
     run: Path, image_folder: Path, splits: Splits, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,8 @@ from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.noise import noise_keys
 from ctf.models.objectives import Objective, coarse_objective, fine_objective
-from ctf.models.sampling import Sampling, sample_coarse, sample_fine
+from ctf.models.parallel import sample_coarse
+from ctf.models.sampling import Sampling, sample_fine
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.models.transformer import TransformerConfig
 

@@ -16,7 +16,8 @@ from ctf.data.tokens import Tokens
 from ctf.data.transforms import VIEWS
 from ctf.models.coarse import CoarseModel
 from ctf.models.noise import noise_keys
-from ctf.models.sampling import Sampling, sample_coarse
+from ctf.models.parallel import sample_coarse
+from ctf.models.sampling import Sampling
 from ctf.models.tokenizer import VQModel
 from ctf.models.transformer import TransformerConfig
 from ctf.pipelines import llamagen

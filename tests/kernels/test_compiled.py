@@ -9,7 +9,8 @@ from ctf.kernels import compiled, logits
 from ctf.kernels.replace import replace
 from ctf.models.coarse import CoarseModel
 from ctf.models.noise import noise_keys
-from ctf.models.sampling import Sampling, sample_coarse
+from ctf.models.parallel import sample_coarse
+from ctf.models.sampling import Sampling
 from ctf.models.transformer import rotate, rotation_table
 from tests.kernels.conftest import CONFIG, make_coarse
 

@@ -14,7 +14,8 @@ from ctf.models.clusters import Clusters
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.noise import noise_keys
-from ctf.models.sampling import CoarseDecoder, Sampling, sample_coarse
+from ctf.models.parallel import CoarseDecoder, sample_coarse
+from ctf.models.sampling import Sampling
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.models.transformer import Attention, KVCache, SwiGLU
 from tests.kernels.conftest import CONFIG, VOCAB_SIZE, logits, make_coarse
@@ -116,8 +117,8 @@ def test_a_cache_in_bfloat16_is_near_and_half_as_large() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             model = make_coarse(128)
             model.backbone.cache_class, model.backbone.cache_dtype = cache_class, dtype
-            decoder = CoarseDecoder(model, torch.arange(6) % 6, guided=True)
-            both.append(torch.stack([decoder.logits(labels_BL, i, 2.0) for i in range(16)]))
+            decoder = CoarseDecoder(model, torch.arange(6) % 6, [2.0] * 16)
+            both.append(torch.cat([decoder.logits(labels_BL, [i] * 6, 1) for i in range(16)], 1))
             assert decoder.cache.k[0].dtype == dtype
         exact, near = both
         assert near.dtype == torch.float32 and not torch.equal(exact, near)

@@ -1,7 +1,5 @@
 import dataclasses
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -9,57 +7,48 @@ import pytest
 import scipy.stats
 import torch
 from hypothesis import given
-from hypothesis import settings as examples
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from ctf.common.errors import UserError
 from ctf.models import clusters as clustering
-from ctf.models.clusters import Clusters
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.noise import gumbel_noise, noise_keys
+from ctf.models.parallel import sample_coarse
 from ctf.models.sampling import (
     Sampling,
     apply_guidance,
     format_settings,
     guidance_scales,
-    sample_coarse,
     sample_fine,
     sample_logits,
-    stream_coarse,
     top_k_filter,
     top_p_filter,
 )
-from ctf.models.transformer import KVCache, TransformerConfig
-
-CONFIG = TransformerConfig(width=48, layers=2, heads=2, grid=4, classes=3, ffn_multiple=16)
-L = CONFIG.length
-LABELS_V = torch.randint(8, (40,), generator=torch.Generator().manual_seed(3))
-CLUSTERS = Clusters.from_labels(LABELS_V)
-CLASSES_B = torch.tensor([0, 2, 1, 2, 0])
-SEEDS = [5, 6, 7, 8, 9]
-
-
-def randomise(model: nn.Module) -> None:
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            nn.init.normal_(parameter, std=0.2)
+from tests.models.sampling_cases import (
+    CLASSES_B,
+    CLUSTERS,
+    CONFIG,
+    LABELS_V,
+    SEEDS,
+    SETTINGS,
+    L,
+    make_coarse,
+    make_fine,
+    randomise,
+    recorded,
+)
 
 
 @pytest.fixture(scope="module")
 def coarse() -> CoarseModel:
-    model = CoarseModel(CONFIG, CLUSTERS.count).eval()
-    randomise(model)
-    return model
+    return make_coarse()
 
 
 @pytest.fixture(scope="module")
 def fine() -> FineModel:
-    model = FineModel(CONFIG, CLUSTERS).eval()
-    randomise(model)
-    return model
+    return make_fine()
 
 
 @pytest.mark.parametrize("stage", ["", "fine_"])
@@ -256,13 +245,6 @@ def test_greedy_is_the_first_largest(row, key, limits):
 
 # Images
 
-SETTINGS = [
-    Sampling(guidance=1.0),
-    Sampling(guidance=2.5, fine_guidance=1.5, temperature=1.2, fine_temperature=0.8),
-    Sampling(guidance=0.0, fine_guidance=0.0, top_k=3, fine_top_p=0.7),
-    Sampling(top_p=0.8, fine_top_k=2),
-]
-
 
 def sample(
     coarse: CoarseModel, fine: FineModel, classes: Tensor, seeds: list[int], settings: Sampling
@@ -288,201 +270,7 @@ def test_codes_are_members_of_their_labels(coarse, fine, settings):
     assert torch.equal(LABELS_V[codes_BL], labels_BL)
 
 
-@torch.no_grad()
-def plain_coarse(
-    model: CoarseModel, keys_BL: Tensor, settings: Sampling, kept_BL: Tensor | None = None
-) -> Tensor:
-    """The definition: no cache, two passes, the guided logits of one position after another."""
-    labels_BL = torch.zeros(keys_BL.shape, dtype=torch.int64)
-    first, last = settings.guidance_window
-    for position in range(L):
-        cond = model(labels_BL, CLASSES_B)[:, position]
-        uncond = model(labels_BL, torch.full_like(CLASSES_B, model.no_class))[:, position]
-        r = position / (L - 1)
-        rise = {"constant": 1, "linear": r, "cosine": 0.5 - 0.5 * math.cos(math.pi * r)}
-        scale = 1 + (settings.guidance - 1) * rise[settings.guidance_schedule]
-        if not first <= position / L < last:
-            scale = 1
-        logits = uncond + scale * (cond - uncond)
-        labels_BL[:, position] = sample_logits(
-            logits,
-            gumbel_noise(keys_BL[:, position], CLUSTERS.count),
-            settings.temperature,
-            settings.top_k,
-            settings.top_p,
-        )
-        if kept_BL is not None:
-            for b in range(len(kept_BL)):
-                if kept_BL[b, position] >= 0:
-                    labels_BL[b, position] = kept_BL[b, position]
-    return labels_BL
-
-
-WINDOWS = [
-    Sampling(guidance=3.0, guidance_window=(0.0, 0.5)),
-    Sampling(guidance=3.0, guidance_window=(0.5, 1.0), top_k=1),
-    Sampling(guidance=3.0, guidance_window=(0.3, 0.7), guidance_schedule="cosine"),
-    Sampling(guidance=-1.0, guidance_schedule="linear"),
-    Sampling(guidance=2.5, guidance_schedule="cosine", temperature=0.8, top_p=0.9),
-]
-
-
-@pytest.mark.parametrize(
-    "settings", [*SETTINGS, Sampling(top_k=1), Sampling(1.0, top_k=1), *WINDOWS]
-)
-def test_coarse_sampling_against_its_definition(coarse, settings):
-    keys_BL = noise_keys(SEEDS, L)[:, 0]
-    expected = plain_coarse(coarse, keys_BL, settings)
-    assert torch.equal(sample_coarse(coarse, CLASSES_B, keys_BL, settings), expected)
-    if settings.top_k != 1:
-        whole = dataclasses.replace(
-            settings, guidance_schedule="constant", guidance_window=(0.0, 1.0)
-        )
-        assert settings == whole or not torch.equal(
-            sample_coarse(coarse, CLASSES_B, keys_BL, whole), expected
-        )
-
-
-@torch.inference_mode()
-def cached_coarse(model: CoarseModel, keys_BL: Tensor, settings: Sampling) -> Tensor:
-    """Full guidance with a cache and nothing else."""
-    classes = torch.cat([CLASSES_B, torch.full_like(CLASSES_B, model.no_class)])
-    cache = KVCache(CONFIG, len(classes), torch.device("cpu"), torch.float32)
-    labels_BL = torch.zeros(keys_BL.shape, dtype=torch.int64)
-    inputs = classes
-    for position in range(L):
-        cond, uncond = model.step(inputs[:, None], position, cache).chunk(2)
-        logits = apply_guidance(cond, uncond, settings.guidance)
-        labels_BL[:, position] = sample_logits(
-            logits,
-            gumbel_noise(keys_BL[:, position], CLUSTERS.count),
-            settings.temperature,
-            settings.top_k,
-            settings.top_p,
-        )
-        inputs = labels_BL[:, position].repeat(2)
-    return labels_BL
-
-
-@contextmanager
-def recorded(*models: nn.Module) -> Iterator[tuple[list[tuple[int, ...]], list[Tensor]]]:
-    """What goes through the first block of each, as (batch, positions); and all logits."""
-    shapes: list[tuple[int, ...]] = []
-    logits: list[Tensor] = []
-    hooks = [
-        *(m.backbone.layers[0].register_forward_pre_hook(
-            lambda _, inputs: shapes.append(tuple(inputs[0].shape[:2]))
-        ) for m in models),
-        *(m.head.register_forward_hook(
-            lambda _, inputs, result: logits.append(result.clone())
-        ) for m in models),
-    ]  # fmt: skip
-    try:
-        yield shapes, logits
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@pytest.mark.parametrize("guidance", [0.1, 1.1, 2.0])
-def test_full_guidance_is_the_plain_loop_to_the_bit(coarse, guidance):
-    keys_BL = noise_keys(SEEDS, L)[:, 0]
-    settings = Sampling(guidance=guidance)
-    with recorded(coarse) as (_, plain):
-        expected = cached_coarse(coarse, keys_BL, settings)
-    with recorded(coarse) as (_, logits):
-        got = sample_coarse(coarse, CLASSES_B, keys_BL, settings)
-    assert torch.equal(got, expected)
-    assert len(plain) == len(logits) == L
-    assert all(torch.equal(one, other) for one, other in zip(plain, logits, strict=True))
-
-
-ONE, BOTH = (5, 1), (10, 1)  # a step of the batch, and of the batch with and without classes
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        (Sampling(), [BOTH] * L),
-        (Sampling(guidance=1.0), [ONE] * L),
-        (Sampling(guidance=1.0, guidance_schedule="linear"), [ONE] * L),
-        (Sampling(guidance_window=(0.0, 0.5)), [BOTH] * 8 + [ONE] * 8),
-        # What has no class catches up in one pass, over the class token and 8 labels.
-        (Sampling(guidance_window=(0.5, 1.0)), [ONE] * 9 + [(5, 9)] + [BOTH] * 7),
-        (Sampling(guidance_window=(0.25, 0.5)), [ONE] * 5 + [(5, 5)] + [BOTH] * 3 + [ONE] * 8),
-        (Sampling(guidance_schedule="cosine"), [ONE] * 2 + [(5, 2)] + [BOTH] * 14),
-    ],
-)
-def test_nothing_unconditional_is_computed_that_is_not_needed(coarse, settings, expected):
-    with recorded(coarse) as (shapes, logits):
-        sample_coarse(coarse, CLASSES_B, noise_keys(SEEDS, L)[:, 0], settings)
-    assert shapes == expected
-    assert [len(logits_BK) for logits_BK in logits] == [batch for batch, _ in expected]
-
-
-def test_a_stream_takes_a_step_only_for_the_next_labels(coarse):
-    keys_BL = noise_keys(SEEDS, L)[:, 0]
-    expected = sample_coarse(coarse, CLASSES_B, keys_BL, Sampling())
-    with recorded(coarse) as (_, logits):
-        steps = stream_coarse(coarse, CLASSES_B, keys_BL, Sampling())
-        assert len(logits) == 0
-        for count in range(1, L + 1):
-            assert torch.equal(next(steps), expected[:, :count])
-            assert len(logits) == count
-            assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
-        assert list(steps) == []
-        steps = stream_coarse(coarse, CLASSES_B, keys_BL, Sampling())
-        next(steps)
-        steps.close()
-        assert len(logits) == L + 1 and list(steps) == []
-
-
-# Known labels and codes
-
-masks = st.integers(0, 2 ** (5 * L) - 1).map(
-    lambda bits: torch.tensor([bits >> i & 1 for i in range(5 * L)], dtype=torch.bool).view(5, L)
-)
-FORCED_BL = torch.arange(5 * L).view(5, L) * 3 % CLUSTERS.count
-
-
-@given(masks, st.sampled_from([SETTINGS[1], Sampling(1.0), WINDOWS[1], WINDOWS[2]]))
-@examples(max_examples=25, deadline=None)
-def test_sampling_around_known_labels_against_its_definition(coarse, known_BL, settings):
-    keys_BL = noise_keys(SEEDS, L)[:, 0]
-    kept_BL = FORCED_BL.masked_fill(~known_BL, -1)
-    before = kept_BL.clone()
-    got = sample_coarse(coarse, CLASSES_B, keys_BL, settings, kept_BL)
-    assert torch.equal(got, plain_coarse(coarse, keys_BL, settings, kept_BL))
-    assert torch.equal(kept_BL, before)
-
-
-@given(st.integers(0, 2**L - 1), st.sampled_from([SETTINGS[1], Sampling(1.0), WINDOWS[2]]))
-@examples(max_examples=40, deadline=None)
-def test_positions_that_all_images_keep_take_no_step(coarse, bits, settings):
-    known_L = torch.tensor([bits >> i & 1 for i in range(L)], dtype=torch.bool)
-    keys_BL = noise_keys(SEEDS, L)[:, 0]
-    kept_BL = FORCED_BL.masked_fill(~known_L, -1)
-    with recorded(coarse) as (shapes, logits):
-        got = sample_coarse(coarse, CLASSES_B, keys_BL, settings, kept_BL)
-    assert torch.equal(got, plain_coarse(coarse, keys_BL, settings, kept_BL))
-    assert 0 <= len(logits) - int((~known_L).sum()) <= 1  # one step may take two passes
-    # No position is computed twice, and none after the last that is sampled.
-    images = sum(batch * positions for batch, positions in shapes)
-    sampled = (~known_L).nonzero()[:, 0].tolist()
-    assert images <= 10 * (sampled[-1] + 1 if sampled else 0)
-
-
-def test_a_known_half_takes_one_pass(coarse):
-    keys_BL = noise_keys(SEEDS, L)[:, 0]
-    for known_L, expected in (
-        (torch.arange(L) < 8, [(10, 9)] + [BOTH] * 7),
-        (torch.arange(L) >= 8, [BOTH] * 8),
-        (torch.ones(L, dtype=torch.bool), []),
-    ):
-        with recorded(coarse) as (shapes, _):
-            kept_BL = FORCED_BL.masked_fill(~known_L, -1)
-            sample_coarse(coarse, CLASSES_B, keys_BL, Sampling(), kept_BL)
-        assert shapes == expected
+# Known codes
 
 
 @pytest.mark.parametrize("softmax", ["members", "full"])

@@ -16,6 +16,7 @@ from ctf.kernels.sampling_cpu import GrowingCache, PackedSwiGLU
 from ctf.models import sampling
 from ctf.models.coarse import CoarseModel
 from ctf.models.noise import gumbel_noise
+from ctf.models.parallel import CoarseDecoder
 from ctf.models.sampling import Sampling
 
 LAYERS_APART = 12  # layers with a cache of their own: more than fit into any processor's cache
@@ -30,8 +31,9 @@ def engine_steps(
     """The steps of a coarse model as the pipeline takes them."""
 
     def at(position: int) -> Callable[[], Tensor]:
-        decoder = sampling.CoarseDecoder(model, classes_B, guided=guidance != 1)
-        decoder.cached = [position, position]
+        decoder = CoarseDecoder(model, classes_B, [guidance] * model.config.length)
+        starts = [position] * len(classes_B)
+        decoder.cached = [starts, starts]
         room = min(-(-position // GrowingCache.BLOCK) * GrowingCache.BLOCK, model.config.length)
         for stored in (decoder.cache.k, decoder.cache.v):
             room = max(room, stored[0].shape[2])  # all of it from the start, if it does not grow
@@ -40,7 +42,7 @@ def engine_steps(
             ]
             stored[:] = [apart[layer % len(apart)] for layer in range(len(stored))]
         return lambda: sampling.sample_logits(
-            decoder.logits(labels_BL, position, guidance),
+            decoder.logits(labels_BL, starts, 1)[:, 0],
             gumbel_noise(keys_B, model.vocab_size),
             1.0,
             0,

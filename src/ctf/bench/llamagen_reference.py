@@ -36,7 +36,7 @@ CLIP, CLASS_DROPOUT = 1.0, 0.1
 
 @torch.inference_mode()
 def sample(model: CoarseModel, classes_B: Tensor, keys_BL: Tensor, settings: Sampling) -> Tensor:
-    """Sample labels (B, L), int64, as `sampling.sample_coarse` does at constant guidance."""
+    """Sample labels (B, L), int64, as `parallel.sample_coarse` does at constant guidance."""
     inputs_B = first_inputs(model, classes_B, settings)
     weight = model.head.weight
     caches, masks = make_caches(model.config, len(inputs_B), weight.device, weight.dtype)

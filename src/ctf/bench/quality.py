@@ -24,7 +24,7 @@ from ctf.evaluation.evaluate import sample_accuracy
 from ctf.evaluation.metrics import Accuracy
 from ctf.evaluation.sample_cache import GenerationConfig
 from ctf.kernels import Engine
-from ctf.models import sampling
+from ctf.models.parallel import CoarseDecoder
 from ctf.pipelines.folder import find_pipeline
 from ctf.pipelines.pipeline import Pipeline
 
@@ -114,9 +114,9 @@ def cross_entropy(pipe: Pipeline, codes_NL: Tensor, classes_N: Tensor) -> tuple[
     ):
         labels_BL = pipe.clusters.labels_V[codes_BL]
         # Step by step, since the rounding of cached keys and values counts, too.
-        decoder = sampling.CoarseDecoder(pipe.coarse, classes_B, guided=False)
+        decoder = CoarseDecoder(pipe.coarse, classes_B, [1.0] * labels_BL.shape[1])
         for i, labels_B in enumerate(labels_BL.unbind(1)):
-            coarse += _summed(decoder.logits(labels_BL, i, 1.0), labels_B)
+            coarse += _summed(decoder.logits(labels_BL, [i] * len(classes_B), 1)[:, 0], labels_B)
         if pipe.fine is not None:
             fine += _summed(pipe.fine(labels_BL, classes_B), pipe.fine.choices(codes_BL))
     return coarse / codes_NL.numel(), fine / codes_NL.numel()

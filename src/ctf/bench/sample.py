@@ -37,6 +37,7 @@ from ctf.models import sampling
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.noise import noise_keys
+from ctf.models.parallel import sample_coarse
 from ctf.models.sampling import Sampling
 from ctf.models.tokenizer import VQModel
 from ctf.training import cost
@@ -310,7 +311,7 @@ class _Stages:
         inputs = (model, classes_B, keys_BL, settings)
         plain = harness.timed(lambda: llamagen_reference.sample(*inputs), self.device)
         kernels.for_sampling(model, None, None, "auto")
-        ours = harness.timed(lambda: sampling.sample_coarse(*inputs), self.device)
+        ours = harness.timed(lambda: sample_coarse(*inputs), self.device)
         facts = {
             "labels": float(plain[1].numel()),
             "plain seconds": plain[0],

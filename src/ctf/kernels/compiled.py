@@ -2,8 +2,8 @@
 
 On a GPU it is the launch of many small kernels that takes the time.
 
-Shapes: B batch, T positions, L labels of an image, D width, N heads, E head dim, P rotated pairs
-of a head (E / 2), Z queries and keys.
+Shapes: B batch, T positions, W those of a window, L labels of an image, D width, N heads, E head
+dim, P rotated pairs of a head (E / 2), Z queries and keys.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ctf.models.transformer import Backbone, KVCache
 def rotate(x_BTZNE: Tensor, rotation_TP2: Tensor) -> Tensor:
     """As `transformer.rotate`, in real numbers: the compiler has no complex ones."""
     pairs = x_BTZNE.to(torch.promote_types(x_BTZNE.dtype, torch.float32)).unflatten(-1, (-1, 2))
-    cos, sin = rotation_TP2[:, None, None].unbind(-1)
+    cos, sin = rotation_TP2[..., None, None, :, :].unbind(-1)
     x, y = pairs.unbind(-1)
     rotated = torch.stack([x * cos - y * sin, x * sin + y * cos], dim=-1)
     return rotated.flatten(-2).type_as(x_BTZNE)
@@ -68,23 +68,31 @@ def _softmax_loss() -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 class CompiledBackbone(Backbone):
-    """A backbone whose single steps of a whole batch are compiled, into CUDA graphs on a GPU.
+    """A backbone whose steps of a whole batch are compiled, into CUDA graphs on a GPU.
 
-    Every step attends to all positions and masks those to come: a fixed shape is worth more than
-    the work that is saved.
+    Compiled are steps over as many positions as in `windows`. Every step attends to all positions
+    and masks those to come: a fixed shape is worth more than the work that is saved.
     """
 
+    windows = (1, 4, 16)  # few: each takes long to compile
+
     def step(
-        self, inputs_BT: Tensor, start: int, cache: KVCache, images: slice = slice(None)
+        self,
+        inputs_BT: Tensor,
+        start: int | Tensor,
+        cache: KVCache,
+        images: slice = slice(None),
     ) -> Tensor:
         """As `Backbone.step`."""
         batch, length = inputs_BT.shape
-        if length > 1 or batch < len(cache.k[0]):
+        if length not in self.windows or batch < len(cache.k[0]):
             return super().step(inputs_BT, start, cache, images)
-        position = torch.tensor([start], device=inputs_BT.device)
+        x_BWD = self.embed(inputs_BT, start)
+        positions = transformer.window_positions(start, length, x_BWD.device)
+        positions_BW = positions.expand(batch, length).contiguous()
         rotations = self.rotation(0, self.config.length)
         torch.compiler.cudagraph_mark_step_begin()
-        return self._compiled(self.embed(inputs_BT, start), rotations, position, cache.k, cache.v)
+        return self._compiled(x_BWD, rotations, positions_BW, cache.k, cache.v)
 
     def __getstate__(self) -> dict[str, Any]:  # a copy compiles its own steps
         return {name: value for name, value in vars(self).items() if name != "_compiled"}
@@ -93,28 +101,31 @@ class CompiledBackbone(Backbone):
     def _compiled(self) -> Callable[..., Tensor]:
         graphs = self.label_embedding.weight.device.type == "cuda"
         mode = "reduce-overhead" if graphs else None
-        return torch.compile(self._one_step, mode=mode, fullgraph=True, dynamic=False)
+        return torch.compile(self._window_step, mode=mode, fullgraph=True, dynamic=False)
 
-    def _one_step(
+    def _window_step(
         self,
-        x_B1D: Tensor,
+        x_BWD: Tensor,
         rotations_LP2: Tensor,
-        position: Tensor,
+        positions_BW: Tensor,
         keys: list[Tensor],
         values: list[Tensor],
     ) -> Tensor:
-        mask_L = torch.arange(self.config.length, device=position.device) <= position
+        stored_B1W1 = positions_BW[:, None, :, None]
+        mask_B1WL = torch.arange(self.config.length, device=x_BWD.device) <= stored_B1W1
 
-        def attend(layer: int, q_BN1E: Tensor, k_BN1E: Tensor, v_BN1E: Tensor) -> Tensor:
-            keys[layer].index_copy_(2, position, k_BN1E)
-            values[layer].index_copy_(2, position, v_BN1E)
+        def attend(layer: int, q_BNWE: Tensor, k_BNWE: Tensor, v_BNWE: Tensor) -> Tensor:
+            index_BNWE = stored_B1W1.expand_as(k_BNWE)
+            keys[layer].scatter_(2, index_BNWE, k_BNWE)
+            values[layer].scatter_(2, index_BNWE, v_BNWE)
             return F.scaled_dot_product_attention(
-                q_BN1E, keys[layer], values[layer], attn_mask=mask_L[None]
+                q_BNWE, keys[layer], values[layer], attn_mask=mask_B1WL
             )
 
+        rotation_BWP2 = rotations_LP2[positions_BW]
         for i, layer in enumerate(self.layers):
-            x_B1D = layer(x_B1D, rotations_LP2[position], functools.partial(attend, i))
-        return self.norm(x_B1D)
+            x_BWD = layer(x_BWD, rotation_BWP2, functools.partial(attend, i))
+        return self.norm(x_BWD)
 
 
 @functools.cache

@@ -66,15 +66,21 @@ class GrowingCache(KVCache):
         self.k, self.v = [empty] * config.layers, [empty] * config.layers
 
     def attend(
-        self, layer: int, start: int, images: slice, q_BNTE: Tensor, k_BNTE: Tensor, v_BNTE: Tensor
+        self,
+        layer: int,
+        start: int | Tensor,
+        images: slice,
+        q_BNTE: Tensor,
+        k_BNTE: Tensor,
+        v_BNTE: Tensor,
     ) -> Tensor:
         """As `KVCache.attend`; one query is two plain products over the whole room."""
         length, width = q_BNTE.shape[2:]
-        end = start + length
+        end = length + (start if isinstance(start, int) else int(start.max()))
         if end > self.k[layer].shape[2]:
             for stored in (self.k, self.v):
                 stored[layer] = self._grown(stored[layer], end)
-        if length > 1:
+        if length > 1 or not isinstance(start, int):
             return super().attend(layer, start, images, q_BNTE, k_BNTE, v_BNTE)
         keys, values = self.k[layer][images], self.v[layer][images]
         keys[:, :, start:end] = k_BNTE

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -20,9 +20,8 @@ from torch import Tensor
 from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
 from ctf.models.clusters import Clusters
-from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
-from ctf.models.noise import Noise, gumbel_noise
+from ctf.models.noise import gumbel_noise
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -132,14 +131,18 @@ def format_settings(settings: Mapping[str, Any]) -> str:
 # --- From logits to choices -----------------------------------------------------------------------
 
 
-def apply_guidance(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+def apply_guidance(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance on logits: uncond + scale * (cond - uncond), at least in float32.
 
-    Where `cond` is -inf the result is, too.
+    Where `cond` is -inf the result is, too. Several scales are a tensor; where one of them is 1 the
+    result is `cond`, to the bit.
     """
     wide = torch.promote_types(cond.dtype, torch.float32)
     cond, uncond = cond.to(wide), uncond.to(wide)
-    return (uncond + scale * (cond - uncond)).masked_fill(cond.isneginf(), -torch.inf)
+    guided = uncond + scale * (cond - uncond)
+    if isinstance(scale, Tensor):
+        guided = torch.where(scale == 1, cond, guided)
+    return guided.masked_fill(cond.isneginf(), -torch.inf)
 
 
 def guidance_scales(settings: Sampling, length: int) -> list[float]:
@@ -208,100 +211,6 @@ def sample_logits(
     return (filter_logits(logits_BK, temperature, top_k, top_p) + noise_BK).argmax(-1)
 
 
-# --- The coarse stage -----------------------------------------------------------------------------
-
-
-class CoarseDecoder:
-    """Guided logits of a coarse model, position by position, with a cache.
-
-    Under guidance the batch has a second half, the same images without their class. Each half is
-    computed only where it is needed. One that was left out and is needed again catches up with
-    all positions that it missed in a single pass.
-    """
-
-    def __init__(self, model: CoarseModel, classes_B: Tensor, *, guided: bool) -> None:
-        self.model = model
-        self.classes = _with_no_class(classes_B, model.no_class) if guided else classes_B
-        self.cache = model.backbone.cache(len(self.classes))
-        self.cached = [0, 0]  # positions of each half
-
-    @torch.inference_mode()
-    def logits(self, labels_BL: Tensor, position: int, guidance: float) -> Tensor:
-        """Logits (B, K) of label `position`, from the class and the labels before it."""
-        if guidance == 1:
-            return self._step(0, 1, labels_BL, position)
-        if self.cached[0] == self.cached[1]:
-            cond, uncond = self._step(0, 2, labels_BL, position).chunk(2)
-        else:
-            cond, uncond = (self._step(h, h + 1, labels_BL, position) for h in (0, 1))
-        return apply_guidance(cond, uncond, guidance)
-
-    def _step(self, first: int, last: int, labels_BL: Tensor, position: int) -> Tensor:
-        """Logits of halves `first` to `last`, computed from where they are up to `position`."""
-        start = self.cached[first]
-        images = slice(first * len(labels_BL), last * len(labels_BL))
-        # The class token is at position 0, label i at i + 1.
-        inputs_BT = labels_BL[:, max(start - 1, 0) : position].repeat(last - first, 1)
-        if start == 0:
-            inputs_BT = torch.cat([self.classes[images, None], inputs_BT], dim=1)
-        self.cached[first:last] = [position + 1] * (last - first)
-        return self.model.step(inputs_BT, start, self.cache, images)
-
-
-def stream_coarse(
-    model: CoarseModel,
-    classes_B: Tensor,
-    keys_BL: Tensor,
-    settings: Sampling,
-    known_labels_BL: Tensor | None = None,
-) -> Generator[Tensor, None, None]:
-    """Sample the labels of each image one after another, and yield those so far after each.
-
-    Yields int64 (B, 1), (B, 2), ... (B, L), all views of one tensor. Closed early, the generator
-    takes no more steps.
-
-    Args:
-        model: In evaluation mode, for no dropout.
-        classes_B: int64 in [0, classes], on the model's device.
-        keys_BL: Of the noise, row 0 of `noise_keys`. Position i uses key i, whatever is known.
-        settings: Of the coarse stage.
-        known_labels_BL: int64 (B, L), -1 where a label is to be sampled. Positions that are known
-            in all images take no step of their own.
-    """
-    noise = Noise(keys_BL.to(classes_B.device), model.vocab_size)
-    # Created outside of inference mode, so that a model can be trained on the labels.
-    if known_labels_BL is None:
-        labels_BL = classes_B.new_full(keys_BL.shape, -1)
-    else:
-        labels_BL = known_labels_BL.to(classes_B.device, copy=True)
-    unknown_BL = labels_BL < 0
-    sampled_L = unknown_BL.any(0).tolist()
-    scales = guidance_scales(settings, model.config.length)
-    guided = any(scale != 1 for scale, sampled in zip(scales, sampled_L, strict=True) if sampled)
-    decoder: CoarseDecoder | None = None
-    for i, scale in enumerate(scales):
-        if sampled_L[i]:
-            decoder = decoder or CoarseDecoder(model, classes_B, guided=guided)
-            logits_BK = decoder.logits(labels_BL, i, scale)
-            labels_B = sample_logits(
-                logits_BK, noise[:, i], settings.temperature, settings.top_k, settings.top_p
-            )
-            labels_BL[:, i] = torch.where(unknown_BL[:, i], labels_B, labels_BL[:, i])
-        yield labels_BL[:, : i + 1]
-
-
-def sample_coarse(
-    model: CoarseModel,
-    classes_B: Tensor,
-    keys_BL: Tensor,
-    settings: Sampling,
-    known_labels_BL: Tensor | None = None,
-) -> Tensor:
-    """Sample the labels of each image, int64 (B, L): the last that `stream_coarse` yields."""
-    *_, labels_BL = stream_coarse(model, classes_B, keys_BL, settings, known_labels_BL)
-    return labels_BL
-
-
 # --- The fine stage -------------------------------------------------------------------------------
 
 
@@ -350,7 +259,7 @@ def _sample_choices(
     if settings.fine_guidance == 1:
         logits_BLK = model(labels_BL, classes_B)
     else:
-        both = model(labels_BL.repeat(2, 1), _with_no_class(classes_B, model.no_class))
+        both = model(labels_BL.repeat(2, 1), with_no_class(classes_B, model.no_class))
         cond, uncond = both.chunk(2)
         logits_BLK = apply_guidance(cond, uncond, settings.fine_guidance)
     limits = settings.fine_temperature, settings.fine_top_k, settings.fine_top_p
@@ -363,5 +272,6 @@ def _sample_choices(
     )
 
 
-def _with_no_class(classes_B: Tensor, no_class: int) -> Tensor:
+def with_no_class(classes_B: Tensor, no_class: int) -> Tensor:
+    """The classes of both halves under guidance: these, then as often none."""
     return torch.cat([classes_B, torch.full_like(classes_B, no_class)])

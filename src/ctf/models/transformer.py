@@ -11,7 +11,7 @@ P rotated pairs of a head (E / 2).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Literal
@@ -127,18 +127,35 @@ def rotate(x_BTZNE: Tensor, rotation_TP2: Tensor) -> Tensor:
 
     Args:
         x_BTZNE: Queries and keys, stacked along Z.
-        rotation_TP2: Rows of `rotation_table`.
+        rotation_TP2: Rows of `rotation_table`; or those of each image, (B, T, P, 2).
     """
     pairs = x_BTZNE.to(torch.promote_types(x_BTZNE.dtype, torch.float32)).unflatten(-1, (-1, 2))
     rotation_TP = torch.view_as_complex(rotation_TP2)
-    rotated = torch.view_as_complex(pairs) * rotation_TP[:, None, None]
+    rotated = torch.view_as_complex(pairs) * rotation_TP[..., None, None, :]
     return torch.view_as_real(rotated).flatten(-2).type_as(x_BTZNE)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def causal_mask(start: int, length: int, device: torch.device) -> Tensor | None:
+    """What queries from position `start` on see of all up to the last: bool (T, start + T)."""
+    if length == 1:
+        return None  # everything
+    return torch.ones(length, start + length, dtype=torch.bool, device=device).tril(start)
+
+
+def window_positions(start: int | Tensor, length: int, device: torch.device) -> Tensor:
+    """Positions from `start` on: (T,), or (B, T) if each image has a start of its own."""
+    if isinstance(start, int):
+        return torch.arange(start, start + length, device=device)
+    return start[:, None] + torch.arange(length, device=device)
 
 
 class KVCache:
     """Keys and values of all layers, each (B, N, L, E).
 
     L positions are enough: the class token and all labels but the last, which nothing follows.
+    Positions may be stored again, with those after them: a query sees none beyond its own.
     """
 
     def __init__(
@@ -149,28 +166,45 @@ class KVCache:
         self.v = [torch.zeros_like(k) for k in self.k]
 
     def attend(
-        self, layer: int, start: int, images: slice, q_BNTE: Tensor, k_BNTE: Tensor, v_BNTE: Tensor
+        self,
+        layer: int,
+        start: int | Tensor,
+        images: slice,
+        q_BNTE: Tensor,
+        k_BNTE: Tensor,
+        v_BNTE: Tensor,
     ) -> Tensor:
         """Store T keys and values from position `start` on, and attend causally to all so far.
 
         Args:
             layer: Index of the layer.
-            start: Position of the first query; all before it are in the cache.
+            start: Position of the first query, or that of each image, int64 (B,); all before it
+                are in the cache.
             images: Rows of the cache that the queries belong to.
             q_BNTE: Queries.
             k_BNTE: Keys.
             v_BNTE: Values.
         """
-        length = q_BNTE.shape[2]
-        end = start + length
-        keys, values = self.k[layer][images, :, :end], self.v[layer][images, :, :end]
-        keys[:, :, start:] = k_BNTE
-        values[:, :, start:] = v_BNTE
-        mask = None  # one query sees everything
-        if length > 1:
-            mask = torch.ones(length, end, dtype=torch.bool, device=keys.device).tril(start)
+        length, keys, values = q_BNTE.shape[2], self.k[layer][images], self.v[layer][images]
+        if isinstance(start, int):
+            keys, values = keys[:, :, : start + length], values[:, :, : start + length]
+            keys[:, :, start:] = k_BNTE
+            values[:, :, start:] = v_BNTE
+            mask = causal_mask(start, length, keys.device)
+        else:
+            positions_B1T1 = window_positions(start, length, keys.device)[:, None, :, None]
+            index_BNTE = positions_B1T1.expand_as(k_BNTE)
+            keys.scatter_(2, index_BNTE, k_BNTE.to(keys.dtype))
+            values.scatter_(2, index_BNTE, v_BNTE.to(values.dtype))
+            mask = torch.arange(keys.shape[2], device=keys.device) <= positions_B1T1
         mixed = F.scaled_dot_product_attention(q_BNTE.to(keys.dtype), keys, values, attn_mask=mask)
         return mixed.to(q_BNTE.dtype)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep some rows of the batch alone."""
+        for stored in (self.k, self.v):
+            for layer, tensor in enumerate(stored):
+                stored[layer] = tensor[rows]
 
 
 class Attention(nn.Module):
@@ -263,18 +297,22 @@ class Backbone(nn.Module):
         return self.norm(x_BTD)
 
     def step(
-        self, inputs_BT: Tensor, start: int, cache: KVCache, images: slice = slice(None)
+        self,
+        inputs_BT: Tensor,
+        start: int | Tensor,
+        cache: KVCache,
+        images: slice = slice(None),
     ) -> Tensor:
         """Causal hidden vectors of T positions from `start` on: (B, T, D).
 
         Args:
             inputs_BT: The class at position 0, label i at position i + 1.
-            start: Position of the first input.
-            cache: Keys and values of all positions before; those of the inputs are added.
+            start: Position of the first input; or that of each image, int64 (B,), none of them 0.
+            cache: Keys and values of all positions before; those of the inputs are stored.
             images: Rows of the cache that the inputs belong to.
         """
         x_BTD = self.embed(inputs_BT, start)
-        rotation_TP2 = self.rotation(start, start + inputs_BT.shape[1])
+        rotation_TP2 = self.rotation(start, inputs_BT.shape[1])
         for i, layer in enumerate(self.layers):
             x_BTD = layer(x_BTD, rotation_TP2, partial(cache.attend, i, start, images))
         return self.norm(x_BTD)
@@ -291,18 +329,21 @@ class Backbone(nn.Module):
         config = self.config
         return 2 * config.layers * config.length * config.width * dtype.itemsize
 
-    def embed(self, inputs_BT: Tensor, start: int) -> Tensor:
+    def embed(self, inputs_BT: Tensor, start: int | Tensor) -> Tensor:
         """Embedded inputs of positions from `start` on: (B, T, D); position 0 is the class."""
-        if start > 0:
+        if isinstance(start, Tensor) or start > 0:
             x_BTD = self.label_embedding(inputs_BT)
         else:
             class_B1D = self.class_embedding(inputs_BT[:, :1])
             x_BTD = torch.cat([class_B1D, self.label_embedding(inputs_BT[:, 1:])], dim=1)
         return self.dropout(x_BTD)
 
-    def rotation(self, start: int, stop: int) -> Tensor:
-        """Rotations of positions `start` to `stop`: (T, P, 2)."""
-        return rotation_table(self.config, self.norm.weight.device)[start:stop]
+    def rotation(self, start: int | Tensor, length: int) -> Tensor:
+        """Rotations of positions from `start` on: (T, P, 2), or of each image, (B, T, P, 2)."""
+        table = rotation_table(self.config, self.norm.weight.device)
+        if isinstance(start, int):
+            return table[start : start + length]
+        return table[window_positions(start, length, table.device)]
 
 
 def _initialize(module: nn.Module) -> None:

@@ -35,6 +35,7 @@ class Request:
     known_labels_NL: Tensor
     resize: int | None
     decode_separately: bool
+    window: int = 1
 
 
 def check_request(

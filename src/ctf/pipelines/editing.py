@@ -150,29 +150,27 @@ def _events(
     transparent: bool,
     active: Callable[[], Collection[int]] | None,
 ) -> Generator[Event, None, None]:
-    grid, length = pipe.coarse.config.grid, pipe.coarse.config.length
-    labels_BT = batch.classes_B.new_empty(len(batch.numbers), 0)
-    steps = generation.coarse_steps(pipe, request, batch)
-    for done in range(1, length + 1):
-        if active is not None:
-            indices = active()
-            rows = [row for row, number in enumerate(batch.numbers) if number in indices]
-            if not rows:
-                return
-            if len(rows) < len(batch.numbers):
-                # A new generator for the rest; it processes the labels so far in one pass.
-                batch = batch.select(rows, labels_BT)
-                steps.close()
-                steps = generation.coarse_steps(pipe, request, batch)
-        labels_BT = next(labels for labels in steps if labels.shape[1] == done)
-        if done % grid == 0:
-            images = []
-            if preview:
-                known_BL = batch.known_codes_BL
-                images = _preview(pipe, labels_BT, known_BL, request.resize, transparent)
-            numbers = tuple(batch.numbers)
-            yield Event(done // grid, grid, labels_BT.clone().cpu(), images, None, numbers)
-    samples = generation.finish(pipe, request, batch, labels_BT)
+    grid = pipe.coarse.config.grid
+    sampler = generation.coarse_sampler(pipe, request, batch)
+    for rows_done in range(1, grid + 1):
+        while sampler.labels_BT.shape[1] < rows_done * grid:
+            if active is not None:
+                indices = active()
+                rows = [row for row, number in enumerate(batch.numbers) if number in indices]
+                if not rows:
+                    return
+                if len(rows) < len(batch.numbers):
+                    batch = batch.select(rows)
+                    sampler.select(rows)
+            sampler.advance(request.window)
+        labels_BT = sampler.labels_BT[:, : rows_done * grid]
+        images = []
+        if preview:
+            known_BL = batch.known_codes_BL
+            images = _preview(pipe, labels_BT, known_BL, request.resize, transparent)
+        numbers = tuple(batch.numbers)
+        yield Event(rows_done, grid, labels_BT.clone().cpu(), images, None, numbers)
+    samples = generation.finish(pipe, request, batch, sampler)
     yield Event(grid, grid, samples.coarse, samples.images, samples, tuple(batch.numbers))
 
 

@@ -6,7 +6,7 @@ Shapes: N images of a call, B of a batch, L tokens of an image, C code dimension
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +18,7 @@ from ctf.common.progress import Progress
 from ctf.data.transforms import as_pil
 from ctf.models import sampling
 from ctf.models.noise import noise_keys
+from ctf.models.parallel import CoarseSampler
 from ctf.models.sampling import Sampling
 from ctf.models.tokenizer import VQModel
 from ctf.pipelines.arguments import Request
@@ -36,11 +37,13 @@ class Samples:
     images: N PIL images, RGB.
     codes: (N, L), int64 in [0, V), row by row.
     coarse: (N, L), int64 in [0, K), their coarse labels.
+    passes: (N,), int64, how many passes of the coarse model each image took; 0 by `refine`.
     """
 
     images: list[Image.Image]
     codes: Tensor
     coarse: Tensor
+    passes: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +60,14 @@ class Batch:
     known_codes_BL: Tensor
     known_labels_BL: Tensor
 
-    def select(self, rows: list[int], labels_BT: Tensor) -> Batch:
-        """Return some rows of the batch, with the labels sampled so far as known labels."""
-        known_labels_BL = self.known_labels_BL.clone()
-        known_labels_BL[:, : labels_BT.shape[1]] = labels_BT
+    def select(self, rows: list[int]) -> Batch:
+        """Return some rows of the batch."""
         return Batch(
             [self.numbers[row] for row in rows],
             self.classes_B[rows],
             self.keys_B2L[rows],
             self.known_codes_BL[rows],
-            known_labels_BL[rows],
+            self.known_labels_BL[rows],
         )
 
 
@@ -95,20 +96,23 @@ def generate(pipe: Pipeline, request: Request, progress: Progress | None = None)
     """Sample all images of a request."""
     done: list[Samples] = []
     for batch in batches(pipe, request):
-        *_, labels_BL = coarse_steps(pipe, request, batch)
-        done.append(finish(pipe, request, batch, labels_BL))
+        sampler = coarse_sampler(pipe, request, batch)
+        while not sampler.done:
+            sampler.advance(request.window)
+        done.append(finish(pipe, request, batch, sampler))
         if progress is not None:
             progress(batch.numbers[-1] + 1, len(request.classes))
     return Samples(
         [image for samples in done for image in samples.images],
         torch.cat([samples.codes for samples in done]),
         torch.cat([samples.coarse for samples in done]),
+        torch.cat([samples.passes for samples in done if samples.passes is not None]),
     )
 
 
-def coarse_steps(pipe: Pipeline, request: Request, batch: Batch) -> Generator[Tensor, None, None]:
-    """Yield the coarse labels sampled so far, (B, 1), (B, 2), ... (B, L)."""
-    return sampling.stream_coarse(
+def coarse_sampler(pipe: Pipeline, request: Request, batch: Batch) -> CoarseSampler:
+    """Return what samples the coarse labels of a batch, none of which is sampled yet."""
+    return CoarseSampler(
         pipe.coarse,
         batch.classes_B,
         batch.keys_B2L[:, 0],
@@ -117,8 +121,9 @@ def coarse_steps(pipe: Pipeline, request: Request, batch: Batch) -> Generator[Te
     )
 
 
-def finish(pipe: Pipeline, request: Request, batch: Batch, labels_BL: Tensor) -> Samples:
+def finish(pipe: Pipeline, request: Request, batch: Batch, sampler: CoarseSampler) -> Samples:
     """Sample the codes of coarse labels and decode them."""
+    labels_BL = sampler.labels_BT
     codes_BL = sampling.sample_fine(
         pipe.fine,
         pipe.clusters,
@@ -130,7 +135,7 @@ def finish(pipe: Pipeline, request: Request, batch: Batch, labels_BL: Tensor) ->
     )
     parts = torch.split(codes_BL, 1 if request.decode_separately else len(codes_BL))
     images = [image for part in parts for image in as_pil(pipe.decode(part, request.resize))]
-    return Samples(images, codes_BL.cpu(), labels_BL.cpu())
+    return Samples(images, codes_BL.cpu(), labels_BL.cpu(), torch.tensor(sampler.passes))
 
 
 @torch.inference_mode()

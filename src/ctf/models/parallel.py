@@ -1,0 +1,303 @@
+"""The coarse stage: exact sampling of labels, one after another or several in a pass.
+
+A label is the largest sum of its logits and of noise that is fixed from the start (see
+`ctf.models.noise`), so it is a function of the labels before it. A pass over a window of W
+positions, of which the first n labels of an image are certain and the others guesses, gives
+
+    new_i = argmax(logits_i + g_i)    for i = n ... n + W - 1.
+
+Where the guesses are new_i themselves up to some label, the context of the label after it was
+right, so it is certain, too. Wrong guesses become their new_i, and a pass makes at least one label
+certain. By induction all labels are those of sampling one by one, which is W = 1. (Predictive
+sampling, arXiv 2002.09928; Jacobi decoding of images, 2410.01699; with coupled noise, 2510.24211.)
+
+Shapes: B batch, T positions of a pass, W positions of a window, L labels of an image, K clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ctf.models.coarse import CoarseModel
+from ctf.models.noise import Noise
+from ctf.models.sampling import (
+    Sampling,
+    apply_guidance,
+    guidance_scales,
+    sample_logits,
+    with_no_class,
+)
+from ctf.models.transformer import window_positions
+
+CHOICES = 1 << 22  # logits in float64 at a time
+
+
+class CoarseDecoder:
+    """Guided logits of a coarse model for windows of positions, with a cache.
+
+    Under guidance the batch has a second half, the same images without their class. Each half is
+    computed only where it is needed. One that was left out and is needed again catches up with
+    all positions that it missed in a single pass.
+
+    Args:
+        model: In evaluation mode.
+        classes_B: int64 in [0, classes].
+        scales: The guidance scale of each label.
+
+    Attributes:
+        cached: For each half, how many positions of each image are in the cache and final.
+    """
+
+    def __init__(self, model: CoarseModel, classes_B: Tensor, scales: Sequence[float]) -> None:
+        self.model, self.scales = model, scales
+        guided = any(scale != 1 for scale in scales)
+        self.classes = with_no_class(classes_B, model.no_class) if guided else classes_B
+        self.cache = model.backbone.cache(len(self.classes))
+        self.cached = [[0] * len(classes_B), [0] * len(classes_B)]
+        self._computed: Sequence[int] = ()  # halves of the last pass
+
+    @torch.inference_mode()
+    def logits(self, labels_BL: Tensor, starts: Sequence[int], window: int) -> Tensor:
+        """Logits (B, W, K) of labels `starts` to `starts` + W - 1, each from those before it.
+
+        Labels before `starts` are final; see `accept` for the others. Beyond the last label, the
+        logits are those of the last.
+        """
+        scales = self._scales(starts, window)
+        self._computed = (0,) if scales == {1.0} else (0, 1)
+        if scales == {1.0}:
+            return self._pass(0, 1, labels_BL, starts, window)
+        if self.cached[0] == self.cached[1]:
+            cond, uncond = self._pass(0, 2, labels_BL, starts, window).chunk(2)
+        else:
+            cond, uncond = (self._pass(h, h + 1, labels_BL, starts, window) for h in (0, 1))
+        if len(scales) == 1:
+            return apply_guidance(cond, uncond, scales.pop())
+        last, table_L = len(self.scales) - 1, cond.new_tensor(self.scales)
+        starts_B = torch.tensor(starts, device=cond.device)
+        positions_BW = window_positions(starts_B, window, cond.device).clamp(max=last)
+        return apply_guidance(cond, uncond, table_L[positions_BW][..., None])
+
+    def accept(self, counts: Sequence[int]) -> None:
+        """Declare so many of the labels from `starts` on of the last `logits` final."""
+        for half in self._computed:
+            self.cached[half] = [
+                c + more for c, more in zip(self.cached[half], counts, strict=True)
+            ]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep some images of the batch alone."""
+        images, halves = len(self.cached[0]), len(self.classes) // len(self.cached[0])
+        every = [half * images + row for half in range(halves) for row in rows]
+        self.classes = self.classes[every]
+        self.cache.select(every)
+        self.cached = [[cached[row] for row in rows] for cached in self.cached]
+
+    def _scales(self, starts: Sequence[int], window: int) -> set[float]:
+        """The scales within the windows."""
+        if len(every := set(self.scales)) == 1:
+            return every
+        return {
+            scale for start in set(starts) for scale in self.scales[start : start + window]
+        } or {1.0}
+
+    def _pass(
+        self, first: int, last: int, labels_BL: Tensor, starts: Sequence[int], window: int
+    ) -> Tensor:
+        """Logits of halves `first` to `last`, computed from where they are."""
+        cached, length = self.cached[first], len(self.scales)
+        behind = [start - c for start, c in zip(starts, cached, strict=True) if start < length]
+        count = min(max(behind, default=0) + window, length)
+        # Near the end, the last positions are computed again: all images have as many.
+        begins = [min(c, length - count) for c in cached]
+        images = slice(first * len(starts), last * len(starts))
+        starts_B = torch.tensor(starts, device=labels_BL.device)
+        start: int | Tensor = begins[0]
+        # The class token is at position 0, label i at i + 1.
+        if len(set(begins)) == 1:
+            inputs_BT = labels_BL[:, max(begins[0] - 1, 0) : begins[0] + count - 1]
+        else:
+            start = torch.tensor(begins, device=labels_BL.device)
+            inputs_BT = labels_BL.gather(1, window_positions(start - 1, count, start.device))
+            start = start.repeat(last - first)
+        inputs_BT = inputs_BT.repeat(last - first, 1)
+        if begins[0] == 0:
+            inputs_BT = torch.cat([self.classes[images, None], inputs_BT], dim=1)
+        self.cached[first:last] = [[min(s + 1, length) for s in starts]] * (last - first)
+        hidden_BTD = self.model.backbone.step(inputs_BT, start, self.cache, images)
+        if count > 1:
+            begins_B = torch.tensor(begins, device=labels_BL.device)
+            wanted_BW = window_positions(starts_B, window, starts_B.device).clamp(max=length - 1)
+            wanted_BW = (wanted_BW - begins_B[:, None]).clamp(max=count - 1)  # of finished ones
+            wanted_BW = wanted_BW.repeat(last - first, 1)
+            rows_B1 = torch.arange(len(wanted_BW), device=wanted_BW.device)[:, None]
+            hidden_BTD = hidden_BTD[rows_B1, wanted_BW]
+        logits_BWK: Tensor = self.model.head(hidden_BTD)
+        return logits_BWK
+
+
+class CoarseSampler:
+    """Images whose coarse labels are sampled, some in every pass of the model.
+
+    Args:
+        model: In evaluation mode, for no dropout.
+        classes_B: int64 in [0, classes], on the model's device.
+        keys_BL: Of the noise, row 0 of `noise_keys`. Position i uses key i, whatever is known.
+        settings: Of the coarse stage.
+        known_labels_BL: int64 (B, L), -1 where a label is to be sampled. Positions that are known
+            take no pass of their own.
+
+    Attributes:
+        certain: How many labels of each image are certain, from the first on.
+        passes: How many passes each image took part in, until all its labels were certain.
+    """
+
+    def __init__(
+        self,
+        model: CoarseModel,
+        classes_B: Tensor,
+        keys_BL: Tensor,
+        settings: Sampling,
+        known_labels_BL: Tensor | None = None,
+    ) -> None:
+        batch, self.length = keys_BL.shape
+        self.model, self.settings = model, settings
+        self._classes_B, self._keys_BL = classes_B, keys_BL.to(classes_B.device)
+        self._noise = Noise(self._keys_BL, model.vocab_size)
+        # Labels, then room for windows that reach beyond the last. Created outside of inference
+        # mode, so that a model can be trained on the labels.
+        self._buffer_BM = classes_B.new_zeros(batch, 2 * self.length)
+        self._fixed_BM: Tensor | None = None
+        self._free = [list(range(self.length + 1))] * batch  # the first to sample from each on
+        sampled_L = [True] * self.length
+        if known_labels_BL is not None and bool((known_labels_BL >= 0).any()):
+            known_BL = known_labels_BL.to(classes_B.device) >= 0
+            self._buffer_BM[:, : self.length] = known_labels_BL.clamp(min=0)
+            self._fixed_BM = torch.cat([known_BL, torch.zeros_like(known_BL)], dim=1)
+            self._free = [_next_free(known_L) for known_L in known_BL.tolist()]
+            sampled_L = (~known_BL).any(0).tolist()
+        scales = guidance_scales(settings, self.length)
+        self._scales = [s if sampled else 1.0 for s, sampled in zip(scales, sampled_L, strict=True)]
+        self._decoder: CoarseDecoder | None = None
+        self.certain = [free[0] for free in self._free]
+        self._guessed = list(self.certain)  # how many labels are certain, or known, or guesses
+        self.passes = [0] * batch
+
+    @property
+    def labels_BT(self) -> Tensor:
+        """The labels that are certain in all images: int64 (B, T), the rows of a view."""
+        return self._buffer_BM[:, : min(self.certain)]
+
+    @property
+    def done(self) -> bool:
+        """Whether all labels of all images are certain."""
+        return min(self.certain) == self.length
+
+    @torch.inference_mode()
+    def advance(self, window: int = 1) -> list[int]:
+        """Take a pass over `window` labels of each image, and return how many became certain."""
+        window, starts = min(window, self.length), self.certain
+        self._guess(window)
+        if self._decoder is None:
+            self._decoder = CoarseDecoder(self.model, self._classes_B, self._scales)
+        logits_BWK = self._decoder.logits(self._buffer_BM, starts, window)
+        device = logits_BWK.device
+        positions_BW = window_positions(torch.tensor(starts, device=device), window, device)
+        guessed_BW = self._buffer_BM.gather(1, positions_BW)
+        new_BW = self._choose(logits_BWK, positions_BW.clamp(max=self.length - 1))
+        if self._fixed_BM is not None:
+            new_BW = torch.where(self._fixed_BM.gather(1, positions_BW), guessed_BW, new_BW)
+        self._buffer_BM.scatter_(1, positions_BW, new_BW)
+        right = [0] * len(starts)
+        if window > 1:
+            is_right_BW = new_BW[:, :-1] == guessed_BW[:, :-1]
+            right = is_right_BW.cumprod(1).sum(1).tolist()
+        right = [min(r, max(self.length - s - 1, 0)) for r, s in zip(right, starts, strict=True)]
+        self._decoder.accept(right)
+        self.passes = [p + (s < self.length) for p, s in zip(self.passes, starts, strict=True)]
+        self.certain = [
+            free[min(start + r + 1, self.length)]
+            for free, start, r in zip(self._free, starts, right, strict=True)
+        ]
+        self._guessed = [
+            max(guessed, start + window, certain)
+            for guessed, start, certain in zip(self._guessed, starts, self.certain, strict=True)
+        ]
+        return [now - before for now, before in zip(self.certain, starts, strict=True)]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep some images of the batch alone; none of their passes is lost."""
+        rows = list(rows)
+        self._classes_B, self._keys_BL = self._classes_B[rows], self._keys_BL[rows]
+        self._noise = Noise(self._keys_BL, self.model.vocab_size)
+        self._buffer_BM = self._buffer_BM[rows]
+        self._fixed_BM = None if self._fixed_BM is None else self._fixed_BM[rows]
+        self._free = [self._free[row] for row in rows]
+        self.certain = [self.certain[row] for row in rows]
+        self._guessed = [self._guessed[row] for row in rows]
+        self.passes = [self.passes[row] for row in rows]
+        if self._decoder is not None:
+            self._decoder.select(rows)
+
+    def _choose(self, logits_BWK: Tensor, positions_BW: Tensor) -> Tensor:
+        """Labels from logits: int64 (B, W)."""
+        limits = self.settings.temperature, self.settings.top_k, self.settings.top_p
+        images = max(1, CHOICES // logits_BWK[0].numel())
+        rows_B1 = torch.arange(len(positions_BW), device=positions_BW.device)[:, None]
+        parts = zip(*(of.split(images) for of in (logits_BWK, rows_B1, positions_BW)), strict=True)
+        chosen = [
+            sample_logits(logits.flatten(0, 1), self._noise[rows, at].flatten(0, 1), *limits)
+            for logits, rows, at in parts
+        ]
+        return torch.cat(chosen).view(positions_BW.shape)
+
+    def _guess(self, window: int) -> None:
+        """Guess labels that enter the window: that above, or in the first row that to the left."""
+        grid, device = self.model.config.grid, self._buffer_BM.device
+        while True:
+            missing = max(
+                min(start + window - 1, self.length) - guessed
+                for start, guessed in zip(self.certain, self._guessed, strict=True)
+            )
+            if missing <= 0:
+                return
+            count = min(missing, grid)
+            guessed_B = torch.tensor(self._guessed, device=device).clamp(max=self.length)
+            target_BT = window_positions(guessed_B, count, device)
+            left_B1 = (guessed_B - 1).clamp(min=0)[:, None]
+            source_BT = torch.where(target_BT >= grid, target_BT - grid, left_B1)
+            guess_BT = self._buffer_BM.gather(1, source_BT)
+            if self._fixed_BM is not None:
+                known_BT = self._buffer_BM.gather(1, target_BT)
+                guess_BT = torch.where(self._fixed_BM.gather(1, target_BT), known_BT, guess_BT)
+            self._buffer_BM.scatter_(1, target_BT, guess_BT)
+            self._guessed = [guessed + count for guessed in self._guessed]
+
+
+def _next_free(known_L: Sequence[bool]) -> list[int]:
+    """For each position, L included, the first from there on that is not known, or L."""
+    free = [len(known_L)]
+    for position in reversed(range(len(known_L))):
+        free.append(free[-1] if known_L[position] else position)
+    return free[::-1]
+
+
+def sample_coarse(
+    model: CoarseModel,
+    classes_B: Tensor,
+    keys_BL: Tensor,
+    settings: Sampling,
+    known_labels_BL: Tensor | None = None,
+    window: int = 1,
+) -> Tensor:
+    """Sample the labels of each image, int64 (B, L); arguments as of `CoarseSampler`.
+
+    `window` is the number of labels in a pass, which changes how long it takes, and nothing else.
+    """
+    sampler = CoarseSampler(model, classes_B, keys_BL, settings, known_labels_BL)
+    while not sampler.done:
+        sampler.advance(window)
+    return sampler.labels_BT

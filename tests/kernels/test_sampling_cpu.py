@@ -84,3 +84,13 @@ def test_a_cache_grows_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         rooms.append(cache.k[0].shape[2])
     assert rooms == [6] * 6 + [12] * 6 + [16] * 4
     assert cache.k[1].shape[2] == 0  # each layer for itself
+
+
+@needs_int8
+def test_int8_products_of_a_row_do_not_depend_on_the_others() -> None:
+    layer, x_TD = Int8(torch.randn(48, 64)), torch.randn(9, 64) * torch.logspace(-3, 3, 9)[:, None]
+    together = layer(x_TD)
+    for row, alone in enumerate(x_TD):
+        assert torch.equal(layer(alone[None])[0], together[row])
+    assert torch.equal(layer(x_TD.view(3, 3, 64)).flatten(0, 1), together)
+    assert not layer(torch.zeros(2, 64)).any()

@@ -194,7 +194,7 @@ EVERY = [*SETTINGS, *WINDOWS, Sampling(1.0, top_k=1), Sampling(top_k=2, temperat
     st.sets(st.integers(0, 4), min_size=1),
     st.none() | masks,
 )
-@examples(max_examples=60, deadline=None)
+@examples(max_examples=30, deadline=None)
 def test_windows_sample_the_labels_of_one_by_one(exact, window, settings, images, known_BL):
     """Of any size, with all settings, in any batch, around known labels."""
     kept_BL = None if known_BL is None else FORCED_BL.masked_fill(~known_BL, -1)
@@ -213,7 +213,7 @@ def test_windows_sample_the_labels_of_one_by_one(exact, window, settings, images
     st.sampled_from(EVERY),
     st.none() | masks,
 )
-@examples(max_examples=40, deadline=None)
+@examples(max_examples=20, deadline=None)
 def test_windows_may_change_and_images_may_leave_at_any_pass(
     exact, windows, leaving, settings, known_BL
 ):
@@ -289,6 +289,7 @@ def test_frequencies_follow_the_joint_distribution(window):
     config = dataclasses.replace(CONFIG, grid=2, layers=1)
     model = CoarseModel(config, 3).eval().double()
     randomise(model)
+    model.head.weight.data.mul_(0.1)  # so that no image is rare
     settings, count = Sampling(guidance=1.5, temperature=0.8), 4000
     images_NL = torch.cartesian_prod(*[torch.arange(3)] * 4)
     one = torch.ones(81, dtype=torch.int64)

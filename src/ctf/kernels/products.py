@@ -69,7 +69,8 @@ class Packed(nn.Module):
 class Int8(nn.Module):
     """A linear layer without bias in int8 (dynamic quantization).
 
-    Each row of the matrix has a scale, and each input one that is computed from it.
+    Each row of the matrix has a scale, and each row of inputs one that is computed from it: it does
+    not depend on its batch. PyTorch's own dynamic quantization has one scale for all of them.
     """
 
     def __init__(self, weight_VD: Tensor, scale_V: Tensor | None = None) -> None:
@@ -85,11 +86,14 @@ class Int8(nn.Module):
             self.packed = torch.ops.quantized.linear_prepack(quantized, None)
         self.shape = weight_VD.shape
         # Without VNNI, products of full range could overflow.
-        self.reduced = not torch.cpu._is_vnni_supported()
+        self.levels = 127 if torch.cpu._is_vnni_supported() else 63
 
     def forward(self, x: Tensor) -> Tensor:
         """About the product x @ weight.T."""
-        return torch.ops.quantized.linear_dynamic(x, self.packed, self.reduced)
+        scale = x.abs().amax(-1, keepdim=True).clamp_(min=1e-30)
+        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        y: Tensor = multiply(x / scale, 1 / self.levels, self.levels + 1, self.packed)
+        return y.mul_(scale)
 
     def bytes(self) -> int:
         """Memory of the weights and scales, about."""

@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-gpu lint docs clean
 
 demo: $(READY)
 	$(BIN)/ctf demo
@@ -14,6 +14,10 @@ demo: $(READY)
 # Several files at a time, each on one thread: the models of the tests are too small for more.
 test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# The tests that need a GPU, in one process.
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ os.environ["CTF_CACHE"] = tempfile.mkdtemp(prefix="ctf-tests-")
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ctf.cli import main as cli
@@ -44,6 +45,13 @@ class Result(NamedTuple):
 
 
 Command = Callable[..., Result]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
 def disc_image(hue: float, seed: int) -> Image.Image:

@@ -48,6 +48,33 @@ def test_every_way_is_timed_in_every_round(small_shapes: Shapes, tmp_path: Path)
     assert markdown_table(columns, rows) in (tmp_path / "train.md").read_text()
 
 
+def test_a_table_of_bfloat16_alone_is_that_of_a_gpu(small_shapes: Shapes, tmp_path: Path) -> None:
+    results = train.run(dataclasses.replace(SMALL, rounds=1), tmp_path, CPU, silent, small_shapes)
+    groups = {
+        key: dataclasses.replace(
+            group,
+            timings=tuple(
+                dataclasses.replace(timing, name=timing.name + train.BF16)
+                for timing in group.timings
+                if not timing.name.endswith(train.BF16)
+            ),
+        )
+        for key, group in results.groups.items()
+    }
+    on_gpu = dataclasses.replace(results, groups=groups, environment={"device": "cuda: a card"})
+    columns, rows = train.table(on_gpu, "B")
+    assert [row[0] for row in rows] == [
+        f"{name}{train.BF16}"
+        for name in (
+            "LlamaGen's step, plain", "baseline", "CTF coarse, K = 512", "CTF fine S", "CTF fine L",
+        )
+    ]  # fmt: skip
+    at = columns.index("speed, plain = 1")
+    assert rows[0][at].startswith("1.00") and rows[3][at] == ""
+    assert "the baseline is" in train.summary(on_gpu, "B")
+    assert "8192 x 8192" in "".join(train.report(on_gpu))
+
+
 def test_without_bfloat16_there_are_no_rows_of_it(
     small_shapes: Shapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

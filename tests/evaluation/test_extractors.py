@@ -18,7 +18,12 @@ from ctf.common.errors import UserError
 from ctf.data.images import open_images
 from ctf.data.transforms import as_tensor, crop
 from ctf.evaluation.classifier import SHIPPED, shipped_classifier
-from ctf.evaluation.extractors import Extractor, classifier_extractor, open_extractor
+from ctf.evaluation.extractors import (
+    Extractor,
+    classifier_extractor,
+    crops_of,
+    open_extractor,
+)
 from ctf.evaluation.inception import Inception, fold_batch_norms
 from ctf.evaluation.lite0 import load_lite0
 from tests.evaluation.test_inception import random_weights
@@ -123,6 +128,13 @@ def test_lite0_takes_crops_of_224_pixels(lite0: Extractor) -> None:
     close(features.pooled_ND, pooled_ND)
     close(features.logits_NK, logits_NK)
     assert features.logits_NK is not None and features.logits_NK.argmax() in (281, 282, 285)  # cats
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_crops_are_in_the_order_of_the_images_in_any_number_of_threads(threads: int) -> None:
+    images_NHWC = np.random.default_rng(0).integers(256, size=(9, 40, 48, 3), dtype=np.uint8)
+    expected = [np.asarray(crop(Image.fromarray(image), 24)) for image in images_NHWC]
+    assert np.array_equal(crops_of(images_NHWC, 24, threads), expected)
 
 
 def test_inception_takes_pixels_of_any_size(weights: Path, inception: Extractor) -> None:

@@ -4,8 +4,8 @@ Compared are whole steps, from the batch to the moving average of the weights: L
 `llamagen_reference` writes it, and those of `ctf train` for the full-vocabulary baseline, the
 coarse and the fine model. All have the same dropout, clipping and AdamW; LlamaGen's has no moving
 average, as by its defaults. They are in single precision; where a processor multiplies bfloat16,
-baseline and coarse model are also timed as with `--precision bf16`. On a GPU all are, and with
-`--compile`, too.
+baseline and coarse model are also timed as with `--precision bf16`. On a GPU all are timed in
+that alone, and with `--compile`, too.
 
 In each round the ways take turns, with one model in memory at a time. The first step of each is not
 timed: it allocates the moments, and fills what the second finds in memory. On a GPU, a number of
@@ -224,11 +224,13 @@ def _ways(
 
 def _executions(device: torch.device) -> dict[str, Execution]:
     """How the ways are computed on a device, by the ends of their names."""
-    executions = {"": Execution(precision="fp32")}
-    if supports_bf16(device):
-        executions[BF16] = Execution(precision="bf16")
-        if device.type == "cuda" and compiled.compiles(device.type):
-            executions[BF16 + COMPILED] = Execution(precision="bf16", compile=True)
+    low, executions = Execution(precision="bf16"), {"": Execution(precision="fp32")}
+    if device.type == "cuda" and supports_bf16(device):
+        executions = {BF16: low}  # nobody trains these in single precision there
+        if compiled.compiles(device.type):
+            executions[BF16 + COMPILED] = dataclasses.replace(low, compile=True)
+    elif supports_bf16(device):
+        executions[BF16] = low
     return executions
 
 
@@ -334,7 +336,8 @@ def timings_of(results: TrainResults, kind: str, name: str) -> list[StepTiming]:
 
 def speed_ups(results: TrainResults, size: str, other: str, name: str) -> list[float]:
     """How many times as fast as another way one is, in each round."""
-    both = zip(timings_of(results, size, other), timings_of(results, size, name), strict=True)
+    others = timings_of(results, size, other) or timings_of(results, size, other + BF16)
+    both = zip(others, timings_of(results, size, name), strict=True)
     return [theirs.seconds / ours.seconds for theirs, ours in both]
 
 
@@ -343,11 +346,13 @@ def report(results: TrainResults) -> list[str]:
     machines = [group.machine for group in results.groups.values()]
     fp32, bf16 = (tables.span([getattr(m, p) for m in machines]) for p in ("fp32", "bf16"))
     batch, rounds = results.benchmark.batch, results.benchmark.rounds
+    on_gpu = results.environment["device"].startswith("cuda")
+    side = harness.LIMIT_SIDE_GPU if on_gpu else harness.LIMIT_SIDE
     parts = [
         f"Steps of {batch} images, in single precision unless stated "
         f"otherwise. Medians, in brackets the minimum and the maximum of {rounds} rounds in turn. "
         f"{tables.listed(results.environment)}. Products of "
-        f"{harness.LIMIT_SIDE} x {harness.LIMIT_SIDE} reached {fp32} GFLOP/s before the rounds, "
+        f"{side} x {side} reached {fp32} GFLOP/s before the rounds, "
         f"in bfloat16 {bf16}; the medians are the peaks."
     ]
     for size in results.benchmark.sizes:
@@ -363,10 +368,11 @@ def summary(results: TrainResults, size: str) -> str:
         ratio = statistics.median(speed_ups(results, size, other, name))
         return f"{ratio:.2f} times as fast as {ways[other]}"
 
+    suffix = "" if timings_of(results, size, "plain") else BF16  # all are, on a GPU
     text = (
-        f"size {size}: the baseline is {compared('baseline', 'plain')}, the coarse model "
-        f"{compared('coarse', 'baseline')}"
+        f"size {size}: the baseline is {compared(f'baseline{suffix}', 'plain')}, the coarse model "
+        f"{compared(f'coarse{suffix}', 'baseline')}"
     )
-    if timings_of(results, size, f"baseline{BF16}"):
+    if timings_of(results, size, f"baseline{BF16}") and not suffix:
         text += f"; in bfloat16 the baseline is {compared(f'baseline{BF16}', 'plain')}"
     return text

@@ -16,6 +16,7 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,7 @@ from ctf.common import storage
 from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
 from ctf.data import fashion_mnist
+from ctf.data.scan import THREADS
 from ctf.data.transforms import as_tensor, crop
 from ctf.evaluation import lite0
 from ctf.evaluation.classifier import WEIGHTS, load_classifier, shipped_classifiers
@@ -141,14 +143,14 @@ def open_extractor(
     match spec:
         case "lite0":
             path, suffix = lite0.lite0_weights(), "-Lite0"
-            network = _on_crops(lite0.load_lite0().to(device), lite0.IMAGE_SIZE, device)
+            network = _oncrops_of(lite0.load_lite0().to(device), lite0.IMAGE_SIZE, device)
         case "inception":
             path, suffix = weights or find_inception_weights(), ""
             network = _on_pixels(load_inception(path, device), device)
         case _ if spec in classifiers:
             path, suffix = classifiers[spec] / WEIGHTS, f"-{spec}"
             classifier = load_classifier(classifiers[spec], device)
-            network = _on_crops(classifier, classifier.image_size, device)
+            network = _oncrops_of(classifier, classifier.image_size, device)
         case _:
             known = (*NETWORKS, *classifiers, "module:factory")
             raise UserError(f"unknown features {spec!r}{did_you_mean(spec, known)}")
@@ -165,7 +167,7 @@ def classifier_extractor(folder: Path, device: torch.device | str = "cpu") -> Ex
     """
     device = torch.device(device)
     classifier = load_classifier(folder, device)
-    network = _on_crops(classifier, classifier.image_size, device)
+    network = _oncrops_of(classifier, classifier.image_size, device)
     return _extractor("classifier", "-classifier", [classifier.digest], network, device)
 
 
@@ -186,17 +188,34 @@ def _extractor(
     return Extractor(name, suffix, digest, batch_size, network)
 
 
-def _on_crops(
+def _oncrops_of(
     classifier: Callable[[Tensor], tuple[Tensor, Tensor]], size: int, device: torch.device
 ) -> Network:
-    """Crop images to `size` pixels for a network that returns logits and pooled features."""
+    """Crop images to `size` pixels for a network that returns logits and pooled features.
+
+    For a GPU several threads crop: resizing an image takes longer than the network does there. On a
+    processor they would take its time.
+    """
+    threads = 1 if device.type == "cpu" else THREADS
 
     def network(images_BHWC: NDArray[np.uint8]) -> Features:
-        crops = [np.asarray(crop(Image.fromarray(image), size)) for image in images_BHWC]
-        logits_BK, pooled_BD = classifier(as_tensor(np.stack(crops), device))
+        crops = crops_of(images_BHWC, size, threads)
+        logits_BK, pooled_BD = classifier(as_tensor(crops, device))
         return Features(pooled_BD, logits_NK=logits_BK)
 
     return network
+
+
+def crops_of(images_NHWC: NDArray[np.uint8], size: int, threads: int) -> NDArray[np.uint8]:
+    """Crop images to `size` pixels, in some threads."""
+
+    def cropped(image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return np.asarray(crop(Image.fromarray(image_HWC), size))
+
+    if threads == 1:
+        return np.stack([cropped(image) for image in images_NHWC])
+    with ThreadPoolExecutor(threads) as pool:
+        return np.stack([*pool.map(cropped, images_NHWC)])
 
 
 def _on_pixels(inception: nn.Module, device: torch.device) -> Network:

@@ -123,9 +123,9 @@ class Trainer:
         trained = Loss(model, training_objective or objective)
         self.evaluated = Loss(self.averaged, objective)
         if execution.shard and world.size > 1:
-            self.trained: nn.Module = _shard(trained, world)
+            self.trained: nn.Module = shard(trained, world)
             # No backward pass follows, so the root must give its weights up by itself.
-            _shard(self.evaluated, world, reshard_after_forward=True)
+            shard(self.evaluated, world, reshard_after_forward=True)
         else:
             self.trained = world.wrap(trained)
         self.ema = dict(self.averaged.named_parameters())
@@ -218,7 +218,7 @@ class Trainer:
         return torch.autocast(device, torch.bfloat16, enabled=self.in_bf16, cache_enabled=False)
 
 
-def _shard(loss: Loss, world: World, reshard_after_forward: bool | None = None) -> Loss:
+def shard(loss: Loss, world: World, reshard_after_forward: bool | None = None) -> Loss:
     """Shard all weights over the processes, gathered block by block (FSDP2)."""
     mesh = init_device_mesh(world.device.type, (world.size,))
     for layer in loss.model.backbone.layers:

@@ -197,13 +197,13 @@ class DetailsCell(Cell):
             return codes_BL
         if self.codes == "random":
             return swap(codes_BL, clusters, generator)
-        labels_BL = clusters.labels_V[codes_BL]
-        logits_BLS = fine(labels_BL, classes_B).float()
+        labels_BL, device = clusters.labels_V[codes_BL], fine.head.weight.device
+        logits_BLS = fine(labels_BL.to(device), classes_B.to(device)).float().cpu()
         if self.temperature == 0:
-            return fine.codes(labels_BL, logits_BLS.argmax(-1))
+            return clusters.members_KS[labels_BL, logits_BLS.argmax(-1)]
         probabilities_TS = (logits_BLS / self.temperature).softmax(-1).flatten(0, 1)
         members_T1 = torch.multinomial(probabilities_TS, 1, generator=generator)
-        return fine.codes(labels_BL, members_T1.view_as(labels_BL))
+        return clusters.members_KS[labels_BL, members_T1.view_as(labels_BL)]
 
 
 def _pixels(images_BCHW: Tensor) -> np.ndarray:

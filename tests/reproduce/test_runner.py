@@ -120,9 +120,10 @@ def test_processes_share_the_cells(space: Workspace, plan: Plan, tmp_path: Path)
 
 
 def test_a_cell_of_another_process_is_left_to_it(space: Workspace, tmp_path: Path) -> None:
-    """And timings wait until nothing else is left."""
+    """And timings wait until nothing else is left, then for each other."""
     space = dataclasses.replace(space, results=tmp_path)
-    timed = experiments.table2(space.plan)
+    table2 = dataclasses.replace(experiments.table2(space.plan), batches=(1,), rounds=1)
+    timed, last = (dataclasses.replace(table2, name=f"speed-{number}") for number in (1, 2))
     clusters = systems.clusters(space.plan, CODES)
     identity = systems.clusters(space.plan, CODES, method="identity")
     lock = FileLock(space.work / f".clusters-{CODES}-{CLUSTERS}.lock", blocking=False)
@@ -133,10 +134,11 @@ def test_a_cell_of_another_process_is_left_to_it(space: Workspace, tmp_path: Pat
         lock.release(force=True)
 
     with lock:
-        runner.compute(space, [timed, clusters, identity], after_each)
-    assert len(order) == 3
+        runner.compute(space, [timed, last, clusters, identity], after_each)
+    assert len(order) == 4
     assert clusters.name not in order[0]
     assert timed.name not in order[1] and timed.name in order[2]
+    assert last.name not in order[2] and last.name in order[3]
 
 
 def test_helpers_write_logs_and_stop_with_this_process(tmp_path: Path) -> None:

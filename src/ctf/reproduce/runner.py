@@ -63,9 +63,9 @@ def compute(
     computed: list[str] = []
     with _one_thread():
         while left := [cell for cell in cells if space.result(cell) is None]:
-            for cell in left:
-                if isinstance(cell, SpeedCell) and len(left) > 1:
-                    continue  # timings come last, with no other cell beside them
+            timed = [cell for cell in left if isinstance(cell, SpeedCell)]
+            # Timings come last, one after another, with no other cell beside them.
+            for cell in [cell for cell in left if cell not in timed] or timed[:1]:
                 with contextlib.suppress(Timeout):
                     _compute(space, cell, computed)
                     after_each()

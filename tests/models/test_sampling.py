@@ -19,8 +19,10 @@ from ctf.models.parallel import sample_coarse
 from ctf.models.sampling import (
     Sampling,
     apply_guidance,
+    filter_logits,
     format_settings,
     guidance_scales,
+    nearest_to_mean,
     sample_fine,
     sample_logits,
     top_k_filter,
@@ -94,7 +96,8 @@ def test_settings_in_words():
     chosen = Sampling(guidance=1.5, top_k=3, guidance_schedule="linear", guidance_window=(0.25, 1))
     assert format_settings(dataclasses.asdict(chosen)) == (
         "guidance 1.5, fine_guidance 1, temperature 1, fine_temperature 1, top_k 3, fine_top_k 0, "
-        "top_p 1, fine_top_p 1, guidance_schedule linear, guidance_window 0.25 to 1"
+        "top_p 1, fine_top_p 1, guidance_schedule linear, guidance_window 0.25 to 1, "
+        "fine_choice sample"
     )
     from_json = {"guidance_window": [0.5, 1.0]}
     assert format_settings(from_json) == "guidance_window 0.5 to 1"
@@ -311,6 +314,39 @@ def test_fine_sampling_against_its_definition(settings, softmax):
                 settings.fine_top_p,
             )
             assert got[b, i] == codes[choice]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("softmax", ["members", "full"])
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+def test_the_mean_choice_has_the_least_expected_distance(temperature, softmax):
+    model = FineModel(CONFIG, CLUSTERS, softmax).eval()
+    randomise(model)
+    codebook_VC = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    labels_BL = LABELS_V[torch.arange(5 * L).view(5, L) % len(LABELS_V)]
+    keys_BL = noise_keys(SEEDS, L)[:, 1]
+    settings = Sampling(fine_choice="mean", fine_temperature=temperature, fine_top_k=6)
+    inputs = (CLUSTERS, labels_BL, CLASSES_B, keys_BL, settings)
+    got_BL = sample_fine(model, *inputs, codebook_VC=codebook_VC)
+    logits_BLS = model(labels_BL, CLASSES_B)
+    for b in range(5):
+        for i in range(L):
+            probabilities_S = filter_logits(logits_BLS[b, i : i + 1], temperature, 6, 1.0)
+            probabilities_S = probabilities_S.softmax(-1)[0]
+            possible = probabilities_S.nonzero()[:, 0]
+            codes = possible
+            if softmax == "members":
+                codes = CLUSTERS.members_KS[labels_BL[b, i]][possible]
+            vectors = codebook_VC[codes].double()
+            distances = torch.cdist(vectors, vectors).square() @ probabilities_S[possible]
+            assert distances[codes == got_BL[b, i]] <= distances.min() + 1e-9
+
+
+def test_the_mean_choice_ignores_codes_that_are_impossible():
+    logits_1K = torch.tensor([[0.0, -torch.inf, 0.0, 1.0]], dtype=torch.float64)
+    vectors_1KC = torch.tensor([[[-1.0], [0.1], [0.5], [3.0]]])
+    assert nearest_to_mean(logits_1K, vectors_1KC).item() == 2
+    assert nearest_to_mean(logits_1K * 9, vectors_1KC).item() == 3
 
 
 def test_no_guidance_costs_nothing(coarse, fine):

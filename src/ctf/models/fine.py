@@ -87,6 +87,12 @@ class FineModel(nn.Module):
         """The choices that stand for codes: the targets of `forward`'s logits."""
         return codes_BL if self.softmax == "full" else self.slots_V[codes_BL]
 
+    def candidates(self, labels_L: Tensor) -> Tensor:
+        """The codes that the choices stand for, (L, S); any code beyond a cluster's size."""
+        if self.softmax == "full":
+            return torch.arange(len(self.slots_V), device=labels_L.device).expand(len(labels_L), -1)
+        return self.members_KS[labels_L].clamp(min=0)
+
     def codes(self, labels_BL: Tensor, choices_BL: Tensor) -> Tensor:
         """The codes that choices of tokens with these labels stand for: inverse of `choices`."""
         return choices_BL if self.softmax == "full" else self.members_KS[labels_BL, choices_BL]

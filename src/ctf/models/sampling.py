@@ -11,19 +11,20 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ctf.common.config import did_you_mean
+from ctf.common.config import OMIT_DEFAULT, did_you_mean
 from ctf.common.errors import UserError
 from ctf.models.clusters import Clusters
 from ctf.models.fine import FineModel
 from ctf.models.noise import gumbel_noise
 
 Schedule = Literal["constant", "linear", "cosine"]
+FineChoice = Literal["sample", "mean"]
 
 MAX_GUIDANCE = 1e6  # beyond, logits overflow
 MIN_TEMPERATURE = 1e-250  # used for smaller ones, by which logits cannot be divided in float64
@@ -51,6 +52,9 @@ class Sampling:
         guidance_schedule: how the scale of the coarse stage grows from 1 to g over its steps
         guidance_window: the part of the coarse steps that uses guidance, as two fractions, e.g.
             0.2 0.8; steps without guidance cost less
+        fine_choice: how a code is chosen among the members of its cluster: "sample" samples from
+            the fine model's distribution, "mean" takes the member nearest to the mean of the
+            distribution's code vectors, for the same details with less noise
 
     Raises:
         UserError: a value out of its range.
@@ -66,6 +70,7 @@ class Sampling:
     fine_top_p: float = 1.0
     guidance_schedule: Schedule = "constant"
     guidance_window: tuple[float, float] = (0.0, 1.0)
+    fine_choice: FineChoice = field(default="sample", metadata=OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
         for name in ("guidance", "temperature", "top_p"):
@@ -93,11 +98,8 @@ class Sampling:
                 raise UserError(
                     f"{stage}top_p: got {top_p}, expected 0 < {stage}top_p <= 1; 1 is no limit"
                 )
-        if self.guidance_schedule not in (known := get_args(Schedule)):
-            raise UserError(
-                f"guidance_schedule: got {self.guidance_schedule!r}"
-                f"{did_you_mean(str(self.guidance_schedule), known)}"
-            )
+        self._check_choice("guidance_schedule", get_args(Schedule))
+        self._check_choice("fine_choice", get_args(FineChoice))
         match self.guidance_window:
             case (start, stop) if 0 <= start < stop <= 1:
                 object.__setattr__(self, "guidance_window", (float(start), float(stop)))
@@ -106,6 +108,10 @@ class Sampling:
                     f"guidance_window: got {window}, expected 0 <= start < stop <= 1, fractions "
                     "of the steps; set guidance to 1 for none"
                 )
+
+    def _check_choice(self, name: str, known: tuple[str, ...]) -> None:
+        if (value := getattr(self, name)) not in known:
+            raise UserError(f"{name}: got {value!r}{did_you_mean(str(value), known)}")
 
     def _convert(self, name: str, kind: Callable[[Any], float], expected: str) -> None:
         """Make a field a plain number of Python, from one of NumPy or PyTorch, too."""
@@ -211,6 +217,26 @@ def sample_logits(
     return (filter_logits(logits_BK, temperature, top_k, top_p) + noise_BK).argmax(-1)
 
 
+def nearest_to_mean(logits_BK: Tensor, vectors_BKC: Tensor) -> Tensor:
+    """The choice whose vector is nearest to the mean of all, by their probabilities: int64 (B,).
+
+    Among possible choices it has the least expected squared distance to one that is sampled (the
+    minimum Bayes risk). A choice of probability zero is never taken.
+
+    Args:
+        logits_BK: After all filters, float64.
+        vectors_BKC: Code vectors; those of impossible choices do not matter.
+    """
+    vectors_BKC = vectors_BKC.to(logits_BK.dtype)
+    probabilities_BK = logits_BK.softmax(-1)
+    mean_BC = torch.einsum("bk,bkc->bc", probabilities_BK, vectors_BKC)
+    # |v - m|^2 without |m|^2, which is the same for all.
+    distances_BK = vectors_BKC.square().sum(-1) - 2 * torch.einsum(
+        "bkc,bc->bk", vectors_BKC, mean_BC
+    )
+    return distances_BK.masked_fill(probabilities_BK == 0, torch.inf).argmin(-1)
+
+
 # --- The fine stage -------------------------------------------------------------------------------
 
 
@@ -222,6 +248,7 @@ def sample_fine(
     keys_BL: Tensor,
     settings: Sampling,
     known_codes_BL: Tensor | None = None,
+    codebook_VC: Tensor | None = None,
 ) -> Tensor:
     """Sample the codes for given labels, all in one pass: int64 (B, L).
 
@@ -234,6 +261,7 @@ def sample_fine(
         keys_BL: Of the noise, row 1 of `noise_keys`.
         settings: Of the fine stage.
         known_codes_BL: int64 (B, L), codes of these labels, -1 where one is to be sampled.
+        codebook_VC: Needed for the `fine_choice` "mean".
     """
     if model is None:
         return clusters.members_KS.to(labels_BL.device)[labels_BL, 0]
@@ -244,7 +272,7 @@ def sample_fine(
     parts = zip(
         labels_BL.split(images), classes_B.split(images), keys_BL.split(images), strict=True
     )
-    choices_BL = torch.cat([_sample_choices(model, *part, settings) for part in parts])
+    choices_BL = torch.cat([_sample_choices(model, *part, settings, codebook_VC) for part in parts])
     codes_BL = model.codes(labels_BL, choices_BL)
     if known_codes_BL is None:
         return codes_BL
@@ -254,7 +282,12 @@ def sample_fine(
 
 @torch.inference_mode()
 def _sample_choices(
-    model: FineModel, labels_BL: Tensor, classes_B: Tensor, keys_BL: Tensor, settings: Sampling
+    model: FineModel,
+    labels_BL: Tensor,
+    classes_B: Tensor,
+    keys_BL: Tensor,
+    settings: Sampling,
+    codebook_VC: Tensor | None,
 ) -> Tensor:
     if settings.fine_guidance == 1:
         logits_BLK = model(labels_BL, classes_B)
@@ -263,13 +296,17 @@ def _sample_choices(
         cond, uncond = both.chunk(2)
         logits_BLK = apply_guidance(cond, uncond, settings.fine_guidance)
     limits = settings.fine_temperature, settings.fine_top_k, settings.fine_top_p
+
+    def choose(logits_LK: Tensor, labels_L: Tensor, keys_L: Tensor) -> Tensor:
+        if settings.fine_choice == "sample":
+            return sample_logits(logits_LK, gumbel_noise(keys_L, logits_LK.shape[-1]), *limits)
+        assert codebook_VC is not None, 'the choice "mean" needs the codebook'
+        vectors_LKC = codebook_VC[model.candidates(labels_L)]
+        return nearest_to_mean(filter_logits(logits_LK, *limits), vectors_LKC)
+
     # Image by image: in float64, the logits of a whole batch may be large.
-    return torch.stack(
-        [
-            sample_logits(logits_LK, gumbel_noise(keys_L, logits_LK.shape[-1]), *limits)
-            for logits_LK, keys_L in zip(logits_BLK, keys_BL, strict=True)
-        ]
-    )
+    images = zip(logits_BLK, labels_BL, keys_BL, strict=True)
+    return torch.stack([choose(*image) for image in images])
 
 
 def with_no_class(classes_B: Tensor, no_class: int) -> Tensor:

@@ -132,6 +132,7 @@ def finish(pipe: Pipeline, request: Request, batch: Batch, sampler: CoarseSample
         batch.keys_B2L[:, 1],
         request.sampling,
         batch.known_codes_BL,
+        pipe.tokenizer.codebook(),
     )
     parts = torch.split(codes_BL, 1 if request.decode_separately else len(codes_BL))
     images = [image for part in parts for image in as_pil(pipe.decode(part, request.resize))]

@@ -56,6 +56,15 @@ FINE_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "temperature 0.5": ("t0.5", {"fine_temperature": 0.5}),
     "temperature 0.3": ("t0.3", {"fine_temperature": 0.3}),
     "most likely": ("top1", {"fine_top_k": 1}),
+    "nearest to the mean": ("mean", {"fine_choice": "mean"}),
+    "nearest to the mean, temperature 0.5": (
+        "mean-t0.5",
+        {"fine_choice": "mean", "fine_temperature": 0.5},
+    ),
+    "nearest to the mean, temperature 0.25": (
+        "mean-t0.25",
+        {"fine_choice": "mean", "fine_temperature": 0.25},
+    ),
     "guidance 1.5": ("g1.5", {"fine_guidance": 1.5}),
     "guidance 2.5": ("g2.5", {"fine_guidance": 2.5}),
     "guidance 2.5, most likely": ("g2.5-top1", {"fine_guidance": 2.5, "fine_top_k": 1}),

@@ -84,13 +84,16 @@ class FineStageCell(Cell):
         val = Tokens(stages.tokens_folder(run), "val", stages.tokenizer_hash(run))
         count = min(self.images, len(val))
         rows_N = np.arange(count) * len(val) // count
-        central_K = central_members(tokenizer.codebook().cpu(), clusters)
+        codebook_VC = tokenizer.codebook()
+        central_K = central_members(codebook_VC.cpu(), clusters)
         batches, psnr, uniform = [], [], []
         with space.open_progress(f"{self.codes} codes") as progress:
             for start in range(0, count, EVALUATION_BATCH):
                 rows_B = rows_N[start : start + EVALUATION_BATCH]
                 true_BL, classes_B = val.codes(rows_B), torch.from_numpy(val.classes_N[rows_B])
-                codes_BL = self._choose(fine, clusters, central_K, true_BL, classes_B, rows_B)
+                codes_BL = self._choose(
+                    fine, clusters, codebook_VC, central_K, true_BL, classes_B, rows_B
+                )
                 decoded_BCHW = tokenizer.decode(codes_BL.to(space.device))
                 images_BCHW = as_tensor(space.images.val.read(rows_B), space.device)
                 psnr.append(metrics.psnr(decoded_BCHW, images_BCHW).cpu())
@@ -117,6 +120,7 @@ class FineStageCell(Cell):
         self,
         fine: FineModel | None,
         clusters: Clusters,
+        codebook_VC: Tensor,
         central_K: Tensor,
         codes_BL: Tensor,
         classes_B: Tensor,
@@ -144,6 +148,7 @@ class FineStageCell(Cell):
                     classes_B.to(device),
                     keys_BL,
                     Sampling(**self.settings),
+                    codebook_VC=codebook_VC,
                 )
 
 

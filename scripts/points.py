@@ -1,0 +1,123 @@
+"""Curves of held-out loss for ways of letting a transformer know the codebook (models/points.py).
+
+    python scripts/points.py RUN coarse --way free --way linear --steps 300
+    python scripts/points.py RUN fine --way free --way both-64
+
+RUN is a run with tokens and clusters, which is not changed. Each way trains one model with the
+recipe of a preset, stopped after `--steps`, and prints a line of Markdown: the held-out loss of the
+averaged weights in nats a token every `--every` steps, and the median of the seconds of a step.
+"full" is the full-vocabulary model: identity clusters.
+
+The ways, for coarse and full-vocabulary models, whose points are the centres or codes:
+
+    free            plain rows
+    linear          both layers know the points, by linear maps
+    input, output   one of them does
+    network-N       both, by networks with N hidden units
+    tied            one linear map for both
+    square          linear, with the squared length of the point as one feature more
+
+and for the fine model, whose embedding knows the centres (but with "free"), its output layer
+
+    residual-N      the difference from the centre, by a network with N units; 0 for linear
+    both-N          the difference and the vector; both-64 is what `geometry` uses
+    square-N        the difference, the vector and their squared lengths
+    output-64       both-64, with a free embedding
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from ctf.models import clusters as clustering
+from ctf.models import points
+from ctf.models.clusters import Clusters
+from ctf.models.fine import FineModel
+from ctf.models.points import PointRows, standardize
+from ctf.models.transformer import INITIAL_STD
+from ctf.pipelines.folder import CLUSTERS, load_clusters
+from ctf.training import recipes
+from ctf.training.recipes import Kind
+from ctf.training.stages import ModelStage
+from ctf.training.transformers import Model
+
+
+def use(way: str, model: Model, codebook_VC: Tensor, clusters: Clusters, *, warm: bool) -> None:
+    """Let a model know the codebook in one of the ways; stands in for `points.use_points`."""
+    codebook_VC = codebook_VC.detach().float()
+    centers_KC = clustering.centers(codebook_VC, clusters)
+    kind, _, hidden = way.partition("-")
+    units = int(hidden or 0)
+    inputs, outputs = kind not in ("free", "output"), kind not in ("free", "input")
+    points_KF = standardize(centers_KC)
+    if isinstance(model, FineModel):
+        residuals_VC = codebook_VC - centers_KC[clusters.labels_V]
+        features = [residuals_VC] if kind == "residual" else [residuals_VC, codebook_VC]
+        if kind == "square":
+            features += [x.square().sum(1, keepdim=True) for x in features]
+        ordered_VF = torch.cat([standardize(x) for x in features], 1)
+        head_RF = torch.empty_like(ordered_VF)
+        head_RF[model.rows_V] = ordered_VF
+    else:
+        head_RF = points_KF
+        if kind == "square":
+            head_RF = torch.cat(
+                [head_RF, standardize(centers_KC.square().sum(1, keepdim=True))], dim=1
+            )
+    width = model.config.width
+    embedding: PointRows | None = None
+    if inputs:
+        inner = 0 if isinstance(model, FineModel) else units
+        embedding = PointRows(points_KF, width, hidden=inner, std=INITIAL_STD)
+        layer = model.backbone.label_embedding
+        parametrize.register_parametrization(layer, "weight", embedding)
+    if outputs:
+        head = PointRows(head_RF, width, hidden=units, std=0.0)
+        if kind == "tied" and embedding is not None:
+            head.outer = embedding.outer  # one module with two names
+        parametrize.register_parametrization(model.head, "weight", head)
+
+
+def main() -> None:
+    """Train one model for each way."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("kind", choices=("coarse", "fine", "full"))
+    parser.add_argument("--way", action="append", required=True)
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--every", type=int, default=100)
+    parser.add_argument("--schedule", type=int, default=2000, help="steps of the schedule")
+    args = parser.parse_args()
+    clusters = load_clusters(args.run / "clusters" / CLUSTERS)
+    if args.kind == "full":
+        clusters = clustering.identity(clusters.codebook_size)
+    recipe = dataclasses.replace(recipes.preset(args.preset), geometry=True)
+    recipe = recipe.with_steps(args.schedule)
+    kind: Kind = "fine" if args.kind == "fine" else "coarse"
+    stage = ModelStage(args.run, kind, recipe, clusters)
+    for way in args.way:
+        points.use_points = functools.partial(use, way)
+        trainer = stage.make_trainer()
+        losses, seconds = [], []
+        for step in range(args.steps):
+            start = time.process_time()
+            trainer.step(step)
+            seconds.append(time.process_time() - start)
+            if (step + 1) % args.every == 0:
+                losses.append(f"{trainer.evaluate()['loss']:.3f}")
+        row = [args.run.name, args.kind, way, *losses, f"{statistics.median(seconds):.3f}"]
+        print("|", " | ".join(row), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -156,6 +156,16 @@ def test_a_training_from_tokens_comes_back_in_parts(
     assert (tmp_path / "gpu-fit.png").is_file() and (tmp_path / "gpu-fit-curves.png").is_file()
 
 
+def test_of_a_training_that_was_cut_off_the_newest_state_comes_back(tmp_path: Path) -> None:
+    for step in (20, 40):
+        tensors = {"x": torch.full((3,), float(step))}
+        storage.save_tensors(tmp_path / f"run/coarse/state/step-{step:08d}.safetensors", tensors)
+    (row,) = gpu.packed(tmp_path / "run", tmp_path / "out")
+    (part,) = (tmp_path / "out").glob(row["parts"])
+    assert part.name == "coarse.step-00000040.safetensors.000"
+    assert part.read_bytes() == (tmp_path / "run" / row["file"]).read_bytes()
+
+
 @pytest.fixture
 def fitted(run: Path) -> Path:
     """The run of the other tests, by another name than the helper here."""

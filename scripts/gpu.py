@@ -675,6 +675,7 @@ def graphed_sampler(pipe: Pipeline, device: torch.device, bf16: bool) -> Callabl
     def sample(count: int) -> None:
         if count not in samplers:
             samplers.clear()
+            torch._dynamo.reset()  # it gives up after some shapes of the same function
             samplers[count] = GraphedSampler(coarse, count, settings, compile=can_compile(device))
         keys_B2L = noise_keys(range(count), coarse.config.length).to(device)
         classes_B = torch.arange(count, device=device) % len(pipe.class_names)

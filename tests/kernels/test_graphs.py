@@ -50,7 +50,6 @@ def test_nothing_waits_for_the_gpu() -> None:
 @pytest.mark.skipif(not compiled.compiles("cpu"), reason="there is no compiler here")
 def test_compiled_labels_are_the_same() -> None:
     model = make_coarse()
-    del model.backbone.layers[1:]  # compiling is slow
     sampler = GraphedSampler(model, 2, SETTINGS[0], compile=True)
     classes_B, keys_BL = torch.arange(2), noise_keys(range(2), CONFIG.length)[:, 0]
     expected_BL = sample_coarse(model, classes_B, keys_BL, SETTINGS[0])

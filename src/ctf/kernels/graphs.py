@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctf.kernels import compiled
 from ctf.kernels.replace import replace
@@ -67,12 +67,12 @@ class GraphedSampler:
         self._cache = model.backbone.cache(len(self._classes_R))
         if self._cache.k[0].shape[2] != self.length:
             raise ValueError("expected a model whose cache has its full length from the start")
-        self._hidden: Callable[[Tensor, Tensor, int], Tensor] = self._layers
+        self._layer: Callable[..., Tensor] = stored_layer
         if compile:
-            replace(model.backbone, {Attention: compiled.Attention})
             # Not the noise: what the compiler of PyTorch 2.13 makes of it for a processor writes
-            # beyond its memory.
-            self._hidden = torch.compile(self._layers, fullgraph=True, dynamic=False)
+            # beyond its memory. And not all layers in one: equal ones are compiled once.
+            replace(model.backbone, {Attention: compiled.Attention})
+            self._layer = torch.compile(stored_layer, fullgraph=True)
         each = -(-self.length // GRAPHS)
         ends = [min(start + each, self.length) for start in range(0, self.length, each)]
         self._steps = [(end, self._recorded(end)) for end in ends]
@@ -124,7 +124,11 @@ class GraphedSampler:
             backbone.class_embedding(self._classes_R),
             backbone.label_embedding(before_B.repeat(self.halves)),
         )
-        logits_RK = self.model.head(self._hidden(x_RD[:, None], position, end))[:, -1]
+        x_R1D, rotation_1P2 = x_RD[:, None], self._rotations[position]
+        stored = zip(backbone.layers, self._cache.k, self._cache.v, strict=True)
+        for layer, keys, values in stored:
+            x_R1D = self._layer(layer, x_R1D, rotation_1P2, keys, values, position, end)
+        logits_RK = self.model.head(backbone.norm(x_R1D))[:, -1]
         if self.halves == 2:
             cond_BK, uncond_BK = logits_RK.chunk(2)
             logits_RK = apply_guidance(cond_BK, uncond_BK, self._scales_L[position])
@@ -134,19 +138,24 @@ class GraphedSampler:
         self._labels_BL.index_copy_(1, position, labels_B[:, None])
         position += 1
 
-    def _layers(self, x_R1D: Tensor, position: Tensor, end: int) -> Tensor:
-        """Hidden vectors at the position, whose keys and values are stored."""
-        mask_1T = torch.arange(end, device=position.device)[None] <= position
-        rotation_1P2 = self._rotations[position]
 
-        def attend(layer: int, q_RN1E: Tensor, k_RN1E: Tensor, v_RN1E: Tensor) -> Tensor:
-            keys, values = self._cache.k[layer], self._cache.v[layer]
-            keys.index_copy_(2, position, k_RN1E)
-            values.index_copy_(2, position, v_RN1E)
-            return F.scaled_dot_product_attention(
-                q_RN1E, keys[:, :, :end], values[:, :, :end], attn_mask=mask_1T
-            )
+def stored_layer(
+    layer: nn.Module,
+    x_R1D: Tensor,
+    rotation_1P2: Tensor,
+    keys_RNLE: Tensor,
+    values_RNLE: Tensor,
+    position: Tensor,
+    end: int,
+) -> Tensor:
+    """A block at one position, (1,), whose keys and values it stores, and of which it reads T."""
+    mask_1T = torch.arange(end, device=position.device)[None] <= position
 
-        for i, layer in enumerate(self.model.backbone.layers):
-            x_R1D = layer(x_R1D, rotation_1P2, functools.partial(attend, i))
-        return self.model.backbone.norm(x_R1D)
+    def attend(q_RN1E: Tensor, k_RN1E: Tensor, v_RN1E: Tensor) -> Tensor:
+        keys_RNLE.index_copy_(2, position, k_RN1E)
+        values_RNLE.index_copy_(2, position, v_RN1E)
+        return F.scaled_dot_product_attention(
+            q_RN1E, keys_RNLE[:, :, :end], values_RNLE[:, :, :end], attn_mask=mask_1T
+        )
+
+    return layer(x_R1D, rotation_1P2, attend)

@@ -118,12 +118,14 @@ def test_sampling(tmp_path: Path) -> None:
     results = run("sampling", tmp_path)
     rows = [row for entry in results.values() for row in entry.get("rows", ()) if "images/s" in row]
     assert {row["way"] for row in rows} == {
-        "LlamaGen, plain", "baseline", "CTF, fine S", "CTF, fine L",
+        "LlamaGen, plain", "baseline", "CTF, fine S", "CTF, fine L", "CTF",
     }  # fmt: skip
     assert all(row["images/s"] == row["images"] / row["seconds"] for row in rows)
     for row in results["goals"]["rows"]:
         if row["way"] == "baseline":
             assert row["baseline = 1"] == 1.0 and row["LlamaGen = 1"] > 0
+        if row["mode"] == "one by one":
+            assert row["one by one = 1"] == 1.0
     assert (tmp_path / "gpu-sampling.png").is_file()
 
 

@@ -311,6 +311,7 @@ def right_models(device: torch.device, shapes: Shapes) -> Iterator[Difference]:
         expected = computed(model, objective, labels_BL, codes_BL, classes_B, bf16=False)
         for way in ways(device):
             own = copy.deepcopy(model).to(device)
+            torch._dynamo.reset()
             kernels.for_training(own, compile="compiled" in way)
             batch = labels_BL.to(device), codes_BL.to(device), classes_B.to(device)
             found = computed(own, objective, *batch, bf16="bf16" in way)
@@ -613,6 +614,7 @@ def right(report: Report, args: argparse.Namespace) -> None:
 
 
 def check_rows(check: Check, device: torch.device, images: Splits) -> Rows:
+    torch._dynamo.reset()  # it gives up after some shapes of the same function
     return [difference.row() for difference in check(device, images)]
 
 

@@ -40,6 +40,8 @@ def test_compiled_steps_sample_the_same() -> None:
     ):
         one, other = (sample_coarse(m, torch.arange(5), keys_BL, settings) for m in (model, fast))
         assert torch.equal(one, other)
+        windows = sample_coarse(fast, torch.arange(5), keys_BL, settings, window=4)
+        assert torch.equal(one, windows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

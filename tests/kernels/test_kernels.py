@@ -110,6 +110,26 @@ def test_exact_engines_sample_the_same(engine: kernels.Engine) -> None:
     assert torch.equal(sampled(model), sampled(make_coarse()))
 
 
+@pytest.mark.parametrize("engine", ["eager", "auto", pytest.param("int8", marks=needs_int8)])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_engines_sample_windows_as_one_by_one(engine: kernels.Engine, guidance: float) -> None:
+    """Images of a batch in different places, too. Int8 makes more of the rounding of attention."""
+    model = make_coarse()
+    kernels.for_sampling(model, None, None, engine)
+    keys_BL, classes_B = noise_keys(range(5), 16)[:, 0], torch.arange(5)
+    settings = Sampling(guidance=guidance)
+    expected = sample_coarse(model, classes_B, keys_BL, settings)
+    for window in (2, 5, 16):
+        for rows in (slice(0, 1), slice(None)):
+            got = sample_coarse(
+                model, classes_B[rows], keys_BL[rows], settings, None, window=window
+            )
+            if engine == "int8":
+                assert float((got == expected[rows]).double().mean()) > 0.8
+            else:
+                assert torch.equal(got, expected[rows])
+
+
 def test_a_cache_in_bfloat16_is_near_and_half_as_large() -> None:
     labels_BL = torch.randint(40, (6, 16), generator=torch.Generator().manual_seed(1))
     for cache_class in (KVCache, sampling_cpu.GrowingCache):

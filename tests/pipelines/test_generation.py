@@ -22,7 +22,9 @@ from tests.pipelines.helpers import (
     ALL_L,
     CLASSES,
     CODES_BL,
+    GRID,
     LENGTH,
+    MASK_BL,
     SEED,
     UPPER_L,
     as_mask,
@@ -79,6 +81,7 @@ def test_decoded_separately_pixels_depend_on_the_codes_alone(
 
 def test_batches_fit_into_memory(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = Pipeline.from_pretrained(run)
+    pipe.window = 1
     classes = [0, 1, 2, 0, 1, 2, 0]
     expected = pipe.sample(classes, seed=3)
     rows: list[int] = []
@@ -99,6 +102,33 @@ def test_batches_fit_into_memory(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # --- Known codes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"guidance": 3.0, "guidance_window": (0.3, 0.8)}, {"codes": CODES_BL, "known": MASK_BL}],
+)
+def test_the_window_changes_how_many_passes_it_takes_and_nothing_else(
+    sharp: Pipeline, options: dict[str, Any]
+) -> None:
+    expected = sharp.sample(CLASSES, SEED, window=1, **options)
+    assert expected.passes is not None
+    for window in (2, 5, LENGTH, "auto"):
+        out = sharp.sample(CLASSES, SEED, window=window, **options)
+        assert same(out, expected) and out.passes is not None
+        assert out.passes.shape == (len(CLASSES),)
+        assert bool((out.passes <= expected.passes).all())
+        events = list(sharp.stream(CLASSES, SEED, window=window, preview=False, **options))
+        assert [event.rows for event in events] == [*range(1, GRID + 1), GRID]
+        assert events[-1].samples is not None and same(events[-1].samples, expected)
+    if not options:
+        assert expected.passes.tolist() == [LENGTH] * len(CLASSES)
+
+
+@pytest.mark.parametrize("window", [0, -1, "fast", 1.5, True, "0", ""])
+def test_windows_that_are_none_are_refused(sharp: Pipeline, window: Any) -> None:
+    with pytest.raises(UserError, match=r"window: got .*, expected auto, or 1 or more labels"):
+        sharp.sample(CLASSES, window=window)
 
 
 @given(masks)

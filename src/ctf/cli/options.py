@@ -112,6 +112,14 @@ Views = Annotated[
 Device = Annotated[
     DeviceName, arg(help="where to compute; auto is a GPU if there is one, else the CPU")
 ]
+Window = Annotated[
+    str,
+    arg(
+        metavar="auto|INT",
+        help="coarse labels of an image in a pass of the coarse model; the images are the same, up "
+        "to rounding. auto is what is fastest here, by measured times",
+    ),
+]
 DryRun = Annotated[
     bool, arg(help="check the arguments and print what would be done, but write nothing")
 ]

@@ -178,6 +178,7 @@ def sample(
     resize: options.Maybe[int] = None,
     settings: options.Maybe[Path] = None,
     engine: options.Engine = "auto",
+    window: options.Window = "auto",
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
     sampling: options.SamplingGroup,
@@ -203,6 +204,7 @@ def sample(
             compile uses torch.compile; eager uses plain PyTorch operators
     """
     from ctf.pipelines import export
+    from ctf.pipelines.arguments import check_window
     from ctf.pipelines.folder import find_pipeline, hash_pipeline, lasting_name
     from ctf.pipelines.pipeline import Pipeline
 
@@ -223,6 +225,7 @@ def sample(
             tuple(numbers), count, seed, used, resize,
             model=lasting_name(model), weights=hash_pipeline(folder),
         )  # fmt: skip
+    pipe.window = check_window(window)
     export.check(out, request)
     if dry_run:
         number = f"{request.count} images of each of {len(request.classes)} classes"
@@ -354,6 +357,7 @@ def studio(
     root_path: str = "",
     embed_in: Annotated[tuple[str, ...], arg(metavar="ORIGIN ...", help_behavior_hint="")] = (),
     engine: Literal["auto", "eager"] = "auto",
+    window: options.Window = "auto",
     device: options.Device = "auto",
 ) -> None:
     """Open a web page that shows images while they are generated, with an HTTP API.
@@ -373,6 +377,8 @@ def studio(
             https://huggingface.co
         engine: auto is the fastest, equal up to rounding; eager uses plain PyTorch operators
     """
+    from ctf.pipelines.arguments import check_window
+
     try:
         from ctf.studio import guard, server
         from ctf.studio.tasks import Limits
@@ -391,7 +397,7 @@ def studio(
     limits, is_local, torch_device = Limits(), host in guard.LOOPBACK, open_device(device)
     listening = server.listen(host, port)
     any_host = "*" in allowed or not (allowed or is_local)
-    workers = server.start_workers(models, torch_device, engine, limits)
+    workers = server.start_workers(models, torch_device, engine, limits, check_window(window))
     app = server.create_app(
         workers,
         limits,

@@ -43,6 +43,8 @@ class EvaluationOptions:
         resize: side in pixels to resize samples to before scoring, as LlamaGen does (384 to 256)
         classifier: folder of the classifier that measures the class accuracy; by default the
             included one, for the classes of Fashion-MNIST
+        window: coarse labels of an image in a pass of the coarse model, or auto; the images are the
+            same up to rounding, and large batches gain little from more than 1
     """
 
     reference: Maybe[str] = None
@@ -58,3 +60,4 @@ class EvaluationOptions:
     resize: Maybe[int] = None
     classifier: Maybe[Path] = None
     weights: Weights = None
+    window: Annotated[str, arg(metavar="auto|INT")] = "1"

@@ -28,7 +28,7 @@ from ctf.evaluation.report import Subject
 from ctf.evaluation.sample_cache import GenerationConfig
 from ctf.evaluation.scores import check_statistics
 from ctf.evaluation.search import SEED_OFFSET, searched_settings
-from ctf.pipelines.arguments import check_seed, update_sampling
+from ctf.pipelines.arguments import check_seed, check_window, update_sampling
 from ctf.pipelines.folder import PIPELINE_FILES, find_pipeline, hash_pipeline
 from ctf.pipelines.pipeline import Pipeline
 
@@ -71,6 +71,7 @@ def prepare(
     else:
         folder = find_pipeline(model)
         pipe = Pipeline.from_pretrained(folder, device)
+        pipe.window = check_window(options.window)
         generation = _generation_config(pipe, options, settings or {})
         if options.search:
             if searched := {*searched_settings(pipe)} & {*(settings or {})}:

@@ -276,6 +276,7 @@ class Backbone(nn.Module):
 
     cache_class: type[KVCache] = KVCache
     cache_dtype: torch.dtype | None = None  # of keys and values; None: that of the weights
+    windows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)  # positions of steps that are worth trying
 
     def __init__(self, config: TransformerConfig, vocab_size: int) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ import dataclasses
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from ctf.pipelines.pipeline import Pipeline
 
 
+Window = int | Literal["auto"]  # labels of an image in a pass of the coarse model
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """N images to sample; known codes and labels are int64, and -1 where one is to be sampled."""
@@ -35,7 +38,7 @@ class Request:
     known_labels_NL: Tensor
     resize: int | None
     decode_separately: bool
-    window: int = 1
+    window: Window
 
 
 def check_request(
@@ -49,6 +52,7 @@ def check_request(
     coarse: Tensor | None = None,
     resize: int | None = None,
     decode_separately: bool = False,
+    window: Window | None = None,
 ) -> Request:
     """Check the arguments of `Pipeline.sample` and `refine`, which document them."""
     sampling = update_sampling(pipe.sampling, settings)
@@ -65,7 +69,26 @@ def check_request(
         labels_NL = coarse_labels(pipe, coarse, len(numbers))
     else:
         labels_NL = torch.where(codes_NL < 0, -1, pipe.clusters.labels_V[codes_NL])
-    return Request(numbers, seeds, sampling, codes_NL, labels_NL, resize, decode_separately)
+    window = check_window(pipe.window if window is None else window)
+    return Request(numbers, seeds, sampling, codes_NL, labels_NL, resize, decode_separately, window)
+
+
+def check_window(window: Window | str) -> Window:
+    """Return "auto", or a number of labels, which may be text.
+
+    Raises:
+        UserError: It is neither.
+    """
+    if isinstance(window, str) and window == "auto":
+        return "auto"
+    try:
+        if not isinstance(window, (bool, np.bool_)):
+            number = int(window) if isinstance(window, str) else operator.index(window)
+            if number >= 1:
+                return number
+    except (TypeError, ValueError):
+        pass
+    raise UserError(f"window: got {window!r}, expected auto, or 1 or more labels in a pass")
 
 
 def update_sampling(default: Sampling, settings: Mapping[str, Any]) -> Sampling:

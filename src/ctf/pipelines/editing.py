@@ -24,7 +24,7 @@ from ctf.data.decode import ImageLike, UnreadableImageError, parse_colour, read_
 from ctf.data.transforms import as_pil, as_tensor, crop
 from ctf.models import sampling
 from ctf.pipelines import arguments, generation
-from ctf.pipelines.arguments import Request
+from ctf.pipelines.arguments import Request, Window
 from ctf.pipelines.generation import Batch, Samples
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ def stream(
     preview: bool = True,
     transparent: bool = False,
     active: Callable[[], Collection[int]] | None = None,
+    window: Window | None = None,
     **settings: Any,
 ) -> Generator[Event, None, None]:
     """Sample as `Pipeline.sample` does, and yield an `Event` after each row of coarse labels.
@@ -120,7 +121,7 @@ def stream(
 
     A preview (see `Pipeline.preview`, also for `transparent`) costs a pass of the decoder per row;
     with `preview=False`, events have the labels only. If `active` is given, it is called before
-    each step and returns the indices in `classes` of the images that are still needed: the others
+    each pass and returns the indices in `classes` of the images that are still needed: the others
     leave the batch, and if there are none, the generator ends. At most `Pipeline.largest_batch`
     images can be streamed at a time. The other arguments are those of `Pipeline.sample`.
 
@@ -131,6 +132,7 @@ def stream(
     request = arguments.check_request(
         pipe, classes, seed, settings,
         codes=codes, known=known, resize=resize, decode_separately=decode_separately,
+        window=window,
     )  # fmt: skip
     if len(request.classes) > (most := generation.max_batch(pipe, request.sampling)):
         raise UserError(
@@ -162,7 +164,7 @@ def _events(
                 if len(rows) < len(batch.numbers):
                     batch = batch.select(rows)
                     sampler.select(rows)
-            sampler.advance(request.window)
+            generation.advance(pipe, request, sampler)
         labels_BT = sampler.labels_BT[:, : rows_done * grid]
         images = []
         if preview:

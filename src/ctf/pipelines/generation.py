@@ -21,7 +21,9 @@ from ctf.models.noise import noise_keys
 from ctf.models.parallel import CoarseSampler
 from ctf.models.sampling import Sampling
 from ctf.models.tokenizer import VQModel
+from ctf.pipelines import windows
 from ctf.pipelines.arguments import Request
+from ctf.pipelines.windows import AutoWindow
 
 if TYPE_CHECKING:
     from ctf.pipelines.pipeline import Pipeline
@@ -98,7 +100,7 @@ def generate(pipe: Pipeline, request: Request, progress: Progress | None = None)
     for batch in batches(pipe, request):
         sampler = coarse_sampler(pipe, request, batch)
         while not sampler.done:
-            sampler.advance(request.window)
+            advance(pipe, request, sampler)
         done.append(finish(pipe, request, batch, sampler))
         if progress is not None:
             progress(batch.numbers[-1] + 1, len(request.classes))
@@ -119,6 +121,18 @@ def coarse_sampler(pipe: Pipeline, request: Request, batch: Batch) -> CoarseSamp
         request.sampling,
         batch.known_labels_BL,
     )
+
+
+def advance(pipe: Pipeline, request: Request, sampler: CoarseSampler) -> None:
+    """Take a pass of the coarse model over the requested window."""
+    if request.window != "auto":
+        sampler.advance(request.window)
+        return
+    key = len(sampler.certain), request.sampling.guidance == 1
+    auto = pipe.auto_windows.get(key)
+    if auto is None:
+        auto = pipe.auto_windows[key] = AutoWindow(pipe.coarse.backbone.windows)
+    windows.advance(sampler, auto)
 
 
 def finish(pipe: Pipeline, request: Request, batch: Batch, sampler: CoarseSampler) -> Samples:

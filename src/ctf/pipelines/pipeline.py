@@ -26,8 +26,10 @@ from ctf.models.fine import FineModel
 from ctf.models.sampling import Sampling
 from ctf.models.tokenizer import Tokenizer
 from ctf.pipelines import arguments, editing, generation
+from ctf.pipelines.arguments import Window
 from ctf.pipelines.folder import PIPELINE_FILES, find_pipeline, load_parts, save
 from ctf.pipelines.generation import Samples
+from ctf.pipelines.windows import AutoWindow
 
 LICENSE = "license"  # the key of `origin` for the licence of the weights
 
@@ -45,6 +47,9 @@ class Pipeline:
         class_names: One per class.
         sampling: The default settings of `sample`.
         origin: What the pipeline was made from, as JSON values.
+        window: How many labels of an image a pass of the coarse model computes, unless `sample` is
+            told; not stored with the pipeline. See `sample`.
+        auto_windows: What `window="auto"` has measured, by batch size and guidance or none.
     """
 
     tokenizer: Tokenizer
@@ -54,6 +59,10 @@ class Pipeline:
     class_names: tuple[str, ...]
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+    window: Window = "auto"
+    auto_windows: dict[tuple[int, bool], AutoWindow] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     @with_torch_defaults
@@ -219,6 +228,7 @@ class Pipeline:
         resize: int | None = None,
         decode_separately: bool = False,
         progress: Progress | None = None,
+        window: Window | None = None,
         **settings: Any,
     ) -> Samples:
         """Sample an image for each class.
@@ -242,6 +252,10 @@ class Pipeline:
             decode_separately: Decode image by image, which is slower: pixels then depend on the
                 image's codes alone, to the last bit.
             progress: Called with the numbers of images sampled and to sample.
+            window: How many coarse labels of an image a pass of the coarse model computes. The next
+                labels are guessed, and those that were guessed right need no pass of their own: the
+                image is the same whatever the window, up to rounding. "auto" chooses what is
+                fastest, from measured times of passes. By default `self.window`.
             settings: Fields of `Sampling`; by default those of `self.sampling`.
 
         Raises:
@@ -252,6 +266,7 @@ class Pipeline:
         request = arguments.check_request(
             self, classes, seed, settings,
             codes=codes, known=known, resize=resize, decode_separately=decode_separately,
+            window=window,
         )  # fmt: skip
         return generation.generate(self, request, progress)
 

@@ -25,6 +25,7 @@ from starlette.responses import Response
 from ctf import Pipeline
 from ctf.common.errors import UserError
 from ctf.common.version import __version__
+from ctf.pipelines.arguments import Window
 from ctf.pipelines.folder import find_pipeline, hash_pipeline
 from ctf.studio import api, schema, tasks
 from ctf.studio.guard import LOOPBACK, Guard, error_response
@@ -132,7 +133,11 @@ def _static(path: Path) -> Callable[[Request], Awaitable[Response]]:
 
 
 def start_workers(
-    names: Sequence[str], device: torch.device, engine: Literal["auto", "eager"], limits: Limits
+    names: Sequence[str],
+    device: torch.device,
+    engine: Literal["auto", "eager"],
+    limits: Limits,
+    window: Window = "auto",
 ) -> list[Worker]:
     """Load pipelines, by names as in `Pipeline.from_pretrained`, and start a worker for each.
 
@@ -151,6 +156,7 @@ def start_workers(
         if served_as in workers:
             raise UserError(f"got two models named {served_as}, expected different names")
         pipe = Pipeline.from_pretrained(folder, device, engine=engine)
+        pipe.window = window
         max_images = min(limits.images, pipe.largest_batch(guidance=2.0))
         model = ServedModel(served_as, pipe, hash_pipeline(folder), max_images)
         workers[served_as] = Worker(model, limits)

@@ -81,3 +81,21 @@ def test_help_shows_present_names_before_former_ones(
 ) -> None:
     shown = ctf(*command, "--help").out
     assert 0 < shown.index(present) < shown.index(former)
+
+
+@pytest.mark.parametrize("window", ["0", "fast"])
+def test_windows_that_are_none_are_refused(ctf: Command, tmp_path: Path, window: str) -> None:
+    result = ctf("sample", "fashion-mnist", "--window", window, "--out", tmp_path / "out")
+    assert result.code == 2 and f"window: got '{window}', expected auto, or 1 or more" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_any_window_samples_the_same_files(ctf: Command, tmp_path: Path) -> None:
+    command = ("sample", "fashion-mnist", "--classes", "bag", "--count", 1, "--window")
+    for window in (1, 16, "auto"):
+        assert ctf(*command, window, "--out", tmp_path / str(window)).code == 0
+    first, *others = (
+        {path.name: path.read_bytes() for path in sorted((tmp_path / str(w)).iterdir())}
+        for w in (1, 16, "auto")
+    )
+    assert all(other == first for other in others)

@@ -52,6 +52,7 @@ def test_images_are_those_of_the_pipeline(client: httpx2.Client, pipe: Pipeline)
     assert [image["class_name"] for image in images] == ["red", "red", "blue", "blue"]
     assert [image["codes"] for image in images] == expected.codes.tolist()
     assert [image["coarse"] for image in images] == expected.coarse.tolist()
+    assert all(1 <= image["passes"] <= len(image["coarse"]) for image in images)
     for image in images:
         sampling = dict(image["settings"]["sampling"])
         sampling["guidance_window"] = tuple(sampling["guidance_window"])

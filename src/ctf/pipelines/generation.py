@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ctf import kernels
 from ctf.common import memory
 from ctf.common.progress import Progress
 from ctf.data.transforms import as_pil
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ctf.pipelines.pipeline import Pipeline
 
 BATCH_SIZE = 64  # images per batch at most
+INT8_ROWS = 16  # of a pass in int8
 DECODER_ELEMENTS = 2**23  # at most, in the largest layer of the decoder
 
 
@@ -124,11 +126,19 @@ def coarse_sampler(pipe: Pipeline, request: Request, batch: Batch) -> CoarseSamp
 
 
 def advance(pipe: Pipeline, request: Request, sampler: CoarseSampler) -> None:
-    """Take a pass of the coarse model over the requested window."""
+    """Take a pass of the coarse model over the requested window.
+
+    In int8 a label may depend on the window, so "auto" must not depend on measured times there: it
+    is as many labels as make a pass of 16 rows, which takes hardly longer than one of 2.
+    """
+    batch, halves = len(sampler.certain), 1 if request.sampling.guidance == 1 else 2
     if request.window != "auto":
         sampler.advance(request.window)
         return
-    key = len(sampler.certain), request.sampling.guidance == 1
+    if not kernels.is_exact(pipe.coarse):
+        sampler.advance(max(1, INT8_ROWS // (batch * halves)))
+        return
+    key = batch, halves == 1
     auto = pipe.auto_windows.get(key)
     if auto is None:
         auto = pipe.auto_windows[key] = AutoWindow(pipe.coarse.backbone.windows)

@@ -165,6 +165,7 @@ def _image_json(
         "image": export.png(samples.images[row]),
         "codes": samples.codes[row].tolist(),
         "coarse": samples.coarse[row].tolist(),
+        "passes": None if samples.passes is None else int(samples.passes[row]),
         "settings": settings.to_json(),
     }
 

@@ -104,6 +104,9 @@ class Picture(BaseModel):
     image: Png
     codes: list[int]
     coarse: list[int]
+    passes: int | None = Field(
+        None, description="of the coarse model; as many as labels, or fewer where it guessed right"
+    )
     settings: dict[str, Any] = Field(
         description="as a file, `ctf sample --settings FILE --out a.png` writes the same bytes"
     )

@@ -49,8 +49,8 @@ export function showStep(element, { image, mask = null }) {
   element.style.maskImage = mask ?? "";
 }
 
-export function complete(version, { image, codes, coarse, settings, seed }, text = "Final image") {
-  Object.assign(version, { base64: image, codes, coarse, settings, seed, rows: version.total });
+export function complete(version, { image, codes, coarse, settings, seed, passes = null }, text = "Final image") {
+  Object.assign(version, { base64: image, codes, coarse, settings, seed, passes, rows: version.total });
   version.steps.push({ text, image: pngUrl(image) });
 }
 

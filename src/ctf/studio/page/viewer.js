@@ -42,6 +42,7 @@ export function update() {
   if (followsLast || step > last) step = Math.max(last, 0);
   $("title").textContent = version.className;
   const facts = [version.note, `seed ${version.seed}`];
+  if (version.passes) facts.push(`${version.passes} passes for ${version.coarse.length} labels`);
   if (item.counterpart) facts.unshift(version.model.name);
   $("subtitle").textContent = facts.join(" · ");
   const figures = [createFigure(version, true)];

@@ -4,11 +4,12 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+from ctf.common import storage
 from ctf.data.image_set import ImageSet
 from ctf.data.images import open_images
 from ctf.reproduce import experiments, report, runner, systems
 from ctf.reproduce.cells import Workspace
-from tests.conftest import CLASSES
+from tests.conftest import CLASSES, SIDE
 from tests.reproduce.conftest import CODES
 
 
@@ -55,3 +56,29 @@ def test_details_do_not_depend_on_the_networks_that_score_them(
     assert again is not None
     assert again["FID-fashion"] == outcomes["random members"]["FID-fashion"]  # type: ignore[index]
     assert again["FID-Lite0"]["value"] > 0
+
+
+def test_both_samplers_are_timed_with_and_without_parallel_sampling(copied: Workspace) -> None:
+    """In few rounds; the report shows them as those of the plan."""
+    cell = experiments.table2(copied.plan, parallel=True)
+    short = dataclasses.replace(cell, name="speed", batches=(1, 2), rounds=2)
+    runner.compute(copied, [short])
+    outcome = copied.outcome(short)
+    assert outcome is not None
+    names = ["baseline", "CTF", "baseline, in parallel", "CTF, in parallel"]
+    assert [*outcome["seconds"]] == [*outcome["passes"]] == names
+    length = (SIDE // 8) ** 2
+    for name, each in outcome["seconds"].items():
+        assert {batch: len(rounds) for batch, rounds in each.items()} == {"1": 2, "2": 2}
+        for passes in outcome["passes"][name].values():
+            assert passes == length if "parallel" not in name else 1 <= passes <= length
+    storage.save_json(
+        copied.results / "cells" / f"{cell.name}.json",
+        {"asked": cell.to_json(), "found": outcome, "seconds": 1, "where": {}},
+    )
+    report.write(copied)
+    text = (copied.results / "report.md").read_text()
+    for slower, faster in (names[::2], names[1::2], names[2:]):
+        assert f"| batch | {slower} | {faster} | how many times as fast |" in text
+    one = outcome["passes"]["CTF, in parallel"]["1"]
+    assert f"CTF {one:.0f}." in text

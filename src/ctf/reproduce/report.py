@@ -11,10 +11,11 @@ from ctf.common import storage
 from ctf.common.markdown import markdown_table
 from ctf.models.sampling import format_settings
 from ctf.reproduce import additions, additions_report, experiments, systems
-from ctf.reproduce.cells import Workspace
+from ctf.reproduce.cells import Outcome, Workspace
 from ctf.reproduce.conclusions import conclusions
 from ctf.reproduce.findings import PAPER_TABLE1, findings
 from ctf.reproduce.plan import PLANS, Plan
+from ctf.reproduce.sampling_cells import IN_PARALLEL, SpeedCell
 from ctf.reproduce.scored import (
     MISSING,
     Scored,
@@ -199,23 +200,58 @@ def _image(space: Workspace, figure: Figure, name: str, text: str) -> str:
 
 def _table2(space: Workspace) -> list[str]:
     title, cell = "## Table 2: the speed of sampling", experiments.table2(space.plan)
-    if (outcome := space.outcome(cell)) is None:
-        return [title, MISSING]
-    rows = []
-    for batch, ratios in speed_ups(outcome).items():
-        rates = [
-            spread([int(batch) / seconds for seconds in outcome["seconds"][name][batch]], " to ")
-            for name in ("baseline", "CTF")
-        ]
-        rows.append([batch, *rates, spread(ratios, " to ")])
     return [
         title,
         "Images a second, from classes to images, each with its tuned guidance. Medians, in "
         f"brackets the minimum and the maximum of {cell.rounds} rounds in turn; the last column is "
         "the ratio within each round.",
-        markdown_table(("batch", "baseline", "CTF", "how many times as fast"), rows),
+        *_speeds(space, cell, [("baseline", "CTF")]),
         f"The paper: {PAPER_TABLE2}.",
+        "### With several labels in a pass",
+        "Not in the paper: exact parallel sampling gives the same images, up to rounding. All four "
+        "samplers are timed in turn, one label at a time and in parallel.",
+        *_speeds(
+            space,
+            experiments.table2(space.plan, parallel=True),
+            [
+                ("baseline", "baseline" + IN_PARALLEL),
+                ("CTF", "CTF" + IN_PARALLEL),
+                ("baseline" + IN_PARALLEL, "CTF" + IN_PARALLEL),
+            ],
+        ),
     ]
+
+
+def _speeds(space: Workspace, cell: SpeedCell, pairs: list[tuple[str, str]]) -> list[str]:
+    """A table of two samplers a row, the second of which may be faster."""
+    if (outcome := space.outcome(cell)) is None:
+        return [MISSING]
+
+    def rate(name: str, batch: str) -> str:
+        seconds = outcome["seconds"][name][batch]
+        return spread([int(batch) / each for each in seconds], " to ")
+
+    tables = []
+    for slower, faster in pairs:
+        rows = [
+            [batch, rate(slower, batch), rate(faster, batch), spread(ratios, " to ")]
+            for batch, ratios in speed_ups(outcome, faster, slower).items()
+        ]
+        tables.append(markdown_table(("batch", slower, faster, "how many times as fast"), rows))
+    return [*tables, *_passes(outcome)]
+
+
+def _passes(outcome: Outcome) -> list[str]:
+    """A line with the passes that an image takes, where they are recorded."""
+    passes = {
+        name: next(iter(each.values()))
+        for name, each in outcome.get("passes", {}).items()
+        if name.endswith(IN_PARALLEL)
+    }
+    if not passes:
+        return []
+    listed = ", ".join(f"{name.removesuffix(IN_PARALLEL)} {n:.0f}" for name, n in passes.items())
+    return [f"Passes of the coarse model for an image, in parallel at batch 1: {listed}."]
 
 
 def _table3(space: Workspace) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,14 @@ from ctf.evaluation.options import EvaluationOptions
 from ctf.evaluation.prepare import prepare
 from ctf.evaluation.sample_cache import GenerationConfig
 from ctf.evaluation.search import search
+from ctf.pipelines.arguments import Window
 from ctf.pipelines.folder import SETTINGS
+from ctf.pipelines.generation import Samples
 from ctf.pipelines.pipeline import Pipeline
 from ctf.reproduce.cells import Cell, Outcome, Workspace, link
 from ctf.reproduce.training_cells import ClassifierCell, CoarseCell, FineCell, open_extractors
+
+IN_PARALLEL = ", in parallel"  # after the name of a sampler
 
 
 def _pipeline(
@@ -29,7 +33,9 @@ def _pipeline(
     link(folder, space.run(coarse), "tokenizer", "clusters", "coarse", SETTINGS)
     if fine is not None:
         link(folder, space.run(fine), "fine")
-    return Pipeline.from_pretrained(folder, space.device, engine="auto")
+    pipe = Pipeline.from_pretrained(folder, space.device, engine="auto")
+    pipe.window = 1  # not what is fastest: by rounding, results would depend on how fast passes are
+    return pipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +133,11 @@ class ScoreCell(Cell):
 
 @dataclasses.dataclass(frozen=True)
 class SpeedCell(Cell):
-    """Times the baseline and CTF in turn, each with the settings of its own search."""
+    """Times the baseline and CTF in turn, each with the settings of its own search.
+
+    Attributes:
+        parallel: Whether both are also timed with several labels in a pass, see models/parallel.py.
+    """
 
     baseline: CoarseCell
     coarse: CoarseCell
@@ -135,29 +145,39 @@ class SpeedCell(Cell):
     tuned: tuple[SearchCell, SearchCell]
     batches: tuple[int, ...] = (1, 64)
     rounds: int = 15
+    parallel: bool = dataclasses.field(default=False, metadata=config.OMIT_DEFAULT)
 
     def compute(self, space: Workspace) -> Outcome:
-        """Return the seconds of each round, by sampler and batch."""
+        """Return the seconds of each round, by sampler and batch, and the passes of an image."""
         run = space.run(self)
         pipes = {
             "baseline": _pipeline(run / "baseline", self.baseline, None, space),
             "CTF": _pipeline(run / "pipeline", self.coarse, self.fine, space),
         }
         settings = {name: tuned.best(space) for name, tuned in zip(pipes, self.tuned, strict=True)}
-        seconds: dict[str, dict[str, list[float]]] = {name: {} for name in pipes}
-        for batch in self.batches:
-            classes = [i % len(pipes["CTF"].class_names) for i in range(batch)]
 
-            def sample(
-                name: str, seed: int, classes: Sequence[int] = classes
-            ) -> Callable[[], object]:
-                return partial(pipes[name].sample, classes, seed=seed, **settings[name])
+        def sampler(name: str, window: Window) -> Callable[[list[int], int], Samples]:
+            return lambda classes, seed: pipes[name].sample(
+                classes, seed=seed, window=window, **settings[name]
+            )
 
+        samplers = {name: sampler(name, 1) for name in pipes}
+        if self.parallel:
+            samplers |= {f"{name}{IN_PARALLEL}": sampler(name, "auto") for name in pipes}
+        seconds: dict[str, dict[str, list[float]]] = {name: {} for name in samplers}
+        passes: dict[str, dict[str, float]] = {name: {} for name in samplers}
+        for batch in map(str, self.batches):
+            classes = [i % len(pipes["CTF"].class_names) for i in range(int(batch))]
             with space.open_progress(f"speed, batch {batch}") as progress:
-                ways = {name: partial(sample, name) for name in pipes}
+                ways = {
+                    name: partial(partial, sample, classes) for name, sample in samplers.items()
+                }
                 rounds = harness.in_turn(
                     ways, self.rounds, space.device, warm_up=1, progress=progress
                 )
             for name, each in rounds.items():
-                seconds[name][str(batch)] = list(each)
-        return {"seconds": seconds, "settings": settings}
+                seconds[name][batch] = list(each)
+                taken = samplers[name](classes, 0).passes
+                assert taken is not None
+                passes[name][batch] = float(taken.double().mean())
+        return {"seconds": seconds, "passes": passes, "settings": settings}

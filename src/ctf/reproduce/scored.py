@@ -112,10 +112,12 @@ def recovered(true: Outcome, random: Outcome, chosen: Outcome, name: str) -> Est
     return estimate(value, without_G, chosen[name]["count"])
 
 
-def speed_ups(outcome: Outcome) -> dict[str, list[float]]:
-    """Return how many times as fast as the baseline CTF was in each round, by batch."""
-    base, ctf = outcome["seconds"]["baseline"], outcome["seconds"]["CTF"]
-    return {b: [x / y for x, y in zip(base[b], ctf[b], strict=True)] for b in ctf}
+def speed_ups(
+    outcome: Outcome, faster: str = "CTF", than: str = "baseline"
+) -> dict[str, list[float]]:
+    """Return how many times as fast as another sampler one was in each round, by batch."""
+    base, other = outcome["seconds"][than], outcome["seconds"][faster]
+    return {b: [x / y for x, y in zip(base[b], other[b], strict=True)] for b in other}
 
 
 # --- Rows of the report's tables ------------------------------------------------------------------

@@ -20,14 +20,28 @@ def test_every_sampler_has_its_stages_and_adds_up(
     shapes: Shapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sample, "START_SCRIPT", "print(0.1, 0.2, 0.3)")
+    monkeypatch.setattr(sample, "WINDOWS", (1, 16))
+    monkeypatch.setattr(sample, "WINDOW_BATCHES", (1,))
     results = sample.run(SMALL, tmp_path, CPU, silent, shapes)
-    names = ["start", "decode", "fine 1", "fine 3", "greedy B", "coarse B 1", "coarse B 3"]
+    names = [
+        "start",
+        "decode",
+        "windows",
+        "fine 1",
+        "fine 3",
+        "greedy B",
+        "coarse B 1",
+        "coarse B 3",
+    ]
     assert [*results.groups] == names == [*sample.jobs(SMALL, CPU, shapes)]
     assert all(seconds > 0 for seconds in results.groups["start"].facts.values())
     for group in results.groups.values():
         for timing in group.timings:
             assert len(timing.seconds) == 2 and min(timing.seconds) > 0
             assert timing.floor > 0 and timing.weights > 0
+    facts = results.groups["windows"].facts
+    assert facts["auto 1 1 passes"] == 64 and facts["auto 1 16 passes"] < 30
+    assert facts["auto 1 16 seconds"] > 0
     facts = results.groups["greedy B"].facts
     assert facts["equal"] == facts["labels"] == 2 * 16
     assert results.groups["decode"].facts["auto difference"] < 0.01

@@ -37,13 +37,15 @@ from ctf.models import sampling
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.noise import noise_keys
-from ctf.models.parallel import sample_coarse
+from ctf.models.parallel import CoarseSampler, sample_coarse
 from ctf.models.sampling import Sampling
 from ctf.models.tokenizer import VQModel
+from ctf.pipelines.pipeline import Pipeline
 from ctf.training import cost
 
 FILE = "sample.json"
 GREEDY_BATCH = 2
+WINDOWS, WINDOW_BATCHES = (1, 4, 8, 16, 64), (1, 8)  # of the shipped pipeline
 
 START_SCRIPT = """
 import sys, time
@@ -146,7 +148,7 @@ def jobs(
     """Return what measures each group, given the machine's limits."""
     stages = _Stages(benchmark, device, shapes)
     groups: dict[str, Callable[[Machine], StageGroup]] = {}
-    groups |= {"start": stages.start, "decode": stages.decode}
+    groups |= {"start": stages.start, "decode": stages.decode, "windows": stages.windows}
     for batch in benchmark.batches:
         batch = fine_batch(batch, shapes.length)
         groups[f"fine {batch}"] = partial(stages.fine, batch)
@@ -332,6 +334,25 @@ class _Stages:
         medians = map(statistics.median, zip(*rounds[1:], strict=True))
         return Group(machine, (), dict(zip(names, medians, strict=True)))
 
+    def windows(self, machine: Machine) -> StageGroup:
+        """The coarse stage of the shipped pipeline, whole images, by the window of a pass."""
+        facts = {}
+        for engine in self.benchmark.engines:
+            pipe = Pipeline.from_pretrained("fashion-mnist", self.device, engine=engine)
+            for batch in WINDOW_BATCHES:
+                classes_B = torch.arange(batch, device=self.device) % len(pipe.class_names)
+                keys_BL = noise_keys(range(batch), pipe.coarse.config.length)[:, 0]
+                inputs = (pipe.coarse, classes_B, keys_BL, pipe.sampling)
+                for window in WINDOWS:
+                    sampler = CoarseSampler(*inputs)
+                    while not sampler.done:
+                        sampler.advance(window)
+                    facts[f"{engine} {batch} {window} passes"] = statistics.mean(sampler.passes)
+                ways = {w: _sampling(partial(sample_coarse, *inputs, window=w)) for w in WINDOWS}
+                for w, each in harness.in_turn(ways, self.benchmark.rounds, self.device).items():
+                    facts[f"{engine} {batch} {w} seconds"] = statistics.median(each)
+        return Group(machine, (), facts)
+
     def _coarse_model(self, size: str, labels: int) -> CoarseModel:
         with self.device:
             return _random(CoarseModel(self.shapes.transformer(size), labels))
@@ -348,6 +369,10 @@ class _Stages:
                 engine,
             )
         return copies
+
+
+def _sampling(call: Callable[[], Tensor]) -> Callable[[int], Callable[[], Tensor]]:
+    return lambda _: call
 
 
 def _always(call: Callable[[], Tensor]) -> Steps:

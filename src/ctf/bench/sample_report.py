@@ -92,6 +92,7 @@ def write(results: SampleResults, folder: Path) -> None:
         ("Memory", _memory(results)),
         ("The shipped pipeline in a new process", (("", "s"), start)),
         ("Greedy labels", _greedy(results)),
+        ("Windows: passes and time of the coarse stage, shipped pipeline", _windows(results)),
     ):
         if table[1]:
             parts += [f"### {title}", markdown_table(*table)]
@@ -222,6 +223,18 @@ def _greedy(results: SampleResults) -> Table:
     facts = {size: results.groups[f"greedy {size}"].facts for size in results.benchmark.sizes}
     rows = [(size, f"{f['equal']:.0f} of {f['labels']:.0f}") for size, f in facts.items() if f]
     return ("size", "labels equal to those of LlamaGen's way"), rows
+
+
+def _windows(results: SampleResults) -> Table:
+    facts = results.groups["windows"].facts
+    rows = []
+    for name, passes in facts.items():
+        engine, batch, window, kind = name.split()
+        if kind == "passes":
+            seconds, one = (facts[f"{engine} {batch} {w} seconds"] for w in (window, "1"))
+            numbers = (f"{passes:.1f}", f"{1000 * seconds:.0f} ms", f"{one / seconds:.2f}")
+            rows.append((engine, batch, window, *numbers))
+    return ("engine", "batch", "window", "passes", "batch takes", "times as fast as 1"), rows
 
 
 def _plot(results: SampleResults, path: Path) -> None:

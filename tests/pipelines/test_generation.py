@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from ctf import kernels
 from ctf.common import memory
 from ctf.common.errors import UserError
 from ctf.models import sampling
@@ -123,6 +124,18 @@ def test_the_window_changes_how_many_passes_it_takes_and_nothing_else(
         assert events[-1].samples is not None and same(events[-1].samples, expected)
     if not options:
         assert expected.passes.tolist() == [LENGTH] * len(CLASSES)
+
+
+@pytest.mark.skipif(not kernels.available("int8", torch.device("cpu")), reason="no int8 here")
+def test_in_int8_the_window_is_chosen_by_the_batch_and_not_by_time(run: Path) -> None:
+    pipe = Pipeline.from_pretrained(run, engine="int8")
+    for images, guidance, window in ((1, 2.0, 8), (1, 1.0, 16), (4, 2.0, 2), (9, 2.0, 1)):
+        inputs = [0] * images, SEED
+        out = pipe.sample(*inputs, window="auto", guidance=guidance)
+        expected = pipe.sample(*inputs, window=window, guidance=guidance)
+        assert same(out, expected) and out.passes is not None and expected.passes is not None
+        assert torch.equal(out.passes, expected.passes)
+    assert pipe.auto_windows == {}
 
 
 @pytest.mark.parametrize("window", [0, -1, "fast", 1.5, True, "0", ""])

@@ -40,39 +40,29 @@ def fit_clusters(
             configuration; or see `models.clusters.fit`.
     """
     with claims.hold(folder, CLUSTERS, what=WHAT):
-        return _fit_clusters(folder, tokenizer, codes_BL, config, tokenizer_hash)
-
-
-def _fit_clusters(
-    folder: Path,
-    tokenizer: VQModel,
-    codes_BL: Tensor,
-    config: ClustersConfig,
-    tokenizer_hash: str,
-) -> Clusters:
-    path, report, sheet = folder / CLUSTERS, folder / "report.json", folder / "swaps.png"
-    description = {"tokenizer": tokenizer_hash, **to_json(config)}
-    storage.remove_temporaries(folder)
-    if path.is_file():
-        clusters, metadata = read_clusters(path)
-        if "tokenizer" not in metadata:
-            raise UserError(
-                f"{folder} has the {clusters.count} clusters of a saved or converted pipeline\n"
-                "put the new ones into another run: --out"
-            )
-        stored = {"tokenizer": metadata["tokenizer"], **json.loads(metadata["config"])}
-        stored = {key: stored.get(key) for key in description}
-        claims.check_same(folder, stored, description, what=WHAT)
-    else:
-        clusters = clustering.fit(tokenizer.codebook(), config)
-        metadata = {"tokenizer": tokenizer_hash, "config": json.dumps(to_json(config))}
-        save_clusters(clusters, path, metadata)
-    control = clustering.random_like(clusters, config.seed + 1)
-    if not report.exists():
-        study = redundancy_study(tokenizer, clusters, control, codes_BL, seed=config.seed)
-        storage.save_json(report, {**description, **study})
-    if not sheet.exists():
-        shown_BL = codes_BL[:SHEET_COLUMNS]
-        image = swap_sheet(tokenizer, clusters, control, shown_BL, seed=config.seed)
-        storage.save_png(sheet, image)
-    return clusters
+        path, report, sheet = folder / CLUSTERS, folder / "report.json", folder / "swaps.png"
+        description = {"tokenizer": tokenizer_hash, **to_json(config)}
+        storage.remove_temporaries(folder)
+        if path.is_file():
+            clusters, metadata = read_clusters(path)
+            if "tokenizer" not in metadata:
+                raise UserError(
+                    f"{folder} has the {clusters.count} clusters of a saved or converted pipeline\n"
+                    "put the new ones into another run: --out"
+                )
+            stored = {"tokenizer": metadata["tokenizer"], **json.loads(metadata["config"])}
+            stored = {key: stored.get(key) for key in description}
+            claims.check_same(folder, stored, description, what=WHAT)
+        else:
+            clusters = clustering.fit(tokenizer.codebook(), config)
+            metadata = {"tokenizer": tokenizer_hash, "config": json.dumps(to_json(config))}
+            save_clusters(clusters, path, metadata)
+        control = clustering.random_like(clusters, config.seed + 1)
+        if not report.exists():
+            study = redundancy_study(tokenizer, clusters, control, codes_BL, seed=config.seed)
+            storage.save_json(report, {**description, **study})
+        if not sheet.exists():
+            shown_BL = codes_BL[:SHEET_COLUMNS]
+            image = swap_sheet(tokenizer, clusters, control, shown_BL, seed=config.seed)
+            storage.save_png(sheet, image)
+        return clusters

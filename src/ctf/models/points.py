@@ -7,7 +7,8 @@ the known point, which all rows learn together:
 
     row_r = free_r + f(x_r)
 
-f is linear, or for the fine model's output layer a network with one hidden layer. The sum is a
+f is linear. For the fine model's output layer it is a network with one hidden layer, and the free
+rows count a tenth: few tokens choose each code, so its own row mostly learns noise. The sum is a
 parametrization of the weight of a plain layer, and `fold` turns it back into a plain weight: a
 trained model has no trace of it.
 
@@ -30,6 +31,7 @@ from ctf.models.fine import FineModel
 from ctf.models.transformer import INITIAL_STD
 
 HIDDEN = 64
+FREE = 0.1  # of free rows beside a network
 _FREE, _LEARNED = ".parametrizations.weight.original", ".parametrizations.weight.0."
 
 
@@ -54,7 +56,7 @@ class PointRows(nn.Module):
             nn.init.normal_(self.inner.weight, std=2 * features**-0.5)
             nn.init.normal_(self.inner.bias)
         self.outer = nn.Linear(hidden or features, width, bias=False)
-        nn.init.normal_(self.outer.weight, std=std * self.outer.in_features**-0.5)
+        nn.init.normal_(self.outer.weight, std=std if hidden else std * features**-0.5)
 
     def forward(self, free_RD: Tensor) -> Tensor:
         """The rows: (R, D)."""
@@ -62,11 +64,18 @@ class PointRows(nn.Module):
         with torch.autocast(free_RD.device.type, enabled=False):
             return _rows(free_RD, dict(self.named_parameters()), self.points_RF)
 
+    def right_inverse(self, rows_RD: Tensor) -> Tensor:
+        """The free rows that stand for the weights of a model where the function is zero."""
+        return rows_RD / FREE if hasattr(self, "inner") else rows_RD
+
 
 def _rows(free_RD: Tensor, function: Mapping[str, Tensor], points_RF: Tensor) -> Tensor:
     x_RH = points_RF
     if "inner.weight" in function:
         x_RH = F.gelu(F.linear(x_RH, function["inner.weight"], function["inner.bias"]))
+        # Adam moves each weight alike, and so rows by the sum over H: without this, too far.
+        x_RH = x_RH * x_RH.shape[1] ** -0.5
+        free_RD = FREE * free_RD
     return free_RD + x_RH @ function["outer.weight"].T
 
 

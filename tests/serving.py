@@ -82,6 +82,8 @@ def hold_steps(
 ) -> Iterator[tuple[threading.Event, list[int]]]:
     """Block the coarse model's steps until the event is set; the list has the rows of each step.
 
+    A step is a label of each image: with the window "auto", their number would depend on time.
+
     Args:
         again_after: After this number of steps, the event is cleared.
     """
@@ -94,9 +96,11 @@ def hold_steps(
         assert gate.wait(30)
 
     hook = pipe.coarse.head.register_forward_hook(wait)
+    window, pipe.window = pipe.window, 1
     try:
         yield gate, steps
     finally:
+        pipe.window = window
         gate.set()
         hook.remove()
 

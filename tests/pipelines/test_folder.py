@@ -36,7 +36,7 @@ def test_a_saved_pipeline_loads_as_it_was(pipe: Pipeline, tmp_path: Path) -> Non
     assert copy.class_names == pipe.class_names
     assert copy.sampling == sampling
     card = (folder / "README.md").read_text()
-    assert "guidance_schedule linear, guidance_window 0.25 to 1 |" in card
+    assert "guidance_schedule linear, guidance_window 0.25 to 1, fine_choice sample |" in card
     assert copy.origin == pipe.origin
     assert same(copy.sample([0, 1, 2], seed=4), original.sample([0, 1, 2], seed=4))
     before = read_files(folder)

@@ -25,7 +25,9 @@ MODELS = [
     "coarse",
     "fine",
     "objectives",
+    "noise",
     "sampling",
+    "parallel",
     "sizes",
     "points",
 ]

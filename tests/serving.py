@@ -93,7 +93,7 @@ def hold_steps(
         if len(steps) == again_after:
             gate.clear()
         steps.append(len(inputs[0]))
-        assert gate.wait(30)
+        assert gate.wait(60)
 
     hook = pipe.coarse.head.register_forward_hook(wait)
     window, pipe.window = pipe.window, 1

@@ -15,7 +15,8 @@ from tests.serving import LIMITS, serving
 
 @pytest.fixture(scope="session")
 def worker(run: Path) -> Worker:
-    (worker,) = server.start_workers([str(run)], torch.device("cpu"), "eager", LIMITS)
+    # With the window "auto", the passes of an image would depend on time.
+    (worker,) = server.start_workers([str(run)], torch.device("cpu"), "eager", LIMITS, window=4)
     for model in (worker.model.pipe.coarse, worker.model.pipe.fine):
         assert model is not None
         model.head.weight.mul_(8)  # after seconds of training, logits hardly depend on the input

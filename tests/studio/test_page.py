@@ -20,7 +20,7 @@ from ctf.studio import server
 from ctf.studio.tasks import Limits
 from ctf.studio.worker import Worker
 from tests.conftest import Command, disc_image
-from tests.serving import serving, wait_until
+from tests.serving import hold_steps, serving, wait_until
 from tests.studio.test_proxy import NGINX, nginx
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -203,11 +203,14 @@ def test_what_is_not_sampled_yet_is_hatched(page: Any, worker: Worker) -> None:
     corners = [GRID - 1, GRID * (GRID - 1)]  # in the first and in the last row
     generate(page, "bag", seed=1)
     assert max(cell_brightness(page, corner) for corner in corners) < 30
-    with slow_steps(worker, 0.05):
+    with hold_steps(worker.model.pipe, again_after=GRID) as (gate, steps):
         page.get_by_role("button", name="Generate").click()
+        wait_until(lambda: steps)
+        gate.set()  # for the first row
         expect(page.locator(".frame")).to_have_class(re.compile("incomplete"))
         first, last = (cell_brightness(page, corner) for corner in corners)
         assert first < 30 and last > 150
+        gate.set()
         expect_done(page)
     page.locator(".filmstrip button").nth(3).click()  # back to the fourth row
     assert cell_brightness(page, 4 * GRID - 1) < 30 and cell_brightness(page, 5 * GRID - 1) > 150

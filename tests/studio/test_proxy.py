@@ -247,6 +247,22 @@ def test_uploads_through_a_proxy(documented: httpx2.Client) -> None:
     assert "client_max_body_size 10m" in guide() and Limits().upload_bytes == 10 << 20
 
 
+def test_the_rest_of_a_refused_body_is_received(url: str) -> None:
+    """As nginx sends it: unread data would reset the connection, and lose the response."""
+    address = httpx2.URL(url)
+    head = (
+        f"POST /v1/encode HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+        f"Connection: close\r\nContent-Length: {2 * LIMITS.upload_bytes}\r\n\r\n"
+    )
+    half = bytes(LIMITS.upload_bytes)
+    with socket.create_connection((address.host, address.port)) as connection:
+        connection.sendall(head.encode() + half)
+        wait_until(lambda: connection.recv(1, socket.MSG_PEEK))  # the response comes at once
+        connection.sendall(half)
+        response = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert response.startswith(b"HTTP/1.1 413") and b"200,000 bytes" in response
+
+
 def test_concurrent_clients_through_a_proxy_get_their_own_images(
     documented: httpx2.Client, pipe: Pipeline
 ) -> None:

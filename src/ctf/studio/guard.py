@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import json
 import re
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
 from urllib.parse import urlsplit, urlunsplit
 
 from fastapi import FastAPI
@@ -21,6 +22,7 @@ from ctf.studio.tasks import Limits
 
 UPLOAD = "/v1/encode"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+LINGER_SECONDS = 5  # for the rest of a body that was refused
 TOKEN = "X-CTF-Token"  # where a proxy has its own use for Authorization
 
 
@@ -81,6 +83,7 @@ class Guard:
         self.app, self.limits, self.hosts, self.token = app, limits, hosts, token
         self.root_path = root_path.rstrip("/")
         self._receiving: set[asyncio.Timeout] = set()  # bodies that have not arrived yet
+        self._stopping = False
         ancestors = " ".join(embedders) or "'none'"
         scripts = " ".join(["'self'", *(f"'{value}'" for value in script_hashes)])
         self.headers = {
@@ -100,6 +103,11 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        scope = {**scope, "path": self._local_path(scope["path"])}
+        body = _Body(receive)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -108,19 +116,20 @@ class Guard:
                 headers.setdefault("Cache-Control", "no-store")
                 if "location" in headers:
                     headers["location"] = _relative(headers["location"])
+            elif not (body.complete or message.get("more_body", False)):
+                await send({**message, "more_body": True})
+                await self._discard(body)
+                message = {"type": "http.response.body"}
             await send(message)
 
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        scope = {**scope, "path": self._local_path(scope["path"])}
         if refusal := self._refuse(scope):
-            await refusal(scope, receive, send_with_headers)
+            await refusal(scope, body.receive, send_with_headers)
         else:
-            await self.app(scope, self._limit(scope, receive), send_with_headers)
+            await self.app(scope, self._limit(scope, body), send_with_headers)
 
     def stop_receiving(self) -> None:
-        """End requests whose bodies have not arrived yet."""
+        """End requests whose bodies have not arrived yet; expect no more of later ones."""
+        self._stopping = True
         for timeout in self._receiving:
             if not timeout.expired():
                 timeout.reschedule(0)
@@ -188,32 +197,60 @@ class Guard:
     def _max_bytes(self, scope: Scope) -> int:
         return self.limits.upload_bytes if scope["path"] == UPLOAD else self.limits.body_bytes
 
-    def _limit(self, scope: Scope, receive: Receive) -> Receive:
-        """Wrap `receive`: bodies without Content-Length, and slow ones, have limits, too."""
+    def _limit(self, scope: Scope, body: _Body) -> Receive:
+        """Limit the size and the time of a body, with or without Content-Length."""
         loop = asyncio.get_running_loop()
         deadline, limit = loop.time() + self.limits.upload_seconds, self._max_bytes(scope)
-        size, complete = 0, False
 
         async def limited() -> Message:
-            nonlocal size, complete
-            if complete:
-                return await receive()
-            timeout = asyncio.timeout_at(deadline)
+            if body.complete:
+                return await body.receive()
             try:
-                async with timeout:
-                    self._receiving.add(timeout)
-                    message = await receive()
+                async with self._until(deadline):
+                    message = await body.receive()
             except TimeoutError:
                 raise HTTPException(408, "the body did not arrive in time") from None
-            finally:
-                self._receiving.discard(timeout)
-            size += len(message.get("body", b""))
-            if size > limit:
+            if body.size > limit:
                 raise HTTPException(413, f"body larger than {limit:,} bytes")
-            complete = not message.get("more_body", False)
             return message
 
         return limited
+
+    async def _discard(self, body: _Body) -> None:
+        """Receive the rest of a body whose response is already on its way.
+
+        A connection that is closed with unread data is reset, and a client or proxy that is still
+        sending then loses the response.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with self._until(asyncio.get_running_loop().time() + LINGER_SECONDS):
+                while not body.complete:
+                    await body.receive()
+
+    @contextlib.asynccontextmanager
+    async def _until(self, deadline: float) -> AsyncIterator[None]:
+        """Raise TimeoutError at the deadline, or when the studio stops."""
+        timeout = asyncio.timeout_at(0 if self._stopping else deadline)
+        try:
+            async with timeout:
+                self._receiving.add(timeout)
+                yield
+        finally:
+            self._receiving.discard(timeout)
+
+
+class _Body:
+    """What has been received of the body of a request."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.size, self.complete = 0, False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self.size += len(message.get("body", b""))
+        self.complete = not message.get("more_body", False)
+        return message
 
 
 def _relative(url: str) -> str:

@@ -11,7 +11,7 @@ from ctf.reproduce.plan import FULL, PLANS, SMALL, Plan
 
 COMMITTED = Path(__file__).parents[2] / "docs" / "results" / "full" / "cells"
 PAPER = ("table1", "table2", "table3", "figure1", "figure2")
-EXPERIMENTS = (*PAPER, "geometry", "fine")
+EXPERIMENTS = (*PAPER, "geometry", "fine", "passes")
 
 
 @pytest.mark.parametrize("plan", [plan for each in PLANS.values() for plan in each.values()])

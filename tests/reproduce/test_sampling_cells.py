@@ -4,13 +4,22 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import torch
+
 from ctf.common import storage
 from ctf.data.image_set import ImageSet
 from ctf.data.images import open_images
-from ctf.reproduce import experiments, report, runner, systems
+from ctf.models.clusters import Clusters
+from ctf.models.coarse import CoarseModel
+from ctf.models.noise import noise_keys
+from ctf.models.parallel import CoarseSampler
+from ctf.models.sampling import Sampling
+from ctf.pipelines.folder import load_clusters, load_coarse
+from ctf.reproduce import additions, experiments, report, runner, systems
 from ctf.reproduce.cells import Workspace
+from ctf.reproduce.training_cells import CoarseCell
 from tests.conftest import CLASSES, SIDE
-from tests.reproduce.conftest import CODES
+from tests.reproduce.conftest import CLUSTERS, CODES, store
 
 
 def test_searches_have_images_of_their_own(space: Workspace) -> None:
@@ -82,3 +91,54 @@ def test_both_samplers_are_timed_with_and_without_parallel_sampling(copied: Work
         assert f"| batch | {slower} | {faster} | how many times as fast |" in text
     one = outcome["passes"]["CTF, in parallel"]["1"]
     assert f"CTF {one:.0f}." in text
+
+
+def test_passes_are_counted_for_baseline_and_ctf(copied: Workspace) -> None:
+    """Of the plan's models; the report has them by window, guidance and temperature."""
+    cells = {
+        key: dataclasses.replace(cell, name=f"short-{cell.name}", images=6)
+        for key, cell in additions.passes(copied.plan).items()
+        if key[1] in (CLUSTERS, CODES)  # no other models are there
+    }
+    assert [*cells] == [(CODES, CLUSTERS), (CODES, CODES)]
+    report.write(copied)
+    text = (copied.results / "report.md").read_text()
+    assert "## Passes of an image" in text and not (copied.results / "passes.png").exists()
+    runner.compute(copied, [*cells.values()])
+    length = (SIDE // 8) ** 2
+    for (codes, labels), cell in cells.items():
+        outcome = copied.outcome(cell)
+        assert outcome is not None
+        assert outcome["length"] == length and outcome["labels"] == labels
+        ways = {(p["window"], p["guidance"], p["temperature"]): p for p in outcome["passes"]}
+        assert len(ways) == 3 + 9  # W = 16 once for both tables
+        for (window, _, _), each in ways.items():
+            assert max(1, length / window) <= each["mean"] <= length
+            assert each["standard_error"] >= 0
+        (model, _), sampled = _model(copied, cell.coarse), Sampling(guidance=4.0, temperature=0.8)
+        sampler = CoarseSampler(
+            model, torch.arange(6) % model.config.classes, noise_keys(range(6), length)[:, 0],
+            sampled,
+        )  # fmt: skip
+        while not sampler.done:
+            sampler.advance(16)
+        assert ways[16, 4.0, 0.8]["mean"] == sum(sampler.passes) / 6
+        whole = additions.passes(copied.plan)[codes, labels]
+        store(copied, whole, cell)
+    report.write(copied)
+    text = (copied.results / "report.md").read_text()
+    assert (copied.results / "passes.png").is_file()
+    outcome = copied.outcome(cells[CODES, CODES])
+    assert outcome is not None
+    first = outcome["passes"][0]
+    assert (
+        f"| baseline, V = {CODES} | {first['mean']:.1f} ({first['standard_error']:.1f}) |" in text
+    )
+    assert f"| CTF, V = {CODES}, K = 4 | not computed yet |" in text
+    assert f"at V = {CODES}. With passes that take equally long" in text
+
+
+def _model(space: Workspace, cell: CoarseCell) -> tuple[CoarseModel, Clusters]:
+    run = space.run(cell)
+    clusters = load_clusters(run / "clusters" / "clusters.safetensors")
+    return load_coarse(run / "coarse", clusters, space.device), clusters

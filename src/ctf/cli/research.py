@@ -174,6 +174,7 @@ def reproduce(
             "figure2",
             "geometry",
             "fine",
+            "passes",
             "report",
             "status",
         ],
@@ -200,7 +201,8 @@ def reproduce(
 
     Args:
         what: table or figure of the paper; geometry compares models that know the codebook with
-            those that don't; fine is the fine stage alone; all is everything; report writes the
+            those that don't; fine is the fine stage alone; passes is how many passes of the coarse
+            model an image takes in exact parallel sampling; all is everything; report writes the
             report of the present results; status lists the cells without computing any
         images: the included set to run them on; eurosat is in colour, with 256 tokens an image
         budget: with two jobs on two cores, small takes about an hour, full about six; on eurosat

@@ -10,8 +10,18 @@ from typing import Any
 
 from ctf.reproduce.fine_cells import Codes, FineStageCell
 from ctf.reproduce.plan import Plan
-from ctf.reproduce.sampling_cells import ScoreCell
-from ctf.reproduce.systems import UNIFORM, classifier, clusters, fine, pair, score, with_geometry
+from ctf.reproduce.sampling_cells import PassesCell, ScoreCell
+from ctf.reproduce.systems import (
+    UNIFORM,
+    baseline,
+    classifier,
+    clusters,
+    coarse,
+    fine,
+    pair,
+    score,
+    with_geometry,
+)
 from ctf.reproduce.training_cells import FineCell
 
 # --- Embeddings and output layers that know the codebook ------------------------------------------
@@ -120,3 +130,23 @@ def _chosen(
         plan.fine_images,
         classifier(plan),
     )
+
+
+# --- Exact parallel sampling ----------------------------------------------------------------------
+
+
+def passes(plan: Plan) -> dict[tuple[int, int], PassesCell]:
+    """Passes of an image by V and K, on the models of the first seed; K = V is the baseline.
+
+    CTF has the usual K of each V, and at the largest V all K of Table 3a. Models of the same V have
+    the same tokens.
+    """
+    seed, cells = plan.seeds[0], {}
+    for codes in plan.codebooks:
+        others = plan.other_clusters if codes == plan.largest else ()
+        for count in sorted({plan.clusters_of(codes), *others}):
+            model = coarse(plan, clusters(plan, codes, count), seed)
+            cells[codes, count] = PassesCell(f"passes-{codes}-{count}", model)
+        model = baseline(plan, codes, seed)
+        cells[codes, codes] = PassesCell(f"passes-{codes}-baseline", model)
+    return cells

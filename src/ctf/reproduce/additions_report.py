@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from ctf.common import storage
 from ctf.common.markdown import markdown_table
 from ctf.reproduce import additions
 from ctf.reproduce.cells import Outcome, Workspace
 from ctf.reproduce.fine_cells import FineStageCell
+from ctf.reproduce.sampling_cells import PassesCell
 from ctf.reproduce.scored import (
     MISSING,
     Scored,
@@ -140,3 +142,123 @@ def _best_way(space: Workspace, cells: dict[str, FineStageCell], names: list[str
     parts = {name: _recovered(space, cells, outcomes[best], name) for name in names}
     words = " and ".join(f"{part} by {name}" for name, part in parts.items() if part)
     return [f"The best by {names[0]}, {best}, recovers {words}."] if words else []
+
+
+# --- Exact parallel sampling ----------------------------------------------------------------------
+
+Way = tuple[int, float, float]  # of sampling: window, guidance scale, temperature
+
+
+def passes(space: Workspace) -> list[str]:
+    """Return the section about the passes of an image in exact parallel sampling."""
+    cells = additions.passes(space.plan)
+    found = {
+        key: outcome for key, cell in cells.items() if (outcome := space.outcome(cell)) is not None
+    }
+    text = (
+        "Not in the paper: how many passes of the coarse model an image takes if a pass computes "
+        "a window of labels and keeps those that were guessed right; one by one it takes as many "
+        "as it has labels. Means of {images} images, in brackets the standard error; the models "
+        "are those of the first seed."
+    )
+    title, first = "## Passes of an image", next(iter(cells.values()))
+    parts = [title, text.format(images=first.images)]
+    if not found:
+        return [*parts, f"{MISSING}."]
+    means = {key: _means(outcome) for key, outcome in found.items()}
+    g, t = first.guidances[0], first.temperatures[0]
+    by_window = {f"W = {w}": (w, g, t) for w in first.windows}
+    by_setting = {
+        f"g = {g:g}, T = {t:g}": (first.window, g, t)
+        for g in first.guidances
+        for t in first.temperatures
+    }
+    for caption, ways in (
+        (f"By the window W, at guidance {g:g} and temperature {t:g}:", by_window),
+        (f"By guidance g and temperature T, at W = {first.window}:", by_setting),
+    ):
+        rows = [
+            [_system(key), *(_cell(means[key], way) for way in ways.values())]
+            if key in means
+            else [_system(key), *missing(len(ways))]
+            for key in cells
+        ]
+        parts += [caption, markdown_table(("model", *ways), rows)]
+    usual = (first.window, g, t)
+    return [*parts, *_fewer_passes(space, means, usual), *_plot_passes(space, means, first)]
+
+
+def _means(outcome: Outcome) -> dict[Way, tuple[float, float]]:
+    return {
+        (each["window"], each["guidance"], each["temperature"]): (
+            each["mean"],
+            each["standard_error"],
+        )
+        for each in outcome["passes"]
+    }
+
+
+def _system(key: tuple[int, int]) -> str:
+    codes, labels = key
+    return f"baseline, V = {codes}" if labels == codes else f"CTF, V = {codes}, K = {labels}"
+
+
+def _cell(means: dict[Way, tuple[float, float]], way: Way) -> str:
+    mean, error = means[way]
+    return f"{mean:.1f} ({error:.1f})"
+
+
+def _fewer_passes(
+    space: Workspace, means: dict[tuple[int, int], dict[Way, tuple[float, float]]], way: Way
+) -> list[str]:
+    """A line for each V: how many times as many passes its baseline takes as CTF."""
+    parts = []
+    for codes in space.plan.codebooks:
+        usual = (codes, space.plan.clusters_of(codes))
+        if (codes, codes) in means and usual in means:
+            ratio = means[codes, codes][way][0] / means[usual][way][0]
+            parts.append(f"{ratio:.2f} at V = {codes}")
+    if not parts:
+        return []
+    return [
+        f"Passes of the baseline by those of CTF, at W = {way[0]}: {', '.join(parts)}. With passes "
+        "that take equally long, CTF's coarse stage is as many times as fast."
+    ]
+
+
+def _plot_passes(
+    space: Workspace,
+    means: dict[tuple[int, int], dict[Way, tuple[float, float]]],
+    cell: PassesCell,
+) -> list[str]:
+    """Passes by the number of labels, a line for each guidance scale, baseline and CTF."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5, 3.5), layout="constrained")
+    axes, ticks = figure.subplots(), set()
+    for style, marker, name, keys in (
+        ("--", "s", "baseline", [key for key in means if key[0] == key[1]]),
+        ("-", "o", "CTF", [k for k in means if k[0] == space.plan.largest and k[0] != k[1]]),
+    ):
+        keys.sort(key=lambda key: key[1])
+        ticks |= {labels for _, labels in keys}
+        for number, guidance in enumerate(sorted(cell.guidances)):
+            way = (cell.window, guidance, cell.temperatures[0])
+            each = [means[key][way] for key in keys]
+            axes.errorbar(
+                [labels for _, labels in keys],
+                [mean for mean, _ in each],
+                [1.96 * error for _, error in each],
+                linestyle=style,
+                marker=marker,
+                color=f"C{number}",
+                label=f"{name}, guidance {guidance:g}",
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(ticks), [str(labels) for labels in sorted(ticks)])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("labels to choose from: V of the baseline, K of CTF")
+    axes.set_ylabel(f"passes of an image, W = {cell.window}")
+    axes.legend(fontsize=8)
+    storage.save_plot(space.results / "passes.png", figure)
+    return ["![Passes of an image by the number of labels](passes.png)"]

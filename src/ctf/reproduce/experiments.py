@@ -223,6 +223,7 @@ def select(plan: Plan, what: str = "all", only: str | None = None) -> dict[str, 
         "figure2": [cell for each in figure2(plan) for cell in (each.baseline, each.ctf)],
         "geometry": [cell for pair in additions.geometry(plan).values() for cell in pair],
         "fine": [cell for rows in additions.fine_stage(plan).values() for cell in rows.values()],
+        "passes": [*additions.passes(plan).values()],
         "table2": [table2(plan), table2(plan, parallel=True)],
     }
     chosen = experiments.values() if what == "all" else [experiments[what]]

@@ -66,6 +66,7 @@ def write(space: Workspace) -> None:
         *_figure2(space),
         *additions_report.geometry(space),
         *additions_report.fine_stage(space),
+        *additions_report.passes(space),
     ]
     storage.save_text(space.results / "report.md", "\n\n".join(parts) + "\n")
 

@@ -9,6 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ctf import kernels
 from ctf.bench import harness
 from ctf.common import config, storage
 from ctf.evaluation import reference_sets, scores
@@ -16,8 +19,12 @@ from ctf.evaluation.options import EvaluationOptions
 from ctf.evaluation.prepare import prepare
 from ctf.evaluation.sample_cache import GenerationConfig
 from ctf.evaluation.search import search
+from ctf.models.coarse import CoarseModel
+from ctf.models.noise import noise_keys
+from ctf.models.parallel import CoarseSampler
+from ctf.models.sampling import Sampling
 from ctf.pipelines.arguments import Window
-from ctf.pipelines.folder import SETTINGS
+from ctf.pipelines.folder import CLUSTERS, SETTINGS, load_clusters, load_coarse
 from ctf.pipelines.generation import Samples
 from ctf.pipelines.pipeline import Pipeline
 from ctf.reproduce.cells import Cell, Outcome, Workspace, link
@@ -181,3 +188,59 @@ class SpeedCell(Cell):
                 assert taken is not None
                 passes[name][batch] = float(taken.double().mean())
         return {"seconds": seconds, "passes": passes, "settings": settings}
+
+
+@dataclasses.dataclass(frozen=True)
+class PassesCell(Cell):
+    """Counts the passes of a coarse model that an image takes in exact parallel sampling.
+
+    It depends on the labels alone: on how often a guess is right, not on how fast a machine is.
+
+    Attributes:
+        images: Of all classes in turn, from seed 0 on.
+        windows: With the first guidance scale and the first temperature.
+        guidances: With `window` and each of the temperatures.
+        window: See `guidances`.
+    """
+
+    coarse: CoarseCell
+    images: int = 64
+    windows: tuple[int, ...] = (4, 8, 16, 64)
+    guidances: tuple[float, ...] = (2.0, 1.0, 4.0)
+    temperatures: tuple[float, ...] = (1.0, 0.8, 1.2)
+    window: int = 16
+
+    def compute(self, space: Workspace) -> Outcome:
+        """Return the mean passes of an image, with their standard errors, and L and the labels."""
+        folder = space.run(self.coarse)
+        clusters = load_clusters(folder / "clusters" / CLUSTERS).to(space.device)
+        model = load_coarse(folder / "coarse", clusters, space.device)
+        kernels.for_sampling(model, None, None, "auto")
+        ways = [(window, self.guidances[0], self.temperatures[0]) for window in self.windows]
+        ways += [(self.window, g, t) for g in self.guidances for t in self.temperatures]
+        passes = []
+        with space.open_progress("passes of an image") as progress:
+            for done, (window, guidance, temperature) in enumerate(dict.fromkeys(ways), 1):
+                settings = Sampling(guidance=guidance, temperature=temperature)
+                mean, error = self._passes(model, settings, window)
+                passes.append(
+                    {
+                        "window": window,
+                        "guidance": guidance,
+                        "temperature": temperature,
+                        "mean": mean,
+                        "standard_error": error,
+                    }
+                )
+                progress(done, len({*ways}))
+        return {"length": model.config.length, "labels": model.vocab_size, "passes": passes}
+
+    def _passes(self, model: CoarseModel, settings: Sampling, window: int) -> tuple[float, float]:
+        device = next(model.parameters()).device
+        classes_B = torch.arange(self.images, device=device) % model.config.classes
+        keys_BL = noise_keys(range(self.images), model.config.length)[:, 0]
+        sampler = CoarseSampler(model, classes_B, keys_BL, settings)
+        while not sampler.done:
+            sampler.advance(window)
+        passes_B = torch.tensor(sampler.passes).double()
+        return float(passes_B.mean()), float(passes_B.std() / len(passes_B) ** 0.5)

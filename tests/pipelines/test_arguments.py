@@ -201,7 +201,8 @@ def test_coarse_labels(sharp: Pipeline, labels: Tensor, message: str) -> None:
         ),
         (torch.zeros(4, 0).long(), "coarse: got shape (4, 0)"),
         (torch.zeros(4, LENGTH), "coarse: got torch.float32, expected integers"),
-        (torch.zeros(4, LENGTH).long() + 8, "expected 0 to 7"),
+        (torch.zeros(4, LENGTH).long() + 8, "expected -1 to 7"),
+        (torch.zeros(4, LENGTH).long() - 2, "got -2 to -2, expected -1 to 7"),
     ],
 )
 def test_labels_of_a_preview(sharp: Pipeline, labels: Tensor, message: str) -> None:

@@ -185,13 +185,32 @@ def test_preview_of_labels_is_that_of_the_event(sharp: Pipeline, samples: Sample
     assert (pixels(known) == pixels(sharp.sample(CLASSES, SEED, resize=20).images)).all()
 
 
+def test_images_of_a_stream_grow_by_what_is_certain_of_each(sharp: Pipeline) -> None:
+    expected, further = sharp.sample(CLASSES, SEED).coarse, 0
+    events = list(sharp.stream(CLASSES, SEED, window=5, transparent=True))
+    for event in events[:-1]:
+        certain_BL = event.labels >= 0
+        assert bool(certain_BL[:, : event.rows * GRID].all())
+        assert torch.equal(event.labels, expected.where(certain_BL, torch.tensor(-1)))
+        assert torch.equal(certain_BL, certain_BL.cummin(1).values)
+        further += int(certain_BL[:, event.rows * GRID :].sum())
+        previews = sharp.preview(event.labels, transparent=True)
+        assert (pixels(event.images) == pixels(previews)).all()
+        for image, visible_L in zip(event.images, certain_BL, strict=True):
+            alpha = np.asarray(image)[..., 3].reshape(GRID, image.width // GRID, GRID, -1)
+            assert (alpha == 255 * visible_L.view(GRID, 1, GRID, 1).numpy()).all()
+    assert further > 0
+    assert torch.equal(events[-1].labels, expected)
+
+
 def test_what_is_not_sampled_yet_can_be_transparent(sharp: Pipeline, samples: Samples) -> None:
     for known in ({}, {"codes": samples.codes, "known": MASK_BL}):
         events = list(sharp.stream(CLASSES, SEED, transparent=True, **known))
         opaque = list(sharp.stream(CLASSES, SEED, **known))
         for event, other in zip(events[:-1], opaque[:-1], strict=True):
-            is_visible_BL = MASK_BL.clone() if known else torch.zeros_like(MASK_BL)
-            is_visible_BL[:, : event.rows * GRID] = True
+            is_visible_BL = event.labels >= 0
+            assert bool(is_visible_BL[:, : event.rows * GRID].all())
+            is_visible_BL = is_visible_BL | MASK_BL if known else is_visible_BL
             for image, plain, is_visible_L in zip(
                 event.images, other.images, is_visible_BL, strict=True
             ):

@@ -126,6 +126,23 @@ def test_the_window_changes_how_many_passes_it_takes_and_nothing_else(
         assert expected.passes.tolist() == [LENGTH] * len(CLASSES)
 
 
+@pytest.mark.parametrize("engine", ["eager", "auto"])
+@pytest.mark.parametrize("options", [{}, {"codes": CODES_BL, "known": MASK_BL, "temperature": 0.7}])
+def test_windows_of_the_full_vocabulary_sample_the_codes_of_one_by_one(
+    baseline: Pipeline, tmp_path: Path, engine: kernels.Engine, options: dict[str, Any]
+) -> None:
+    """The baseline, whose labels are codes and which has no fine stage."""
+    baseline.save_pretrained(tmp_path)
+    pipe = Pipeline.from_pretrained(tmp_path, engine=engine)
+    assert pipe.fine is None and pipe.coarse.vocab_size == pipe.tokenizer.codebook().shape[0]
+    expected = pipe.sample(CLASSES, SEED, window=1, **options)
+    for window in (2, 5, LENGTH):
+        out = pipe.sample(CLASSES, SEED, window=window, **options)
+        assert same(out, expected) and torch.equal(out.coarse, out.codes)
+        assert out.passes is not None and expected.passes is not None
+        assert bool((out.passes <= expected.passes).all())
+
+
 @pytest.mark.skipif(not kernels.available("int8", torch.device("cpu")), reason="no int8 here")
 def test_in_int8_the_window_is_chosen_by_the_batch_and_not_by_time(run: Path) -> None:
     pipe = Pipeline.from_pretrained(run, engine="int8")

@@ -67,6 +67,7 @@ def test_an_event_follows_each_row_of_coarse_labels(client: httpx2.Client, pipe:
     expected = list(pipe.stream(["red", "blue"], 3))
     for (_, data), row in zip(events[1:-1], expected[:-1], strict=True):
         assert (data["rows"], data["total"]) == (row.rows, row.total)
+        assert data["labels"] == (row.labels >= 0).sum(1).tolist()
         for got, preview in zip(data["images"], row.images, strict=True):
             assert (np.asarray(open_png(got)) == np.asarray(preview)).all()
     assert events[-1][1] == post(client, "/v1/generate", classes=["red", "blue"], seed=3)

@@ -192,6 +192,14 @@ class CoarseSampler:
         return self._buffer_BM[:, : min(self.certain)]
 
     @property
+    def certain_BL(self) -> Tensor:
+        """All labels that are certain, in some images more than in others: -1 where none is."""
+        device = self._buffer_BM.device
+        certain_B1 = torch.tensor(self.certain, device=device)[:, None]
+        is_open_BL = torch.arange(self.length, device=device) >= certain_B1
+        return self._buffer_BM[:, : self.length].masked_fill(is_open_BL, -1)
+
+    @property
     def done(self) -> bool:
         """Whether all labels of all images are certain."""
         return min(self.certain) == self.length

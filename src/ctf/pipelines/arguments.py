@@ -247,9 +247,10 @@ def check_integers(name: str, values: Tensor) -> None:
         raise UserError(f"{name}: got {values.dtype}, expected integers, e.g. torch.int64")
 
 
-def check_range(name: str, values: Tensor, stop: int) -> None:
-    """Raise a UserError unless all values are in [0, stop)."""
-    if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < stop:
+def check_range(name: str, values: Tensor, stop: int, start: int = 0) -> None:
+    """Raise a UserError unless all values are in [start, stop)."""
+    if values.numel() and not start <= int(values.min()) <= int(values.max()) < stop:
         raise UserError(
-            f"{name}: got {int(values.min())} to {int(values.max())}, expected 0 to {stop - 1}"
+            f"{name}: got {int(values.min())} to {int(values.max())}, "
+            f"expected {start} to {stop - 1}"
         )

@@ -37,10 +37,12 @@ class Event:
 
     rows, total: Rows of labels sampled so far, and in all.
     coarse: (B, rows * grid), int64 in [0, K), the labels so far, row by row.
-    images: B PIL images, RGB: previews (none without `preview`, RGBA with `transparent`); in the
-        last event, the results, RGB.
+    images: B PIL images, RGB: previews of `labels` (none without `preview`, RGBA with
+        `transparent`); in the last event, the results, RGB.
     samples: What `Pipeline.sample` returns, in the last event; otherwise None.
     numbers: Which images of the call these B are.
+    labels: (B, L), int64, all labels so far, -1 where there is none yet: with several labels in a
+        pass, images can be further than `rows`.
     """
 
     rows: int
@@ -49,6 +51,7 @@ class Event:
     images: list[Image.Image]
     samples: Samples | None = None
     numbers: tuple[int, ...] = ()
+    labels: Tensor = dataclasses.field(kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +157,7 @@ def _events(
 ) -> Generator[Event, None, None]:
     grid = pipe.coarse.config.grid
     sampler = generation.coarse_sampler(pipe, request, batch)
+    images: list[Image.Image] | None = None  # previews of what is certain, from the first time on
     for rows_done in range(1, grid + 1):
         while sampler.labels_BT.shape[1] < rows_done * grid:
             if active is not None:
@@ -165,15 +169,18 @@ def _events(
                     batch = batch.select(rows)
                     sampler.select(rows)
             generation.advance(pipe, request, sampler)
-        labels_BT = sampler.labels_BT[:, : rows_done * grid]
-        images = []
-        if preview:
+            images = None
+        labels_BL = sampler.certain_BL
+        if images is None:
             known_BL = batch.known_codes_BL
-            images = _preview(pipe, labels_BT, known_BL, request.resize, transparent)
-        numbers = tuple(batch.numbers)
-        yield Event(rows_done, grid, labels_BT.clone().cpu(), images, None, numbers)
+            images = (
+                _preview(pipe, labels_BL, known_BL, request.resize, transparent) if preview else []
+            )
+        coarse_BT, numbers = labels_BL[:, : rows_done * grid].clone().cpu(), tuple(batch.numbers)
+        yield Event(rows_done, grid, coarse_BT, [*images], None, numbers, labels=labels_BL.cpu())
     samples = generation.finish(pipe, request, batch, sampler)
-    yield Event(grid, grid, samples.coarse, samples.images, samples, tuple(batch.numbers))
+    numbers, labels_BL = tuple(batch.numbers), samples.coarse
+    yield Event(grid, grid, labels_BL, samples.images, samples, numbers, labels=labels_BL.clone())
 
 
 @renamed_keywords(keep="known")
@@ -189,10 +196,10 @@ def preview(
 ) -> list[Image.Image]:
     """Decode coarse labels alone: each token has the mean code vector of its cluster.
 
-    `coarse` are the first T labels of each image, 1 <= T <= L: (B, T) of integers in [0, K). All
-    later tokens have the mean vector of all clusters; known codes (see `Pipeline.sample`) are shown
-    as they are. With `transparent`, images are RGBA, and tokens that are neither sampled nor known
-    are transparent.
+    `coarse` are the first T labels of each image, 1 <= T <= L: (B, T) of integers in [0, K), or -1
+    where there is none. All other tokens have the mean vector of all clusters; known codes (see
+    `Pipeline.sample`) are shown as they are. With `transparent`, images are RGBA, and tokens that
+    are neither sampled nor known are transparent.
 
     Raises:
         UserError: Labels of another shape, type or range; as for `Pipeline.sample`.
@@ -205,7 +212,7 @@ def preview(
             "labels of each image"
         )
     arguments.check_integers("coarse", coarse)
-    arguments.check_range("coarse", coarse, pipe.clusters.count)
+    arguments.check_range("coarse", coarse, pipe.clusters.count, start=-1)
     known_BL = arguments.known_codes(pipe, codes, known, len(coarse))
     return _preview(pipe, coarse.to(pipe.device).long(), known_BL, resize, transparent)
 
@@ -214,7 +221,7 @@ def preview(
 def _preview(
     pipe: Pipeline, labels_BT: Tensor, known_BL: Tensor, resize: int | None, transparent: bool
 ) -> list[Image.Image]:
-    """Decode the first T labels and all known codes; the rest is transparent, or the mean."""
+    """Decode T labels, -1 for none, and all known codes; the rest is transparent, or the mean."""
     codebook_VC = pipe.tokenizer.codebook()
     means_KC = codebook_VC.new_zeros(pipe.clusters.count, codebook_VC.shape[1])
     means_KC.index_add_(0, pipe.clusters.labels_V, codebook_VC)
@@ -222,12 +229,13 @@ def _preview(
     # Not normalised again: members are close, so it makes no difference to the known part, and
     # the shorter the vectors of the unknown part are, the less they disturb it.
     vectors_BLC = means_KC.mean(0).repeat(*known_BL.shape, 1)
-    vectors_BLC[:, : labels_BT.shape[1]] = means_KC[labels_BT]
+    first_BTC, has_label_BT = vectors_BLC[:, : labels_BT.shape[1]], labels_BT >= 0
+    first_BTC[has_label_BT] = means_KC[labels_BT[has_label_BT]]
     vectors_BLC = torch.where((known_BL >= 0)[..., None], codebook_VC[known_BL], vectors_BLC)
     images = as_pil(generation.decode_vectors(pipe, vectors_BLC, resize))
     if transparent:
         visible_BL = known_BL >= 0
-        visible_BL[:, : labels_BT.shape[1]] = True
+        visible_BL[:, : labels_BT.shape[1]] |= has_label_BT
         grid = pipe.coarse.config.grid
         for image, visible_HW in zip(images, visible_BL.view(-1, grid, grid).cpu(), strict=True):
             alpha = Image.fromarray(visible_HW.numpy())

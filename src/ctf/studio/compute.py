@@ -59,6 +59,8 @@ def _generate(model: ServedModel, batch: Generate, owners: Sequence[Job]) -> Non
         samples = model.pipe.refine(classes, batch.coarse_BL, batch.seeds, **options)
         _send_samples(model, batch, owners, range(batch.size), samples)
         return
+    shown_BL = torch.empty(0)
+    previews: dict[int, bytes] = {}  # of these labels, by row
     for event in model.pipe.stream(
         classes,
         batch.seeds,
@@ -71,14 +73,20 @@ def _generate(model: ServedModel, batch: Generate, owners: Sequence[Job]) -> Non
             _send_samples(model, batch, owners, event.numbers, event.samples)
             continue
         watched = [row for row, n in enumerate(event.numbers) if owners[n].task.previews]
-        previews: dict[int, bytes] = {}  # by row
-        if watched:
-            known = _known(batch, [event.numbers[row] for row in watched])
-            images = model.pipe.preview(event.coarse[watched], **known)
-            previews = dict(zip(watched, map(export.png, images), strict=True))
+        if not torch.equal(event.labels, shown_BL):  # a pass may complete more than one row
+            shown_BL, previews = event.labels, {}
+            if watched:
+                known = _known(batch, [event.numbers[row] for row in watched])
+                images = model.pipe.preview(event.labels[watched], **known)
+                previews = dict(zip(watched, map(export.png, images), strict=True))
+        labels = (event.labels >= 0).sum(1).tolist()
         for job, rows in _rows(owners, event.numbers):
-            images_png = [previews[row] for row in rows if row in previews]
-            data = {"rows": event.rows, "total": event.total, "images": images_png}
+            data = {
+                "rows": event.rows,
+                "total": event.total,
+                "images": [previews[row] for row in rows if row in previews],
+                "labels": [labels[row] for row in rows],
+            }
             job.send(Event("row", data))
 
 

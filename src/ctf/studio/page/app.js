@@ -89,7 +89,7 @@ const eventHandler = (versions, changed) => (name, data) => {
   if (name === "queued") setStatus(data.ahead ? `Requests ahead in the queue: ${data.ahead}` : "Sampling", true);
   if (name !== "row") return;
   setStatus(`Coarse labels, row ${data.rows} of ${data.total}`, true);
-  versions.forEach((version, i) => addPreview(version, data, data.images[i]));
+  versions.forEach((version, i) => addPreview(version, data, data.images[i], data.labels[i]));
   refresh(changed);
 };
 

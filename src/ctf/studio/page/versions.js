@@ -27,18 +27,20 @@ export function createVersion(model, classNumber, seed, note, parent = null) {
   };
 }
 
-/** Adds the preview that follows a row of coarse labels. */
-export function addPreview(version, { rows, total }, base64) {
+/** Adds the preview that follows a row of coarse labels; the first `labels` of its own are sampled. */
+export function addPreview(version, { total }, base64, labels) {
+  const { grid } = version.model;
+  const rows = Math.floor(labels / grid);
   Object.assign(version, { rows, total });
   const isWhole = rows === total;
   const text = isWhole ? "All coarse labels" : `Row ${rows} of ${total}; the hatched part is not sampled yet`;
-  version.steps.push({ text, image: pngUrl(base64), rows, mask: isWhole ? null : createMask(version) });
+  version.steps.push({ text, image: pngUrl(base64), rows, mask: isWhole ? null : createMask(version, labels) });
 }
 
-/** Returns the URL of a CSS mask of the rows that are sampled and the tokens that are kept. */
-function createMask({ model: { grid }, rows, keep }) {
-  const kept = (keep ?? []).map((isKept, i) => (isKept && i >= rows * grid ? `M${i % grid} ${Math.floor(i / grid)}h1v1h-1z` : ""));
-  const path = `M0 0h${grid}v${rows}H0z${kept.join("")}`;
+/** Returns the URL of a CSS mask of the labels that are sampled and the tokens that are kept. */
+function createMask({ model: { grid }, rows, keep }, labels) {
+  const kept = (keep ?? []).map((isKept, i) => (isKept && i >= labels ? `M${i % grid} ${Math.floor(i / grid)}h1v1h-1z` : ""));
+  const path = `M0 0h${grid}v${rows}H0zM0 ${rows}h${labels % grid}v1H0z${kept.join("")}`;
   const svg = `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${grid} ${grid}" shape-rendering="crispEdges"><path d="${path}"/></svg>`;
   return `url("data:image/svg+xml,${encodeURIComponent(svg)}")`;
 }

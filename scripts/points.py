@@ -16,6 +16,8 @@ The ways, for coarse and full-vocabulary models, whose points are the centres or
     network-N       both, by networks with N hidden units
     tied            one linear map for both
     square          linear, with the squared length of the point as one feature more
+    damped          linear, the maps times F^-0.5, as Adam moves a row by the sum over F features
+    shared          damped, and the free rows times 0.1
 
 and for the fine model, whose embedding knows the centres (but with "free"), its output layer
 
@@ -32,6 +34,7 @@ import dataclasses
 import functools
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -42,7 +45,7 @@ from ctf.models import clusters as clustering
 from ctf.models import points
 from ctf.models.clusters import Clusters
 from ctf.models.fine import FineModel
-from ctf.models.points import PointRows, standardize
+from ctf.models.points import FREE, PointRows, standardize
 from ctf.models.transformer import INITIAL_STD
 from ctf.pipelines.folder import CLUSTERS, load_clusters
 from ctf.training import recipes
@@ -51,12 +54,34 @@ from ctf.training.stages import ModelStage
 from ctf.training.transformers import Model
 
 
+class Damped(PointRows):
+    """A linear map that Adam moves no faster than a free row."""
+
+    def __init__(
+        self, points_RF: Tensor, width: int, *, hidden: int, std: float, free: float
+    ) -> None:
+        super().__init__(points_RF, width, hidden=hidden, std=std * points_RF.shape[1] ** 0.5)
+        self.free, self.scale = free, points_RF.shape[1] ** -0.5
+
+    def forward(self, free_RD: Tensor) -> Tensor:
+        """The rows: (R, D)."""
+        with torch.autocast(free_RD.device.type, enabled=False):
+            return self.free * free_RD + self.scale * self.points_RF @ self.outer.weight.T
+
+    def right_inverse(self, rows_RD: Tensor) -> Tensor:
+        """As `PointRows.right_inverse`."""
+        return rows_RD / self.free
+
+
 def use(way: str, model: Model, codebook_VC: Tensor, clusters: Clusters, *, warm: bool) -> None:
     """Let a model know the codebook in one of the ways; stands in for `points.use_points`."""
     codebook_VC = codebook_VC.detach().float()
     centers_KC = clustering.centers(codebook_VC, clusters)
     kind, _, hidden = way.partition("-")
     units = int(hidden or 0)
+    make: Callable[..., PointRows] = PointRows
+    if kind in ("damped", "shared"):
+        make = functools.partial(Damped, free=FREE if kind == "shared" else 1.0)
     inputs, outputs = kind not in ("free", "output"), kind not in ("free", "input")
     points_KF = standardize(centers_KC)
     if isinstance(model, FineModel):
@@ -77,11 +102,11 @@ def use(way: str, model: Model, codebook_VC: Tensor, clusters: Clusters, *, warm
     embedding: PointRows | None = None
     if inputs:
         inner = 0 if isinstance(model, FineModel) else units
-        embedding = PointRows(points_KF, width, hidden=inner, std=INITIAL_STD)
+        embedding = make(points_KF, width, hidden=inner, std=INITIAL_STD)
         layer = model.backbone.label_embedding
         parametrize.register_parametrization(layer, "weight", embedding)
     if outputs:
-        head = PointRows(head_RF, width, hidden=units, std=0.0)
+        head = make(head_RF, width, hidden=units, std=0.0)
         if kind == "tied" and embedding is not None:
             head.outer = embedding.outer  # one module with two names
         parametrize.register_parametrization(model.head, "weight", head)

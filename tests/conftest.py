@@ -16,11 +16,16 @@ os.environ["CTF_CACHE"] = tempfile.mkdtemp(prefix="ctf-tests-")
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from ctf.cli import main as cli
 from ctf.data import image_set, images
 from ctf.pipelines.pipeline import Pipeline
+
+# No example has a limit of time, which other work on the machine would exceed.
+settings.register_profile("ctf", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ctf")
 
 CLASSES = ("blue", "green", "red")
 HUES = {"blue": 0.62, "green": 0.33, "red": 0.0}

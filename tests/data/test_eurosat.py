@@ -166,7 +166,7 @@ def test_only_the_split_that_is_read_is_decoded(
         opened.train.read([0])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.randoms())
 def test_a_fifth_of_each_class_is_held_out_whatever_the_order(classes: list[int], random) -> None:
     names = [f"{number}.jpg" for number in range(len(classes))]

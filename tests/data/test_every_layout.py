@@ -186,7 +186,7 @@ def everything(splits: Splits) -> list[tuple[str, bytes]]:
 
 
 @pytest.mark.usefixtures("own_cache")
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8, derandomize=True)
 @given(data_sets())
 def test_every_layout_and_container_gives_the_same_images_and_classes(
     tmp_path_factory: pytest.TempPathFactory, items: list[Item]

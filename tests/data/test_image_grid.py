@@ -21,7 +21,7 @@ def noise(number: int, width: int, height: int) -> Image.Image:
     width=st.sampled_from([3, 32, 64, 70]),
     height=st.sampled_from([5, 40]),
 )  # fmt: skip
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_every_image_is_in_its_place(rows: list[tuple[str, int]], width: int, height: int) -> None:
     named = [
         (name, [noise(10 * row + i, width, height) for i in range(count)])

@@ -141,7 +141,7 @@ def test_a_file_is_decoded_once_for_all_views(
 # --- train and val ------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     st.lists(st.integers(0, 5), min_size=2, max_size=60),
     st.integers(0, 2**32),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ctf.common.errors import UserError
@@ -160,7 +160,6 @@ def test_a_shard_damaged_after_it_was_opened_is_reported(
 
 
 @given(st.lists(st.tuples(st.integers(0, 19), st.integers(0, 1)), max_size=30))
-@settings(deadline=None)
 def test_codes_are_read_across_shards(token_folder: Path, pairs: list[tuple[int, int]]) -> None:
     files = sorted(token_folder.glob("train-0*.npy"))
     everything = np.concatenate([np.load(file) for file in files])

@@ -22,7 +22,7 @@ def center_crop_arr(image: Image.Image, size: int) -> np.ndarray:
     return array[y : y + size, x : x + size]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.integers(8, 150), st.integers(8, 150), st.integers(8, 64), st.floats(1, 1.5), st.booleans()
 )

@@ -162,7 +162,6 @@ def test_frechet_distance_of_singular_covariances(count: int, others: int, rel: 
     assert frechet_distance(*unknown) == pytest.approx(expected, rel=1e-6)
 
 
-@settings(deadline=None)
 @given(seeds, st.integers(2, 40), st.integers(2, 40), st.integers(1, 20))
 def test_frechet_distance_is_symmetric_rotated_and_never_negative(
     seed: int, count: int, others: int, dim: int
@@ -252,7 +251,7 @@ def test_kernel_distance_equals_torchmetrics() -> None:
         assert other.value == pytest.approx(got.value, rel=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seeds, st.integers(4, 12), st.integers(2, 12), st.integers(1, 6))
 def test_kernel_distance_is_the_mean_over_pairs(seed: int, n: int, m: int, dim: int) -> None:
     a, b = features(n, dim, seed), features(m, dim, seed + 1, 2.0)
@@ -320,7 +319,7 @@ def test_each_pair_of_scores_has_its_own_k() -> None:
     assert got == pytest.approx({**five, **{x: three[x] for x in ("precision", "recall")}})
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seeds, st.integers(7, 30), st.integers(7, 30), st.integers(1, 3), st.integers(1, 5))
 def test_ties_and_copies_count_as_in_exact_arithmetic(
     seed: int, count: int, others: int, dim: int, k: int
@@ -334,7 +333,6 @@ def test_ties_and_copies_count_as_in_exact_arithmetic(
     assert moved == pytest.approx(expected)
 
 
-@settings(deadline=None)
 @given(seeds, st.integers(1, 5))
 def test_a_set_covers_itself(seed: int, k: int) -> None:
     a = features(60, 5, seed, mean=50)

@@ -202,7 +202,7 @@ def scalar_resize(image: np.ndarray, size: int) -> np.ndarray:
     return out
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 24), st.integers(0, 9999))
 def test_resize_equals_that_of_tensorflow_1(height: int, width: int, size: int, seed: int) -> None:
     image = np.random.default_rng(seed).integers(0, 256, (height, width)).astype(np.float32)

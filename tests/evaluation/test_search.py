@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -175,7 +175,6 @@ OPTIMA = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(OPTIMA, st.booleans(), st.integers(1, 40), st.booleans())
 def test_every_pipeline_has_the_same_number_of_points(
     best: Settings, has_fine: bool, budget: int, flat: bool

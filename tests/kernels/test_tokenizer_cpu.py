@@ -47,6 +47,23 @@ def test_doubling_by_a_transposed_convolution(
     torch.testing.assert_close(up(x), expected, rtol=0, atol=1e-5)
 
 
+def test_training_takes_the_same_gradients() -> None:
+    """In double precision, so that rounding is no excuse."""
+    torch.manual_seed(0)
+    plain, fast = VQModel(VQ).double(), VQModel(VQ).double()
+    fast.load_state_dict(plain.state_dict())
+    kernels.for_training(fast)
+    assert any(isinstance(part, tokenizer_cpu.TransposedUpsample) for part in fast.modules())
+    images_BCHW = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1
+    for model in (plain, fast):
+        decoded_BCHW = model.decode_vectors(model.encode_vectors(images_BCHW))
+        (decoded_BCHW - images_BCHW).square().mean().backward()
+    for (name, own), (_, other) in zip(
+        plain.named_parameters(), fast.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
 @needs_packed
 def test_a_prepared_decoder_is_the_same() -> None:
     plain_model, prepared = make_tokenizer(), make_tokenizer()

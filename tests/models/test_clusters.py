@@ -135,7 +135,7 @@ def test_kmeans_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @given(st.integers(1, 12), st.lists(st.integers(0, 11), min_size=12, max_size=40))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_equal_vectors_share_a_cluster_and_none_is_empty(count: int, copies: list[int]) -> None:
     vectors_VC = codebook(12)[copies]
     distinct = len(set(copies))

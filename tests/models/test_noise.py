@@ -7,7 +7,6 @@ import pytest
 import scipy.stats
 import torch
 from hypothesis import given
-from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from ctf.models import noise
@@ -33,7 +32,6 @@ def test_known_answers_of_splitmix64() -> None:
         assert [output % 2**64 for output in outputs.tolist()] == expected
 
 
-@examples(deadline=None)
 @given(seeds, st.integers(1, 40), st.integers(1, 40))
 def test_noise_is_what_integers_of_python_give(seed: int, position: int, choice: int) -> None:
     def output(state: int, number: int) -> int:
@@ -50,7 +48,6 @@ def test_noise_is_what_integers_of_python_give(seed: int, position: int, choice:
         assert float(got) == pytest.approx(-math.log(-math.log(u)), rel=1e-12, abs=1e-12)
 
 
-@examples(deadline=None)
 @given(st.lists(seeds, min_size=1, max_size=4), st.integers(1, 30), st.integers(1, 30))
 def test_noise_depends_on_seed_position_and_choice_alone(
     several: list[int], length: int, choices: int

@@ -136,7 +136,7 @@ FORCED_BL = torch.arange(5 * L).view(5, L) * 3 % CLUSTERS.count
 
 
 @given(masks, st.sampled_from([SETTINGS[1], Sampling(1.0), WINDOWS[1], WINDOWS[2]]))
-@examples(max_examples=25, deadline=None)
+@examples(max_examples=25)
 def test_sampling_around_known_labels_against_its_definition(coarse, known_BL, settings):
     keys_BL = noise_keys(SEEDS, L)[:, 0]
     kept_BL = FORCED_BL.masked_fill(~known_BL, -1)
@@ -147,7 +147,7 @@ def test_sampling_around_known_labels_against_its_definition(coarse, known_BL, s
 
 
 @given(st.integers(0, 2**L - 1), st.sampled_from([SETTINGS[1], Sampling(1.0), WINDOWS[2]]))
-@examples(max_examples=40, deadline=None)
+@examples(max_examples=40)
 def test_positions_that_all_images_keep_take_no_step(coarse, bits, settings):
     known_L = torch.tensor([bits >> i & 1 for i in range(L)], dtype=torch.bool)
     keys_BL = noise_keys(SEEDS, L)[:, 0]
@@ -194,7 +194,7 @@ EVERY = [*SETTINGS, *WINDOWS, Sampling(1.0, top_k=1), Sampling(top_k=2, temperat
     st.sets(st.integers(0, 4), min_size=1),
     st.none() | masks,
 )
-@examples(max_examples=30, deadline=None)
+@examples(max_examples=30)
 def test_windows_sample_the_labels_of_one_by_one(exact, window, settings, images, known_BL):
     """Of any size, with all settings, in any batch, around known labels."""
     kept_BL = None if known_BL is None else FORCED_BL.masked_fill(~known_BL, -1)
@@ -213,7 +213,7 @@ def test_windows_sample_the_labels_of_one_by_one(exact, window, settings, images
     st.sampled_from(EVERY),
     st.none() | masks,
 )
-@examples(max_examples=20, deadline=None)
+@examples(max_examples=20)
 def test_windows_may_change_and_images_may_leave_at_any_pass(
     exact, windows, leaving, settings, known_BL
 ):

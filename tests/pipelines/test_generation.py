@@ -162,7 +162,7 @@ def test_windows_that_are_none_are_refused(sharp: Pipeline, window: Any) -> None
 
 
 @given(masks)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_known_codes_stay_and_other_codes_are_ignored(sharp: Pipeline, known_BL: Tensor) -> None:
     out = sharp.sample(CLASSES, SEED, codes=CODES_BL, known=known_BL)
     assert torch.equal(out.codes[known_BL], CODES_BL[known_BL])
@@ -172,7 +172,7 @@ def test_known_codes_stay_and_other_codes_are_ignored(sharp: Pipeline, known_BL:
 
 
 @given(masks)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_an_image_completed_from_its_own_codes_is_itself(
     sharp: Pipeline, samples: Samples, known_BL: Tensor
 ) -> None:
@@ -182,7 +182,7 @@ def test_an_image_completed_from_its_own_codes_is_itself(
 
 
 @given(masks)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_a_completed_image_is_the_same_in_any_batch(sharp: Pipeline, known_BL: Tensor) -> None:
     together = sharp.sample(CLASSES, SEED, codes=CODES_BL, known=known_BL)
     with pytest.MonkeyPatch.context() as patch:

@@ -93,7 +93,7 @@ def check(pipe: Pipeline, vq: plain.VQ, gpt: plain.GPT, *weights: dict[str, Tens
 
 
 @torch.no_grad()
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.data())
 def test_any_shape_computes_what_llamagen_does(data: st.DataObject) -> None:
     vq = data.draw(vqs())

@@ -332,7 +332,7 @@ def openapi(client: httpx2.Client) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", ["/v1/generate", "/v1/refine", "/v1/members"])
 @settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture,
+    max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture,
     HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
 @given(data=st.data())
@@ -362,9 +362,7 @@ def test_any_request_gets_a_response_or_an_error(
         assert "\nevent: done\n" in response.text
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     data=st.binary(max_size=200) | st.builds(
         lambda at, byte: image_file()[:at] + bytes([byte]) + image_file()[at + 1 :],
@@ -387,9 +385,7 @@ def test_any_upload_gets_a_response_or_an_error(
 
 
 @given(path=st.text(max_size=20), method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD"]))
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_path_gets_a_response_or_an_error(
     client: httpx2.Client, path: str, method: str
 ) -> None:

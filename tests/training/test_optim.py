@@ -22,7 +22,7 @@ IMAGES = np.arange(20, 32)
     seed=st.integers(0, 2**32),
     epochs=st.integers(1, 4),
 )
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_every_epoch_is_a_permutation(count: int, batch_size: int, seed: int, epochs: int) -> None:
     steps = -(-count * epochs // batch_size)
     indices = np.concatenate(

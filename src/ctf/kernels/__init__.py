@@ -26,7 +26,7 @@ from ctf.kernels.replace import replace
 from ctf.kernels.sampling_cpu import GrowingCache, pack
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
-from ctf.models.tokenizer import VQModel
+from ctf.models.tokenizer import Upsample, VQModel
 from ctf.models.transformer import Attention, Backbone
 
 Engine = Literal["auto", "eager", "compile", "int8"]
@@ -54,6 +54,8 @@ def for_training(model: Transformer | VQModel, *, compile: bool = False) -> None
     """
     for_evaluation(model)
     if isinstance(model, VQModel):
+        if _device(model).type == "cpu":
+            replace(model, {Upsample: tokenizer_cpu.TransposedUpsample})
         return
     backbone = model.backbone
     if compile:

@@ -71,8 +71,17 @@ class FastResidualBlock(ResidualBlock):
         return h.add_(self.skip(x))
 
 
-class FastUpsample(Upsample):
+class TransposedUpsample(Upsample):
     """Doubling by one transposed convolution: 16 products for four pixels instead of 36."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `Upsample.forward`."""
+        kernel = transposed_kernel(self.conv.weight, x.dtype)
+        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
+
+
+class FastUpsample(Upsample):
+    """As `TransposedUpsample`, with the kernel computed once, and in its own precision."""
 
     kernel: Tensor
 

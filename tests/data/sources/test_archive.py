@@ -692,7 +692,7 @@ def test_files_that_are_not_tar_are_refused(tmp_path: Path, content: bytes) -> N
 
 
 @given(st.lists(st.tuples(st.integers(0, 6 * 512), st.integers(0, 255)), max_size=6))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_no_damage_raises(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]]
 ) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import ctf as ctf_package
-from ctf import kernels
 from ctf.cli import main as cli
 from ctf.common import storage
+from ctf.kernels import compiled
 from tests.conftest import Command, read_files, recipe_options, without_times
 
 ROOT = Path(__file__).parents[2]
@@ -299,7 +299,7 @@ def test_fit_is_one_process(
 def test_without_a_compiler_blocks_are_not_compiled(
     run: Path, alone: Path, tmp_path: Path, ctf: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "available", lambda *_: False)
+    monkeypatch.setattr(compiled, "compiles", lambda _: False)
     out = branch(run, tmp_path / "out")
     result = ctf("train", "coarse", out, *RECIPE, "--compile")
     assert result.code == 0 and result.err.count("PyTorch finds no compiler") == 1

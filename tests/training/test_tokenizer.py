@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ctf.common.distributed import ALONE
 from ctf.common.errors import UserError
+from ctf.common.precision import supports_bf16
 from ctf.data.image_set import ImageSet, Splits
 from ctf.data.transforms import PLAIN, View, as_tensor, from_pixels
 from ctf.evaluation import metrics
@@ -31,6 +32,7 @@ from ctf.training.tokenizer import (
 from tests.conftest import without_times
 from tests.stalls import no_stalls
 
+CPU = torch.device("cpu")
 SIZE = 32
 MODEL = TokenizerConfig(
     image_size=SIZE, codebook_size=48, channels=8, multipliers=(1, 1, 2), blocks=1,
@@ -416,6 +418,23 @@ def test_most_steps_never_wait_for_a_gpu() -> None:
             t.step(step)
         with pytest.raises(AssertionError, match="nonzero"):
             t.step(4)  # codes are revived
+
+
+@pytest.mark.skipif(not supports_bf16(CPU), reason="no products in bfloat16 here")
+def test_in_bfloat16_a_step_is_nearly_the_same() -> None:
+    training = dataclasses.replace(TRAINING, adversarial_weight=0.1, adversarial_start=0.0)
+    steps = []
+    for precision in ("fp32", "bf16"):
+        execution = loop.Execution(precision=precision)
+        t = TokenizerTrainer(MODEL, training, IMAGES, ALONE, execution)
+        images_BCHW = as_tensor(IMAGES.train.read(np.arange(4)))
+        vectors_BLC, _, codes_N, decoded_BCHW = t.reconstruction(images_BCHW, True)
+        assert vectors_BLC.dtype == decoded_BCHW.dtype == torch.float32
+        assert torch.equal(codes_N, t.model.nearest(vectors_BLC.flatten(0, 1)))
+        steps.append({k: float(v) for k, v in t.step(0).items()})
+        assert {p.dtype for p in t.model.parameters()} == {torch.float32}
+    for name, value in steps[0].items():
+        assert steps[1][name] == pytest.approx(value, rel=0.05, abs=1e-3), name
 
 
 def test_the_codebook_is_initialized_with_vectors() -> None:

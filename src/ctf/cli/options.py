@@ -19,7 +19,7 @@ from ctf.evaluation.options import Weights as Weights
 T = TypeVar("T")
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
-Engine = Literal["auto", "eager", "compile", "int8"]
+Engine = Literal["auto", "eager", "compile", "int8", "bf16"]
 LlamaGenSize = Literal["B", "L", "XL", "XXL", "3B"]
 LlamaGenWeights = Literal["model", "module", "state_dict", "model_state_dict", "ema"]
 Size = Literal["S", "B", "L", "XL", "XXL", "3B"]
@@ -156,8 +156,9 @@ class ExecutionOptions:
         micro_batch: images that a process computes at a time; the batch size is unchanged
         checkpoint_activations: save memory by computing activations again in the backward pass
         compile: use torch.compile
-        precision: precision of the transformers' matrix products; auto is bf16 on GPUs that support
-            it, else fp32; bf16 is also much faster on CPUs with bfloat16 instructions
+        precision: precision of matrix products and of the tokenizer's convolutions; auto is bf16 on
+            GPUs that support it, else fp32; bf16 is also much faster for transformers on CPUs with
+            bfloat16 instructions
     """
 
     micro_batch: Maybe[int] = None
@@ -171,11 +172,11 @@ class ExecutionOptions:
         Raises:
             UserError: the device does not support the precision.
         """
-        from ctf import kernels
         from ctf.common.precision import uses_bf16
+        from ctf.kernels.compiled import compiles
         from ctf.training.loop import Execution
 
-        compiled = self.compile and kernels.available("compile", device)
+        compiled = self.compile and compiles(device.type)
         if self.compile and not compiled and warn:
             print("--compile: PyTorch finds no compiler, continuing without", file=sys.stderr)
         uses_bf16(self.precision, device)

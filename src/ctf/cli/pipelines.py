@@ -200,8 +200,9 @@ def sample(
         settings: settings.json from a folder of samples, an evaluation or the studio, to sample its
             images again, by default from the pipeline that it names; excludes other options of
             sampling
-        engine: auto is the fastest, equal up to rounding; int8 is faster but not quite equal;
-            compile uses torch.compile; eager uses plain PyTorch operators
+        engine: auto is the fastest, equal up to rounding; int8 (on a processor) and bf16 (on a GPU)
+            are faster but not quite equal; compile uses torch.compile, and CUDA graphs on a GPU;
+            eager uses plain PyTorch operators
     """
     from ctf.pipelines import export
     from ctf.pipelines.arguments import check_window

@@ -16,7 +16,7 @@ Sizes = Annotated[
     str, arg(help="LlamaGen's sizes of transformers, separated by commas: B, L, XL, XXL, 3B")
 ]
 Rounds = Annotated[int, arg(help="number of measurements of each, taken in turn")]
-Engines = Annotated[str, arg(help="engines, separated by commas: auto, eager, compile, int8")]
+Engines = Annotated[str, arg(help="engines, separated by commas: auto, eager, compile, int8, bf16")]
 
 
 @command("bench sample")

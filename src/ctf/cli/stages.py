@@ -24,6 +24,8 @@ def tokenizer_train(
     image_size: options.ImageSize = None,
     steps: options.Steps = None,
     set: options.Overrides = (),
+    precision: options.Precision = "auto",
+    compile: bool = False,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
     image_options: options.ImageGroup,
@@ -34,6 +36,8 @@ def tokenizer_train(
 
     Args:
         out: folder of the run; the tokenizer is saved in its folder tokenizer/
+        precision: precision of the convolutions; auto is bf16 on GPUs that support it, else fp32
+        compile: use torch.compile
     """
     from ctf.common import distributed
     from ctf.training import fit as fitting
@@ -48,8 +52,10 @@ def tokenizer_train(
         if dry_run:
             show(fitting.describe(splits, recipe, None, world.size), world)
             return
+        execution = options.ExecutionOptions(compile=compile, precision=precision)
+        resolved = execution.resolve(world.device, warn=world.is_main)
         with signals.stop_on_sigterm(out), open_progress("tokenizer", world) as progress:
-            stages.train_tokenizer(out, splits, recipe, world, progress)
+            stages.train_tokenizer(out, splits, recipe, world, progress, resolved)
         show(f"{out / 'tokenizer'}: done", world)
 
 

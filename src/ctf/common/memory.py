@@ -20,7 +20,9 @@ STATUS = Path("/proc/self/status")
 def available(device: torch.device) -> int:
     """Return the bytes that can be allocated on a device; `sys.maxsize` if that is unknown."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What PyTorch holds for its next tensors is not free to the driver.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     if device.type != "cpu":
         return sys.maxsize
     return min(_read_kilobytes(MEMINFO, "MemAvailable") or sys.maxsize, _available_in_cgroup())

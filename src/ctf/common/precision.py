@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -33,3 +35,21 @@ def uses_bf16(precision: Precision, device: torch.device) -> bool:
             "use --precision fp32 or auto"
         )
     return supported and (precision == "bf16" or (precision, device.type) == ("auto", "cuda"))
+
+
+@contextlib.contextmanager
+def without_tf32(device: torch.device) -> Iterator[None]:
+    """Within the block, compute float32 products on a GPU as a processor does, up to rounding.
+
+    By default, PyTorch's convolutions round their inputs to the 10 bits of TF32 there.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32 = products.allow_tf32 = False
+    try:
+        yield
+    finally:
+        convolutions.allow_tf32, products.allow_tf32 = before

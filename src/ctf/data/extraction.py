@@ -22,7 +22,7 @@ from ctf.common import claims, memory, signals, storage
 from ctf.common.config import from_json, to_json
 from ctf.common.distributed import ALONE, World
 from ctf.common.errors import Stopped, UserError
-from ctf.common.precision import Precision, uses_bf16
+from ctf.common.precision import Precision, uses_bf16, without_tf32
 from ctf.common.progress import Progress
 from ctf.data import shards
 from ctf.data.image_set import ImageSet, Splits
@@ -239,7 +239,8 @@ def _load_begun(path: Path, codes: np.ndarray, codebook_size: int) -> int:
 def _encode(tokenizer: VQModel, pixels_BHWC: np.ndarray) -> np.ndarray:
     """Encode uint8 pixels to codes (B, L)."""
     device = next(tokenizer.parameters()).device
-    return tokenizer.encode(as_tensor(pixels_BHWC, device)).cpu().numpy()
+    with without_tf32(device):
+        return tokenizer.encode(as_tensor(pixels_BHWC, device)).cpu().numpy()
 
 
 def _select(image_set: ImageSet, limit: int | None, seed: int) -> np.ndarray:

@@ -4,7 +4,7 @@ A model is built plain, and one of these functions prepares it, in place, for wh
 
     for_training(model)                            forward and backward passes
     for_evaluation(model)                          losses and logits
-    for_sampling(coarse, fine, tokenizer, engine)  all stages of sampling
+    for_sampling(coarse, fine, tokenizer, engine)  all stages of sampling; see `coarse_sampler`
     for_encoding(tokenizer, dtype)                 images to codes
 
 They replace classes of modules (`replace.py`), and leave plain what a machine has nothing for.
@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from ctf.common.precision import supports_bf16
-from ctf.kernels import compiled, tokenizer_cpu, train_cpu
+from ctf.kernels import bf16, compiled, tokenizer_cpu, train_cpu
+from ctf.kernels.graphs import GraphedCoarseModel, coarse_sampler
 from ctf.kernels.logits import BatchedFineModel, LeanCoarseModel, LeanFineModel
 from ctf.kernels.products import Int8, Packed, has_layer
 from ctf.kernels.replace import replace
@@ -29,7 +30,19 @@ from ctf.models.fine import FineModel
 from ctf.models.tokenizer import Upsample, VQModel
 from ctf.models.transformer import Attention, Backbone
 
-Engine = Literal["auto", "eager", "compile", "int8"]
+__all__ = [
+    "Engine",
+    "available",
+    "coarse_sampler",
+    "for_encoding",
+    "for_evaluation",
+    "for_sampling",
+    "for_training",
+    "is_exact",
+    "spare_bytes",
+]
+
+Engine = Literal["auto", "eager", "compile", "int8", "bf16"]
 Transformer = CoarseModel | FineModel
 
 
@@ -50,12 +63,16 @@ def for_training(model: Transformer | VQModel, *, compile: bool = False) -> None
 
     Args:
         model: Weights in float32.
-        compile: Compile the blocks of a transformer, and on a GPU its loss.
+        compile: Compile the blocks of a transformer, and on a GPU its loss; or the encoder and the
+            decoder of a tokenizer.
     """
     for_evaluation(model)
     if isinstance(model, VQModel):
         if _device(model).type == "cpu":
             replace(model, {Upsample: tokenizer_cpu.TransposedUpsample})
+        if compile:
+            model.encoder.compile()
+            model.decoder.compile()
         return
     backbone = model.backbone
     if compile:
@@ -85,27 +102,35 @@ def for_sampling(
         fine: None if each cluster has one member.
         tokenizer: Not changed unless it is a `VQModel`.
         engine: "eager" computes with PyTorch's own layers. "auto" computes the same, up to
-            rounding, as fast as is known: packed on a processor, compiled on a GPU. "compile"
-            compiles the steps of the coarse model. "int8" computes nearly the same: transformers
-            in 8-bit integers and, where the processor multiplies bfloat16, the cached keys and
-            values and the decoder's convolutions in that.
+            rounding, as fast as is known: packed on a processor, "compile" on a GPU.
+            "compile" compiles the steps of the coarse model; on a GPU each is one CUDA graph, of
+            compiled layers where there is a compiler. "int8" computes nearly the same on a
+            processor: transformers in 8-bit integers and, where it multiplies bfloat16, the cached
+            keys and values and the decoder's convolutions in that. "bf16" does so on a GPU: as
+            "compile", with transformers, cached keys and values and the decoder's convolutions in
+            bfloat16, logits in float32.
     """
     models = [model for model in (coarse, fine, tokenizer) if isinstance(model, nn.Module)]
     for model in models:
         for_evaluation(model)
     device = _device(models[0])
     engine = _usable(engine, device)
-    if engine == "compile":
-        if coarse is not None:
-            faster = {Attention: compiled.Attention, Backbone: compiled.CompiledBackbone}
-            replace(coarse.backbone, faster)
+    if engine == "bf16":
+        _convert(coarse, fine, tokenizer)
+    if engine in ("compile", "bf16"):
+        _compile_steps(coarse, device)
         return
     if coarse is not None and device.type == "cpu":
         coarse.backbone.cache_class = GrowingCache
-    if engine == "eager":
-        return
+    if engine != "eager":
+        _pack(coarse, fine, tokenizer, engine)
+
+
+def _pack(
+    coarse: CoarseModel | None, fine: FineModel | None, tokenizer: object, engine: Engine
+) -> None:
     kind = Int8 if engine == "int8" else Packed
-    low = torch.bfloat16 if engine == "int8" and supports_bf16(device) else None
+    low = torch.bfloat16 if engine == "int8" and supports_bf16(torch.device("cpu")) else None
     if coarse is not None:
         pack(coarse, kind)
         coarse.backbone.cache_dtype = low
@@ -113,6 +138,27 @@ def for_sampling(
         pack(fine.backbone, kind)  # its head is read in slices, by cluster
     if isinstance(tokenizer, VQModel):
         tokenizer_cpu.prepare(tokenizer.decoder, low or torch.float32)
+
+
+def _convert(coarse: CoarseModel | None, fine: FineModel | None, tokenizer: object) -> None:
+    if coarse is not None:
+        bf16.convert(coarse.backbone)
+    if fine is not None:
+        bf16.convert(fine.backbone)
+    if isinstance(tokenizer, VQModel):
+        tokenizer_cpu.prepare(tokenizer.decoder, torch.bfloat16)
+
+
+def _compile_steps(coarse: CoarseModel | None, device: torch.device) -> None:
+    if coarse is None:
+        return
+    replace(coarse.backbone, {Attention: compiled.Attention})
+    if device.type != "cuda":
+        replace(coarse.backbone, {Backbone: compiled.CompiledBackbone})
+        return
+    replace(coarse, {LeanCoarseModel: GraphedCoarseModel})
+    if isinstance(coarse, GraphedCoarseModel):
+        coarse.compile_layers = compiled.compiles(device.type)
 
 
 def for_encoding(tokenizer: VQModel, dtype: torch.dtype = torch.float32) -> None:
@@ -132,9 +178,11 @@ def available(engine: Engine, device: torch.device) -> bool:
         case "eager":
             return True
         case "compile":
-            return compiled.compiles(device.type)
+            return device.type == "cuda" or compiled.compiles(device.type)
         case "auto":
             return device.type == "cpu" and has_layer(Packed)
+        case "bf16":
+            return device.type == "cuda" and supports_bf16(device)
         case "int8":
             return device.type == "cpu" and has_layer(Int8)
 
@@ -142,7 +190,7 @@ def available(engine: Engine, device: torch.device) -> bool:
 def _usable(engine: Engine, device: torch.device) -> Engine:
     """What can be used of an engine; warns where that is another one than was requested."""
     if engine == "auto" and device.type == "cuda":
-        return "compile" if available("compile", device) else "eager"
+        return "compile"
     if available(engine, device):
         return engine
     if engine != "auto":
@@ -153,7 +201,12 @@ def _usable(engine: Engine, device: torch.device) -> Engine:
 
 def is_exact(model: nn.Module) -> bool:
     """Whether a model still has the weights that it was loaded with, so that it can be saved."""
-    return not any(isinstance(part, Int8) for part in model.modules())
+    return not any(isinstance(part, (Int8, bf16.WideNorm)) for part in model.modules())
+
+
+def spare_bytes(model: nn.Module) -> int:
+    """Memory that a model holds for its next batch, which takes it up."""
+    return model.spare_bytes() if isinstance(model, GraphedCoarseModel) else 0
 
 
 def _device(model: nn.Module) -> torch.device:

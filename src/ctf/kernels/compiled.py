@@ -1,6 +1,4 @@
-"""Compiled transformers: blocks in training, single steps in sampling.
-
-On a GPU it is the launch of many small kernels that takes the time.
+"""Compiled transformers: blocks in training, single steps in sampling on a processor.
 
 Shapes: B batch, T positions, W those of a window, L labels of an image, D width, N heads, E head
 dim, P rotated pairs of a head (E / 2), Z queries and keys.
@@ -68,7 +66,7 @@ def _softmax_loss() -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 class CompiledBackbone(Backbone):
-    """A backbone whose steps of a whole batch are compiled, into CUDA graphs on a GPU.
+    """A backbone whose steps of a whole batch are compiled; on a GPU see `ctf.kernels.graphs`.
 
     Compiled are steps over as many positions as in `windows`. Every step attends to all positions
     and masks those to come: a fixed shape is worth more than the work that is saved.
@@ -91,7 +89,6 @@ class CompiledBackbone(Backbone):
         positions = transformer.window_positions(start, length, x_BWD.device)
         positions_BW = positions.expand(batch, length).contiguous()
         rotations = self.rotation(0, self.config.length)
-        torch.compiler.cudagraph_mark_step_begin()
         return self._compiled(x_BWD, rotations, positions_BW, cache.k, cache.v)
 
     def __getstate__(self) -> dict[str, Any]:  # a copy compiles its own steps
@@ -99,9 +96,7 @@ class CompiledBackbone(Backbone):
 
     @functools.cached_property
     def _compiled(self) -> Callable[..., Tensor]:
-        graphs = self.label_embedding.weight.device.type == "cuda"
-        mode = "reduce-overhead" if graphs else None
-        return torch.compile(self._window_step, mode=mode, fullgraph=True, dynamic=False)
+        return torch.compile(self._window_step, fullgraph=True, dynamic=False)
 
     def _window_step(
         self,

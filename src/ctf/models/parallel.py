@@ -24,15 +24,14 @@ from torch import Tensor
 from ctf.models.coarse import CoarseModel
 from ctf.models.noise import Noise
 from ctf.models.sampling import (
+    CHOICES,
     Sampling,
     apply_guidance,
     guidance_scales,
     sample_logits,
     with_no_class,
 )
-from ctf.models.transformer import window_positions
-
-CHOICES = 1 << 22  # logits in float64 at a time
+from ctf.models.transformer import KVCache, window_positions
 
 
 class CoarseDecoder:
@@ -46,16 +45,24 @@ class CoarseDecoder:
         model: In evaluation mode.
         classes_B: int64 in [0, classes].
         scales: The guidance scale of each label.
+        cache: Of as many rows as `classes`; by default a new one.
 
     Attributes:
+        classes: Of both halves, if a label is guided.
         cached: For each half, how many positions of each image are in the cache and final.
     """
 
-    def __init__(self, model: CoarseModel, classes_B: Tensor, scales: Sequence[float]) -> None:
+    def __init__(
+        self,
+        model: CoarseModel,
+        classes_B: Tensor,
+        scales: Sequence[float],
+        cache: KVCache | None = None,
+    ) -> None:
         self.model, self.scales = model, scales
         guided = any(scale != 1 for scale in scales)
         self.classes = with_no_class(classes_B, model.no_class) if guided else classes_B
-        self.cache = model.backbone.cache(len(self.classes))
+        self.cache = model.backbone.cache(len(self.classes)) if cache is None else cache
         self.cached = [[0] * len(classes_B), [0] * len(classes_B)]
         self._computed: Sequence[int] = ()  # halves of the last pass
 
@@ -67,8 +74,7 @@ class CoarseDecoder:
         logits are those of the last.
         """
         scales = self._scales(starts, window)
-        self._computed = (0,) if scales == {1.0} else (0, 1)
-        if scales == {1.0}:
+        if self.halves(starts, window) == 1:
             return self._pass(0, 1, labels_BL, starts, window)
         if self.cached[0] == self.cached[1]:
             cond, uncond = self._pass(0, 2, labels_BL, starts, window).chunk(2)
@@ -80,6 +86,19 @@ class CoarseDecoder:
         starts_B = torch.tensor(starts, device=cond.device)
         positions_BW = window_positions(starts_B, window, cond.device).clamp(max=last)
         return apply_guidance(cond, uncond, table_L[positions_BW][..., None])
+
+    def halves(self, starts: Sequence[int], window: int) -> int:
+        """How many halves windows from `starts` on need: 1 if none of their labels is guided."""
+        return 1 if self._scales(starts, window) == {1.0} else 2
+
+    def is_behind(self, starts: Sequence[int], halves: int) -> bool:
+        """Whether positions before `starts` are missing in one of the first halves."""
+        return any(cached != list(starts) for cached in self.cached[:halves])
+
+    def computed(self, starts: Sequence[int], first: int, last: int) -> None:
+        """Take note that halves `first` to `last` were computed from `starts` on."""
+        self.cached[first:last] = [[min(s + 1, len(self.scales)) for s in starts]] * (last - first)
+        self._computed = range(last)
 
     def accept(self, counts: Sequence[int]) -> None:
         """Declare so many of the labels from `starts` on of the last `logits` final."""
@@ -126,7 +145,7 @@ class CoarseDecoder:
         inputs_BT = inputs_BT.repeat(last - first, 1)
         if begins[0] == 0:
             inputs_BT = torch.cat([self.classes[images, None], inputs_BT], dim=1)
-        self.cached[first:last] = [[min(s + 1, length) for s in starts]] * (last - first)
+        self.computed(starts, first, last)
         hidden_BTD = self.model.backbone.step(inputs_BT, start, self.cache, images)
         if count > 1:
             begins_B = torch.tensor(begins, device=labels_BL.device)
@@ -210,19 +229,8 @@ class CoarseSampler:
         window, starts = min(window, self.length), self.certain
         self._guess(window)
         if self._decoder is None:
-            self._decoder = CoarseDecoder(self.model, self._classes_B, self._scales)
-        logits_BWK = self._decoder.logits(self._buffer_BM, starts, window)
-        device = logits_BWK.device
-        positions_BW = window_positions(torch.tensor(starts, device=device), window, device)
-        guessed_BW = self._buffer_BM.gather(1, positions_BW)
-        new_BW = self._choose(logits_BWK, positions_BW.clamp(max=self.length - 1))
-        if self._fixed_BM is not None:
-            new_BW = torch.where(self._fixed_BM.gather(1, positions_BW), guessed_BW, new_BW)
-        self._buffer_BM.scatter_(1, positions_BW, new_BW)
-        right = [0] * len(starts)
-        if window > 1:
-            is_right_BW = new_BW[:, :-1] == guessed_BW[:, :-1]
-            right = is_right_BW.cumprod(1).sum(1).tolist()
+            self._decoder = self._make_decoder()
+        right = self._pass(self._decoder, window)
         right = [min(r, max(self.length - s - 1, 0)) for r, s in zip(right, starts, strict=True)]
         self._decoder.accept(right)
         self.passes = [p + (s < self.length) for p, s in zip(self.passes, starts, strict=True)]
@@ -235,6 +243,26 @@ class CoarseSampler:
             for guessed, start, certain in zip(self._guessed, starts, self.certain, strict=True)
         ]
         return [now - before for now, before in zip(self.certain, starts, strict=True)]
+
+    def _make_decoder(self) -> CoarseDecoder:
+        return CoarseDecoder(self.model, self._classes_B, self._scales)
+
+    def _pass(self, decoder: CoarseDecoder, window: int) -> list[int]:
+        """Compute the labels of a window; return how many guesses were right from its start on."""
+        starts = self.certain
+        logits_BWK = decoder.logits(self._buffer_BM, starts, window)
+        device = logits_BWK.device
+        positions_BW = window_positions(torch.tensor(starts, device=device), window, device)
+        guessed_BW = self._buffer_BM.gather(1, positions_BW)
+        new_BW = self._choose(logits_BWK, positions_BW.clamp(max=self.length - 1))
+        if self._fixed_BM is not None:
+            new_BW = torch.where(self._fixed_BM.gather(1, positions_BW), guessed_BW, new_BW)
+        self._buffer_BM.scatter_(1, positions_BW, new_BW)
+        if window == 1:
+            return [0] * len(starts)
+        is_right_BW = new_BW[:, :-1] == guessed_BW[:, :-1]
+        right: list[int] = is_right_BW.cumprod(1).sum(1).tolist()
+        return right
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep some images of the batch alone; none of their passes is lost."""

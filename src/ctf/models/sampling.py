@@ -28,7 +28,10 @@ FineChoice = Literal["sample", "mean"]
 
 MAX_GUIDANCE = 1e6  # beyond, logits overflow
 MIN_TEMPERATURE = 1e-250  # used for smaller ones, by which logits cannot be divided in float64
-FINE_TOKENS = 2048  # in a pass of the fine model, with both halves of guidance
+# In a pass of the fine model, with both halves of guidance: large enough that products are fast,
+# and small enough for any memory.
+FINE_TOKENS, FINE_TOKENS_GPU = 2048, 16384
+CHOICES = 1 << 22  # logits in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -266,9 +269,9 @@ def sample_fine(
     if model is None:
         return clusters.members_KS.to(labels_BL.device)[labels_BL, 0]
     keys_BL = keys_BL.to(labels_BL.device)
-    # Products of FINE_TOKENS are large enough to be fast, and small enough for any memory.
+    tokens = FINE_TOKENS if labels_BL.device.type == "cpu" else FINE_TOKENS_GPU
     halves = 1 if settings.fine_guidance == 1 else 2
-    images = max(1, FINE_TOKENS // (halves * labels_BL.shape[1]))
+    images = max(1, tokens // (halves * labels_BL.shape[1]))
     parts = zip(
         labels_BL.split(images), classes_B.split(images), keys_BL.split(images), strict=True
     )
@@ -297,16 +300,22 @@ def _sample_choices(
         logits_BLK = apply_guidance(cond, uncond, settings.fine_guidance)
     limits = settings.fine_temperature, settings.fine_top_k, settings.fine_top_p
 
-    def choose(logits_LK: Tensor, labels_L: Tensor, keys_L: Tensor) -> Tensor:
+    def choose(logits_TK: Tensor, labels_T: Tensor, keys_T: Tensor) -> Tensor:
         if settings.fine_choice == "sample":
-            return sample_logits(logits_LK, gumbel_noise(keys_L, logits_LK.shape[-1]), *limits)
+            return sample_logits(logits_TK, gumbel_noise(keys_T, logits_TK.shape[-1]), *limits)
         assert codebook_VC is not None, 'the choice "mean" needs the codebook'
-        vectors_LKC = codebook_VC[model.candidates(labels_L)]
-        return nearest_to_mean(filter_logits(logits_LK, *limits), vectors_LKC)
+        vectors_TKC = codebook_VC[model.candidates(labels_T)]
+        return nearest_to_mean(filter_logits(logits_TK, *limits), vectors_TKC)
 
-    # Image by image: in float64, the logits of a whole batch may be large.
-    images = zip(logits_BLK, labels_BL, keys_BL, strict=True)
-    return torch.stack([choose(*image) for image in images])
+    # In float64, the logits of a whole batch may be large. A processor takes image by image; on a
+    # GPU, launching the kernels of each would take longer than they do.
+    on_cpu = logits_BLK.device.type == "cpu"
+    images = 1 if on_cpu else max(1, CHOICES // logits_BLK[0].numel())
+    parts = zip(
+        *(each_BL.split(images) for each_BL in (logits_BLK, labels_BL, keys_BL)), strict=True
+    )
+    chosen = [choose(*(each_BL.flatten(0, 1) for each_BL in part)) for part in parts]
+    return torch.cat(chosen).view(labels_BL.shape)
 
 
 def with_no_class(classes_B: Tensor, no_class: int) -> Tensor:

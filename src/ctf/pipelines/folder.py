@@ -287,7 +287,8 @@ def _save(pipe: Pipeline, folder: Path, dtype: torch.dtype | None) -> None:
         models["fine"] = (pipe.fine, {**coarse_config, "softmax": pipe.fine.softmax})
     if not all(kernels.is_exact(model) for model, _ in models.values()):
         raise UserError(
-            "a pipeline loaded with the engine int8 cannot be saved: its weights are quantised\n"
+            "a pipeline loaded with the engine int8 or bf16 cannot be saved: its weights are "
+            "rounded\n"
             "load it with the engine auto or eager instead"
         )
     # First, so that the folder is recognised as a pipeline's if writing is interrupted.

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from ctf.pipelines.pipeline import Pipeline
 
 BATCH_SIZE = 64  # images per batch at most
-INT8_ROWS = 16  # of a pass in int8
-DECODER_ELEMENTS = 2**23  # at most, in the largest layer of the decoder
+INT8_ROWS, BF16_ROWS = 16, 32  # of a pass in int8 on a processor, and in bfloat16 on a GPU
+# At most, in the largest layer of the decoder: an image of VQ-16, or 16 of them on a GPU.
+DECODER_ELEMENTS, DECODER_ELEMENTS_GPU = 2**23, 2**27
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,8 @@ def max_batch(pipe: Pipeline, settings: Sampling) -> int:
     """Return BATCH_SIZE, or less if the cache of keys and values would take half the memory."""
     cache_bytes = pipe.coarse.backbone.cache_bytes()
     halves = 1 if settings.guidance == 1 else 2
-    return min(BATCH_SIZE, max(1, memory.available(pipe.device) // 2 // (halves * cache_bytes)))
+    available = memory.available(pipe.device) + kernels.spare_bytes(pipe.coarse)
+    return min(BATCH_SIZE, max(1, available // 2 // (halves * cache_bytes)))
 
 
 def generate(pipe: Pipeline, request: Request, progress: Progress | None = None) -> Samples:
@@ -116,7 +118,7 @@ def generate(pipe: Pipeline, request: Request, progress: Progress | None = None)
 
 def coarse_sampler(pipe: Pipeline, request: Request, batch: Batch) -> CoarseSampler:
     """Return what samples the coarse labels of a batch, none of which is sampled yet."""
-    return CoarseSampler(
+    return kernels.coarse_sampler(
         pipe.coarse,
         batch.classes_B,
         batch.keys_B2L[:, 0],
@@ -128,15 +130,17 @@ def coarse_sampler(pipe: Pipeline, request: Request, batch: Batch) -> CoarseSamp
 def advance(pipe: Pipeline, request: Request, sampler: CoarseSampler) -> None:
     """Take a pass of the coarse model over the requested window.
 
-    In int8 a label may depend on the window, so "auto" must not depend on measured times there: it
-    is as many labels as make a pass of 16 rows, which takes hardly longer than one of 2.
+    In int8 and bfloat16 a label may depend on the window, so "auto" must not depend on measured
+    times there: it is as many labels as make a pass of 16 rows, or 32 on a GPU, which takes hardly
+    longer than one of 2.
     """
     batch, halves = len(sampler.certain), 1 if request.sampling.guidance == 1 else 2
     if request.window != "auto":
         sampler.advance(request.window)
         return
     if not kernels.is_exact(pipe.coarse):
-        sampler.advance(max(1, INT8_ROWS // (batch * halves)))
+        rows = INT8_ROWS if pipe.device.type == "cpu" else BF16_ROWS
+        sampler.advance(max(1, rows // (batch * halves)))
         return
     key = batch, halves == 1
     auto = pipe.auto_windows.get(key)
@@ -168,7 +172,8 @@ def decode_vectors(pipe: Pipeline, vectors_BLC: Tensor, resize: int | None) -> T
     """Decode code vectors into images in [-1, 1]: (B, 3, H, W), resized before clipping."""
     tokenizer = pipe.tokenizer
     channels = tokenizer.config.channels if isinstance(tokenizer, VQModel) else 3
-    at_a_time = max(1, DECODER_ELEMENTS // (channels * tokenizer.image_size**2))
+    elements = DECODER_ELEMENTS if vectors_BLC.device.type == "cpu" else DECODER_ELEMENTS_GPU
+    at_a_time = max(1, elements // (channels * tokenizer.image_size**2))
     parts = torch.split(vectors_BLC, at_a_time)
     images_BCHW = torch.cat([tokenizer.decode_vectors(part) for part in parts])
     if resize is not None:

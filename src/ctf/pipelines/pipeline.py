@@ -85,8 +85,8 @@ class Pipeline:
                 Face Hub, in this order.
             device: Where to compute.
             engine: "eager" is plain PyTorch; "auto" is the fastest implementation with the same
-                results up to rounding; "int8" is faster and nearly the same; "compile" compiles the
-                steps with torch.compile.
+                results up to rounding; "int8" on a processor and "bf16" on a GPU are faster and
+                nearly the same; "compile" compiles the steps with torch.compile.
             revision: Branch, tag or commit on the Hub, if it is not in the name; "main" by default.
                 This and all arguments below are those of huggingface_hub.
             cache_dir: Where downloads are stored.

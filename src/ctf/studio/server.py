@@ -142,7 +142,7 @@ def start_workers(
     """Load pipelines, by names as in `Pipeline.from_pretrained`, and start a worker for each.
 
     A folder is served under the last part of its path. On a GPU, the engine is "eager": "auto"
-    compiles there, and compiled steps need batches of one size.
+    compiles there, and records each size of a batch, for which a visitor would have to wait.
 
     Raises:
         UserError: There is no such pipeline, or two have the same name.

@@ -62,7 +62,7 @@ def fit(
             numbers of steps then follow from measured speed. None: the steps of the recipe.
         device: Where to compute.
         open_progress: Shows the progress of a stage.
-        execution: How steps of the transformers are computed.
+        execution: How steps are computed; for the tokenizer, its precision and compilation count.
 
     Raises:
         UserError: `run` was made by another configuration or holds something else, or see
@@ -98,10 +98,12 @@ def _fit(
     if budget is not None:
         shape = recipe.tokenizer.config(images.train.image_size)
         short = recipe.with_steps(100, ["tokenizer"]).tokenizer_training
-        steps = budget.steps("tokenizer", lambda: TokenizerTrainer(shape, short, images, world))
+        steps = budget.steps(
+            "tokenizer", lambda: TokenizerTrainer(shape, short, images, world, execution)
+        )
         recipe = recipe.with_steps(steps, ["tokenizer"])
     with log.timed("tokenizer"), open_progress("tokenizer") as progress:
-        tokenizer = stages.train_tokenizer(run, images, recipe, world, progress)
+        tokenizer = stages.train_tokenizer(run, images, recipe, world, progress, execution)
 
     limit = None if budget is None else budget.images(tokenizer, images, device)
     with log.timed("tokens"), open_progress("tokens") as progress:

@@ -67,6 +67,7 @@ def train_tokenizer(
     recipe: Recipe,
     world: World = ALONE,
     progress: Progress | None = None,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> VQModel:
     """Train the tokenizer of a run, resume its training, or load it if it is finished.
 
@@ -77,7 +78,8 @@ def train_tokenizer(
     world.on_main(lambda: claims.is_ours(run, FIT, TOKENIZER, what="a run of ctf"))
     shape = recipe.tokenizer.config(images.train.image_size)
     training = recipe.tokenizer_training
-    return tokenizer.train(shape, training, images, run / "tokenizer", world, progress)
+    folder = run / "tokenizer"
+    return tokenizer.train(shape, training, images, folder, world, progress, execution)
 
 
 def extract_tokens(

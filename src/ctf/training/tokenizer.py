@@ -24,6 +24,7 @@ from ctf import kernels
 from ctf.common import config, rng
 from ctf.common.distributed import ALONE, World
 from ctf.common.errors import UserError
+from ctf.common.precision import uses_bf16
 from ctf.common.progress import Progress
 from ctf.data.image_set import ImageSet, Splits
 from ctf.data.transforms import View, as_tensor, from_pixels
@@ -72,11 +73,15 @@ class TokenizerTraining:
 
 
 class Reconstruction(nn.Module):
-    """A tokenizer's forward pass in training as one module, as DDP needs it."""
+    """A tokenizer's forward pass in training as one module, as DDP needs it.
 
-    def __init__(self, model: VQModel) -> None:
+    With `bf16`, encoder and decoder compute in bfloat16, under autocast; codes are looked up in
+    float32, in which images and vectors are returned.
+    """
+
+    def __init__(self, model: VQModel, *, bf16: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.bf16 = model, bf16
 
     def forward(self, images_BCHW: Tensor, quantize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Encode, quantize and decode images.
@@ -87,16 +92,26 @@ class Reconstruction(nn.Module):
             decoded: there are no codes, and the codebook vectors are the encoder's.
         """
         model = self.model
-        vectors_BLC = model.encode_vectors(images_BCHW)
+        with autocast(images_BCHW.device, self.bf16):
+            vectors_BLC = model.encode_vectors(images_BCHW).float()
         if not quantize:
             codes_N = torch.empty(0, dtype=torch.int64, device=vectors_BLC.device)
-            return vectors_BLC, vectors_BLC.detach(), codes_N, model.decode_vectors(vectors_BLC)
+            return vectors_BLC, vectors_BLC.detach(), codes_N, self._decode(vectors_BLC)
         with torch.no_grad():
             codes_N = model.nearest(vectors_BLC.flatten(0, 1))
         quantized_BLC = model.codebook()[codes_N].view_as(vectors_BLC)
         # Straight through: the decoder's gradient passes the quantization unchanged.
         straight_BLC = vectors_BLC + (quantized_BLC - vectors_BLC).detach()
-        return vectors_BLC, quantized_BLC, codes_N, model.decode_vectors(straight_BLC)
+        return vectors_BLC, quantized_BLC, codes_N, self._decode(straight_BLC)
+
+    def _decode(self, vectors_BLC: Tensor) -> Tensor:
+        with autocast(vectors_BLC.device, self.bf16):
+            return self.model.decode_vectors(vectors_BLC).float()
+
+
+def autocast(device: torch.device, enabled: bool) -> torch.autocast:
+    """Convolutions in bfloat16, if enabled; weights, norms and losses stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 class TokenizerTrainer:
@@ -114,14 +129,17 @@ class TokenizerTrainer:
         training: TokenizerTraining,
         images: Splits,
         world: World,
+        execution: loop.Execution = loop.DEFAULT_EXECUTION,
     ) -> None:
         self.training, self.images, self.world = training, images, world
+        self.in_bf16 = uses_bf16(execution.precision, world.device)
         self.share = world.share(training.batch_size, "batch_size")
         device = world.device
         torch.manual_seed(training.seed)
         self.model = to_channels_last(VQModel(model_config), device)
-        kernels.for_training(self.model)
-        self.reconstruction = world.wrap(Reconstruction(self.model), unused=True)
+        kernels.for_training(self.model, compile=execution.compile)
+        reconstruction = Reconstruction(self.model, bf16=self.in_bf16)
+        self.reconstruction = world.wrap(reconstruction, unused=True)
         self.optimizer = self._make_optimizer(self.model)
         self.batches = Batches(self.read_batch, training.steps, device)
         self.checks = optim.Checks(world)
@@ -132,7 +150,8 @@ class TokenizerTrainer:
         self.discriminator: PatchDiscriminator | None = None
         if training.adversarial_weight:
             self.discriminator = to_channels_last(PatchDiscriminator(), device)
-            self.discriminator_loss = world.wrap(DiscriminatorLoss(self.discriminator))
+            loss = DiscriminatorLoss(self.discriminator, bf16=self.in_bf16)
+            self.discriminator_loss = world.wrap(loss)
             self.discriminator_optimizer = self._make_optimizer(self.discriminator)
 
     def _make_optimizer(self, module: nn.Module) -> torch.optim.AdamW:
@@ -220,12 +239,15 @@ class TokenizerTrainer:
         loss = reconstruction + t.codebook_weight * codebook + t.commitment_weight * commitment
         losses = {"reconstruction": reconstruction, "commitment": commitment}
         if self.perceptual is not None:
-            losses["perceptual"] = self.perceptual(decoded_BCHW, images_BCHW).mean()
+            with autocast(images_BCHW.device, self.in_bf16):
+                losses["perceptual"] = self.perceptual(decoded_BCHW, images_BCHW).mean()
             loss = loss + t.perceptual_weight * losses["perceptual"]
         if self.discriminator is not None and self._is_adversarial(step):
             # The discriminator's own gradients come from its own loss.
             self.discriminator.requires_grad_(False)
-            losses["adversarial"] = -self.discriminator(decoded_BCHW).mean()
+            with autocast(images_BCHW.device, self.in_bf16):
+                logits_BCHW = self.discriminator(decoded_BCHW)
+            losses["adversarial"] = -logits_BCHW.float().mean()
             self.discriminator.requires_grad_(True)
             loss = loss + t.adversarial_weight * losses["adversarial"]
         return loss, {**losses, "loss": loss}
@@ -315,14 +337,15 @@ class PatchDiscriminator(nn.Module):
 class DiscriminatorLoss(nn.Module):
     """The hinge loss of a discriminator as one module, as DDP needs it."""
 
-    def __init__(self, discriminator: PatchDiscriminator) -> None:
+    def __init__(self, discriminator: PatchDiscriminator, *, bf16: bool = False) -> None:
         super().__init__()
-        self.discriminator = discriminator
+        self.discriminator, self.bf16 = discriminator, bf16
 
     def forward(self, real_BCHW: Tensor, fake_BCHW: Tensor) -> Tensor:
         """Return the mean loss over the patches of real and of decoded images."""
-        real, fake = self.discriminator(real_BCHW), self.discriminator(fake_BCHW)
-        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+        with autocast(real_BCHW.device, self.bf16):
+            real, fake = self.discriminator(real_BCHW), self.discriminator(fake_BCHW)
+        return F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()
 
 
 def train(
@@ -332,6 +355,7 @@ def train(
     folder: Path,
     world: World = ALONE,
     progress: Progress | None = None,
+    execution: loop.Execution = loop.DEFAULT_EXECUTION,
 ) -> VQModel:
     """Train a tokenizer into `folder`, resume its training, or load it if it is finished.
 
@@ -349,7 +373,7 @@ def train(
     }
     with loop.hold(folder, description, world) as unfinished:
         if unfinished:
-            trainer = TokenizerTrainer(model_config, training, images, world)
+            trainer = TokenizerTrainer(model_config, training, images, world, execution)
             loop.run(
                 trainer, folder, training.steps,
                 evaluate_every=training.evaluate_every, progress=progress, world=world,

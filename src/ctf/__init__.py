@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ctf.pipelines.pipeline import Pipeline
     from ctf.training.fit import fit
     from ctf.training.recipes import resolve
+    from ctf.training.start import open_start
 
 __all__ = [
     "Pipeline",
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "fit",
     "open_images",
+    "open_start",
     "resolve",
 ]
 
@@ -38,6 +40,7 @@ _MODULES = {
     "UserError": "ctf.common.errors",
     "fit": "ctf.training.fit",
     "open_images": "ctf.data.images",
+    "open_start": "ctf.training.start",
     "resolve": "ctf.training.recipes",
 }
 

@@ -117,6 +117,16 @@ def test_two_processes_train_what_one_trains(
     )
 
 
+def test_two_processes_start_from_the_same_weights(run: Path, tmp_path: Path, ctf: Command) -> None:
+    one, two = (branch(run, tmp_path / name) for name in ("one", "two"))
+    train = ("train", "fine", "--from", run, *RECIPE)
+    assert ctf(*train[:2], one, *train[2:]).code == 0
+    done = torchrun(2, *train[:2], two, *train[2:])
+    assert done.returncode == 0, done.stderr
+    assert [step for step, _ in losses(one / "fine")] == [0, 20, 20]
+    agree(one / "fine", two / "fine")
+
+
 def test_micro_batches_and_checkpointing_train_the_same(
     run: Path, alone: Path, tmp_path: Path, ctf: Command
 ) -> None:

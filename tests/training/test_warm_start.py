@@ -191,15 +191,17 @@ def test_resumed_it_does_not_start_again(
 
 
 def test_what_it_cannot_start_from(run: Path, baseline: Path, tmp_path: Path, ctf: Command) -> None:
-    name = tokenizer_hash(run)
-    with pytest.raises(UserError, match="predicts 8 clusters; expected a full-vocabulary model"):
-        open_source(run, name)
+    names, other = [tokenizer_hash(run)], Clusters.from_labels(torch.arange(V) % 4)
+    with pytest.raises(UserError, match="predicts 8 clusters, which are not those of the run"):
+        open_source(run, "coarse", other, names)
+    with pytest.raises(UserError, match="full-vocabulary pipeline, without a fine model"):
+        open_source(baseline, "fine", other, names)
     with pytest.raises(UserError, match=r"model\.safetensors: not found"):
-        open_source(tmp_path, name)
+        open_source(tmp_path, "coarse", other, names)
     vq, gpt = FIXTURES / "vq.pt", FIXTURES / "gpt.pt"
     llamagen.convert(vq, gpt, tmp_path / "llamagen", image_size=8, heads=4)
     with pytest.raises(UserError, match="has another tokenizer than the run"):
-        open_source(tmp_path / "llamagen", name)
+        open_source(tmp_path / "llamagen", "coarse", other, names)
     shutil.copytree(baseline, tmp_path / "other", symlinks=True)
     config = tmp_path / "other" / "coarse" / "config.json"
     config.write_text(config.read_text().replace('"grid": 4', '"grid": 8'))

@@ -92,6 +92,15 @@ Model = Annotated[
 ]
 PRESETS = "tiny, small, base, imagenet256-B, imagenet256-L or imagenet256-XL"
 Preset = Annotated[str, arg(metavar="NAME", help=f"recipe to start from: {PRESETS}")]
+FitPreset = Annotated[
+    Maybe[str],
+    arg(
+        metavar="NAME",
+        help=f"recipe to start from: {PRESETS}; by default small, with --from the pipeline's own",
+    ),
+]
+# tyro shows aliases first, so the former name is the one that is not an alias.
+From = Annotated[Maybe[str], arg(name="warm-start", aliases=("--from",), metavar="MODEL")]
 Overrides = Annotated[
     tuple[str, ...],
     arg(

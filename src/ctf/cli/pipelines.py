@@ -71,7 +71,9 @@ def fit(
     /,
     *,
     out: Path,
-    preset: options.Preset = "small",
+    from_: Annotated[options.Maybe[str], arg(name="from", metavar="MODEL")] = None,
+    train_tokenizer: bool = False,
+    preset: options.FitPreset = None,
     image_size: options.ImageSize = None,
     minutes: options.Maybe[float] = None,
     steps: options.Maybe[int] = None,
@@ -88,12 +90,18 @@ def fit(
 
     Args:
         out: folder of the run
+        from_: pipeline to start from: fashion-mnist, the folder of a run or pipeline, or
+            org/name[@revision] on the Hugging Face Hub. The run takes over its tokenizer, its
+            clusters and its sizes, and its transformers start from its weights
+        train_tokenizer: with --from, train its tokenizer on, too, instead of taking it over as it
+            is
         minutes: total training time, divided among the stages by their measured speed
         steps: training steps of each stage; by default the preset's
     """
     from ctf.common import distributed
     from ctf.training import fit as fitting
     from ctf.training.recipes import resolve
+    from ctf.training.start import DEFAULT_PRESET, open_start
 
     if distributed.launched_size() > 1:
         raise UserError("ctf fit runs as one process; with torchrun, run its stages one by one")
@@ -101,17 +109,27 @@ def fit(
         raise UserError("got both --minutes and --steps, expected one of them")
     if minutes is not None:
         check_minutes(minutes)
+    if train_tokenizer and from_ is None:
+        raise UserError("--train-tokenizer is for --from; without it, the tokenizer is trained")
     torch_device = open_device(device)
-    splits = open_splits(images, image_options, image_size, preset, out=out, full=dry_run)
-    recipe = resolve(preset, splits, steps=steps, views=views, overrides=set)
+    start = None
+    if from_ is not None:
+        start = open_start(from_, train_tokenizer=train_tokenizer)
+        image_size = start.check_image_size(image_size)
+    opened = preset or DEFAULT_PRESET
+    splits = open_splits(images, image_options, image_size, opened, out=out, full=dry_run)
+    if start is None:
+        recipe = resolve(opened, splits, steps=steps, views=views, overrides=set)
+    else:
+        recipe = start.resolve(splits, preset=preset, steps=steps, views=views, overrides=set)
     resolved = execution.resolve(torch_device)
     if dry_run:
-        show(fitting.describe(splits, recipe, minutes, execution=resolved))
+        show(fitting.describe(splits, recipe, minutes, execution=resolved, start=start))
         return
     with signals.stop_on_sigterm(out):
         fitting.fit(
             splits, out, recipe, minutes=minutes, device=torch_device,
-            open_progress=open_progress, execution=resolved,
+            open_progress=open_progress, execution=resolved, start=start,
         )  # fmt: skip
     show(f"{out}: done; sample from it with ctf sample {out}")
 

@@ -20,6 +20,7 @@ def tokenizer_train(
     /,
     *,
     out: Path,
+    from_: Annotated[options.Maybe[str], arg(name="from", metavar="MODEL")] = None,
     preset: options.Preset = "small",
     image_size: options.ImageSize = None,
     steps: options.Steps = None,
@@ -36,6 +37,8 @@ def tokenizer_train(
 
     Args:
         out: folder of the run; the tokenizer is saved in its folder tokenizer/
+        from_: pipeline whose tokenizer is trained on: fashion-mnist, the folder of a run or
+            pipeline, or org/name[@revision] on the Hugging Face Hub; it also sets the size
         precision: precision of the convolutions; auto is bf16 on GPUs that support it, else fp32
         compile: use torch.compile
     """
@@ -43,8 +46,11 @@ def tokenizer_train(
     from ctf.training import fit as fitting
     from ctf.training import stages
     from ctf.training.recipes import resolve
+    from ctf.training.start import open_start
 
     with distributed.init_world(open_device(device)) as world:
+        start = None if from_ is None else open_start(from_)
+        image_size = image_size if start is None else start.check_image_size(image_size)
         splits = open_splits(
             images, image_options, image_size, preset, world, out=out, full=dry_run
         )
@@ -55,7 +61,8 @@ def tokenizer_train(
         execution = options.ExecutionOptions(compile=compile, precision=precision)
         resolved = execution.resolve(world.device, warn=world.is_main)
         with signals.stop_on_sigterm(out), open_progress("tokenizer", world) as progress:
-            stages.train_tokenizer(out, splits, recipe, world, progress, resolved)
+            source = None if start is None else start.folder
+            stages.train_tokenizer(out, splits, recipe, world, progress, resolved, source)
         show(f"{out / 'tokenizer'}: done", world)
 
 
@@ -111,6 +118,7 @@ def tokens_extract(
     /,
     *,
     run: Annotated[Path, arg(metavar="RUN")],
+    from_: Annotated[options.Maybe[str], arg(name="from", metavar="MODEL")] = None,
     preset: options.Preset = "small",
     views: options.Views = None,
     limit: options.Maybe[int] = None,
@@ -126,18 +134,24 @@ def tokens_extract(
 
     Args:
         run: folder of the run
+        from_: pipeline whose tokenizer a new run takes over as it is: fashion-mnist, the folder of
+            a run or pipeline, or org/name[@revision] on the Hugging Face Hub
         limit: number of training images, with balanced classes; by default all
         precision: precision of the encoder's convolutions; auto is fp32; bf16 is faster on devices
             with bfloat16 instructions, but changes a few codes, which the manifest records
     """
-    from ctf.common import distributed
-    from ctf.pipelines.folder import load_tokenizer
+    from ctf.common import claims, distributed
+    from ctf.pipelines.folder import find_pipeline, load_tokenizer
     from ctf.training import fit as fitting
     from ctf.training import stages
     from ctf.training.recipes import resolve
 
     with distributed.init_world(open_device(device)) as world:
-        tokenizer = load_tokenizer(run / "tokenizer", world.device)
+        source = run if from_ is None else find_pipeline(from_)
+        if source != run and not dry_run:
+            with claims.hold(run, stages.TOKENIZER, what="a run of ctf", world=world):
+                world.on_main(lambda: stages.take_tokenizer(run, source))
+        tokenizer = load_tokenizer(source / "tokenizer", world.device)
         splits = open_splits(
             images, image_options, tokenizer.config.image_size, world=world, full=dry_run
         )
@@ -178,6 +192,7 @@ def clusters_fit(
     run: options.Run,
     /,
     *,
+    from_: Annotated[options.Maybe[str], arg(name="from", metavar="MODEL")] = None,
     count: int = 512,
     method: Literal["kmeans", "identity", "random", "average", "balanced"] = "kmeans",
     seed: int = 0,
@@ -189,6 +204,8 @@ def clusters_fit(
     Example: ctf clusters fit run --count 512
 
     Args:
+        from_: pipeline whose clusters are taken over, after its tokenizer: fashion-mnist, the
+            folder of a run or pipeline, or org/name[@revision] on the Hugging Face Hub
         count: number of clusters
         method: kmeans, average (average linkage, as in MASC), balanced (clusters of equal size, as
             in IAR), identity (one cluster per code: the full-vocabulary baseline) or random (the
@@ -199,10 +216,17 @@ def clusters_fit(
     """
     from ctf.models.clusters import ClustersConfig
     from ctf.pipelines.folder import load_tokenizer
-    from ctf.training import stages
+    from ctf.training import stages, warm_start
 
     config = ClustersConfig(method=method, count=count, seed=seed)
-    tokenizer = load_tokenizer(run / "tokenizer")
+    tokenizer, taken_over = load_tokenizer(run / "tokenizer"), None
+    if from_ is not None:
+        if (count, method) != (512, "kmeans"):
+            raise UserError("got --from with --count or --method, expected one of them")
+        taken_over = warm_start.open_clusters(from_, stages.tokenizer_hashes(run))
+    if dry_run and taken_over is not None:
+        show(f"would take over {taken_over.count} clusters of {from_}")
+        return
     if dry_run:
         show(f"would cluster {tokenizer.config.codebook_size} codes: {config}")
         return
@@ -210,7 +234,7 @@ def clusters_fit(
         stages.branch(run, out)
         run = out
     with signals.stop_on_sigterm(run / "clusters"):
-        stages.fit_clusters(run, tokenizer, config)
+        stages.fit_clusters(run, tokenizer, config, taken_over)
     clusters_show(run)
 
 
@@ -232,7 +256,7 @@ def train_coarse(
     run: options.Run,
     /,
     *,
-    warm_start: options.Maybe[Path] = None,
+    warm_start: options.From = None,
     training: options.Flat[options.TransformerOptions],
     execution: options.ExecutionGroup,
 ) -> None:
@@ -241,8 +265,9 @@ def train_coarse(
     Example: ctf train coarse run --preset base --warm-start llamagen-B
 
     Args:
-        warm_start: folder of a full-vocabulary pipeline with the same tokenizer, e.g. a baseline or
-            a converted LlamaGen, to start from its transformer; it also sets the size
+        warm_start: pipeline with the same tokenizer whose model it starts from: one with the same
+            clusters, or a full-vocabulary one, e.g. a baseline or a converted LlamaGen; it also
+            sets the size
     """
     _train("coarse", run, training, execution, warm_start)
 
@@ -252,14 +277,19 @@ def train_fine(
     run: options.Run,
     /,
     *,
+    warm_start: options.From = None,
     training: options.Flat[options.TransformerOptions],
     execution: options.ExecutionGroup,
 ) -> None:
     """Train the fine model of a run that has tokens and clusters.
 
     Example: ctf train fine run --preset small
+
+    Args:
+        warm_start: pipeline with the same tokenizer and clusters whose model it starts from; it
+            also sets the size
     """
-    _train("fine", run, training, execution)
+    _train("fine", run, training, execution, warm_start)
 
 
 @command("train baseline")
@@ -268,7 +298,7 @@ def train_baseline(
     /,
     *,
     out: Path,
-    warm_start: options.Maybe[Path] = None,
+    warm_start: options.From = None,
     training: options.Flat[options.TransformerOptions],
     execution: options.ExecutionGroup,
 ) -> None:
@@ -281,8 +311,8 @@ def train_baseline(
 
     Args:
         out: folder of the baseline
-        warm_start: folder of a full-vocabulary pipeline with the same tokenizer, e.g. a converted
-            LlamaGen, to start from its transformer; it also sets the size
+        warm_start: full-vocabulary pipeline with the same tokenizer, e.g. a converted LlamaGen, to
+            start from its transformer; it also sets the size
     """
     _train("coarse", out, training, execution, warm_start, baseline_of=run)
 
@@ -292,7 +322,7 @@ def _train(
     run: Path,
     training: options.TransformerOptions,
     execution: options.ExecutionOptions,
-    warm_start: Path | None = None,
+    warm_start: str | None = None,
     baseline_of: Path | None = None,
 ) -> None:
     from ctf.common import distributed

@@ -98,6 +98,7 @@ def text(pipe: Pipeline, name: str = FOLDER, *, with_image: bool = False) -> str
         pipeline_tag="unconditional-image-generation",
         tags=["arxiv:2503.16194", "arxiv:2406.06525", "autoregressive", "class-conditional"],
         datasets=None if dataset is None else [dataset],
+        base_model=_base_model(origin),
     )
     parts = [f"---\n{header.to_yaml()}\n---"]
     parts.append("# A pipeline of ctf" if name == FOLDER else f"# {name.rpartition('/')[2]}")
@@ -193,4 +194,33 @@ def _classes(names: tuple[str, ...]) -> str:
 def _origin(origin: dict[str, Any]) -> str:
     """Return all of `origin` that has no section of its own, as JSON."""
     rest = {key: value for key, value in origin.items() if key not in ("metrics", LICENSE)}
-    return f"```json\n{json.dumps(rest, indent=2, ensure_ascii=False)}\n```" if rest else ""
+    if not rest:
+        return ""
+    return _start(origin) + f"```json\n{json.dumps(rest, indent=2, ensure_ascii=False)}\n```"
+
+
+def _start(origin: dict[str, Any]) -> str:
+    """Say which pipeline this one was started from, if it was."""
+    if (name := _started_from(origin)) is None:
+        return ""
+    repo = _base_model(origin)
+    shown = f"`{name}`" if repo is None else f"[`{name}`](https://huggingface.co/{repo})"
+    match origin["from"].get("train_tokenizer"):
+        case None:  # a stage alone
+            taken = "the weights of a transformer"
+        case trained:
+            tokenizer = "trained on" if trained else "as it is"
+            taken = f"its tokenizer, {tokenizer}, its clusters, and the weights of its transformers"
+    return f"Started from {shown}: {taken}.\n\n"
+
+
+def _started_from(origin: dict[str, Any]) -> str | None:
+    start = origin.get("from")
+    name = start.get("pipeline") if isinstance(start, dict) else None
+    return name if isinstance(name, str) and name else None
+
+
+def _base_model(origin: dict[str, Any]) -> str | None:
+    """Return the repository on the Hub that the pipeline was started from; folders have no "/"."""
+    repo, _, _ = (_started_from(origin) or "").partition("@")
+    return repo if "/" in repo else None

@@ -167,7 +167,7 @@ def load_coarse(
     Raises:
         UserError: The model is missing, damaged, or was trained with other clusters.
     """
-    model_config, _ = _load_config(folder, clusters)
+    model_config, _ = load_model_config(folder, clusters)
     with init_empty_weights():
         model = CoarseModel(model_config, clusters.count)
     return _load_transformer(model, folder, device, tensors)
@@ -180,7 +180,7 @@ def load_fine(
     tensors: Mapping[str, Tensor] | None = None,
 ) -> FineModel:
     """Load the fine model in `folder` for sampling; see `load_coarse`."""
-    model_config, stored = _load_config(folder, clusters)
+    model_config, stored = load_model_config(folder, clusters)
     softmax = stored.get("softmax")
     if softmax not in ("members", "full"):
         raise UserError(f"{folder}: got softmax {softmax!r}, expected that of a fine model")
@@ -189,7 +189,12 @@ def load_fine(
     return _load_transformer(model, folder, device, tensors)
 
 
-def _load_config(folder: Path, clusters: Clusters) -> tuple[TransformerConfig, dict[str, Any]]:
+def load_model_config(folder: Path, clusters: Clusters) -> tuple[TransformerConfig, dict[str, Any]]:
+    """Load the shape of the coarse or fine model in `folder`, and all of its config.json.
+
+    Raises:
+        UserError: The file is missing or damaged, or the model was trained with other clusters.
+    """
     path = folder / "config.json"
     stored = storage.load_object(path)
     if stored.get("clusters") != fingerprint(clusters):
@@ -218,14 +223,20 @@ def _load_weights(
 
 def load_tokenizer(folder: Path, device: torch.device | str = "cpu") -> VQModel:
     """Load the tokenizer in `folder` for encoding and decoding."""
-    path = folder / "config.json"
-    stored = storage.load_object(path)
+    model_config = load_tokenizer_config(folder)
     with init_empty_weights():
-        model = VQModel(config.from_json(TokenizerConfig, stored.get("model"), f"{path}: model"))
+        model = VQModel(model_config)
     _load_weights(model, folder)
     to_channels_last(model, torch.device(device)).eval().requires_grad_(False)
     kernels.for_evaluation(model)
     return model
+
+
+def load_tokenizer_config(folder: Path) -> TokenizerConfig:
+    """Load the shape of the tokenizer in `folder`."""
+    path = folder / "config.json"
+    stored = storage.load_object(path)
+    return config.from_json(TokenizerConfig, stored.get("model"), f"{path}: model")
 
 
 def to_channels_last(module: M, device: torch.device) -> M:

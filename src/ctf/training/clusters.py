@@ -25,6 +25,7 @@ def fit_clusters(
     codes_BL: Tensor,
     config: ClustersConfig,
     tokenizer_hash: str,
+    taken_over: Clusters | None = None,
 ) -> Clusters:
     """Write clusters.safetensors, report.json and swaps.png, those that `folder` doesn't have yet.
 
@@ -32,8 +33,9 @@ def fit_clusters(
         folder: Of the clusters alone.
         tokenizer: Whose codes are clustered.
         codes_BL: Codes of held-out images, for the redundancy study.
-        config: How to cluster.
+        config: How to cluster; only its seed is used if clusters are taken over.
         tokenizer_hash: SHA-256 of the tokenizer's weights.
+        taken_over: Clusters of the pipeline that the run starts from, instead of new ones.
 
     Raises:
         UserError: The folder holds something else, or clusters of another tokenizer or
@@ -41,7 +43,10 @@ def fit_clusters(
     """
     with claims.hold(folder, CLUSTERS, what=WHAT):
         path, report, sheet = folder / CLUSTERS, folder / "report.json", folder / "swaps.png"
-        description = {"tokenizer": tokenizer_hash, **to_json(config)}
+        made = to_json(config)
+        if taken_over is not None:
+            made = {"taken_over": clustering.fingerprint(taken_over), "count": taken_over.count}
+        description = {"tokenizer": tokenizer_hash, **made}
         storage.remove_temporaries(folder)
         if path.is_file():
             clusters, metadata = read_clusters(path)
@@ -51,11 +56,12 @@ def fit_clusters(
                     "put the new ones into another run: --out"
                 )
             stored = {"tokenizer": metadata["tokenizer"], **json.loads(metadata["config"])}
-            stored = {key: stored.get(key) for key in description}
-            claims.check_same(folder, stored, description, what=WHAT)
+            expected = {"taken_over": None, **description}
+            stored = {key: stored.get(key) for key in expected}
+            claims.check_same(folder, stored, expected, what=WHAT)
         else:
-            clusters = clustering.fit(tokenizer.codebook(), config)
-            metadata = {"tokenizer": tokenizer_hash, "config": json.dumps(to_json(config))}
+            clusters = taken_over or clustering.fit(tokenizer.codebook(), config)
+            metadata = {"tokenizer": tokenizer_hash, "config": json.dumps(made)}
             save_clusters(clusters, path, metadata)
         control = clustering.random_like(clusters, config.seed + 1)
         if not report.exists():

@@ -22,6 +22,7 @@ import torch
 from ctf.common import claims, config, storage
 from ctf.common.defaults import with_torch_defaults
 from ctf.common.distributed import World
+from ctf.common.errors import UserError
 from ctf.common.progress import OpenProgress, show_progress
 from ctf.data import summary
 from ctf.data.image_set import Splits
@@ -33,6 +34,7 @@ from ctf.training import cost, loop, metrics_log, stages
 from ctf.training.loop import DEFAULT_EXECUTION, Execution, Trainable
 from ctf.training.recipes import KINDS, Recipe, as_recorded, check_recipe
 from ctf.training.stages import FIT, ModelStage
+from ctf.training.start import Start
 from ctf.training.tokenizer import TokenizerTrainer, reconstruction_metrics
 
 MEASURED_IMAGES = 2000  # held-out images that the finished tokenizer is measured on
@@ -51,6 +53,7 @@ def fit(
     device: torch.device,
     open_progress: OpenProgress = show_progress,
     execution: Execution = DEFAULT_EXECUTION,
+    start: Start | None = None,
 ) -> Pipeline:
     """Train every stage that is not finished yet, and return the pipeline.
 
@@ -63,17 +66,22 @@ def fit(
         device: Where to compute.
         open_progress: Shows the progress of a stage.
         execution: How steps are computed; for the tokenizer, its precision and compilation count.
+        start: A pipeline to start from, see `open_start`; the recipe is then `start.resolve`'s.
 
     Raises:
         UserError: `run` was made by another configuration or holds something else, or see
-            `check_recipe` and the stages.
+            `check_recipe`, `Start.check` and the stages.
         Stopped: See `loop.run`.
     """
+    if start is not None:
+        start.check(images, recipe)
+        if start.folder.resolve() == run.resolve():
+            raise UserError(f"--from {start.name} is the folder of the run; choose another --out")
     check_recipe(images, recipe)
     images = images.as_recorded_in(run / FIT, "asked", "images_fingerprint")
     recipe = as_recorded(recipe, run / FIT, "asked", "recipe")
     with claims.hold(run, FIT, what=WHAT):
-        return _fit(images, run, recipe, minutes, device, open_progress, execution)
+        return _fit(images, run, recipe, minutes, device, open_progress, execution, start)
 
 
 def _fit(
@@ -84,6 +92,7 @@ def _fit(
     device: torch.device,
     open_progress: OpenProgress,
     execution: Execution,
+    start: Start | None,
 ) -> Pipeline:
     world = World(device=device)
     request = {
@@ -92,38 +101,57 @@ def _fit(
         "minutes": minutes,
         "recipe": config.to_json(recipe),
     }
+    if start is not None:
+        request["from"] = start.to_json()
     log = _Log.open(run, request, summary.to_json(images))
     budget = None if minutes is None else _Budget(recipe, minutes, log)
 
-    if budget is not None:
-        shape = recipe.tokenizer.config(images.train.image_size)
-        short = recipe.with_steps(100, ["tokenizer"]).tokenizer_training
-        steps = budget.steps(
-            "tokenizer", lambda: TokenizerTrainer(shape, short, images, world, execution)
-        )
-        recipe = recipe.with_steps(steps, ["tokenizer"])
-    with log.timed("tokenizer"), open_progress("tokenizer") as progress:
-        tokenizer = stages.train_tokenizer(run, images, recipe, world, progress, execution)
+    if start is not None and not start.train_tokenizer:
+        with log.timed("tokenizer"):
+            stages.take_tokenizer(run, start.folder)
+            tokenizer = load_tokenizer(run / "tokenizer", device)
+    else:
+        source = None if start is None else start.folder
+        if budget is not None:
+            shape = recipe.tokenizer.config(images.train.image_size)
+            shape = shape if start is None else start.tokenizer
+            short = recipe.with_steps(100, ["tokenizer"]).tokenizer_training
+            steps = budget.steps(
+                "tokenizer", lambda: TokenizerTrainer(shape, short, images, world, execution)
+            )
+            recipe = recipe.with_steps(steps, ["tokenizer"])
+        with log.timed("tokenizer"), open_progress("tokenizer") as progress:
+            tokenizer = stages.train_tokenizer(
+                run, images, recipe, world, progress, execution, source
+            )
 
     limit = None if budget is None else budget.images(tokenizer, images, device)
     with log.timed("tokens"), open_progress("tokens") as progress:
         stages.extract_tokens(run, tokenizer, images, recipe, limit=limit, progress=progress)
 
     with log.timed("clusters"):
-        clusters = stages.fit_clusters(run, tokenizer, recipe.clusters)
+        taken_over = None if start is None else start.clusters
+        clusters = stages.fit_clusters(run, tokenizer, recipe.clusters, taken_over)
 
     for kind in KINDS[: 2 if clusters.largest > 1 else 1]:  # identity clusters have no fine model
-        stage = ModelStage(run, kind, recipe, clusters, world, execution)
+        warm_start_from = None if start is None else start.folder
+        stage = ModelStage.open(run, kind, recipe, world, execution, warm_start_from, clusters)
         if budget is not None:
             recipe = recipe.with_steps(budget.steps(kind, stage.make_trainer), [kind])
             stage = dataclasses.replace(stage, recipe=recipe)
         with log.timed(kind), open_progress(kind) as progress:
             stage.train(progress)
-    save_origin(run, images, recipe, log.seconds)
+    save_origin(run, images, recipe, log.seconds, start)
     return Pipeline.from_pretrained(run, device)
 
 
-def save_origin(run: Path, images: Splits, recipe: Recipe, seconds: dict[str, float]) -> None:
+def save_origin(
+    run: Path,
+    images: Splits,
+    recipe: Recipe,
+    seconds: dict[str, float],
+    start: Start | None = None,
+) -> None:
     """Write into pipeline.json how the pipeline was made and how good its parts are."""
     settings = load_settings(run)
     if "metrics" in settings.origin:
@@ -145,6 +173,8 @@ def save_origin(run: Path, images: Splits, recipe: Recipe, seconds: dict[str, fl
         "metrics": metrics,
         "seconds": seconds,
     }
+    if start is not None:
+        origin["from"] = start.origin()
     settings = dataclasses.replace(settings, origin=settings.origin | origin)
     storage.save_json(run / SETTINGS, config.to_json(settings))
 
@@ -155,27 +185,37 @@ def describe(
     minutes: float | None,
     devices: int = 1,
     execution: Execution = DEFAULT_EXECUTION,
+    start: Start | None = None,
 ) -> str:
     """Return what `fit` would do with these images, and what each stage costs by calculation.
 
     Raises:
-        UserError: See `check_recipe`.
+        UserError: See `check_recipe` and `Start.check`.
     """
+    if start is not None:
+        start.check(images, recipe)
     check_recipe(images, recipe)
     size, classes = images.train.image_size, len(images.train.class_names)
     tokenizer = recipe.tokenizer.config(size)
+    identity = recipe.clusters.method == "identity"
+    clusters = tokenizer.codebook_size if identity else recipe.clusters.count
     lines = [
+        *([] if start is None else [start.describe(images)]),
         f"{size} pixels -> {tokenizer.grid} x {tokenizer.grid} "
-        f"of {tokenizer.codebook_size} codes in {recipe.clusters.count} clusters"
+        f"of {tokenizer.codebook_size} codes in {clusters} clusters",
     ]
     setting = cost.Setting(size, len(images.train), classes, devices, execution=execution)
-    if minutes is None:
-        return "\n".join([*lines, cost.describe(recipe, setting)])
     for stage in cost.costs(recipe, setting):
-        if stage.parameters:
+        if stage.name == "tokenizer" and start is not None and not start.train_tokenizer:
+            continue
+        if minutes is None:
+            lines += cost.describe_cost(stage, setting)
+        elif stage.parameters:
             millions = stage.parameters / 1e6
             lines.append(f"{stage.name}: {millions:.1f} M parameters, steps by measured speed")
-    return "\n".join([*lines, f"about {minutes:g} minutes in all"])
+    if minutes is not None:
+        lines.append(f"about {minutes:g} minutes in all")
+    return "\n".join(lines)
 
 
 # --- The log and the time budget ------------------------------------------------------------------
@@ -200,12 +240,16 @@ class _Log:
                 stored, now = ({key: each.get(key) for key in told} for each in (before, data))
                 claims.check_same(run, {"data": stored}, {"data": now}, what=WHAT)
             log = cls(path, content)
+            _check_same_start(run, *((each or {}).get("from") for each in (asked, request)))
             renamed = (asked or {}).get("images"), request["images"]
-            claims.check_same(run, {**(asked or {}), "images": renamed[1]}, request, what=WHAT)
+            # What may be renamed or moved: fingerprint and hash cover what matters.
+            names = {key: request[key] for key in ("images", "from") if key in request}
+            claims.check_same(run, {**(asked or {}), **names}, request, what=WHAT)
             storage.remove_temporaries(run)
-            if renamed[0] != renamed[1]:  # or moved: the fingerprint covers what matters
+            if asked != request:
                 content["asked"] = request
                 log._save()
+            if renamed[0] != renamed[1]:
                 print(f"{run}: the images of {renamed[0]} are now in {renamed[1]}", flush=True)
             return log
         log = cls(path, {"asked": request, "data": data, "plan": {}, "seconds": {}, "done": []})
@@ -255,6 +299,28 @@ class _Log:
     def _add_seconds(self, stage: str, seconds: float) -> None:
         spent: dict[str, float] = self.content["seconds"]
         spent[stage] = round(spent.get(stage, 0.0) + seconds, 2)
+
+
+def _check_same_start(run: Path, before: dict[str, Any] | None, now: dict[str, Any] | None) -> None:
+    """Raise a UserError unless a run is continued from the pipeline that it was begun from."""
+
+    def what(start: dict[str, Any] | None) -> tuple[Any, ...] | None:
+        return None if start is None else (start.get("weights"), start.get("train_tokenizer"))
+
+    def words(start: dict[str, Any] | None) -> str:
+        if start is None:
+            return "without --from"
+        options = " --train-tokenizer" * bool(start.get("train_tokenizer"))
+        return f"with --from {start.get('pipeline')}{options}"
+
+    if what(before) != what(now):
+        other = ""
+        if before is not None and now is not None and words(before) == words(now):
+            other = ", whose files have changed since"
+        raise UserError(
+            f"{run} was begun {words(before)}, and is now continued {words(now)}{other}\n"
+            "choose another folder to start anew, or the same pipeline to continue"
+        )
 
 
 class _Budget:

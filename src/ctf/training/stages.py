@@ -40,6 +40,7 @@ from ctf.pipelines.folder import (
     PipelineSettings,
     load_clusters,
     load_tokenizer,
+    load_tokenizer_config,
 )
 from ctf.training import clusters as clusters_stage
 from ctf.training import cost, loop, recipes, state, tokenizer, transformers, warm_start
@@ -61,6 +62,12 @@ def tokenizer_hash(run: Path) -> str:
     return storage.hash_file(run / "tokenizer" / "model.safetensors")
 
 
+def tokenizer_hashes(run: Path) -> tuple[str, ...]:
+    """Return the hash of the run's tokenizer, and that of the one that it was trained on from."""
+    started = storage.load_object(run / TOKENIZER).get("warm_start")
+    return tokenizer_hash(run), *([started] if isinstance(started, str) else [])
+
+
 def train_tokenizer(
     run: Path,
     images: Splits,
@@ -68,18 +75,53 @@ def train_tokenizer(
     world: World = ALONE,
     progress: Progress | None = None,
     execution: Execution = DEFAULT_EXECUTION,
+    warm_start_from: Path | None = None,
 ) -> VQModel:
     """Train the tokenizer of a run, resume its training, or load it if it is finished.
+
+    Args:
+        run: Folder of the run.
+        images: What to train on.
+        recipe: Shape and training.
+        world: All processes.
+        progress: See `loop.run`.
+        execution: Of which precision and compilation count.
+        warm_start_from: Folder of a pipeline whose tokenizer is trained on; it sets the shape.
 
     Raises:
         UserError: `run` holds something else, or see `tokenizer.train`.
         Stopped: See `loop.run`.
     """
     world.on_main(lambda: claims.is_ours(run, FIT, TOKENIZER, what="a run of ctf"))
+    training, folder, first = recipe.tokenizer_training, run / "tokenizer", None
     shape = recipe.tokenizer.config(images.train.image_size)
-    training = recipe.tokenizer_training
-    folder = run / "tokenizer"
-    return tokenizer.train(shape, training, images, folder, world, progress, execution)
+    if warm_start_from is not None:
+        first = warm_start_from / "tokenizer"
+        shape = load_tokenizer_config(first)
+    return tokenizer.train(shape, training, images, folder, world, progress, execution, first)
+
+
+def take_tokenizer(run: Path, source: Path) -> None:
+    """Give a run the tokenizer of the pipeline or run in `source`, unless it has it already.
+
+    Raises:
+        UserError: `run` holds something else, or another tokenizer.
+    """
+    claims.is_ours(run, FIT, TOKENIZER, what="a run of ctf")
+    for name in ("config.json", "model.safetensors"):
+        path = run / "tokenizer" / name
+        if path.is_file() and storage.hash_file(path) != storage.hash_file(
+            source / "tokenizer" / name
+        ):
+            raise UserError(f"{run} has another tokenizer than {source}; choose another folder")
+    if not (run / "tokenizer" / "model.safetensors").is_file():
+        _copy_tokenizer(source, run)
+
+
+def _copy_tokenizer(source: Path, run: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        with storage.atomic(run / "tokenizer" / name) as temporary:
+            shutil.copyfile(source / "tokenizer" / name, temporary)
 
 
 def extract_tokens(
@@ -133,12 +175,14 @@ def tokens_folder(run: Path) -> Path:
     )
 
 
-def fit_clusters(run: Path, vq: VQModel, clusters: ClustersConfig) -> Clusters:
+def fit_clusters(
+    run: Path, vq: VQModel, clusters: ClustersConfig, taken_over: Clusters | None = None
+) -> Clusters:
     """Cluster the codes of the run's tokenizer `vq`; see `training.clusters.fit_clusters`."""
     _, val = open_tokens(run)
     codes_BL = val.codes(np.arange(min(len(val), STUDY_IMAGES)))
     return clusters_stage.fit_clusters(
-        run / "clusters", vq, codes_BL, clusters, tokenizer_hash(run)
+        run / "clusters", vq, codes_BL, clusters, tokenizer_hash(run), taken_over
     )
 
 
@@ -151,9 +195,7 @@ def branch(run: Path, out: Path) -> None:
     open_tokens(run)
     with claims.hold(out, TOKENIZER, what=f"a run with the tokens of {run}"):
         if not (out / "tokenizer" / "model.safetensors").is_file():
-            for name in ("config.json", "model.safetensors"):
-                with storage.atomic(out / "tokenizer" / name) as temporary:
-                    shutil.copyfile(run / "tokenizer" / name, temporary)
+            _copy_tokenizer(run, out)
         link = out / "tokens"
         if link.is_symlink() and not link.exists():  # `run` was moved
             link.unlink(missing_ok=True)
@@ -194,7 +236,7 @@ class ModelStage:
     clusters: Clusters
     world: World = ALONE
     execution: Execution = DEFAULT_EXECUTION
-    warm_start: Source | None = None  # a full-vocabulary model that a coarse model starts from
+    warm_start: Source | None = None  # the model that this one starts from
 
     @classmethod
     def open(
@@ -204,7 +246,7 @@ class ModelStage:
         recipe: Recipe,
         world: World = ALONE,
         execution: Execution = DEFAULT_EXECUTION,
-        warm_start_from: Path | None = None,
+        warm_start_from: str | Path | None = None,
         clusters: Clusters | None = None,
     ) -> ModelStage:
         """Return the stage, by default with the run's clusters; a warm start is from a pipeline.
@@ -215,7 +257,8 @@ class ModelStage:
         clusters, source = clusters or load_clusters(run / "clusters" / CLUSTERS), None
         recipe = recipes.as_recorded(recipe, run / kind / "config.json")
         if warm_start_from is not None:
-            source = warm_start.open_source(warm_start_from, tokenizer_hash(run))
+            hashes = tokenizer_hashes(run)
+            source = warm_start.open_source(warm_start_from, kind, clusters, hashes)
         return cls(run, kind, recipe, clusters, world, execution, source)
 
     @property
@@ -239,7 +282,7 @@ class ModelStage:
 
         Raises:
             UserError: A fine model would have nothing to predict, or the warm start is from a
-                model of another grid.
+                model of another grid or softmax.
         """
         manifest = self.tokens[0].manifest
         grid, classes = math.isqrt(manifest.length), len(manifest.class_names)
@@ -249,17 +292,26 @@ class ModelStage:
                     f"{self.run}: each code is a cluster of its own, which leaves a fine model "
                     "nothing to predict"
                 )
-            return self.recipe.fine.config(grid, classes)
+            if self.warm_start is not None:
+                self._check_softmax(self.warm_start)
         if self.warm_start is None:
-            return self.recipe.coarse.config(grid, classes)
+            return self.recipe.shape(self.kind).config(grid, classes)
         source = self.warm_start.model.config
         if source.grid != grid:
             raise UserError(
                 f"the model to start from was trained on a grid of {source.grid} x {source.grid}, "
                 f"the tokens have a grid of {grid} x {grid}"
             )
-        dropout = self.recipe.coarse.dropout
+        dropout = self.recipe.shape(self.kind).dropout
         return dataclasses.replace(source, classes=classes, dropout=dropout)
+
+    def _check_softmax(self, source: Source) -> None:
+        assert isinstance(source.model, FineModel)
+        if source.model.softmax != (softmax := self.recipe.fine_softmax):
+            raise UserError(
+                f"the model to start from was trained with softmax {source.model.softmax!r}, the "
+                f"recipe has {softmax!r}\nuse --set fine_softmax={source.model.softmax}"
+            )
 
     def describe(self) -> str:
         """Return what `train` would do, and what it costs by calculation. Raises as `train`."""
@@ -299,6 +351,8 @@ class ModelStage:
         origin = {"images": train.manifest.train.images, "recipe": config.to_json(self.recipe)}
         if (background := train.manifest.background) != tokens.WHITE:  # for `Pipeline.encode`
             origin["background"] = background
+        if self.warm_start is not None:
+            origin["from"] = {"pipeline": self.warm_start.name}
         settings = PipelineSettings(train.manifest.class_names, self.recipe.sampling, origin)
         world.on_main(lambda: storage.save_json(self.run / SETTINGS, config.to_json(settings)))
         states = self.folder / "state"
@@ -345,8 +399,9 @@ class ModelStage:
         torch.manual_seed(self.training.seed)
         recipe, clusters = self.recipe, self.clusters
         other: objectives.Objective | None = None  # to train on, if not on the objective
+        model: transformers.Model
         if self.kind == "coarse":
-            model: transformers.Model = self._make_coarse(resumed)
+            model = CoarseModel(self.model_config, clusters.count)
             objective = objectives.coarse_objective(clusters)
             if recipe.group_loss.weight > 0:
                 other = self._grouped_objective()
@@ -355,20 +410,16 @@ class ModelStage:
             objective = objectives.fine_objective(clusters)
             if recipe.fine_corruption > 0:
                 other = objectives.corrupted_objective(clusters, recipe.fine_corruption)
+        if self.warm_start is not None and not resumed:
+            train, device = self.tokens[0], self.world.device
+            first = warm_start.first_weights(self.warm_start, clusters, train, model, device)
+            load_strict(model, {k: v.cpu() for k, v in first.items()}, "the first weights")
         if recipe.geometry:
             codebook_VC = load_tokenizer(self.run / "tokenizer").codebook()
             points.use_points(model, codebook_VC, clusters, warm=self.warm_start is not None)
         return transformers.Trainer(
             model, objective, *self.tokens, self.training, self.world, self.execution, other
         )
-
-    def _make_coarse(self, resumed: bool) -> CoarseModel:
-        model = CoarseModel(self.model_config, self.clusters.count)
-        if self.warm_start is not None and not resumed:
-            train, device = self.tokens[0], self.world.device
-            first = warm_start.first_weights(self.warm_start, self.clusters, train, model, device)
-            load_strict(model, {k: v.cpu() for k, v in first.items()}, "the first weights")
-        return model
 
     def _grouped_objective(self) -> objectives.Objective:
         if self.clusters.largest > 1:

@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctf import kernels
-from ctf.common import config, rng
+from ctf.common import config, rng, storage
 from ctf.common.distributed import ALONE, World
 from ctf.common.errors import UserError
 from ctf.common.precision import uses_bf16
 from ctf.common.progress import Progress
+from ctf.common.weights import load_strict
 from ctf.data.image_set import ImageSet, Splits
 from ctf.data.transforms import View, as_tensor, from_pixels
 from ctf.evaluation import metrics
@@ -130,13 +131,17 @@ class TokenizerTrainer:
         images: Splits,
         world: World,
         execution: loop.Execution = loop.DEFAULT_EXECUTION,
+        warm_start: Path | None = None,
     ) -> None:
         self.training, self.images, self.world = training, images, world
         self.in_bf16 = uses_bf16(execution.precision, world.device)
         self.share = world.share(training.batch_size, "batch_size")
         device = world.device
         torch.manual_seed(training.seed)
-        self.model = to_channels_last(VQModel(model_config), device)
+        model = VQModel(model_config)
+        if warm_start is not None:
+            load_strict(model, load_tokenizer(warm_start).state_dict(), warm_start)
+        self.model = to_channels_last(model, device)
         kernels.for_training(self.model, compile=execution.compile)
         reconstruction = Reconstruction(self.model, bf16=self.in_bf16)
         self.reconstruction = world.wrap(reconstruction, unused=True)
@@ -356,30 +361,45 @@ def train(
     world: World = ALONE,
     progress: Progress | None = None,
     execution: loop.Execution = loop.DEFAULT_EXECUTION,
+    warm_start: Path | None = None,
 ) -> VQModel:
     """Train a tokenizer into `folder`, resume its training, or load it if it is finished.
 
-    Writes config.json, metrics.jsonl and model.safetensors.
+    Writes config.json, metrics.jsonl and model.safetensors. With a `warm_start`, it starts from the
+    tokenizer in that folder, and each code keeps its meaning: none is moved to another vector.
 
     Raises:
         UserError: See `loop.hold` and `TokenizerTrainer`.
         Stopped: See `loop.run`.
     """
     images = images.as_recorded_in(folder / "config.json", "images")
+    if warm_start is not None:
+        training = continued(training)
     description = {
         "model": config.to_json(model_config),
         "training": config.to_json(training),
         "images": images.train.fingerprint,
     }
+    if warm_start is not None:
+        description["warm_start"] = storage.hash_file(warm_start / "model.safetensors")
     with loop.hold(folder, description, world) as unfinished:
         if unfinished:
-            trainer = TokenizerTrainer(model_config, training, images, world, execution)
+            trainer = TokenizerTrainer(model_config, training, images, world, execution, warm_start)
             loop.run(
                 trainer, folder, training.steps,
-                evaluate_every=training.evaluate_every, progress=progress, world=world,
+                evaluate_every=training.evaluate_every, evaluate_first=warm_start is not None,
+                progress=progress, world=world,
             )  # fmt: skip
             loop.finish(folder, trainer.model.state_dict(), world)
     return load_tokenizer(folder, world.device)
+
+
+def continued(training: TokenizerTraining) -> TokenizerTraining:
+    """Return the training for a trained tokenizer: its codes are used at once, and none is moved.
+
+    What a code means may drift, but it does not change: transformers that know it can be continued.
+    """
+    return dataclasses.replace(training, free_until=0.0, revive_until=0.0)
 
 
 @torch.inference_mode()

@@ -1,10 +1,14 @@
-"""A coarse model that starts from a full-vocabulary one, such as a released LlamaGen.
+"""A transformer that starts from a trained one.
 
-The backbone is copied. The embedding of a cluster is the mean of its members' embeddings. The
-output row of a cluster should give its members' joint log-probability, log sum_v exp(w_v . h). A
-mean of rows doesn't: for n equal members it is log n too low, and output layers have no bias. So
-the rows are fitted by least squares on some images, as a linear map from the new backbone's hidden
-vectors to the old model's log-sums. With identity clusters everything is a copy.
+From a model with the same clusters, everything is copied; class embeddings go by the names of the
+classes, and a new class starts as "no class".
+
+A coarse model can also start from a full-vocabulary one, such as a released LlamaGen. The backbone
+is copied. The embedding of a cluster is the mean of its members' embeddings. The output row of a
+cluster should give its members' joint log-probability, log sum_v exp(w_v . h). A mean of rows
+doesn't: for n equal members it is log n too low, and output layers have no bias. So the rows are
+fitted by least squares on some images, as a linear map from the new backbone's hidden vectors to
+the old model's log-sums.
 
 Shapes: B batch, C classes, L codes of an image, D width, V codes, K clusters, T tokens.
 """
@@ -13,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +28,18 @@ from ctf.common import rng, storage
 from ctf.common.errors import UserError
 from ctf.common.weights import load_strict
 from ctf.data.tokens import Tokens
-from ctf.models.clusters import Clusters
+from ctf.models.clusters import Clusters, fingerprint
 from ctf.models.coarse import CoarseModel
-from ctf.pipelines.folder import CLUSTERS, load_clusters, load_coarse, load_settings
+from ctf.models.fine import FineModel
+from ctf.pipelines.folder import (
+    CLUSTERS,
+    find_pipeline,
+    load_clusters,
+    load_coarse,
+    load_fine,
+    load_settings,
+)
+from ctf.training.recipes import Kind
 
 TOKENS_PER_WIDTH = 64  # equations of the least squares for each unknown of a row
 RIDGE = 1e-4  # relative to the mean square of a vector's entries
@@ -37,47 +50,82 @@ CLASSES, LABELS = "backbone.class_embedding.weight", "backbone.label_embedding.w
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A full-vocabulary model to start from."""
+    """A model to start from: a full-vocabulary one, or one with the clusters of the new model."""
 
-    model: CoarseModel
+    model: CoarseModel | FineModel
     class_names: tuple[str, ...]
     hash: str  # of its weights
+    same_clusters: bool = False
+    name: str = ""  # of the pipeline, for people
 
 
-def open_source(folder: Path, tokenizer_hash: str) -> Source:
-    """Load the coarse model of the full-vocabulary pipeline or run in `folder`.
+def open_source(
+    name: str | Path, kind: Kind, clusters: Clusters, tokenizer_hashes: Sequence[str]
+) -> Source:
+    """Load the coarse or the fine model of a pipeline or run.
+
+    Args:
+        name: As `find_pipeline` takes it.
+        kind: Which of the two.
+        clusters: Those of the new model.
+        tokenizer_hashes: Of tokenizers whose codes mean the same as those of the new model.
 
     Raises:
-        UserError: There is none, it has clusters of several codes, or another tokenizer.
+        UserError: There is none, it has other clusters of several codes, or another tokenizer.
     """
-    if storage.hash_file(_find_weights(folder / "tokenizer")) != tokenizer_hash:
+    own = open_clusters(name, tokenizer_hashes)
+    folder = find_pipeline(name)
+    same = fingerprint(own) == fingerprint(clusters)
+    if own.largest > 1 and not same:
         raise UserError(
-            f"{folder} has another tokenizer than the run, so its codes mean something else; "
+            f"{name} predicts {own.count} clusters, which are not those of the run; expected the "
+            "same clusters (ctf clusters fit --from), or a full-vocabulary model"
+        )
+    if kind == "fine" and own.largest == 1:
+        raise UserError(f"{name} is a full-vocabulary pipeline, without a fine model to start from")
+    weights = _find_weights(folder / kind)
+    load = load_coarse if kind == "coarse" else load_fine
+    model = load(folder / kind, own, torch.device("cpu"))
+    names = load_settings(folder).class_names
+    return Source(model, names, storage.hash_file(weights), same, short_name(name))
+
+
+def open_clusters(name: str | Path, tokenizer_hashes: Sequence[str]) -> Clusters:
+    """Load the clusters of a pipeline or run.
+
+    Raises:
+        UserError: There are none, or its tokenizer is none of these.
+    """
+    folder = find_pipeline(name)
+    if storage.hash_file(_find_weights(folder / "tokenizer")) not in tokenizer_hashes:
+        raise UserError(
+            f"{name} has another tokenizer than the run, so its codes mean something else; "
             "start from a pipeline with the same tokenizer"
         )
-    clusters = load_clusters(folder / "clusters" / CLUSTERS)
-    if clusters.largest > 1:
-        raise UserError(
-            f"{folder} predicts {clusters.count} clusters; expected a full-vocabulary model: "
-            "a converted LlamaGen, or one from ctf train baseline"
-        )
-    model = load_coarse(folder / "coarse", clusters, torch.device("cpu"))
-    names = load_settings(folder).class_names
-    return Source(model, names, storage.hash_file(_find_weights(folder / "coarse")))
+    return load_clusters(folder / "clusters" / CLUSTERS)
+
+
+def short_name(name: str | Path) -> str:
+    """Return a pipeline's name for people: without the path, if it is a folder."""
+    return Path(name).resolve().name if Path(name).is_dir() else str(name)
 
 
 def _find_weights(folder: Path) -> Path:
     path = folder / "model.safetensors"
     if not path.is_file():
-        raise UserError(f"{path}: not found; expected a full-vocabulary pipeline")
+        raise UserError(f"{path}: not found; expected a pipeline whose training is finished")
     return path
 
 
 @torch.no_grad()
 def first_weights(
-    source: Source, clusters: Clusters, tokens: Tokens, model: CoarseModel, device: torch.device
+    source: Source,
+    clusters: Clusters,
+    tokens: Tokens,
+    model: CoarseModel | FineModel,
+    device: torch.device,
 ) -> dict[str, Tensor]:
-    """Return the weights that `model` starts with, a coarse model with the source's shape.
+    """Return the weights that `model` starts with, a model with the source's shape.
 
     A class starts as the source's class of the same name, a new one as "no class". The output rows
     are fitted on some of the images that `tokens` has.
@@ -90,8 +138,9 @@ def first_weights(
         [*(rows.get(name, old.no_class) for name in names), old.no_class], device=device
     )
     first[CLASSES] = first[CLASSES][rows_C]
-    if clusters.largest == 1:
+    if source.same_clusters or clusters.largest == 1:
         return first
+    assert isinstance(old, CoarseModel) and isinstance(model, CoarseModel)
     labels_V, sizes_K = clusters.labels_V.to(device), clusters.sizes_K.to(device)
     codes_VD = first[LABELS]
     sums_KD = codes_VD.new_zeros(clusters.count, codes_VD.shape[1])

@@ -335,7 +335,7 @@ def evaluate(
         model: fashion-mnist, the folder of a run or pipeline, org/name[@revision] on the Hugging
             Face Hub, a folder of images of one size, or an .npz file of images (arr_0)
     """
-    from ctf.evaluation import report
+    from ctf.evaluation import nearest, report
     from ctf.evaluation.prepare import prepare
     from ctf.evaluation.reference_sets import ImageCollection
 
@@ -361,6 +361,10 @@ def evaluate(
         columns = (f"minus {evaluation.against}", "difference", "95 % interval", "may be chance")
         print_table(columns, report.difference_rows(result, prepared.against))
     written = "report.md, report.json" + (", samples.npz" if prepared.pipe is not None else "")
+    if result.nearest is not None:
+        print_table(nearest.columns(), nearest.rows(result.nearest))
+        show(nearest.describe(result.nearest))
+        written += ", nearest.png"
     show(f"{prepared.folder}: {written}")
 
 
@@ -444,6 +448,7 @@ def push(
     private: bool = False,
     half: bool = False,
     sheet: Annotated[bool, arg(name="picture", aliases=("--sheet",))] = True,
+    evaluation: options.Maybe[Path] = None,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
 ) -> None:
@@ -457,15 +462,18 @@ def push(
         private: make the repository private if it is created
         half: store the weights in half precision
         sheet: sample a contact sheet for the model card
+        evaluation: report.json of an evaluation, or its folder, whose scores the model card shows;
+            by default the newest of this pipeline in evaluations/, if there is one
     """
     from ctf.pipelines import card, hub
-    from ctf.pipelines.folder import find_pipeline
+    from ctf.pipelines.folder import find_pipeline, hash_pipeline
     from ctf.pipelines.pipeline import Pipeline
 
     folder = find_pipeline(model)
     pipe = Pipeline.from_pretrained(folder, open_device(device))
     edited = card.load_edited(folder)
     sheet = sheet and (edited is None or card.IMAGE in edited)
+    section = _evaluation_section(evaluation, model, hash_pipeline(folder), edited is not None)
     if dry_run:
         files = "a new README.md" if edited is None else f"{folder / card.FILE}"
         files += f" and {card.IMAGE}" if sheet else ""
@@ -477,10 +485,33 @@ def push(
         license=license,
         image=sheet,
         card=edited,
+        evaluation=section,
         private=private or None,
         progress=open_progress,
     )
     show(address)
+
+
+def _evaluation_section(
+    path: Path | None, model: str, pipeline_hash: str, edited: bool
+) -> str | None:
+    """Return what a new model card says about an evaluation of the pipeline, if there is one."""
+    from ctf.evaluation import report
+
+    if edited:
+        if path is not None:
+            raise UserError(
+                f"--evaluation {path}: the model card was edited, and is pushed as it is"
+            )
+        return None
+    path = path or report.find(pipeline_hash)
+    if path is None:
+        return None
+    result = report.load(path)
+    if result.subject.hash != pipeline_hash:
+        raise UserError(f"--evaluation {path}: of {result.subject.name}, not of {model} as it is")
+    show(f"the model card has the scores of {path}")
+    return report.card_section(result)
 
 
 @command("convert llamagen")

@@ -60,6 +60,10 @@ class ImageSet(ABC):
             UserError: a file was damaged or removed after the set was opened.
         """
 
+    def image_name(self, index: int) -> str:
+        """Return the name of an image for people: of files, that in the source; else its number."""
+        return f"{index}"
+
     def read_views(self, indices: ArrayLike, views: Sequence[View]) -> Iterator[NDArray[np.uint8]]:
         """Yield `read` for each view; a set of files decodes each file once for all views."""
         for view in views:

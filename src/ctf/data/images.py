@@ -157,6 +157,10 @@ class FileImageSet(ImageSet):
         """See `ImageSet.read`."""
         return next(self.read_views(indices, (view,)))
 
+    def image_name(self, index: int) -> str:
+        """See `ImageSet.image_name`."""
+        return self._source.names[self._rows_N[index]]
+
     def read_views(self, indices: ArrayLike, views: Sequence[View]) -> Iterator[NDArray[np.uint8]]:
         """See `ImageSet.read_views`."""
         size = self.image_size

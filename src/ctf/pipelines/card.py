@@ -82,13 +82,16 @@ def sample_sheet(pipe: Pipeline, progress: Progress | None = None) -> Image.Imag
     return class_sheet(pipe, [i * count // rows for i in range(rows)], SHEET_COLUMNS, progress)
 
 
-def text(pipe: Pipeline, name: str = FOLDER, *, with_image: bool = False) -> str:
+def text(
+    pipe: Pipeline, name: str = FOLDER, *, with_image: bool = False, evaluation: str | None = None
+) -> str:
     """Return the card of a pipeline in Markdown.
 
     Args:
         pipe: The pipeline.
         name: With which `from_pretrained` loads it.
         with_image: Whether the contact sheet is part of the card.
+        evaluation: The section of an evaluation, in Markdown; see `report.card_section`.
     """
     origin = pipe.origin
     dataset = HUB_DATASETS.get(str(origin.get("images")))
@@ -109,6 +112,7 @@ def text(pipe: Pipeline, name: str = FOLDER, *, with_image: bool = False) -> str
         "Use": _use(pipe, name),
         "Parts": _parts(pipe),
         "Metrics": _metrics(origin),
+        "Evaluation": evaluation,
         "Classes": _classes(pipe.class_names),
         "Licence": f"`{origin[LICENSE]}`" if origin.get(LICENSE) else "Not stated.",
         "How it was made": _origin(origin),

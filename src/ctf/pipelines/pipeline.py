@@ -143,6 +143,7 @@ class Pipeline:
         license: str | None = None,
         image: bool = True,
         card: str | None = None,
+        evaluation: str | None = None,
         private: bool | None = None,
         token: str | None = None,
         commit_message: str = "Push a pipeline of ctf",
@@ -157,6 +158,8 @@ class Pipeline:
             image: Sample a contact sheet for the model card.
             card: The text of README.md; by default a new model card made from `origin`, even if
                 the repository has one.
+            evaluation: A section of the new model card, in Markdown; see
+                `ctf.evaluation.report.card_section`.
             private: Visibility of a repository that is created; by default the organisation's.
             token: By default the one of `hf auth login`.
             commit_message: Of the commit.
@@ -184,7 +187,9 @@ class Pipeline:
         if image:
             with progress("samples") if progress else contextlib.nullcontext() as shown:
                 sheet = cards.sample_sheet(pipe, shown)
-        text = cards.text(pipe, str(address), with_image=image) if card is None else card
+        text = card
+        if text is None:
+            text = cards.text(pipe, str(address), with_image=image, evaluation=evaluation)
 
         def write(folder: Path) -> None:
             save(pipe, folder, torch.float16 if half else torch.float32)

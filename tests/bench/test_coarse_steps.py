@@ -1,6 +1,7 @@
 """One step at any position computes what sampling does; weights are counted."""
 
 import copy
+from typing import cast
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from ctf import kernels
 from ctf.bench.coarse_steps import engine_steps, plain_steps, weight_bytes
 from ctf.bench.shapes import Shapes
 from ctf.kernels import Engine
+from ctf.kernels.graphs import GraphedCoarseModel
+from ctf.kernels.replace import replace
 from ctf.models.coarse import CoarseModel
 from ctf.models.transformer import TransformerConfig
 
@@ -16,14 +19,17 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.usefixtures("small_cache")
-@pytest.mark.parametrize("engine", ["eager", "auto"])
-def test_steps_of_both_ways_compute_the_same(shapes: Shapes, engine: Engine) -> None:
+@pytest.mark.parametrize("engine", ["eager", "auto", "as on a GPU"])
+def test_steps_of_both_ways_compute_the_same(shapes: Shapes, engine: str) -> None:
     """What is timed, at any position, is what samples: with equal caches, equal labels."""
     torch.manual_seed(0)
     model = CoarseModel(shapes.transformer("B"), 64).eval().requires_grad_(False)
     torch.nn.init.normal_(model.head.weight)
     own = copy.deepcopy(model)
-    kernels.for_sampling(own, None, None, engine)
+    if engine == "as on a GPU":
+        replace(own, {CoarseModel: GraphedCoarseModel})
+    else:
+        kernels.for_sampling(own, None, None, cast("Engine", engine))
     classes_B, labels_BL = torch.randint(5, (3,)), torch.randint(64, (3, 16))
     inputs = (2.0, classes_B, labels_BL, torch.arange(3))
     for position in (0, 1, 7, 8, 15):

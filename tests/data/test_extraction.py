@@ -50,6 +50,15 @@ def test_every_view_is_encoded(tokenizer: VQModel, token_folder: Path) -> None:
     assert val.classes_N.tolist() == IMAGES.val.classes_N.tolist()
 
 
+@pytest.mark.usefixtures("three_threads")
+def test_parts_of_batches_have_the_same_codes(
+    token_folder: Path, tmp_path: Path, tokenizer: VQModel
+) -> None:
+    extract(tokenizer, "abc", IMAGES, tmp_path / "tokens", CONFIG)
+    assert contents(tmp_path / "tokens") == contents(token_folder)
+    assert torch.get_num_threads() == 3
+
+
 def test_files_and_manifest(token_folder: Path) -> None:
     shapes = {p.name: np.load(p).shape for p in token_folder.glob("*.npy")}
     assert shapes == {

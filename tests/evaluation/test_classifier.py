@@ -28,6 +28,16 @@ def model() -> Classifier:
     return Classifier(16, 16, ("across", "down", "checks")).requires_grad_(False)
 
 
+@pytest.mark.usefixtures("three_threads")
+def test_predictions_in_parts_are_in_order(model: Classifier) -> None:
+    random = np.random.default_rng(1)
+    size = model.image_size
+    images = random.integers(0, 256, (10, size, size, 3), dtype=np.uint8)
+    parted = classify(model, images)
+    torch.set_num_threads(1)
+    assert parted.tolist() == classify(model, images).tolist()
+
+
 def test_predictions_do_not_depend_on_the_batch(model: Classifier) -> None:
     pixels = noise(7, 0, 16)
     logits_NK, features_ND = model(as_tensor(pixels))

@@ -3,6 +3,8 @@
 import hashlib
 import importlib
 import sys
+import textwrap
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +111,30 @@ def test_names_shapes_and_independence_of_the_batch(
         assert x is None or (len(x) == 5 and x.dtype == torch.float32 and not x.is_cuda)
     for i in (0, 4):  # with negative strides, too
         close(extractor(frozen[::-1][4 - i : 5 - i]).pooled_ND[0], features.pooled_ND[i])
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("name", ["lite0", "fashion"])
+def test_features_in_parts_are_those_of_the_whole(name: str) -> None:
+    extractor = open_extractor(name)
+    images = RANDOM.integers(0, 256, (4 * extractor.batch_size + 1, 20, 24, 3), dtype=np.uint8)
+    parted = extractor(images)
+    torch.set_num_threads(1)
+    whole = extractor(images)
+    close(parted.pooled_ND, whole.pooled_ND)
+    close(parted.logits_NK, whole.logits_NK)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_a_users_network_is_called_by_one_thread(user_module: Callable[[str], str]) -> None:
+    code = """
+        import threading
+        def make():
+            return lambda x: torch.full((len(x), 1), float(threading.get_ident() % 2**20))
+        """
+    extractor = open_extractor(f"{user_module(textwrap.dedent(code))}:make")
+    images = np.zeros((5 * extractor.batch_size, 8, 8, 3), np.uint8)
+    assert extractor(images).pooled_ND.unique().tolist() == [threading.get_ident() % 2**20]
 
 
 def test_digests_differ_for_other_networks_and_weights(

@@ -6,13 +6,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from ctf.common.errors import UserError
 from ctf.data.image_set import ImageSet, Splits
 from ctf.data.transforms import PLAIN, View
 from ctf.evaluation.classifier import ClassifierConfig, load_classifier
 from ctf.training import loop, metrics_log
-from ctf.training.classifier import augment, held_out_accuracy, train_classifier
+from ctf.training.classifier import ClassifierTrainer, augment, held_out_accuracy, train_classifier
+from tests.training.parted import assert_steps_agree
 
 TINY = ClassifierConfig(width=16, steps=40, batch_size=32, warm_up=5, evaluate_every=20)
 
@@ -78,6 +80,13 @@ def test_interrupted_training_ends_with_the_same_bits(
     assert resumed == [40]
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "run" / name).read_bytes() == (trained / name).read_bytes()
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_a_step_in_parts_is_that_of_the_whole_batch(stripes: Splits) -> None:
+    config = dataclasses.replace(TINY, batch_size=7)
+    whole, in_parts = (ClassifierTrainer(stripes, config, torch.device("cpu")) for _ in range(2))
+    assert_steps_agree(whole, in_parts, range(2), parts=3)
 
 
 def test_finished_training_is_loaded_and_another_configuration_is_refused(

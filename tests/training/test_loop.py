@@ -29,6 +29,8 @@ class Killed(Exception):
 class Line(nn.Module):
     """A linear map with dropout, trained by AdamW: a `loop.Trainable`."""
 
+    in_parts = False
+
     def __init__(self, killed_after: float = math.inf) -> None:
         super().__init__()
         torch.manual_seed(0)

@@ -22,8 +22,8 @@ from ctf.evaluation import metrics
 from ctf.models.tokenizer import TokenizerConfig
 from ctf.pipelines.folder import load_tokenizer
 from ctf.training import loop, optim
+from ctf.training.discriminator import PatchDiscriminator
 from ctf.training.tokenizer import (
-    PatchDiscriminator,
     TokenizerTrainer,
     TokenizerTraining,
     reconstruction_metrics,
@@ -31,6 +31,7 @@ from ctf.training.tokenizer import (
 )
 from tests.conftest import without_times
 from tests.stalls import no_stalls
+from tests.training.parted import assert_steps_agree
 
 CPU = torch.device("cpu")
 SIZE = 32
@@ -303,6 +304,23 @@ def test_resumed_equals_uninterrupted(
     names = {name for line in logged for name in line}
     assert ("perceptual" in names) == (option == "perceptual")
     assert ("discriminator" in names) == (option == "adversarial")
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_step_in_parts_is_that_of_the_whole_batch(option: str) -> None:
+    # Step 0 has no codes yet and initializes them; steps 1 and 3 revive codes. 2, 2 and 3 images.
+    options = {**OPTIONS[option], "steps": 6, "free_until": 0.2, "revive_every": 2, "warm_up": 0}
+    options |= {"revive_below": 0.5, "batch_size": 7}
+    assert_steps_agree(trainer(**options), trainer(**options), (0, 1, 3), parts=3)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_held_out_images_in_parts_measure_the_same() -> None:
+    model = trainer().model.eval()
+    parted = reconstruction_metrics(model, IMAGES.val)
+    torch.set_num_threads(1)
+    assert reconstruction_metrics(model, IMAGES.val) == pytest.approx(parted)
 
 
 def test_the_discriminator_waits_for_its_start() -> None:

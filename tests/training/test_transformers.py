@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ctf import kernels
-from ctf.common import config, storage
+from ctf.common import config, storage, threads
 from ctf.common.distributed import ALONE
 from ctf.common.errors import UserError
 from ctf.common.precision import supports_bf16
@@ -21,7 +21,7 @@ from ctf.data.tokens import MANIFEST, Manifest, Shard, SplitManifest, Tokens
 from ctf.data.transforms import VIEWS
 from ctf.kernels.logits import BatchedFineModel, LeanFineModel
 from ctf.kernels.replace import replace
-from ctf.models import objectives
+from ctf.models import objectives, points
 from ctf.models.clusters import Clusters
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
@@ -30,10 +30,11 @@ from ctf.models.transformer import TransformerConfig
 from ctf.training import cost, loop, optim, transformers
 from ctf.training.loop import DEFAULT_EXECUTION, Execution
 from ctf.training.metrics_log import last_metrics
-from ctf.training.state import collect, latest_state, save_state
+from ctf.training.state import collect, latest_state, restore, save_state
 from ctf.training.transformers import Trainer, TrainingConfig
 from tests.conftest import without_times
 from tests.stalls import no_stalls
+from tests.training.parted import assert_steps_agree
 
 CODES, CLASSES, GRID = 40, 3, 4
 LENGTH = GRID**2
@@ -322,6 +323,89 @@ def test_resumed_equals_uninterrupted(
     for name, value in collect(whole.parts()).items():
         assert torch.equal(collect(resumed.parts())[name], value), name
     assert without_times(tmp_path / "whole") == without_times(tmp_path / "killed")
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_resumed_in_parts_equals_uninterrupted(folder: Path, tmp_path: Path) -> None:
+    whole, stopped, resumed = (make(folder, "coarse", dropout=0.0) for _ in range(3))
+    loop.run(whole, tmp_path / "whole", 40, evaluate_every=20)
+
+    def kill(done: int, *_: object) -> None:
+        if done == 40:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "SAVE_SECONDS", -1.0)
+        with pytest.raises(Killed):
+            loop.run(stopped, tmp_path / "killed", 40, evaluate_every=20, progress=kill)
+    loop.run(resumed, tmp_path / "killed", 40, evaluate_every=20)
+    for name, value in collect(whole.parts()).items():
+        assert torch.equal(collect(resumed.parts())[name], value), name
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "killed")
+    # With another number of threads, only rounding differs.
+    torch.set_num_threads(1)
+    alone = make(folder, "coarse", dropout=0.0)
+    loop.run(alone, tmp_path / "alone", 40, evaluate_every=20)
+    losses = [last_metrics(tmp_path / name, "val")["loss"] for name in ("whole", "alone")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# --- parts of a batch -----------------------------------------------------------------------------
+
+IDENTITY = Clusters.from_labels(torch.arange(CODES))
+
+
+def parted(folder: Path, case: str) -> Trainer:
+    t = dataclasses.replace(TRAINING, batch_size=7)
+    shape = dataclasses.replace(SHAPE, dropout=0.0)
+    objective, other, execution = objectives.fine_objective(CLUSTERS), None, DEFAULT_EXECUTION
+    torch.manual_seed(t.seed)
+    match case:
+        case "coarse" | "micro-batch" | "recomputed":
+            model: transformers.Model = CoarseModel(shape, CLUSTERS.count)
+            objective = objectives.coarse_objective(CLUSTERS)
+            if case == "micro-batch":
+                execution = Execution(micro_batch=4)
+            elif case == "recomputed":
+                execution = Execution(checkpoint_activations=True)
+        case "full vocabulary" | "group loss":
+            model = CoarseModel(shape, CODES)
+            objective = objectives.coarse_objective(IDENTITY)
+            if case == "group loss":
+                other = objectives.grouped_objective(CLUSTERS, 0.5)
+        case "full softmax":
+            model = FineModel(shape, CLUSTERS, "full")
+        case _:
+            model = FineModel(shape, CLUSTERS)
+    if case == "knowing the codebook":
+        codebook_VC = torch.randn(CODES, 4)
+        points.use_points(model, codebook_VC, CLUSTERS)
+    return Trainer(
+        model, objective, Tokens(folder, "train"), Tokens(folder, "val"), t, ALONE, execution, other
+    )
+
+
+CASES = (
+    "coarse", "micro-batch", "recomputed", "full vocabulary", "group loss", "fine", "full softmax",
+    "knowing the codebook",
+)  # fmt: skip
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_in_parts_is_that_of_the_whole_batch(folder: Path, case: str) -> None:
+    whole, in_parts = parted(folder, case), parted(folder, case)
+    assert_steps_agree(whole, in_parts, range(3), parts=3)
+    with threads.team():
+        loss = in_parts.evaluate()["loss"]
+    restore(whole.parts(), collect(in_parts.parts()))
+    assert whole.evaluate()["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_what_draws_random_numbers_or_is_compiled_is_not_divided(folder: Path) -> None:
+    assert make(folder, "coarse", dropout=0.0).in_parts
+    assert not make(folder, "coarse", dropout=0.1).in_parts
+    assert not make(folder, "coarse", dropout=0.0, execution=Execution(compile=True)).in_parts
 
 
 @pytest.mark.parametrize("kind", KINDS)

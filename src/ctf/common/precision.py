@@ -37,6 +37,13 @@ def uses_bf16(precision: Precision, device: torch.device) -> bool:
     return supported and (precision == "bf16" or (precision, device.type) == ("auto", "cuda"))
 
 
+def autocast(device: torch.device, enabled: bool) -> torch.autocast:
+    """Convolutions in bfloat16, if enabled; weights, norms and losses stay in float32."""
+    # Uncached on a processor, where threads would share the cache.
+    cached = device.type != "cpu"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=cached)
+
+
 @contextlib.contextmanager
 def without_tf32(device: torch.device) -> Iterator[None]:
     """Within the block, compute float32 products on a GPU as a processor does, up to rounding.

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ctf import kernels
-from ctf.common import claims, memory, signals, storage
+from ctf.common import claims, memory, signals, storage, threads
 from ctf.common.config import from_json, to_json
 from ctf.common.distributed import ALONE, World
 from ctf.common.errors import Stopped, UserError
@@ -122,7 +122,10 @@ def extract(
         precision="bf16" if bf16 else "fp32",
         background="#{:02x}{:02x}{:02x}".format(*images.train.background),
     )
-    with claims.hold(folder, MANIFEST, what=WHAT, world=world):
+    with (
+        claims.hold(folder, MANIFEST, what=WHAT, world=world),
+        threads.team(threads.pays(device, world.size)),
+    ):
         world.on_main(lambda: _claim(folder, manifest))
         _encode_all(tokenizer, images, folder, manifest, order, config.batch_size, progress, world)
     return manifest
@@ -239,8 +242,12 @@ def _load_begun(path: Path, codes: np.ndarray, codebook_size: int) -> int:
 def _encode(tokenizer: VQModel, pixels_BHWC: np.ndarray) -> np.ndarray:
     """Encode uint8 pixels to codes (B, L)."""
     device = next(tokenizer.parameters()).device
-    with without_tf32(device):
+
+    def encode(pixels_BHWC: np.ndarray) -> np.ndarray:
         return tokenizer.encode(as_tensor(pixels_BHWC, device)).cpu().numpy()
+
+    with without_tf32(device):
+        return np.concatenate(threads.over_parts(encode, pixels_BHWC))
 
 
 def _select(image_set: ImageSet, limit: int | None, seed: int) -> np.ndarray:

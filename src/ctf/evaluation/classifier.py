@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ctf.common import storage
+from ctf.common import storage, threads
 from ctf.common.config import from_json
 from ctf.common.errors import UserError
 from ctf.common.weights import load_strict
@@ -126,10 +126,15 @@ def classify(model: Classifier, images: np.ndarray | Sequence[Image.Image]) -> n
     """
     device = model.head.weight.device
     classes = []
-    for start in range(0, len(images), BATCH):
-        pixels_BSSC = _as_pixels(model, images[start : start + BATCH])
+
+    def compute(pixels_BSSC: np.ndarray) -> np.ndarray:
         logits_BK, _ = model(as_tensor(pixels_BSSC, device))
-        classes.append(logits_BK.argmax(dim=1).cpu().numpy())
+        return logits_BK.argmax(dim=1).cpu().numpy()
+
+    with threads.team(threads.pays(device)):
+        for start in range(0, len(images), BATCH):
+            pixels_BSSC = _as_pixels(model, images[start : start + BATCH])
+            classes += threads.over_parts(compute, pixels_BSSC)
     if not classes:
         raise UserError("got no images to classify, expected 1 or more")
     return np.concatenate(classes)

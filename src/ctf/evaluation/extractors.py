@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from ctf.common import storage
+from ctf.common import storage, threads
 from ctf.common.config import did_you_mean
 from ctf.common.errors import UserError
 from ctf.common.precision import without_tf32
@@ -88,6 +88,7 @@ class Extractor:
     batch_size: images that `network` takes at a time.
     network: uint8 (B, H, W, 3), contiguous -> features.
     device: where it computes.
+    in_parts: whether a team of threads may call it at once; see common/threads.py.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Extractor:
     batch_size: int
     network: Callable[[NDArray[np.uint8]], Features]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    in_parts: bool = False
 
     @torch.inference_mode()
     def __call__(self, images_NHWC: NDArray[np.uint8]) -> Features:
@@ -108,14 +110,15 @@ class Extractor:
         shape = images_NHWC.shape
         if images_NHWC.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]:
             raise ValueError(f"got {images_NHWC.dtype} {shape}, expected uint8 (N, H, W, 3)")
-        # Copied, since torch warns about read-only memory and does not support negative strides.
-        with without_tf32(self.device):
-            return concatenate(
-                [
-                    self.network(np.array(images_NHWC[start : start + self.batch_size], order="C"))
-                    for start in range(0, shape[0], self.batch_size)
-                ]
-            )
+
+        def compute(images_NHWC: NDArray[np.uint8]) -> Features:
+            starts = range(0, len(images_NHWC), self.batch_size)
+            batches = (images_NHWC[start : start + self.batch_size] for start in starts)
+            # Copied, since torch warns about read-only memory and supports no negative strides.
+            return concatenate([self.network(np.array(batch, order="C")) for batch in batches])
+
+        with without_tf32(self.device), threads.team(self.in_parts):
+            return concatenate(threads.over_parts(compute, images_NHWC, smallest=self.batch_size))
 
 
 def open_extractor(
@@ -194,7 +197,8 @@ def _extractor(
     digest = storage.hash_json([PREPROCESSING_VERSION, name, *hashes])
     on_cpu = device.type == "cpu"
     batch_size = CPU_BATCH.get(name, OTHER_CPU_BATCH) if on_cpu else GPU_BATCH
-    return Extractor(name, suffix, digest, batch_size, network, device)
+    in_parts = threads.pays(device) and ":" not in name  # a user's network may hold a state
+    return Extractor(name, suffix, digest, batch_size, network, device, in_parts)
 
 
 def _oncrops_of(

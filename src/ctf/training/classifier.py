@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctf.common import rng
+from ctf.common import rng, threads
 from ctf.common.config import to_json
 from ctf.common.distributed import World
 from ctf.common.errors import UserError
@@ -43,6 +43,7 @@ class ClassifierTrainer:
         model = Classifier(config.width, images.train.image_size, images.train.class_names)
         self.model = to_channels_last(model, device)
         self.batches = Batches(self.read_batch, config.steps, device)
+        self.in_parts = threads.pays(device)
         self.checks = optim.Checks(World(device=device))
         self.optimizer = optim.make_optimizer(
             self.model, config.learning_rate, config.betas, config.weight_decay
@@ -51,22 +52,25 @@ class ClassifierTrainer:
     def step(self, step: int) -> Mapping[str, Tensor | float]:
         """Take an optimizer step on the cross-entropy of augmented images."""
         c = self.config
-        indices_B, (pixels_BSSC, classes_B) = self.batches(step)
-        logits_BK, _ = self.model(from_pixels(pixels_BSSC))
-        loss = F.cross_entropy(logits_BK, classes_B, label_smoothing=c.label_smoothing)
+        indices_B, batch = self.batches(step)
+
+        def compute(pixels_BSSC: Tensor, classes_B: Tensor) -> optim.Computed:
+            logits_BK, _ = self.model(from_pixels(pixels_BSSC))
+            loss = F.cross_entropy(logits_BK, classes_B, label_smoothing=c.label_smoothing)
+            correct_B = logits_BK.argmax(1) == classes_B
+            return {"loss": loss, "accuracy": correct_B.float().mean()}, []
+
         rate = optim.learning_rate(
             step, c.steps, c.learning_rate, c.warm_up, "cosine", c.final_learning_rate
         )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        means, _ = optim.backward(compute, batch, self.model.parameters())
         norm = optim.update(
-            self.optimizer, loss.detach(), rate, c.clip,
+            self.optimizer, means["loss"], rate, c.clip,
             step=step, name="classifier's loss", images_B=indices_B, checks=self.checks,
         )  # fmt: skip
-        correct_B = logits_BK.detach().argmax(1) == classes_B
         return {
-            "loss": loss.detach(),
-            "accuracy": correct_B.float().mean(),
+            **means,
             "gradient_norm": norm,
             "learning_rate": rate,
             "images": c.batch_size,

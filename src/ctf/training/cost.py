@@ -31,9 +31,10 @@ from ctf.kernels.logits import SLICE
 from ctf.models import sizes
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.models.transformer import TransformerConfig
+from ctf.training.discriminator import PatchDiscriminator
 from ctf.training.loop import DEFAULT_EXECUTION, Execution
 from ctf.training.recipes import IMAGENET, KINDS, Kind, Recipe
-from ctf.training.tokenizer import PatchDiscriminator, TokenizerTraining
+from ctf.training.tokenizer import TokenizerTraining
 from ctf.training.transformers import TrainingConfig
 
 # Peak FLOP/s, dense bfloat16, by NVIDIA's data sheets of the 80 GB SXM boards.

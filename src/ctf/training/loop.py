@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ctf.common import claims, locks, memory, signals, storage
+from ctf.common import claims, locks, memory, signals, storage, threads
 from ctf.common.distributed import ALONE, Vote, World, full_tensor
 from ctf.common.errors import Stopped, UserError
 from ctf.common.precision import Precision
@@ -60,7 +60,12 @@ DEFAULT_EXECUTION = Execution()
 
 
 class Trainable(Protocol):
-    """What the loop trains."""
+    """What the loop trains.
+
+    in_parts: Whether steps and evaluation use `threads.over_parts`, and want a team.
+    """
+
+    in_parts: bool
 
     def step(self, step: int) -> Mapping[str, Tensor | float]:
         """Take the optimizer step number `step`, counted from 0, and return its metrics.
@@ -147,7 +152,11 @@ def run(
     stopping = Vote(world)
     if evaluate_first and start == 0:
         log("val", trainable.evaluate(), 0, 0.0)
-    with signals.termination_requested() as requested, memory.keep_freed():
+    with (
+        signals.termination_requested() as requested,
+        memory.keep_freed(),
+        threads.team(trainable.in_parts),
+    ):
         for done in range(start + 1, steps + 1):
             _step(trainable, done - 1, sums, clock)
             save = False
@@ -262,7 +271,7 @@ def seconds_per_step(
 ) -> float:
     """Return the median duration of a step in seconds; the trainable is changed by it."""
     durations = []
-    with memory.keep_freed():
+    with memory.keep_freed(), threads.team(trainable.in_parts):
         for step in range(warm_up + timed):
             sums: Sums = {}
             began = clock()

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ctf.common import threads
 from ctf.common.distributed import ALONE, World, full_tensor
 from ctf.common.errors import UserError
 from ctf.common.rng import generator
 
 NAMED_IMAGES = 8  # how many of a batch an error names
 
+SMALLEST_PART = 2  # images; for fewer, calling operators takes as long as computing
+
 Schedule = Literal["constant", "cosine"]
+Computed = tuple[Mapping[str, Tensor], Sequence[Tensor]]  # means over images; rows of each
 
 
 def check_training(training: Any) -> None:
@@ -89,6 +93,51 @@ def make_optimizer(
             "exp_avg_sq": torch.zeros_like(parameter.detach()),
         }
     return optimizer
+
+
+def backward(
+    compute: Callable[..., Computed], batch: Sequence[Tensor], parameters: Iterable[nn.Parameter]
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Add the gradients of the mean loss of a batch, which a team of threads computes in parts.
+
+    All is equal to that of the whole batch, up to rounding.
+
+    Args:
+        compute: Takes the tensors of a part of the batch. Returns means over its images, of which
+            "loss" is the one to differentiate, and tensors with as many rows for each image.
+        batch: Tensors with a row for each image.
+        parameters: Those that need gradients.
+
+    Returns:
+        The means over all images, and the tensors of all images; without gradients.
+    """
+    images = len(batch[0])
+    if len(threads.parts(images, SMALLEST_PART)) == 1:
+        means, tensors = compute(*batch)
+        means["loss"].backward()
+        return {k: mean.detach() for k, mean in means.items()}, [t.detach() for t in tensors]
+    parameters = list(parameters)
+
+    def differentiate(*part: Tensor) -> tuple[Computed, Sequence[Tensor | None]]:
+        means, tensors = compute(*part)
+        share = len(part[0]) / images
+        gradients = torch.autograd.grad(means["loss"] * share, parameters, allow_unused=True)
+        shares = {name: mean.detach() * share for name, mean in means.items()}
+        return (shares, [tensor.detach() for tensor in tensors]), gradients
+
+    results = threads.over_parts(differentiate, *batch, smallest=SMALLEST_PART)
+    computed, gradients = zip(*results, strict=True)
+    for parameter, *of_parts in zip(parameters, *gradients, strict=True):
+        for gradient in of_parts:
+            if gradient is None:  # not used
+                continue
+            if parameter.grad is None:
+                # In the parameter's layout, which the fused AdamW takes for granted.
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.add_(gradient)
+    shares, tensors = zip(*computed, strict=True)
+    means = {name: torch.stack([part[name] for part in shares]).sum() for name in shares[0]}
+    return means, [torch.cat(of_parts) for of_parts in zip(*tensors, strict=True)]
 
 
 def update(

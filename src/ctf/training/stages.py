@@ -418,8 +418,9 @@ class ModelStage:
             codebook_VC = load_tokenizer(self.run / "tokenizer").codebook()
             points.use_points(model, codebook_VC, clusters, warm=self.warm_start is not None)
         return transformers.Trainer(
-            model, objective, *self.tokens, self.training, self.world, self.execution, other
-        )
+            model, objective, *self.tokens, self.training, self.world, self.execution, other,
+            in_parts=self.kind == "coarse" or recipe.fine_corruption == 0,
+        )  # fmt: skip
 
     def _grouped_objective(self) -> objectives.Objective:
         if self.clusters.largest > 1:

@@ -12,7 +12,8 @@ R revived codes, N = B * L vectors.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctf import kernels
-from ctf.common import config, rng, storage
+from ctf.common import config, rng, storage, threads
 from ctf.common.distributed import ALONE, World
 from ctf.common.errors import UserError
-from ctf.common.precision import uses_bf16
+from ctf.common.precision import autocast, uses_bf16
 from ctf.common.progress import Progress
 from ctf.common.weights import load_strict
 from ctf.data.image_set import ImageSet, Splits
@@ -35,6 +36,7 @@ from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.pipelines.folder import load_tokenizer, to_channels_last
 from ctf.training import loop, optim
 from ctf.training.batches import Batch, Batches, to_device
+from ctf.training.discriminator import DiscriminatorLoss, PatchDiscriminator
 from ctf.training.state import Part
 
 EVALUATION_BATCH = 64  # images
@@ -110,11 +112,6 @@ class Reconstruction(nn.Module):
             return self.model.decode_vectors(vectors_BLC).float()
 
 
-def autocast(device: torch.device, enabled: bool) -> torch.autocast:
-    """Convolutions in bfloat16, if enabled; weights, norms and losses stay in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
 class TokenizerTrainer:
     """A tokenizer, its optional discriminator and their optimizers: a `loop.Trainable`.
 
@@ -136,6 +133,10 @@ class TokenizerTrainer:
         self.training, self.images, self.world = training, images, world
         self.in_bf16 = uses_bf16(execution.precision, world.device)
         self.share = world.share(training.batch_size, "batch_size")
+        self.in_parts = threads.pays(world.device, world.size) and not execution.compile
+        # At first without codes: an encoder that has learned nothing and codes that mean nothing
+        # collapse to a single code, and stay there.
+        self.quantized_from = int(training.free_until * training.steps)
         device = world.device
         torch.manual_seed(training.seed)
         model = VQModel(model_config)
@@ -171,39 +172,49 @@ class TokenizerTrainer:
         )
         indices_B, (pixels_BHWC,) = self.batches(step)
         images_BCHW = from_pixels(pixels_BHWC)
-        # At first without codes: an encoder that has learned nothing and codes that mean nothing
-        # collapse to a single code, and stay there.
-        quantized_from = int(t.free_until * t.steps)
-        vectors_BLC, quantized_BLC, codes_N, decoded_BCHW = self.reconstruction(
-            images_BCHW, step >= quantized_from
-        )
-        loss, losses = self._losses(images_BCHW, vectors_BLC, quantized_BLC, decoded_BCHW, step)
-        losses = {name: self.world.mean(value.detach()) for name, value in losses.items()}
 
         def update(
-            optimizer: torch.optim.Optimizer, loss: Tensor, mean: Tensor, name: str
-        ) -> Tensor:
+            optimizer: torch.optim.Optimizer,
+            compute: Callable[..., optim.Computed],
+            batch: Sequence[Tensor],
+            name: str,
+        ) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            return optim.update(
-                optimizer, mean, rate, t.clip,
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            means, tensors = optim.backward(compute, batch, parameters)
+            means = {name: self.world.mean(value) for name, value in means.items()}
+            norm = optim.update(
+                optimizer, means["loss"], rate, t.clip,
                 step=step, name=name, images_B=indices_B, checks=self.checks,
             )  # fmt: skip
+            return means, tensors, norm
 
-        logged: dict[str, Tensor | float] = {**losses}
-        logged["gradient_norm"] = update(self.optimizer, loss, losses["loss"], "tokenizer's loss")
-        if self._is_adversarial(step):
-            loss = self.discriminator_loss(images_BCHW, decoded_BCHW.detach())
-            logged["discriminator"] = mean = self.world.mean(loss.detach())
-            update(self.discriminator_optimizer, loss, mean, "discriminator's loss")
+        if self.discriminator is not None:
+            self.discriminator.requires_grad_(False)  # its gradients come from its own loss
+        losses, (vectors_BLC, codes_N, decoded_BCHW), norm = update(
+            self.optimizer,
+            functools.partial(self._losses, step),
+            [images_BCHW],
+            "tokenizer's loss",
+        )
+        logged: dict[str, Tensor | float] = {**losses, "gradient_norm": norm}
+        if self.discriminator is not None and self._is_adversarial(step):
+            self.discriminator.requires_grad_(True)
+            means, *_ = update(
+                self.discriminator_optimizer,
+                lambda *images: ({"loss": self.discriminator_loss(*images)}, []),
+                [images_BCHW, decoded_BCHW],
+                "discriminator's loss",
+            )
+            logged["discriminator"] = means["loss"]
         logged |= {"learning_rate": rate, "images": t.batch_size}
 
-        if step >= quantized_from:
+        if step >= self.quantized_from:
             self._update_usage(codes_N)
             if (step + 1) % t.revive_every == 0 and step < t.revive_until * t.steps:
-                vectors_NC = self.world.gather(vectors_BLC.detach().flatten(0, 1))
+                vectors_NC = self.world.gather(vectors_BLC.flatten(0, 1))
                 logged["revived"] = self._revive(vectors_NC, step)
-        elif step + 1 == quantized_from:
+        elif step + 1 == self.quantized_from:
             self._init_codebook(step)
         return logged
 
@@ -227,16 +238,12 @@ class TokenizerTrainer:
                 pixels_BHWC[flip_B == flip] = train.read(share_B[flip_B == flip], View(flip=flip))
         return indices_B, [torch.from_numpy(pixels_BHWC)]
 
-    def _losses(
-        self,
-        images_BCHW: Tensor,
-        vectors_BLC: Tensor,
-        quantized_BLC: Tensor,
-        decoded_BCHW: Tensor,
-        step: int,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the tokenizer's loss, and it and its parts by name."""
+    def _losses(self, step: int, images_BCHW: Tensor) -> optim.Computed:
+        """Return the tokenizer's loss and its terms; vectors, codes and decoded images."""
         t = self.training
+        vectors_BLC, quantized_BLC, codes_N, decoded_BCHW = self.reconstruction(
+            images_BCHW, step >= self.quantized_from
+        )
         reconstruction = F.mse_loss(decoded_BCHW, images_BCHW)
         # Summed over the code's dimensions: on the unit sphere that is the squared distance.
         codebook = (quantized_BLC - vectors_BLC.detach()).square().sum(-1).mean()
@@ -248,14 +255,11 @@ class TokenizerTrainer:
                 losses["perceptual"] = self.perceptual(decoded_BCHW, images_BCHW).mean()
             loss = loss + t.perceptual_weight * losses["perceptual"]
         if self.discriminator is not None and self._is_adversarial(step):
-            # The discriminator's own gradients come from its own loss.
-            self.discriminator.requires_grad_(False)
             with autocast(images_BCHW.device, self.in_bf16):
                 logits_BCHW = self.discriminator(decoded_BCHW)
             losses["adversarial"] = -logits_BCHW.float().mean()
-            self.discriminator.requires_grad_(True)
             loss = loss + t.adversarial_weight * losses["adversarial"]
-        return loss, {**losses, "loss": loss}
+        return {**losses, "loss": loss}, [vectors_BLC, codes_N, decoded_BCHW]
 
     @torch.no_grad()
     def _init_codebook(self, step: int) -> None:
@@ -311,46 +315,6 @@ class TokenizerTrainer:
             parts["discriminator"] = self.discriminator
             parts["judge_optimizer"] = self.discriminator_optimizer  # its name on the disk
         return parts
-
-
-class PatchDiscriminator(nn.Module):
-    """Rates how real each patch of an image looks (pix2pix, arXiv 1611.07004).
-
-    With group instead of batch normalization, so a rating doesn't depend on the rest of the batch.
-    """
-
-    def __init__(self, width: int = 64, layers: int = 2) -> None:
-        super().__init__()
-        stack: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for i in range(1, layers + 1):
-            before, after = width * 2 ** (i - 1), width * 2**i
-            stride = 2 if i < layers else 1
-            stack += [
-                nn.Conv2d(before, after, 4, stride, 1, bias=False),
-                nn.GroupNorm(32, after),
-                nn.LeakyReLU(0.2),
-            ]
-        stack.append(nn.Conv2d(width * 2**layers, 1, 4, 1, 1))
-        self.layers = nn.Sequential(*stack)
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Return the logits of the patches of images (B, 3, H, W), as (B, 1, H', W')."""
-        logits_BCHW: Tensor = self.layers(images_BCHW)
-        return logits_BCHW
-
-
-class DiscriminatorLoss(nn.Module):
-    """The hinge loss of a discriminator as one module, as DDP needs it."""
-
-    def __init__(self, discriminator: PatchDiscriminator, *, bf16: bool = False) -> None:
-        super().__init__()
-        self.discriminator, self.bf16 = discriminator, bf16
-
-    def forward(self, real_BCHW: Tensor, fake_BCHW: Tensor) -> Tensor:
-        """Return the mean loss over the patches of real and of decoded images."""
-        with autocast(real_BCHW.device, self.bf16):
-            real, fake = self.discriminator(real_BCHW), self.discriminator(fake_BCHW)
-        return F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()
 
 
 def train(
@@ -417,23 +381,33 @@ def reconstruction_metrics(
         "perplexity" (codes), and "images" (how many were measured).
     """
     count = min(len(images), limit or len(images))
-    psnr, ssim, mse = [], [], []
-    counts_V = torch.zeros(model.config.codebook_size, dtype=torch.int64)
-    for start in range(0, count, EVALUATION_BATCH):
-        indices = np.arange(start, min(start + EVALUATION_BATCH, count))
-        images_BCHW = as_tensor(images.read(indices), torch.device(device))
+    computed: list[tuple[Tensor, ...]] = []
+
+    def compute(pixels_BHWC: np.ndarray) -> tuple[Tensor, ...]:
+        images_BCHW = as_tensor(pixels_BHWC, device)
         codes_BL = model.encode(images_BCHW)
         decoded_BCHW = model.decode(codes_BL)
-        mse.append((decoded_BCHW - images_BCHW).square().mean((1, 2, 3)).cpu())
-        psnr.append(metrics.psnr(decoded_BCHW, images_BCHW).cpu())
-        ssim.append(metrics.ssim(decoded_BCHW, images_BCHW).cpu())
-        counts_V += torch.bincount(codes_BL.flatten().cpu(), minlength=len(counts_V))
-        if progress is not None:
-            progress(start + len(indices), count)
+        mse_B = (decoded_BCHW - images_BCHW).square().mean((1, 2, 3))
+        psnr_B = metrics.psnr(decoded_BCHW, images_BCHW)
+        return (
+            mse_B.cpu(),
+            psnr_B.cpu(),
+            metrics.ssim(decoded_BCHW, images_BCHW).cpu(),
+            codes_BL.cpu(),
+        )
+
+    with threads.team(threads.pays(torch.device(device))):
+        for start in range(0, count, EVALUATION_BATCH):
+            pixels_BHWC = images.read(np.arange(start, min(start + EVALUATION_BATCH, count)))
+            computed += threads.over_parts(compute, pixels_BHWC)
+            if progress is not None:
+                progress(start + len(pixels_BHWC), count)
+    mse, psnr, ssim, codes = (torch.cat(values) for values in zip(*computed, strict=True))
+    counts_V = torch.bincount(codes.flatten(), minlength=model.config.codebook_size)
     return {
-        "mse": float(torch.cat(mse).mean()),
-        "psnr": float(torch.cat(psnr).mean()),
-        "ssim": float(torch.cat(ssim).mean()),
+        "mse": float(mse.mean()),
+        "psnr": float(psnr.mean()),
+        "ssim": float(ssim.mean()),
         "usage": metrics.codebook_usage(counts_V),
         "perplexity": metrics.perplexity(counts_V),
         "images": count,

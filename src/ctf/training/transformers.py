@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ctf import kernels
-from ctf.common import rng
+from ctf.common import rng, threads
 from ctf.common.distributed import World
 from ctf.common.errors import UserError
 from ctf.common.precision import uses_bf16
@@ -89,6 +89,8 @@ class Trainer:
         world: All processes, and the device of this one.
         execution: How a step is computed.
         training_objective: What the model is trained on, by default `objective`.
+        in_parts: Whether the loss of a batch is the mean of those of its images, and draws no
+            random numbers, so that threads can compute parts of a batch.
 
     Raises:
         UserError: The batch size is no multiple of the processes, or the device does not support
@@ -105,6 +107,7 @@ class Trainer:
         world: World,
         execution: Execution = DEFAULT_EXECUTION,
         training_objective: Objective | None = None,
+        in_parts: bool = True,
     ) -> None:
         self.model, self.training, self.world = model, training, world
         self.train, self.val = train, val
@@ -129,6 +132,11 @@ class Trainer:
         else:
             self.trained = world.wrap(trained)
         self.ema = dict(self.averaged.named_parameters())
+        self.in_parts = (
+            in_parts
+            and threads.pays(world.device, world.size)
+            and not (model.config.dropout or execution.compile)
+        )
         self.batches = Batches(self.read_batch, training.steps, world.device)
         self.checks = optim.Checks(world)
         self.optimizer = optim.make_optimizer(
@@ -146,13 +154,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         images, total = len(codes_BL), torch.zeros((), device=self.world.device)
         for start in range(0, images, self.micro_batch):
-            part = slice(start, start + self.micro_batch)
-            with self._gradient_sync(part.stop >= images):
-                with self._autocast():
-                    loss = self.trained(codes_BL[part], classes_B[part])
-                loss = loss * (len(codes_BL[part]) / images)
-                loss.backward()
-            total += loss.detach()
+            micro = slice(start, start + self.micro_batch)
+            batch = codes_BL[micro], classes_B[micro]
+            compute = functools.partial(self._loss, len(batch[0]) / images)
+            with self._gradient_sync(micro.stop >= images):
+                means, _ = optim.backward(compute, batch, self.model.parameters())
+            total += means["loss"]
         mean = self.world.mean(total)
         norm = optim.update(
             self.optimizer, mean, rate, t.clip,
@@ -161,6 +168,11 @@ class Trainer:
         optim.update_ema(self.ema, self.model, t.ema, step)
         tokens = t.batch_size * self.model.config.length
         return {"loss": mean, "gradient_norm": norm, "learning_rate": rate, "tokens": tokens}
+
+    def _loss(self, weight: float, codes_BL: Tensor, classes_B: Tensor) -> optim.Computed:
+        with self._autocast():
+            loss = self.trained(codes_BL, classes_B)
+        return {"loss": loss * weight}, []
 
     def read_batch(self, step: int) -> Batch:
         """Indices of the images of all processes' batch; codes and classes of this one's share."""
@@ -194,8 +206,14 @@ class Trainer:
                     to_device(tensor, self.world.device)
                     for tensor in (self.val.codes(indices_B), classes_B)
                 ]
-                total += weight * self.evaluated(*batch).double()
+                losses = threads.over_parts(
+                    self._sum_of_losses, *batch, smallest=optim.SMALLEST_PART
+                )
+                total += weight / len(indices_B) * torch.stack(losses).sum()
         return {"loss": float(self.world.sum(total)) / images}
+
+    def _sum_of_losses(self, codes_BL: Tensor, classes_B: Tensor) -> Tensor:
+        return len(codes_BL) * self.evaluated(codes_BL, classes_B).double()
 
     def parts(self) -> Mapping[str, Part]:
         """All that resuming needs."""

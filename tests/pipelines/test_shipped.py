@@ -10,9 +10,9 @@ from ctf import Pipeline
 from ctf.data.images import open_images
 from ctf.evaluation.classifier import shipped_classifier
 from ctf.evaluation.evaluate import sample_accuracy
+from ctf.evaluation.reconstruction import reconstruction_metrics
 from ctf.evaluation.sample_cache import GenerationConfig
 from ctf.pipelines.folder import find_pipeline
-from ctf.training import tokenizer
 
 NAME = "fashion-mnist"
 
@@ -29,7 +29,7 @@ def test_is_small() -> None:
 
 
 def test_uses_its_codebook(pipe: Pipeline) -> None:
-    measured = tokenizer.reconstruction_metrics(pipe.tokenizer, open_images(NAME).val, limit=1000)
+    measured = reconstruction_metrics(pipe.tokenizer, open_images(NAME).val, limit=1000)
     assert pipe.tokenizer.config.codebook_size >= 4096
     assert measured["usage"] >= 0.95
     assert measured["psnr"] > 25

@@ -19,6 +19,7 @@ from ctf.common.precision import supports_bf16
 from ctf.data.image_set import ImageSet, Splits
 from ctf.data.transforms import PLAIN, View, as_tensor, from_pixels
 from ctf.evaluation import metrics
+from ctf.evaluation.reconstruction import reconstruction_metrics
 from ctf.models.tokenizer import TokenizerConfig
 from ctf.pipelines.folder import load_tokenizer
 from ctf.training import loop, optim
@@ -26,7 +27,6 @@ from ctf.training.discriminator import PatchDiscriminator
 from ctf.training.tokenizer import (
     TokenizerTrainer,
     TokenizerTraining,
-    reconstruction_metrics,
     train,
 )
 from tests.conftest import without_times

@@ -90,16 +90,14 @@ def tokenizer_evaluate(
     """
     from ctf.evaluation import reference_sets, scores
     from ctf.evaluation.extractors import open_extractor
+    from ctf.evaluation.reconstruction import reconstruction_metrics
     from ctf.pipelines.folder import find_pipeline, load_tokenizer
-    from ctf.training import tokenizer as tokenizer_training
 
     torch_device = open_device(device)
     tokenizer = load_tokenizer(find_pipeline(run) / "tokenizer", torch_device)
     held_out = open_splits(images, image_options, tokenizer.config.image_size).val
     with open_progress("evaluate") as progress:
-        result = tokenizer_training.reconstruction_metrics(
-            tokenizer, held_out, torch_device, progress=progress
-        )
+        result = reconstruction_metrics(tokenizer, held_out, torch_device, progress=progress)
     formats = {"mse": ".5f", "psnr": ".2f", "ssim": ".4f", "usage": ".2%", "perplexity": ".0f"}
     for name, value in result.items():
         show(f"{name:<12} {value:{formats.get(name, '.0f')}}{' dB' * (name == 'psnr')}")

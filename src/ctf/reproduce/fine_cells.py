@@ -26,6 +26,7 @@ from ctf.evaluation.distances import (
     frechet_distance_estimate,
 )
 from ctf.evaluation.intervals import estimate, leave_one_out
+from ctf.evaluation.reconstruction import BATCH
 from ctf.models.clusters import Clusters, central_members, swap
 from ctf.models.fine import FineModel
 from ctf.models.noise import gumbel_noise, noise_keys
@@ -40,7 +41,6 @@ from ctf.reproduce.training_cells import (
     open_extractors,
 )
 from ctf.training import stages
-from ctf.training.tokenizer import EVALUATION_BATCH
 
 Codes = Literal["true", "random", "nearest", "model"]
 
@@ -88,8 +88,8 @@ class FineStageCell(Cell):
         central_K = central_members(codebook_VC.cpu(), clusters)
         batches, psnr, uniform = [], [], []
         with space.open_progress(f"{self.codes} codes") as progress:
-            for start in range(0, count, EVALUATION_BATCH):
-                rows_B = rows_N[start : start + EVALUATION_BATCH]
+            for start in range(0, count, BATCH):
+                rows_B = rows_N[start : start + BATCH]
                 true_BL, classes_B = val.codes(rows_B), torch.from_numpy(val.classes_N[rows_B])
                 codes_BL = self._choose(
                     fine, clusters, codebook_VC, central_K, true_BL, classes_B, rows_B
@@ -181,7 +181,7 @@ class DetailsCell(Cell):
         generator = torch.Generator().manual_seed(0)
         rows_N = np.arange(min(self.images, len(val)))
         batches = []  # sampled once for all networks
-        for rows_B in np.split(rows_N, range(EVALUATION_BATCH, len(rows_N), EVALUATION_BATCH)):
+        for rows_B in np.split(rows_N, range(BATCH, len(rows_N), BATCH)):
             codes_BL, classes_B = val.codes(rows_B), torch.from_numpy(val.classes_N[rows_B])
             codes_BL = self._resample(fine, clusters, codes_BL, classes_B, generator)
             batches.append(_pixels(tokenizer.decode(codes_BL.to(space.device))))

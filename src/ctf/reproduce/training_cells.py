@@ -16,12 +16,12 @@ from ctf.data.tokens import Tokens
 from ctf.evaluation import scores
 from ctf.evaluation.classifier import ClassifierConfig
 from ctf.evaluation.extractors import Extractor, classifier_extractor, open_extractor
+from ctf.evaluation.reconstruction import reconstruction_metrics
 from ctf.models.clusters import Clusters, ClustersConfig
 from ctf.models.sizes import TokenizerShape, TransformerShape, training_flops
 from ctf.pipelines.folder import CLUSTERS, load_clusters, load_tokenizer
 from ctf.reproduce.cells import Cell, Outcome, Workspace, link, stored_as
 from ctf.training import cost, metrics_log, stages
-from ctf.training import tokenizer as tokenizer_training
 from ctf.training.classifier import held_out_accuracy, train_classifier
 from ctf.training.recipes import GroupLoss, Recipe, preset
 from ctf.training.stages import ModelStage
@@ -79,9 +79,7 @@ class TokenizerCell(Cell):
             tokenizer = stages.train_tokenizer(run, space.images, recipe, world, progress)
         with space.open_progress("reconstruction") as progress:
             outcome: Outcome = dict(
-                tokenizer_training.reconstruction_metrics(
-                    tokenizer, space.images.val, space.device, progress=progress
-                )
+                reconstruction_metrics(tokenizer, space.images.val, space.device, progress=progress)
             )
         held_out = space.held_out()
         for extractor in open_extractors(space):

@@ -27,6 +27,7 @@ from ctf.common.progress import OpenProgress, show_progress
 from ctf.data import summary
 from ctf.data.image_set import Splits
 from ctf.data.transforms import VIEWS, as_tensor
+from ctf.evaluation.reconstruction import reconstruction_metrics
 from ctf.models.tokenizer import VQModel
 from ctf.pipelines.folder import SETTINGS, load_settings, load_tokenizer
 from ctf.pipelines.pipeline import Pipeline
@@ -35,7 +36,7 @@ from ctf.training.loop import DEFAULT_EXECUTION, Execution, Trainable
 from ctf.training.recipes import KINDS, Recipe, as_recorded, check_recipe
 from ctf.training.stages import FIT, ModelStage
 from ctf.training.start import Start
-from ctf.training.tokenizer import TokenizerTrainer, reconstruction_metrics
+from ctf.training.tokenizer import TokenizerTrainer
 
 MEASURED_IMAGES = 2000  # held-out images that the finished tokenizer is measured on
 TIMED_IMAGES = 256  # images by which the speed of encoding is measured

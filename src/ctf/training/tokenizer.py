@@ -1,4 +1,4 @@
-"""Training and evaluation of the tokenizer.
+"""Training of the tokenizer.
 
 The losses are those of LlamaGen's tokenizer (arXiv 2406.06525, section 2.1): squared error,
 codebook and commitment loss (VQ-VAE, arXiv 1711.00937), and optionally a perceptual loss and a
@@ -28,18 +28,16 @@ from ctf.common.errors import UserError
 from ctf.common.precision import autocast, uses_bf16
 from ctf.common.progress import Progress
 from ctf.common.weights import load_strict
-from ctf.data.image_set import ImageSet, Splits
-from ctf.data.transforms import View, as_tensor, from_pixels
-from ctf.evaluation import metrics
+from ctf.data.image_set import Splits
+from ctf.data.transforms import View, from_pixels
 from ctf.evaluation.lite0 import PerceptualLoss
+from ctf.evaluation.reconstruction import reconstruction_metrics
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.pipelines.folder import load_tokenizer, to_channels_last
 from ctf.training import loop, optim
 from ctf.training.batches import Batch, Batches, to_device
 from ctf.training.discriminator import DiscriminatorLoss, PatchDiscriminator
 from ctf.training.state import Part
-
-EVALUATION_BATCH = 64  # images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,51 +362,3 @@ def continued(training: TokenizerTraining) -> TokenizerTraining:
     What a code means may drift, but it does not change: transformers that know it can be continued.
     """
     return dataclasses.replace(training, free_until=0.0, revive_until=0.0)
-
-
-@torch.inference_mode()
-def reconstruction_metrics(
-    model: VQModel,
-    images: ImageSet,
-    device: torch.device | str = "cpu",
-    limit: int | None = None,
-    progress: Progress | None = None,
-) -> dict[str, float]:
-    """Measure how a tokenizer reconstructs (the first `limit`) images and uses its codebook.
-
-    Returns:
-        "mse" (on [-1, 1]), "psnr" (dB), "ssim", "usage" (fraction of the codes that occur),
-        "perplexity" (codes), and "images" (how many were measured).
-    """
-    count = min(len(images), limit or len(images))
-    computed: list[tuple[Tensor, ...]] = []
-
-    def compute(pixels_BHWC: np.ndarray) -> tuple[Tensor, ...]:
-        images_BCHW = as_tensor(pixels_BHWC, device)
-        codes_BL = model.encode(images_BCHW)
-        decoded_BCHW = model.decode(codes_BL)
-        mse_B = (decoded_BCHW - images_BCHW).square().mean((1, 2, 3))
-        psnr_B = metrics.psnr(decoded_BCHW, images_BCHW)
-        return (
-            mse_B.cpu(),
-            psnr_B.cpu(),
-            metrics.ssim(decoded_BCHW, images_BCHW).cpu(),
-            codes_BL.cpu(),
-        )
-
-    with threads.team(threads.pays(torch.device(device))):
-        for start in range(0, count, EVALUATION_BATCH):
-            pixels_BHWC = images.read(np.arange(start, min(start + EVALUATION_BATCH, count)))
-            computed += threads.over_parts(compute, pixels_BHWC)
-            if progress is not None:
-                progress(start + len(pixels_BHWC), count)
-    mse, psnr, ssim, codes = (torch.cat(values) for values in zip(*computed, strict=True))
-    counts_V = torch.bincount(codes.flatten(), minlength=model.config.codebook_size)
-    return {
-        "mse": float(mse.mean()),
-        "psnr": float(psnr.mean()),
-        "ssim": float(ssim.mean()),
-        "usage": metrics.codebook_usage(counts_V),
-        "perplexity": metrics.perplexity(counts_V),
-        "images": count,
-    }

@@ -783,21 +783,31 @@ def test_geometry_is_part_of_the_configuration_and_not_of_the_weights(
     assert refused.code == 2 and "geometry was true, now false" in refused.err
 
 
-def test_trainings_begun_before_geometry_resume_without_it(
+FORMER = [  # as recipes of before there were these choices
+    "geometry=null",
+    *(f"{stage}_training.optimizer=null" for stage in ("tokenizer", "coarse", "fine")),
+]
+
+
+def test_trainings_begun_by_earlier_versions_resume_as_they_were(
     image_folder: Path, run: Path, tmp_path: Path, ctf: Command
 ) -> None:
     copied, two = shutil.copytree(run, tmp_path / "run"), ["coarse_training.steps=2"]
     shutil.rmtree(copied / "coarse")
     train = ("train", "coarse", copied, "--preset", "tiny")
-    assert ctf(*train, *recipe_options(*two, "geometry=null")).code == 0
+    assert ctf(*train, *recipe_options(*two, *FORMER)).code == 0
+    assert "optimizer" not in (copied / "coarse" / "config.json").read_text()
     before = read_files(copied)
     assert ctf(*train, *recipe_options(*two)).code == 0 and read_files(copied) == before
 
     made = ("fit", image_folder, "--out", tmp_path / "made", "--image-size", 32, "--preset", "tiny")
     options = ("--steps", 2, *recipe_options())
-    assert ctf(*made, *options, "geometry=null").code == 0
+    assert ctf(*made, *options, *FORMER).code == 0
     before = read_files(tmp_path / "made")
     assert ctf(*made, *options).code == 0 and read_files(tmp_path / "made") == before
+    tokenizer = ("tokenizer", "train", image_folder, "--out", tmp_path / "made", "--image-size", 32)
+    assert ctf(*tokenizer, "--preset", "tiny", *options).code == 0
+    assert read_files(tmp_path / "made") == before
 
 
 def test_the_group_loss_is_for_the_baseline(run: Path, tmp_path: Path, ctf: Command) -> None:

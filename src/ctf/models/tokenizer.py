@@ -202,6 +202,12 @@ class VQModel(nn.Module):
             products_NV = part_NC @ codebook_CV
             yield products_NV if half_squares_V is None else products_NV - half_squares_V
 
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The hidden layers: all but the first and the last of encoder and decoder."""
+        return tuple(
+            part for half in (self.encoder, self.decoder) for part in (half.levels, half.middle)
+        )
+
     def _scale(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1) if self.config.l2_norm else vectors
 

@@ -1,11 +1,12 @@
-"""What an optimization step is made of: batches, learning rate, AdamW, clipping, moving average."""
+"""What an optimization step is made of: batches, learning rate, optimizers, clipping, averages."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from ctf.common import threads
 from ctf.common.distributed import ALONE, World, full_tensor
 from ctf.common.errors import UserError
 from ctf.common.rng import generator
+from ctf.training.muon import Muon
 
 NAMED_IMAGES = 8  # how many of a batch an error names
 
@@ -22,6 +24,8 @@ SMALLEST_PART = 2  # images; for fewer, calling operators takes as long as compu
 
 Schedule = Literal["constant", "cosine"]
 Computed = tuple[Mapping[str, Tensor], Sequence[Tensor]]  # means over images; rows of each
+# For the weights of hidden layers; AdamW moves all others.
+Optimizer = Literal["adamw", "muon"]
 
 
 def check_training(training: Any) -> None:
@@ -75,22 +79,55 @@ def learning_rate(
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * elapsed)))
 
 
+Training = TypeVar("Training", bound=Any)
+
+
+def as_recorded(training: Training, recorded: object) -> Training:
+    """Return a configuration for a training that an earlier version began: there was only AdamW.
+
+    Args:
+        training: With a field `optimizer`.
+        recorded: The JSON of the configuration that the training was begun with, or anything else.
+    """
+    if isinstance(recorded, dict) and "optimizer" not in recorded:
+        training = dataclasses.replace(training, optimizer=None)
+    return training
+
+
 def make_optimizer(
-    module: nn.Module, rate: float, betas: Sequence[float], weight_decay: float
+    module: nn.Module,
+    rate: float,
+    betas: Sequence[float],
+    weight_decay: float,
+    hidden: Mapping[nn.Parameter, int] | None = None,
 ) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices and convolutions only, as LlamaGen has it."""
+    """Return AdamW with weight decay on matrices and convolutions only, as LlamaGen has it.
+
+    Args:
+        module: What is trained.
+        rate: Learning rate.
+        betas: Of AdamW.
+        weight_decay: Of matrices and convolutions.
+        hidden: The weights that `Muon` moves, from `muon.hidden_weights`; by default none.
+    """
+    hidden = hidden or {}
     parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    others = [p for p in parameters if p not in hidden]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(betas[0], betas[1]), fused=True)
+    for stacked in sorted({hidden[p] for p in parameters if p in hidden}):
+        own = [p for p in parameters if hidden.get(p) == stacked]
+        groups.append({"params": own, "weight_decay": weight_decay, "stacked": stacked})
+    kind = Muon if hidden else torch.optim.AdamW
+    optimizer = kind(groups, lr=rate, betas=(betas[0], betas[1]), fused=True)
     # As the first step would create it, so that a state has the same tensors from the start.
     for parameter in parameters:
+        moments = ("momentum",) if parameter in hidden else ("exp_avg", "exp_avg_sq")
         optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter.detach()),
-            "exp_avg_sq": torch.zeros_like(parameter.detach()),
+            "step": torch.zeros((), device=parameter.device),  # unused by Muon, expected by AdamW
+            **{moment: torch.zeros_like(parameter.detach()) for moment in moments},
         }
     return optimizer
 

@@ -34,7 +34,7 @@ from ctf.evaluation.lite0 import PerceptualLoss
 from ctf.evaluation.reconstruction import reconstruction_metrics
 from ctf.models.tokenizer import TokenizerConfig, VQModel
 from ctf.pipelines.folder import load_tokenizer, to_channels_last
-from ctf.training import loop, optim
+from ctf.training import loop, muon, optim
 from ctf.training.batches import Batch, Batches, to_device
 from ctf.training.discriminator import DiscriminatorLoss, PatchDiscriminator
 from ctf.training.state import Part
@@ -66,6 +66,10 @@ class TokenizerTraining:
     evaluate_every: int = 1000  # steps
     evaluate_images: int = 1000
     seed: int = 0
+    # None is AdamW, as in recipes of before there was a choice.
+    optimizer: optim.Optimizer | None = dataclasses.field(
+        default=None, metadata=config.OMIT_DEFAULT
+    )
 
     def __post_init__(self) -> None:
         optim.check_training(self)
@@ -144,7 +148,7 @@ class TokenizerTrainer:
         kernels.for_training(self.model, compile=execution.compile)
         reconstruction = Reconstruction(self.model, bf16=self.in_bf16)
         self.reconstruction = world.wrap(reconstruction, unused=True)
-        self.optimizer = self._make_optimizer(self.model)
+        self.optimizer = self._make_optimizer(self.model, *self.model.blocks())
         self.batches = Batches(self.read_batch, training.steps, device)
         self.checks = optim.Checks(world)
         self.usage_V = torch.ones(model_config.codebook_size, device=device)
@@ -158,9 +162,10 @@ class TokenizerTrainer:
             self.discriminator_loss = world.wrap(loss)
             self.discriminator_optimizer = self._make_optimizer(self.discriminator)
 
-    def _make_optimizer(self, module: nn.Module) -> torch.optim.AdamW:
+    def _make_optimizer(self, module: nn.Module, *blocks: nn.Module) -> torch.optim.AdamW:
         t = self.training
-        return optim.make_optimizer(module, t.learning_rate, t.betas, t.weight_decay)
+        hidden = muon.hidden_weights(*blocks) if t.optimizer == "muon" else {}
+        return optim.make_optimizer(module, t.learning_rate, t.betas, t.weight_decay, hidden)
 
     def step(self, step: int) -> Mapping[str, Tensor | float]:
         """Take a step of the tokenizer and, from its start on, of the discriminator."""
@@ -335,6 +340,8 @@ def train(
         Stopped: See `loop.run`.
     """
     images = images.as_recorded_in(folder / "config.json", "images")
+    if (recorded := folder / "config.json").is_file():
+        training = optim.as_recorded(training, storage.load_json(recorded).get("training"))
     if warm_start is not None:
         training = continued(training)
     description = {

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ctf import kernels
-from ctf.common import rng, threads
+from ctf.common import config, rng, threads
 from ctf.common.distributed import World
 from ctf.common.errors import UserError
 from ctf.common.precision import uses_bf16
@@ -28,7 +28,7 @@ from ctf.data.tokens import Tokens
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.objectives import Objective
-from ctf.training import optim
+from ctf.training import muon, optim
 from ctf.training.batches import Batch, Batches, to_device
 from ctf.training.loop import DEFAULT_EXECUTION, Execution
 from ctf.training.state import Part
@@ -38,7 +38,7 @@ Model = CoarseModel | FineModel
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """Hyperparameters of a training: LlamaGen's AdamW, with warm-up, cosine decay and EMA."""
+    """Hyperparameters of a training: LlamaGen's, with warm-up, cosine decay and EMA."""
 
     steps: int = 100_000
     batch_size: int = 256  # images
@@ -54,6 +54,10 @@ class TrainingConfig:
     evaluate_every: int = 500  # steps
     evaluate_images: int = 1000
     seed: int = 0
+    # None is AdamW, as in recipes of before there was a choice.
+    optimizer: optim.Optimizer | None = dataclasses.field(
+        default=None, metadata=config.OMIT_DEFAULT
+    )
 
     def __post_init__(self) -> None:
         optim.check_training(self)
@@ -139,8 +143,13 @@ class Trainer:
         )
         self.batches = Batches(self.read_batch, training.steps, world.device)
         self.checks = optim.Checks(world)
+        hidden = muon.hidden_weights(*model.backbone.layers)
         self.optimizer = optim.make_optimizer(
-            model, training.learning_rate, training.betas, training.weight_decay
+            model,
+            training.learning_rate,
+            training.betas,
+            training.weight_decay,
+            hidden if training.optimizer == "muon" else None,
         )
 
     def step(self, step: int) -> Mapping[str, Tensor | float]:

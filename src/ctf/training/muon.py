@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ctf.common import threads
 from ctf.common.distributed import distribute_like, full_tensor
 from ctf.models.transformer import Attention
 
@@ -70,7 +71,7 @@ class Muon(torch.optim.AdamW):
                 update = full_tensor(gradient.add(own, alpha=MOMENTUM))
                 updates.append(update.reshape(group["stacked"], -1, shape[1:].numel()))
                 parameter.grad = None
-            matrices_NRC = orthogonalize(torch.cat(updates))
+            matrices_NRC = torch.cat(threads.over_parts(orthogonalize, torch.cat(updates)))
             scale = 0.2 * max(matrices_NRC.shape[1:]) ** 0.5 * group["lr"]
             for parameter, update in zip(
                 parameters, matrices_NRC.chunk(len(parameters)), strict=True

@@ -50,6 +50,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -65,6 +66,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -450,9 +452,14 @@ def right_sampling(device: torch.device, small: bool) -> Iterator[Difference]:
         for name, more in settings.items():
             before: Tensor | None = None
             for mode, window in sampling_modes().items():
-                there = pipe.sample(classes, seed=1, guidance=2.0, window=window, **more)
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    there = pipe.sample(classes, seed=1, guidance=2.0, window=window, **more)
                 here = expected[name]
                 what = f"{engine}, {name}{mode}"
+                for message in {str(warning.message) for warning in caught}:
+                    if "CUDA graph" in message:
+                        yield Difference(f"{what}: {message}", 1, 0)
                 for of, a, b, limit in (
                     ("labels", there.coarse, here.coarse, limits[0]),
                     ("codes", there.codes, here.codes, limits[1]),
@@ -1011,6 +1018,7 @@ def training(report: Report, args: argparse.Namespace) -> None:
     images = included_images(small)
     # First what is short.
     report.attempt("readers", lambda: reader_rows(images, shapes))
+    report.attempt("files", lambda: file_rows(images, 16 if small else 1024, 64 if small else 256))
     best = ways(device)[-1]  # compiled, where that can be done
     plain = [way for way in reversed(ways(device)) if "compiled" not in way]
     tokenizers(report, images, plain[:1])
@@ -1102,6 +1110,28 @@ def reader_rows(images: Splits, shapes: Shapes) -> Rows:
     seconds = timed_calls(lambda: images.train.read(order), cpu)["seconds"]
     rows.append({"what": f"images of {images.train.name}", "images/s": len(order) / seconds})
     return rows
+
+
+def file_rows(images: Splits, count: int, side: int) -> Rows:
+    """How fast JPEG files are opened, which reads them for the first time, and read again."""
+    with tempfile.TemporaryDirectory() as name:
+        for number, pixels_HWC in enumerate(
+            images.train.read(np.arange(count) % len(images.train))
+        ):
+            path = Path(name, f"class-{number % 2}", f"{number}.jpg")
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(pixels_HWC).resize((side, side)).save(path, quality=90)
+        began = time.perf_counter()
+        opened = open_images(name, side)
+        seconds = {"opened": time.perf_counter() - began}
+        order = np.random.default_rng(0).permutation(len(opened.train))
+        times = timed_calls(lambda: opened.train.read(order), torch.device("cpu"))
+        seconds |= {"read": times["first, s"], "read again": times["seconds"]}
+        counts = {"opened": count, "read": len(order), "read again": len(order)}
+    return [
+        {"what": f"JPEG files of {side} px, {done}", "images/s": counts[done] / each}
+        for done, each in seconds.items()
+    ]
 
 
 # --- A real training ------------------------------------------------------------------------------

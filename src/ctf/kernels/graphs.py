@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -217,7 +218,10 @@ class Passes:
         self._recorded[shape]()
 
     def _record(self, compute: Callable[[], None]) -> Callable[[], None]:
-        """Return a pass as a graph, where there are graphs; nothing is changed by that."""
+        """Return a pass as a graph, where there are graphs; nothing is changed by that.
+
+        Warns if it cannot be recorded; then it is computed eagerly.
+        """
         if self.starts_B.device.type != "cuda":
             return compute
         before = [(tensor, tensor.clone()) for tensor in (self.starts_B, self.buffer_BM)]
@@ -231,9 +235,15 @@ class Passes:
                         tensor.copy_(value)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # Other threads may use the GPU meanwhile, to read a batch or to show an image.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                compute()
+            try:
+                # Other threads may use the GPU meanwhile, to read a batch or to show an image.
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                    compute()
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                text = f"a pass is computed without a CUDA graph, which is slower: {reason}"
+                warnings.warn(text, stacklevel=2)
+                return compute
         return graph.replay
 
     def compute(self, model: GraphedCoarseModel, window: int, end: int, halves: int) -> None:

@@ -1,13 +1,14 @@
 """Models prepared for training, evaluation and sampling: the same models, faster."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ctf import kernels
-from ctf.kernels import compiled, sampling_cpu, train_cpu
+from ctf.kernels import compiled, graphs, sampling_cpu, train_cpu
 from ctf.kernels.logits import LeanCoarseModel, LeanFineModel
 from ctf.kernels.tokenizer_cpu import CpuVQModel
 from ctf.models.clusters import Clusters
@@ -186,3 +187,20 @@ def test_packed_layers_are_for_processors() -> None:
     cuda = torch.device("cuda")
     assert kernels.available("eager", CPU) and kernels.available("eager", cuda)
     assert not kernels.available("auto", cuda) and not kernels.available("int8", cuda)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["auto", "compile", "bf16"])
+def test_engines_record_passes_on_a_gpu(engine: kernels.Engine) -> None:
+    model = make_coarse().to("cuda")
+    kernels.for_sampling(model, None, None, engine)
+    keys_BL, classes_B = noise_keys(range(5), 16)[:, 0].cuda(), torch.arange(5).cuda()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as of passes that cannot be recorded
+        sampler = kernels.coarse_sampler(model, classes_B, keys_BL, Sampling())
+        while not sampler.done:
+            sampler.advance(4)
+    assert isinstance(sampler, graphs.GraphedSampler)
+    assert kernels.is_exact(model) == (engine != "bf16")
+    agreement = float((sampler.labels_BT.cpu() == sampled(make_coarse())).double().mean())
+    assert agreement == 1 or (engine == "bf16" and agreement > 0.6)

@@ -165,7 +165,7 @@ def save_origin(
         if not (last := metrics_log.last_metrics(run / stage, "val")):
             continue
         if stage != "tokenizer":
-            metrics[stage] = {"loss": last["loss"]}
+            metrics[stage] = _kept_metrics(run / stage, last)
         # A training keeps its own time through all kills; the log lacks attempts that were killed.
         seconds = {**seconds, stage: max(seconds.get(stage, 0.0), last["seconds"])}
     origin = {
@@ -178,6 +178,16 @@ def save_origin(
         origin["from"] = start.origin()
     settings = dataclasses.replace(settings, origin=settings.origin | origin)
     storage.save_json(run / SETTINGS, config.to_json(settings))
+
+
+def _kept_metrics(folder: Path, last: dict[str, Any]) -> dict[str, Any]:
+    """Return the held-out loss of the weights that a stage kept, and of which step, if not last."""
+    if storage.load_object(folder / "config.json").get("keep") != "best":
+        return {"loss": last["loss"]}
+    lines = [line for line in metrics_log.read_metrics(folder) if line["split"] == "val"]
+    best = min(lines, key=lambda line: line["loss"])
+    earlier = {"step": best["step"]} if best["step"] < last["step"] else {}
+    return {"loss": best["loss"], **earlier}
 
 
 def describe(

@@ -84,6 +84,9 @@ class Trainable(Protocol):
         """Return all that resuming needs, by names other than "loop"."""
 
 
+OnEvaluation = Callable[[int, Mapping[str, float]], None]  # the step, and the metrics after it
+
+
 @contextlib.contextmanager
 def hold(folder: Path, config: Mapping[str, Any], world: World = ALONE) -> Iterator[bool]:
     """Hold the folder of a training of `config`, unless it is finished; yield what `begin` returns.
@@ -120,6 +123,7 @@ def run(
     *,
     evaluate_every: int,
     evaluate_first: bool = False,
+    on_evaluation: OnEvaluation | None = None,
     progress: Progress | None = None,
     world: World = ALONE,
     clock: Callable[[], float] = time.monotonic,
@@ -130,7 +134,8 @@ def run(
     the metrics of each evaluation ("split": "val"): every `evaluate_every` steps, rounded to whole
     lines, at the end, and with `evaluate_first` before the first step. States are saved every
     SAVE_SECONDS where a line ends, and on SIGTERM together with the sums of the line that it
-    interrupts, so a resumed training logs the same means.
+    interrupts, so a resumed training logs the same means. All processes call `on_evaluation` with
+    the step and the metrics of each evaluation.
 
     Raises:
         UserError: The folder was removed.
@@ -140,6 +145,8 @@ def run(
     def log(split: Split, metrics: Mapping[str, float], step: int, seconds: float) -> None:
         world.on_main(check_folder)
         world.on_main(lambda: append_metrics(folder, step, split, metrics, seconds))
+        if split == "val" and on_evaluation is not None:
+            on_evaluation(step, metrics)
 
     check_folder = functools.partial(_check_folder, folder, folder.is_dir())
 

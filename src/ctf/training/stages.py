@@ -44,6 +44,7 @@ from ctf.pipelines.folder import (
 )
 from ctf.training import clusters as clusters_stage
 from ctf.training import cost, loop, recipes, state, tokenizer, transformers, warm_start
+from ctf.training.best import BestWeights
 from ctf.training.loop import DEFAULT_EXECUTION, Execution
 from ctf.training.recipes import Kind, Recipe
 from ctf.training.transformers import TrainingConfig
@@ -358,13 +359,36 @@ class ModelStage:
         states = self.folder / "state"
         resumed = bool(world.broadcast(state.latest_state(states) if world.is_main else 0))
         trainer = self.make_trainer(resumed=resumed)
+        best, evaluate_every = None, t.evaluate_every
+        if self.keeps_best:
+            best = BestWeights(states, trainer.averaged.state_dict, world)
+            evaluate_every = transformers.best_evaluations(t, len(self.tokens[1]))
         loop.run(
             trainer, self.folder, t.steps,
-            evaluate_every=t.evaluate_every, evaluate_first=self.warm_start is not None,
-            progress=progress, world=world,
+            evaluate_every=evaluate_every, evaluate_first=self.warm_start is not None,
+            on_evaluation=best, progress=progress, world=world,
         )  # fmt: skip
         weights = {n: full_tensor(t) for n, t in trainer.averaged.state_dict().items()}
+        if best is not None and best.step < t.steps and world.is_main:
+            weights = best.load()
+            print(
+                f"{self.kind}: the held-out loss was lowest after {best.step} of {t.steps} steps; "
+                "these weights are kept",
+                flush=True,
+            )
         loop.finish(self.folder, points.fold(weights), world)
+
+    @functools.cached_property
+    def keeps_best(self) -> bool:
+        """Whether the weights of the best evaluation are kept; a training keeps to what it began.
+
+        Those that were begun by earlier versions keep the last.
+        """
+        path = self.folder / "config.json"
+        if self.training.keep == "auto" and path.is_file():
+            return storage.load_object(path).get("keep") == "best"
+        train, val = self.tokens
+        return transformers.keeps_best(self.training, len(train), len(val))
 
     def _description(self) -> dict[str, Any]:
         """Return all that determines the weights."""
@@ -385,6 +409,8 @@ class ModelStage:
             description["geometry"] = recipe.geometry
         if self.warm_start is not None:
             description["warm_start"] = self.warm_start.hash
+        if self.keeps_best:
+            description["keep"] = "best"
         return description
 
     def make_trainer(self, *, resumed: bool = False) -> transformers.Trainer:

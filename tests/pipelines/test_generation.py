@@ -58,6 +58,20 @@ def test_an_image_is_the_same_in_any_batch(
     assert same_up_to_rounding(together, one_by_one)
 
 
+@pytest.mark.usefixtures("three_threads")
+def test_parts_of_a_batch_have_the_same_images(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classes = [0, 1, 2, 2, 1, 0, 0]
+    whole = pipe.sample(classes, seed=10)
+    monkeypatch.setattr(generation, "SMALLEST_PART", 2)
+    calls: list[tuple[int, int]] = []
+    in_parts = pipe.sample(classes, seed=10, progress=lambda *c: calls.append(c))
+    assert calls == [(7, 7)]
+    assert same_up_to_rounding(whole, in_parts)
+    assert torch.get_num_threads() == 3
+
+
 def test_images_have_seeds_of_their_own(sharp: Pipeline, samples: Samples) -> None:
     order = [2, 0, 3]
     seeds, classes = [SEED + i for i in order], [CLASSES[i] for i in order]

@@ -15,7 +15,9 @@ The number of threads is PyTorch's: the cores that the process may use, or OMP_N
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -23,13 +25,15 @@ from typing import Any, TypeVar
 
 import torch
 
+MOST = 1024  # threads of all teams together; each is started when it is needed
+
 Result = TypeVar("Result")
 
 
 class _State(threading.local):
-    """Of each thread: the threads beside it in its team, and whether it computes a part now."""
+    """Of each thread: whether it has a team, and whether it computes a part now."""
 
-    pool: ThreadPoolExecutor | None = None
+    in_team = False
     in_part = False
 
 
@@ -43,10 +47,10 @@ _threads = 1  # PyTorch's outside of teams
 def team(enabled: bool = True) -> Iterator[None]:
     """Within the block, PyTorch's operators take one thread, and `over_parts` takes all.
 
-    Does nothing if it is not enabled, within another team, or if there is one thread only.
+    Does nothing if it is not enabled, or within another team.
     """
     global _open, _threads
-    if not enabled or _state.in_part or _state.pool is not None:
+    if not enabled or _state.in_part or _state.in_team:
         yield
         return
     with _lock:
@@ -54,15 +58,24 @@ def team(enabled: bool = True) -> Iterator[None]:
             _threads = torch.get_num_threads()
         _open += 1
         torch.set_num_threads(1)
+    _state.in_team = True
     try:
-        with ThreadPoolExecutor(_threads, "part", lambda: torch.set_num_threads(1)) as pool:
-            _state.pool = pool
-            yield
+        yield
     finally:
-        _state.pool = None
+        _state.in_team = False
         with _lock:
             _open -= 1
             torch.set_num_threads(_threads)
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """The threads of all teams; they stay, and with them the memory that malloc holds for each."""
+    return ThreadPoolExecutor(MOST, "part", lambda: torch.set_num_threads(1))
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of the threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def pays(device: torch.device, processes: int = 1) -> bool:
@@ -77,7 +90,7 @@ def parts(count: int, smallest: int = 1) -> list[slice]:
         count: Number of items.
         smallest: Items that a part has at least, if there are several parts.
     """
-    threads = 1 if _state.pool is None or _state.in_part else _threads
+    threads = _threads if _state.in_team and not _state.in_part else 1
     number = max(1, min(threads, count // smallest))
     edges = [count * i // number for i in range(number + 1)]
     return [slice(*pair) for pair in itertools.pairwise(edges)]
@@ -102,7 +115,7 @@ def over_parts(function: Callable[..., Result], *batch: Any, smallest: int = 1) 
     """
     slices = parts(len(batch[0]), smallest)
     first, *others = ([item[part] for item in batch] for part in slices)
-    if not others or _state.pool is None:
+    if not others:
         return [function(*first)]
     modes = _modes()
 
@@ -111,7 +124,7 @@ def over_parts(function: Callable[..., Result], *batch: Any, smallest: int = 1) 
         with modes():
             return function(*part)
 
-    futures = [_state.pool.submit(compute, part) for part in others]
+    futures = [_pool().submit(compute, part) for part in others]
     _state.in_part = True
     try:
         result = function(*first)

@@ -6,6 +6,7 @@ Shapes: N images of a call, B of a batch, L tokens of an image, C code dimension
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ctf import kernels
-from ctf.common import memory
+from ctf.common import memory, threads
 from ctf.common.progress import Progress
 from ctf.data.transforms import as_pil
 from ctf.models import sampling
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from ctf.pipelines.pipeline import Pipeline
 
 BATCH_SIZE = 64  # images per batch at most
+# Images that a thread samples at least: for fewer, calling operators takes as long as computing.
+# These take one label a pass in int8, as a larger batch does.
+SMALLEST_PART = 32
+NARROW = 256  # width of a coarse model whose operators are too short to be spread over cores
 INT8_ROWS, BF16_ROWS = 16, 32  # of a pass in int8 on a processor, and in bfloat16 on a GPU
 # At most, in the largest layer of the decoder: an image of VQ-16, or 16 of them on a GPU.
 DECODER_ELEMENTS, DECODER_ELEMENTS_GPU = 2**23, 2**27
@@ -99,21 +104,36 @@ def max_batch(pipe: Pipeline, settings: Sampling) -> int:
 
 
 def generate(pipe: Pipeline, request: Request, progress: Progress | None = None) -> Samples:
-    """Sample all images of a request."""
+    """Sample all images of a request, on a processor in threads of a core each.
+
+    A wide model samples few images with all cores together, since it reads its weights sooner so.
+    """
     done: list[Samples] = []
-    for batch in batches(pipe, request):
-        sampler = coarse_sampler(pipe, request, batch)
-        while not sampler.done:
-            advance(pipe, request, sampler)
-        done.append(finish(pipe, request, batch, sampler))
-        if progress is not None:
-            progress(batch.numbers[-1] + 1, len(request.classes))
+    count = len(request.classes)
+    large = count >= 2 * SMALLEST_PART or pipe.coarse.config.width <= NARROW
+    # A tokenizer of somebody's own might not be made for several threads.
+    smallest = SMALLEST_PART if isinstance(pipe.tokenizer, VQModel) else BATCH_SIZE
+    with threads.team(large and threads.pays(pipe.device)):
+        for batch in batches(pipe, request):
+            sample = functools.partial(_sample, pipe, request, batch)
+            rows = [*range(len(batch.numbers))]
+            done += threads.over_parts(sample, rows, smallest=smallest)
+            if progress is not None:
+                progress(batch.numbers[-1] + 1, count)
     return Samples(
         [image for samples in done for image in samples.images],
         torch.cat([samples.codes for samples in done]),
         torch.cat([samples.coarse for samples in done]),
         torch.cat([samples.passes for samples in done if samples.passes is not None]),
     )
+
+
+def _sample(pipe: Pipeline, request: Request, batch: Batch, rows: list[int]) -> Samples:
+    part = batch if len(rows) == len(batch.numbers) else batch.select(rows)
+    sampler = coarse_sampler(pipe, request, part)
+    while not sampler.done:
+        advance(pipe, request, sampler)
+    return finish(pipe, request, part, sampler)
 
 
 def coarse_sampler(pipe: Pipeline, request: Request, batch: Batch) -> CoarseSampler:

@@ -110,10 +110,10 @@ def generate(pipe: Pipeline, request: Request, progress: Progress | None = None)
     """
     done: list[Samples] = []
     count = len(request.classes)
-    large = count >= 2 * SMALLEST_PART or pipe.coarse.config.width <= NARROW
+    pays = count >= 2 * SMALLEST_PART or pipe.coarse.config.width <= NARROW
     # A tokenizer of somebody's own might not be made for several threads.
     smallest = SMALLEST_PART if isinstance(pipe.tokenizer, VQModel) else BATCH_SIZE
-    with threads.team(large and threads.pays(pipe.device)):
+    with threads.team(pays and threads.pays(pipe.device)):
         for batch in batches(pipe, request):
             sample = functools.partial(_sample, pipe, request, batch)
             rows = [*range(len(batch.numbers))]

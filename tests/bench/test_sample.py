@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ctf.bench import sample, sample_report
+from ctf.bench import sample, sample_report, windows
 from ctf.bench.sample import SampleBenchmark
 from ctf.bench.shapes import Shapes
 from tests.bench.test_harness import silent
@@ -20,8 +20,8 @@ def test_every_sampler_has_its_stages_and_adds_up(
     shapes: Shapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sample, "START_SCRIPT", "print(0.1, 0.2, 0.3)")
-    monkeypatch.setattr(sample, "WINDOWS", (1, 16))
-    monkeypatch.setattr(sample, "WINDOW_BATCHES", (1,))
+    monkeypatch.setattr(windows, "WINDOWS", (1, 16))
+    monkeypatch.setattr(windows, "BATCHES", (1,))
     results = sample.run(SMALL, tmp_path, CPU, silent, shapes)
     names = [
         "start",
@@ -29,6 +29,7 @@ def test_every_sampler_has_its_stages_and_adds_up(
         "windows",
         "fine 1",
         "fine 3",
+        "passes B",
         "greedy B",
         "coarse B 1",
         "coarse B 3",
@@ -42,6 +43,12 @@ def test_every_sampler_has_its_stages_and_adds_up(
     facts = results.groups["windows"].facts
     assert facts["auto 1 1 passes"] == 64 and facts["auto 1 16 passes"] < 30
     assert facts["auto 1 16 seconds"] > 0
+    assert 4 <= facts["auto 1 auto passes"] <= 64 and facts["auto 1 auto-first seconds"] > 0
+    assert "int8 1 auto seconds" not in facts
+    assert {*results.groups["passes B"].facts} == {
+        f"{engine} 1 {window} seconds" for engine in SMALL.engines for window in (1, 16)
+    }
+    assert min(results.groups["passes B"].facts.values()) > 0
     facts = results.groups["greedy B"].facts
     assert facts["equal"] == facts["labels"] == 2 * 16
     assert results.groups["decode"].facts["auto difference"] < 0.01
@@ -57,6 +64,7 @@ def test_every_sampler_has_its_stages_and_adds_up(
     assert (tmp_path / "sample.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "sample.md").read_text()
     assert all(each.label in text for each in samplers)
+    assert "### Windows: time of a pass" in text and "| B | auto | 1 | 16 |" in text
 
 
 @pytest.mark.parametrize(

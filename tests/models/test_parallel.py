@@ -1,5 +1,6 @@
 """The coarse stage: windows of any size sample what sampling one by one does."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ctf.models.coarse import CoarseModel
+from ctf.models.drafts import Drafts
 from ctf.models.noise import gumbel_noise, noise_keys
 from ctf.models.parallel import CoarseSampler, sample_coarse
 from ctf.models.sampling import Sampling, apply_guidance, sample_logits
@@ -184,6 +186,17 @@ def exact() -> CoarseModel:
     return make_coarse().double()
 
 
+@pytest.fixture(scope="module")
+def drafted(exact: CoarseModel) -> CoarseModel:
+    """The same with drafts of no meaning."""
+    model, k = copy.deepcopy(exact), exact.vocab_size
+    generator = torch.Generator().manual_seed(1)
+    rows = {"left": k + 1, "above": k + 1, "position": L}
+    tables = {name: torch.randn(count, k, generator=generator) for name, count in rows.items()}
+    model.drafts = Drafts(tables)
+    return model
+
+
 KEYS_BL = noise_keys(SEEDS, L)[:, 0]
 EVERY = [*SETTINGS, *WINDOWS, Sampling(1.0, top_k=1), Sampling(top_k=2, temperature=0.7)]
 
@@ -193,15 +206,18 @@ EVERY = [*SETTINGS, *WINDOWS, Sampling(1.0, top_k=1), Sampling(top_k=2, temperat
     st.sampled_from(EVERY),
     st.sets(st.integers(0, 4), min_size=1),
     st.none() | masks,
+    st.booleans(),
 )
 @examples(max_examples=30)
-def test_windows_sample_the_labels_of_one_by_one(exact, window, settings, images, known_BL):
-    """Of any size, with all settings, in any batch, around known labels."""
+def test_windows_sample_the_labels_of_one_by_one(
+    exact, drafted, window, settings, images, known_BL, with_drafts
+):
+    """Of any size, with all settings, in any batch, around known labels, whatever the drafts."""
     kept_BL = None if known_BL is None else FORCED_BL.masked_fill(~known_BL, -1)
     expected_BL = plain_coarse(exact, KEYS_BL, settings, kept_BL)
     rows = sorted(images)
     got_BL = sample_coarse(
-        exact, CLASSES_B[rows], KEYS_BL[rows], settings,
+        drafted if with_drafts else exact, CLASSES_B[rows], KEYS_BL[rows], settings,
         None if kept_BL is None else kept_BL[rows], window,
     )  # fmt: skip
     assert torch.equal(got_BL, expected_BL[rows])
@@ -212,14 +228,16 @@ def test_windows_sample_the_labels_of_one_by_one(exact, window, settings, images
     st.lists(st.sets(st.integers(0, 4), min_size=1, max_size=4), max_size=3),
     st.sampled_from(EVERY),
     st.none() | masks,
+    st.booleans(),
 )
 @examples(max_examples=20)
 def test_windows_may_change_and_images_may_leave_at_any_pass(
-    exact, windows, leaving, settings, known_BL
+    exact, drafted, windows, leaving, settings, known_BL, with_drafts
 ):
     kept_BL = None if known_BL is None else FORCED_BL.masked_fill(~known_BL, -1)
     expected_BL = plain_coarse(exact, KEYS_BL, settings, kept_BL)
-    sampler = CoarseSampler(exact, CLASSES_B, KEYS_BL, settings, kept_BL)
+    model = drafted if with_drafts else exact
+    sampler = CoarseSampler(model, CLASSES_B, KEYS_BL, settings, kept_BL)
     images, taken = list(range(5)), 0
     while not sampler.done:
         stay = leaving[taken] if taken < len(leaving) else set(range(5))
@@ -248,6 +266,42 @@ def test_right_guesses_need_no_pass_of_their_own(window, passes):
     assert sampler.passes == [passes] * 5 and not sampler.labels_BT.any()
 
 
+@pytest.mark.parametrize("settings", [Sampling(), Sampling(temperature=0.5), Sampling(top_k=1)])
+@pytest.mark.parametrize(("window", "passes"), [(3, 6), (4, 4), (L, 1)])
+def test_drafts_with_the_scores_of_the_model_are_always_right(settings, window, passes):
+    """They have the same noise."""
+    constant, k = make_coarse(), CLUSTERS.count
+    constant.head.weight.data.zero_()
+    zeros = {"left": torch.zeros(k + 1, k), "above": torch.zeros(k + 1, k)}
+    constant.drafts = Drafts({**zeros, "position": torch.zeros(L, k)})
+    sampler = CoarseSampler(constant, CLASSES_B, KEYS_BL, settings)
+    while not sampler.done:
+        sampler.advance(window)
+    assert sampler.passes == [passes] * 5
+    assert settings.top_k == 1 or len(sampler.labels_BT.unique()) == k
+
+
+@pytest.mark.parametrize("position", [0, 1, 4, 6])
+def test_drafts_are_of_the_labels_left_and_above(position):
+    """Greedily, tables decide: here the label is what a table has for the one next to it."""
+    constant, k = make_coarse(), CLUSTERS.count
+    constant.head.weight.data.zero_()
+    left_KK, above_KK = torch.zeros(k + 1, k), torch.zeros(k + 1, k)
+    left_KK[torch.arange(k + 1), torch.arange(1, k + 2) % k] = 1  # one more; none is k, so 1
+    above_KK[torch.arange(k + 1), torch.arange(2, k + 3) % k] = 2  # two more; none is 2
+    constant.drafts = Drafts({"left": left_KK, "above": above_KK, "position": torch.zeros(L, k)})
+    known_BL = torch.full((5, L), -1)
+    known_BL[:, :position] = FORCED_BL[:, :position]
+    sampler = CoarseSampler(constant, CLASSES_B, KEYS_BL, Sampling(top_k=1), known_BL)
+    sampler.advance(2)
+    grid = CONFIG.grid
+    for image in range(5):
+        above = int(FORCED_BL[image, position - grid]) if position >= grid else k
+        expected = (above + 2) % k
+        # The pass computes label 0, so the draft was right where it says so as well.
+        assert sampler.certain[image] == position + (2 if expected == 0 else 1)
+
+
 def test_passes_are_counted_for_each_image(exact):
     sampler = CoarseSampler(exact, CLASSES_B, KEYS_BL, Sampling())
     alone = []
@@ -267,8 +321,34 @@ def test_a_window_takes_a_pass_over_as_many_positions(exact):
         sampler = CoarseSampler(exact, CLASSES_B, KEYS_BL, Sampling())
         while not sampler.done:
             sampler.advance(4)
-    assert set(shapes) == {(10, 4)} and len(shapes) == max(sampler.passes)
-    assert {tuple(each.shape) for each in logits} == {(10, 4, CLUSTERS.count)}
+    # Once some images are done, there are fewer.
+    batches = [batch for batch, positions in shapes if positions == 4]
+    assert len(batches) == len(shapes) == max(sampler.passes) and batches[0] == 10
+    assert batches == sorted(batches, reverse=True) and {*batches} <= {10, 8, 6, 4, 2}
+    assert [tuple(each.shape) for each in logits] == [(b, 4, CLUSTERS.count) for b in batches]
+
+
+def test_images_that_are_done_are_computed_no_more(exact):
+    known_BL = torch.full((5, L), -1)
+    known_BL[:3, 2:] = FORCED_BL[:3, 2:]  # three images have two labels to sample
+    with recorded(exact) as (shapes, _):
+        got_BL = sample_coarse(exact, CLASSES_B, KEYS_BL, Sampling(), known_BL)
+    assert shapes == [BOTH] * 2 + [(4, 1)] * (L - 2)
+    assert torch.equal(got_BL, plain_coarse(exact, KEYS_BL, Sampling(), known_BL))
+    fixed = copy.deepcopy(exact)
+    fixed.backbone.fixed_batch = True  # as where each size of a batch is compiled
+    with recorded(fixed) as (shapes, _):
+        assert torch.equal(sample_coarse(fixed, CLASSES_B, KEYS_BL, Sampling(), known_BL), got_BL)
+    assert shapes == [BOTH] * L
+
+
+def test_rows_of_a_pass_are_images_and_halves_of_guidance(exact):
+    sampler = CoarseSampler(exact, CLASSES_B, KEYS_BL, Sampling(guidance_window=(0.5, 1.0)))
+    rows = []
+    while not sampler.done:
+        rows.append(sampler.rows)
+        sampler.advance()
+    assert rows == [5] * 8 + [10] * 8
 
 
 def test_windows_compute_nothing_unconditional_that_is_not_needed(exact):

@@ -16,6 +16,7 @@ PARTS = (
     "tokenizer/model.safetensors", "coarse/config.json", "coarse/model.safetensors",
     "fine/config.json", "fine/model.safetensors",
 )  # fmt: skip
+DRAFTS = "coarse/drafts.safetensors"  # which a pipeline need not have
 
 # Codes of no image, and masks.
 CODES_BL = torch.arange(len(CLASSES) * LENGTH).view(-1, LENGTH) * 5 % 64

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,13 +13,20 @@ from torch import Tensor
 from ctf import kernels
 from ctf.common import storage
 from ctf.common.errors import UserError
-from ctf.models import clusters
+from ctf.models import clusters, drafts
 from ctf.models.clusters import Clusters
 from ctf.models.sampling import Sampling
-from ctf.pipelines.folder import CLUSTERS, PIPELINE_FILES, load_clusters, save_clusters
+from ctf.pipelines.folder import (
+    CLUSTERS,
+    PIPELINE_FILES,
+    hash_pipeline,
+    load_clusters,
+    save_clusters,
+)
 from ctf.pipelines.pipeline import Pipeline
+from ctf.training import stages
 from tests.conftest import SIDE, read_files
-from tests.pipelines.helpers import LENGTH, PARTS, same, same_codes
+from tests.pipelines.helpers import DRAFTS, LENGTH, PARTS, same, same_codes
 
 CPU = torch.device("cpu")
 
@@ -30,8 +38,8 @@ def test_a_saved_pipeline_loads_as_it_was(pipe: Pipeline, tmp_path: Path) -> Non
     sampling = Sampling(guidance=1.5, guidance_schedule="linear", guidance_window=(0.25, 1.0))
     original = dataclasses.replace(pipe, sampling=sampling)
     original.save_pretrained(folder)
-    assert sorted(read_files(folder)) == sorted((*PARTS, "README.md"))
-    assert sorted(PIPELINE_FILES) == sorted(PARTS)  # what is downloaded
+    assert sorted(read_files(folder)) == sorted((*PARTS, DRAFTS, "README.md"))
+    assert sorted(PIPELINE_FILES) == sorted((*PARTS, DRAFTS))  # what is downloaded
     copy = Pipeline.from_pretrained(folder)
     assert copy.class_names == pipe.class_names
     assert copy.sampling == sampling
@@ -123,6 +131,57 @@ def test_int8_cannot_be_saved(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="int8 cannot be saved"):
         pipe.save_pretrained(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
+
+
+# --- Drafts ---------------------------------------------------------------------------------------
+
+
+def test_drafts_change_nothing_but_passes(parts: Path, run: Path, pipe: Pipeline) -> None:
+    """A pipeline is the same without them."""
+    without = Pipeline.from_pretrained(parts)
+    assert without.coarse.drafts is None and pipe.coarse.drafts is not None
+    assert hash_pipeline(parts) == hash_pipeline(run)
+    for window in (1, 4, LENGTH):
+        one, other = (p.sample([0, 1, 2], seed=3, window=window) for p in (pipe, without))
+        assert same(one, other)
+
+
+def test_drafts_are_saved_and_those_of_another_pipeline_removed(
+    parts: Path, pipe: Pipeline, tmp_path: Path
+) -> None:
+    pipe.save_pretrained(tmp_path / "copy")
+    copy = Pipeline.from_pretrained(tmp_path / "copy")
+    assert pipe.coarse.drafts is not None and copy.coarse.drafts is not None
+    tables, copies = pipe.coarse.drafts.tables(), copy.coarse.drafts.tables()
+    assert all(torch.equal(tables[name], copies[name]) for name in tables)
+    Pipeline.from_pretrained(parts).save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy" / DRAFTS).exists()
+
+
+def test_drafts_of_a_run_are_counted_in_its_training_images(run: Path, pipe: Pipeline) -> None:
+    train, _ = stages.open_tokens(run)
+    labels_NL = pipe.clusters.labels_V[train.codes(np.arange(len(train)))]
+    expected = drafts.fit([labels_NL], pipe.coarse.config.grid, pipe.clusters.count)
+    assert expected is not None and pipe.coarse.drafts is not None
+    tables, got = expected.tables(), pipe.coarse.drafts.tables()
+    assert all(torch.equal(tables[name], got[name]) for name in tables)
+
+
+def test_drafts_that_are_none_are_refused(parts: Path, run: Path, tmp_path: Path) -> None:
+    path = parts / DRAFTS
+    tables, _ = storage.load_tensors(run / DRAFTS)
+    for changed, message in (
+        ({"left": tables["left"]}, "not a file of drafts: its tensors are left"),
+        (
+            {**tables, "position": tables["position"][1:]},
+            f"drafts of {LENGTH - 1} labels of 8 clusters, expected {LENGTH} of 8",
+        ),
+    ):
+        storage.save_tensors(path, changed)
+        with pytest.raises(UserError) as error:
+            Pipeline.from_pretrained(parts)
+        assert message in str(error.value) and f"{path}: " in str(error.value)
+        assert "delete it" in str(error.value)
 
 
 # --- Parts that do not match ----------------------------------------------------------------------

@@ -166,7 +166,7 @@ def test_in_int8_the_window_is_chosen_by_the_batch_and_not_by_time(run: Path) ->
         expected = pipe.sample(*inputs, window=window, guidance=guidance)
         assert same(out, expected) and out.passes is not None and expected.passes is not None
         assert torch.equal(out.passes, expected.passes)
-    assert pipe.auto_windows == {}
+    assert pipe.auto_window is None
 
 
 @pytest.mark.parametrize("window", [0, -1, "fast", 1.5, True, "0", ""])

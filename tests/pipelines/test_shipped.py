@@ -12,6 +12,8 @@ from ctf.evaluation.classifier import shipped_classifier
 from ctf.evaluation.evaluate import sample_accuracy
 from ctf.evaluation.reconstruction import reconstruction_metrics
 from ctf.evaluation.sample_cache import GenerationConfig
+from ctf.models.noise import noise_keys
+from ctf.models.parallel import CoarseSampler, sample_coarse
 from ctf.pipelines.folder import find_pipeline
 
 NAME = "fashion-mnist"
@@ -42,6 +44,18 @@ def test_samples_are_classified_correctly(pipe: Pipeline) -> None:
 def test_samples_are_not_copies_of_each_other(pipe: Pipeline) -> None:
     codes_BL = pipe.sample(["bag"] * 8).codes
     assert len(codes_BL.unique(dim=0)) == 8
+
+
+def test_an_image_takes_at_most_21_passes(pipe: Pipeline) -> None:
+    """Of 64, with windows of 16 labels; labels are those of one by one, up to ties."""
+    keys_BL = noise_keys(range(16), pipe.coarse.config.length)[:, 0]
+    inputs = pipe.coarse, torch.arange(16) % 10, keys_BL, pipe.sampling
+    sampler = CoarseSampler(*inputs)
+    while not sampler.done:
+        sampler.advance(16)
+    assert sum(sampler.passes) / 16 <= 21
+    differs_B = (sampler.labels_BT != sample_coarse(*inputs)).any(1)
+    assert int(differs_B.sum()) <= 1
 
 
 def test_origin_says_how_it_was_made(pipe: Pipeline) -> None:

@@ -1,6 +1,7 @@
-"""The choice of a window, with costs of passes and numbers of labels that are given."""
+"""The choice of a window, with costs of passes and shares of right guesses that are given."""
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable
 
 import pytest
 
@@ -9,57 +10,99 @@ from ctf.pipelines.windows import AutoWindow
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 LENGTH, IMAGES = 64, 20
 
+Cost = Callable[[int], float]  # seconds of a pass, by its rows
+Share = Callable[[int], float]  # of guesses that are right, by the number of guesses before
 
-def seconds(
-    next_window: Callable[[], int], cost: Callable[[int], float], labels: Callable[[int], float],
-    auto: AutoWindow | None = None,
-) -> float:  # fmt: skip
-    """How long images take, one after another."""
-    total = 0.0
-    for _ in range(IMAGES):
-        certain = 0.0
-        while certain < LENGTH:
-            window = next_window()
-            total += cost(window)
-            certain += labels(window)
+
+def passes(
+    choose: Callable[[int, int], int], cost: Cost, share: Share, *, images: int = IMAGES,
+    batch: int = 1, auto: AutoWindow | None = None, seed: int = 0,
+) -> list[tuple[int, float]]:  # fmt: skip
+    """Windows and seconds of the passes for images, one batch after another."""
+    chance, taken = random.Random(seed), []
+    for _ in range(images):
+        left = [LENGTH] * batch
+        while any(left):
+            window = choose(batch, max(left))
+            guesses = []
+            for image, labels in enumerate(left):
+                if labels:
+                    guessed, right = min(window, labels) - 1, 0
+                    while right < guessed and chance.random() < share(right):
+                        right += 1
+                    guesses.append((guessed, right))
+                    left[image] -= right + 1
+            taken.append((window, cost(batch * window)))
             if auto is not None:
-                auto.record(window, cost(window), labels(window))
-    return total
+                auto.record(batch * window, taken[-1][1], guesses)
+    return taken
 
 
-def chosen(cost: Callable[[int], float], labels: Callable[[int], float]) -> float:
-    auto = AutoWindow(SIZES)
-    return seconds(auto.next, cost, labels, auto)
+def seconds(taken: list[tuple[int, float]]) -> float:
+    return sum(each for _, each in taken)
 
 
-@pytest.mark.parametrize("cost", [lambda w: w, lambda w: 1 + 0.1 * w, lambda w: w**2])
+def fixed(window: int, cost: Cost, share: Share, batch: int = 1) -> float:
+    return seconds(passes(lambda *_: window, cost, share, batch=batch))
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize(
+    "cost", [lambda r: r, lambda r: 1 + 0.1 * r, lambda r: 1 + r / 50, lambda r: r**2]
+)
 def test_without_right_guesses_it_is_at_most_three_percent_slower_than_one_by_one(
-    cost: Callable[[int], float],
+    cost: Cost, batch: int
 ) -> None:
-    def none(window: int) -> float:
-        return 1.0
+    auto = AutoWindow(SIZES)
+    chosen = seconds(passes(auto.next, cost, lambda _: 0.0, batch=batch, auto=auto))
+    assert chosen < 1.03 * fixed(1, cost, lambda _: 0.0, batch)
 
-    assert chosen(cost, none) < 1.03 * seconds(lambda: 1, cost, none)
+
+FALLING: Share = lambda before: 0.75 if before < 4 else 0.4  # noqa: E731
 
 
-@pytest.mark.parametrize("cost", [lambda w: 1, lambda w: 1 + 0.05 * w, lambda w: 1 + w / 4])
-def test_the_fastest_window_is_found(cost: Callable[[int], float]) -> None:
-    def labels(window: int) -> float:
-        return min(window, 1 + 2.5 * (1 - 2 ** (1 - window)))
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize(
+    "cost", [lambda r: 1, lambda r: 1 + 0.05 * r, lambda r: 1 + r / 4, lambda r: 4 + max(r, 16)]
+)
+@pytest.mark.parametrize("share", [lambda _: 0.6, lambda _: 0.9, FALLING])
+def test_the_fastest_window_is_found(cost: Cost, share: Share, batch: int) -> None:
+    auto = AutoWindow(SIZES)
+    chosen = seconds(passes(auto.next, cost, share, batch=batch, auto=auto))
+    assert chosen < 1.1 * min(fixed(size, cost, share, batch) for size in SIZES)
 
-    def fixed(size: int) -> float:
-        return seconds(lambda: size, cost, labels)
 
-    assert chosen(cost, labels) < 1.05 * min(map(fixed, SIZES))
+@pytest.mark.parametrize("cost", [lambda r: 1 + 0.01 * r, lambda r: 4 + max(r, 8)])
+def test_it_is_found_within_the_first_image(cost: Cost) -> None:
+    """Which takes at most a quarter longer than all later ones."""
+    first, later = [], []
+    for seed in range(10):
+        auto = AutoWindow(SIZES)
+        options = {"auto": auto, "images": 1}
+        first.append(seconds(passes(auto.next, cost, FALLING, seed=seed, **options)))  # type: ignore[arg-type]
+        for other in range(5):
+            each = passes(auto.next, cost, FALLING, seed=100 * seed + other, **options)  # type: ignore[arg-type]
+            later.append(seconds(each) / 5)
+    assert sum(first) < 1.25 * sum(later)
+
+
+def test_what_was_learnt_in_large_batches_serves_single_images() -> None:
+    def cost(rows: int) -> float:
+        return 1 + 0.05 * rows
+
+    auto = AutoWindow(SIZES)
+    passes(auto.next, cost, FALLING, batch=16, images=2, auto=auto)
+    taken = passes(auto.next, cost, FALLING, images=3, auto=auto)
+    assert seconds(taken) < 1.15 * min(fixed(size, cost, FALLING) for size in SIZES) * 3 / IMAGES
 
 
 def test_a_window_that_was_slow_by_chance_is_found_later() -> None:
     auto, used = AutoWindow((1, 4)), []
     for number in range(200):
-        window = auto.next()
+        window = auto.next(2, LENGTH)
         used.append(window)
         slow = 10.0 if number < 8 and window == 4 else 1.0
-        auto.record(window, slow, 2.0 if window == 4 else 1.0)
+        auto.record(2 * window, slow, [(3, 1)] if window == 4 else [(0, 0)])
     assert used[:4] == [1, 1, 4, 4] and used[6] == 1
     assert used[-50:].count(4) > 45
 
@@ -67,18 +110,21 @@ def test_a_window_that_was_slow_by_chance_is_found_later() -> None:
 def test_a_window_that_becomes_slow_is_left() -> None:
     auto, used = AutoWindow(SIZES), []
     for number in range(200):
-        used.append(auto.next())
-        auto.record(used[-1], 1.0 if number < 60 else float(used[-1]), 1 + min(used[-1], 8) / 4)
-    assert used[50] >= 8 and used[-1] == 1
+        used.append(auto.next(1, LENGTH))
+        seconds = 1.0 if number < 60 else float(used[-1])
+        auto.record(used[-1], seconds, [(used[-1] - 1, min(used[-1] - 1, 2))])
+    assert used[50] >= 4 and used[-1] == 1
 
 
-def test_only_given_sizes_are_used() -> None:
-    def windows(sizes: Sequence[int]) -> set[int]:
-        auto, used = AutoWindow(sizes), set()
-        for _ in range(300):
-            used.add(auto.next())
-            auto.record(max(used), 1.0, 1.0)
-        return used
-
-    assert windows((1,)) == {1}
-    assert windows((1, 4, 16)) <= {1, 4, 16}
+@pytest.mark.parametrize("sizes", [(1,), (1, 4, 16), SIZES])
+def test_only_given_sizes_are_used_and_none_that_reaches_further_than_needed(
+    sizes: tuple[int, ...],
+) -> None:
+    auto, chance = AutoWindow(sizes), random.Random(0)
+    for _ in range(500):
+        left = chance.randint(1, LENGTH)
+        window = auto.next(1, left)
+        assert window in sizes
+        smaller = [size for size in sizes if size < window]
+        assert not smaller or smaller[-1] < left
+        auto.record(window, 1.0, [(window - 1, window - 1)])

@@ -9,15 +9,12 @@ import torch
 from ctf.common import storage
 from ctf.data.image_set import ImageSet
 from ctf.data.images import open_images
-from ctf.models.clusters import Clusters
-from ctf.models.coarse import CoarseModel
 from ctf.models.noise import noise_keys
 from ctf.models.parallel import CoarseSampler
 from ctf.models.sampling import Sampling
 from ctf.pipelines.folder import load_clusters, load_coarse
 from ctf.reproduce import additions, experiments, report, runner, systems
 from ctf.reproduce.cells import Workspace
-from ctf.reproduce.training_cells import CoarseCell
 from tests.conftest import CLASSES, SIDE
 from tests.reproduce.conftest import CLUSTERS, CODES, store
 
@@ -110,19 +107,31 @@ def test_passes_are_counted_for_baseline_and_ctf(copied: Workspace) -> None:
         outcome = copied.outcome(cell)
         assert outcome is not None
         assert outcome["length"] == length and outcome["labels"] == labels
-        ways = {(p["window"], p["guidance"], p["temperature"]): p for p in outcome["passes"]}
-        assert len(ways) == 3 + 9  # W = 16 once for both tables
-        for (window, _, _), each in ways.items():
+        ways = {
+            (p["window"], p["guidance"], p["temperature"], p["drafts"]): p
+            for p in outcome["passes"]
+        }
+        assert len(ways) == 3 + 9 + 4  # W = 16 once for both tables
+        for (window, *_), each in ways.items():
             assert max(1, length / window) <= each["mean"] <= length
             assert each["standard_error"] >= 0
-        (model, _), sampled = _model(copied, cell.coarse), Sampling(guidance=4.0, temperature=0.8)
-        sampler = CoarseSampler(
-            model, torch.arange(6) % model.config.classes, noise_keys(range(6), length)[:, 0],
-            sampled,
-        )  # fmt: skip
-        while not sampler.done:
-            sampler.advance(16)
-        assert ways[16, 4.0, 0.8]["mean"] == sum(sampler.passes) / 6
+        run = copied.run(cell.coarse)
+        clusters = load_clusters(run / "clusters" / "clusters.safetensors")
+        model = load_coarse(run / "coarse", clusters, copied.device)
+        assert model.drafts is not None  # those of the same tokens
+        for guidance, temperature, with_drafts in ((2.0, 1.0, True), (4.0, 0.8, False)):
+            sampled = Sampling(guidance=guidance, temperature=temperature)
+            model.drafts = model.drafts if with_drafts else None
+            sampler = CoarseSampler(
+                model,
+                torch.arange(6) % model.config.classes,
+                noise_keys(range(6), length)[:, 0],
+                sampled,
+            )
+            while not sampler.done:
+                sampler.advance(16)
+            way = 16, guidance, temperature, with_drafts
+            assert ways[way]["mean"] == sum(sampler.passes) / 6
         whole = additions.passes(copied.plan)[codes, labels]
         store(copied, whole, cell)
     report.write(copied)
@@ -136,9 +145,3 @@ def test_passes_are_counted_for_baseline_and_ctf(copied: Workspace) -> None:
     )
     assert f"| CTF, V = {CODES}, K = 4 | not computed yet |" in text
     assert f"at V = {CODES}. With passes that take equally long" in text
-
-
-def _model(space: Workspace, cell: CoarseCell) -> tuple[CoarseModel, Clusters]:
-    run = space.run(cell)
-    clusters = load_clusters(run / "clusters" / "clusters.safetensors")
-    return load_coarse(run / "coarse", clusters, space.device), clusters

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ctf import kernels
-from ctf.bench import harness, llamagen_reference
+from ctf.bench import harness, llamagen_reference, windows
 from ctf.bench.coarse_steps import Steps, engine_steps, plain_steps, weight_bytes
 from ctf.bench.harness import Group, Results, Timing
 from ctf.bench.shapes import IMAGENET, PAPER, RECOMMENDED, Shapes
@@ -37,7 +37,6 @@ from ctf.models import sampling
 from ctf.models.coarse import CoarseModel
 from ctf.models.fine import FineModel
 from ctf.models.noise import noise_keys
-from ctf.models.parallel import CoarseSampler
 from ctf.models.sampling import Sampling
 from ctf.models.tokenizer import VQModel
 from ctf.pipelines.pipeline import Pipeline
@@ -45,7 +44,6 @@ from ctf.training import cost
 
 FILE = "sample.json"
 GREEDY_BATCH = 2
-WINDOWS, WINDOW_BATCHES = (1, 4, 8, 16, 64), (1, 8)  # of the shipped pipeline
 
 START_SCRIPT = """
 import sys, time
@@ -153,6 +151,7 @@ def jobs(
         batch = fine_batch(batch, shapes.length)
         groups[f"fine {batch}"] = partial(stages.fine, batch)
     for size in benchmark.sizes:
+        groups[f"passes {size}"] = partial(stages.passes, size)
         groups[f"greedy {size}"] = partial(stages.greedy, size)
         for batch in benchmark.batches:
             groups[f"coarse {size} {batch}"] = partial(stages.coarse, size, batch)
@@ -313,7 +312,7 @@ class _Stages:
         inputs = (model, classes_B, keys_BL, settings)
         plain = harness.timed(lambda: llamagen_reference.sample(*inputs), self.device)
         kernels.for_sampling(model, None, None, "auto")
-        ours = harness.timed(lambda: _sampled(*inputs).labels_BT, self.device)
+        ours = harness.timed(lambda: windows.sample(inputs).labels_BT, self.device)
         facts = {
             "labels": float(plain[1].numel()),
             "plain seconds": plain[0],
@@ -336,19 +335,19 @@ class _Stages:
 
     def windows(self, machine: Machine) -> StageGroup:
         """The coarse stage of the shipped pipeline, whole images, by the window of a pass."""
-        facts = {}
+        facts: windows.Facts = {}
         for engine in self.benchmark.engines:
             pipe = Pipeline.from_pretrained("fashion-mnist", self.device, engine=engine)
-            for batch in WINDOW_BATCHES:
-                classes_B = torch.arange(batch, device=self.device) % len(pipe.class_names)
-                keys_BL = noise_keys(range(batch), pipe.coarse.config.length)[:, 0]
-                inputs = (pipe.coarse, classes_B, keys_BL, pipe.sampling)
-                for window in WINDOWS:
-                    passes = _sampled(*inputs, window=window).passes
-                    facts[f"{engine} {batch} {window} passes"] = statistics.mean(passes)
-                ways = {w: _sampling(partial(_sampled, *inputs, window=w)) for w in WINDOWS}
-                for w, each in harness.in_turn(ways, self.benchmark.rounds, self.device).items():
-                    facts[f"{engine} {batch} {w} seconds"] = statistics.median(each)
+            facts |= windows.whole_images(engine, pipe, self.benchmark.rounds)
+        return Group(machine, (), facts)
+
+    def passes(self, size: str, machine: Machine) -> StageGroup:
+        """Passes of a size, by the window."""
+        facts: windows.Facts = {}
+        settings = Sampling(guidance=self.benchmark.guidance)
+        model = self._coarse_model(size, self.shapes.clusters)
+        for engine, own in self._prepared(model).items():
+            facts |= windows.single_passes(engine, own, settings, self.benchmark.rounds)
         return Group(machine, (), facts)
 
     def _coarse_model(self, size: str, labels: int) -> CoarseModel:
@@ -367,20 +366,6 @@ class _Stages:
                 engine,
             )
         return copies
-
-
-def _sampled(
-    model: CoarseModel, classes_B: Tensor, keys_BL: Tensor, settings: Sampling, window: int = 1
-) -> CoarseSampler:
-    """Sample all labels, as a pipeline does."""
-    sampler = kernels.coarse_sampler(model, classes_B, keys_BL, settings)
-    while not sampler.done:
-        sampler.advance(window)
-    return sampler
-
-
-def _sampling(call: Callable[[], object]) -> Callable[[int], Callable[[], object]]:
-    return lambda _: call
 
 
 def _always(call: Callable[[], Tensor]) -> Steps:

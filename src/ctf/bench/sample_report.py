@@ -93,6 +93,7 @@ def write(results: SampleResults, folder: Path) -> None:
         ("The shipped pipeline in a new process", (("", "s"), start)),
         ("Greedy labels", _greedy(results)),
         ("Windows: passes and time of the coarse stage, shipped pipeline", _windows(results)),
+        ("Windows: time of a pass", _passes(results)),
     ):
         if table[1]:
             parts += [f"### {title}", markdown_table(*table)]
@@ -235,6 +236,26 @@ def _windows(results: SampleResults) -> Table:
             numbers = (f"{passes:.1f}", f"{1000 * seconds:.0f} ms", f"{one / seconds:.2f}")
             rows.append((engine, batch, window, *numbers))
     return ("engine", "batch", "window", "passes", "batch takes", "times as fast as 1"), rows
+
+
+def _passes(results: SampleResults) -> Table:
+    """What a pass costs, and how many times as fast an image is with the passes of the pipeline."""
+    rows, taken = [], results.groups["windows"].facts
+    for size in results.benchmark.sizes:
+        facts = results.groups[f"passes {size}"].facts
+        for name, seconds in facts.items():
+            engine, batch, window, _ = name.split()
+            times = seconds / facts[f"{engine} {batch} 1 seconds"]
+            one, own = (taken[f"{engine} {batch} {w} passes"] for w in ("1", window))
+            ms = f"{1000 * seconds:.1f} ms"
+            rows.append(
+                (size, engine, batch, window, ms, f"{times:.2f}", f"{one / own / times:.2f}")
+            )
+    columns = (
+        "size", "engine", "batch", "window", "a pass takes", "window 1 = 1",
+        "times as fast as 1, with the passes of the shipped pipeline",
+    )  # fmt: skip
+    return columns, rows
 
 
 def _plot(results: SampleResults, path: Path) -> None:

@@ -73,6 +73,7 @@ class CompiledBackbone(Backbone):
     """
 
     windows = (1, 4, 16)  # few: each takes long to compile
+    fixed_batch = True
 
     def step(
         self,

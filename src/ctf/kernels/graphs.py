@@ -100,6 +100,9 @@ class GraphedSampler(CoarseSampler):
         super().select(rows)  # copies what is in the recordings' tensors
         self._leave()
 
+    def _leave_out_done(self) -> None:
+        """Nothing: passes are recorded for a number of images."""
+
     def _make_decoder(self) -> CoarseDecoder:
         decoder = CoarseDecoder(self.model, self._classes_B, self._scales, self._take().cache)
         self._fill(decoder)

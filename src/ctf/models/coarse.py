@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctf.models.drafts import Drafts
 from ctf.models.transformer import Backbone, KVCache, TransformerConfig, zero_head
 
 
@@ -19,7 +20,12 @@ class CoarseModel(nn.Module):
     Args:
         config: Its shape.
         vocab_size: K, the number of labels.
+
+    Attributes:
+        drafts: Guesses of labels, for exact parallel sampling; None for copies of labels nearby.
     """
+
+    drafts: Drafts | None
 
     def __init__(self, config: TransformerConfig, vocab_size: int) -> None:
         super().__init__()
@@ -27,6 +33,7 @@ class CoarseModel(nn.Module):
         self.vocab_size = vocab_size
         self.backbone = Backbone(config, vocab_size)
         self.head = zero_head(config.width, vocab_size)
+        self.drafts = None
 
     @property
     def no_class(self) -> int:

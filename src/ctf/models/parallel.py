@@ -8,7 +8,8 @@ positions, of which the first n labels of an image are certain and the others gu
 
 Where the guesses are new_i themselves up to some label, the context of the label after it was
 right, so it is certain, too. Wrong guesses become their new_i, and a pass makes at least one label
-certain. By induction all labels are those of sampling one by one, which is W = 1. (Predictive
+certain. By induction all labels are those of sampling one by one, which is W = 1. Labels that enter
+the window are guessed by `ctf.models.drafts`, or are copies of the label above. (Predictive
 sampling, arXiv 2002.09928; Jacobi decoding of images, 2410.01699; with coupled noise, 2510.24211.)
 
 Shapes: B batch, T positions of a pass, W positions of a window, L labels of an image, K clusters.
@@ -204,6 +205,7 @@ class CoarseSampler:
         self.certain = [free[0] for free in self._free]
         self._guessed = list(self.certain)  # how many labels are certain, or known, or guesses
         self.passes = [0] * batch
+        self._images = list(range(batch))  # that passes compute
 
     @property
     def labels_BT(self) -> Tensor:
@@ -223,41 +225,47 @@ class CoarseSampler:
         """Whether all labels of all images are certain."""
         return min(self.certain) == self.length
 
+    @property
+    def rows(self) -> int:
+        """How many rows the next pass has for each label of the window."""
+        scales = {self._scales[c] for c in self.certain if c < self.length}
+        return len(self._images) * (1 if scales == {1.0} else 2)
+
     @torch.inference_mode()
     def advance(self, window: int = 1) -> list[int]:
         """Take a pass over `window` labels of each image, and return how many became certain."""
-        window, starts = min(window, self.length), self.certain
+        window = min(window, self.length)
         self._guess(window)
+        self._leave_out_done()
         if self._decoder is None:
             self._decoder = self._make_decoder()
+        starts = [self.certain[image] for image in self._images]
         right = self._pass(self._decoder, window)
         right = [min(r, max(self.length - s - 1, 0)) for r, s in zip(right, starts, strict=True)]
         self._decoder.accept(right)
-        self.passes = [p + (s < self.length) for p, s in zip(self.passes, starts, strict=True)]
-        self.certain = [
-            free[min(start + r + 1, self.length)]
-            for free, start, r in zip(self._free, starts, right, strict=True)
-        ]
-        self._guessed = [
-            max(guessed, start + window, certain)
-            for guessed, start, certain in zip(self._guessed, starts, self.certain, strict=True)
-        ]
-        return [now - before for now, before in zip(self.certain, starts, strict=True)]
+        before, self.certain = self.certain, list(self.certain)
+        for image, start, r in zip(self._images, starts, right, strict=True):
+            self.passes[image] += start < self.length
+            self.certain[image] = self._free[image][min(start + r + 1, self.length)]
+            reached = max(start + window, self.certain[image])
+            self._guessed[image] = max(self._guessed[image], reached)
+        return [now - then for now, then in zip(self.certain, before, strict=True)]
 
     def _make_decoder(self) -> CoarseDecoder:
-        return CoarseDecoder(self.model, self._classes_B, self._scales)
+        return CoarseDecoder(self.model, self._classes_B[self._images], self._scales)
 
     def _pass(self, decoder: CoarseDecoder, window: int) -> list[int]:
         """Compute the labels of a window; return how many guesses were right from its start on."""
-        starts = self.certain
-        logits_BWK = decoder.logits(self._buffer_BM, starts, window)
+        starts, buffer_BM = [self.certain[i] for i in self._images], self._buffer_BM[self._images]
+        logits_BWK = decoder.logits(buffer_BM, starts, window)
         device = logits_BWK.device
         positions_BW = window_positions(torch.tensor(starts, device=device), window, device)
-        guessed_BW = self._buffer_BM.gather(1, positions_BW)
+        guessed_BW = buffer_BM.gather(1, positions_BW)
         new_BW = self._choose(logits_BWK, positions_BW.clamp(max=self.length - 1))
         if self._fixed_BM is not None:
-            new_BW = torch.where(self._fixed_BM.gather(1, positions_BW), guessed_BW, new_BW)
-        self._buffer_BM.scatter_(1, positions_BW, new_BW)
+            is_fixed_BW = self._fixed_BM[self._images].gather(1, positions_BW)
+            new_BW = torch.where(is_fixed_BW, guessed_BW, new_BW)
+        self._buffer_BM[self._images] = buffer_BM.scatter(1, positions_BW, new_BW)
         if window == 1:
             return [0] * len(starts)
         is_right_BW = new_BW[:, :-1] == guessed_BW[:, :-1]
@@ -275,14 +283,28 @@ class CoarseSampler:
         self.certain = [self.certain[row] for row in rows]
         self._guessed = [self._guessed[row] for row in rows]
         self.passes = [self.passes[row] for row in rows]
+        computed = [row for row in rows if row in self._images]
         if self._decoder is not None:
-            self._decoder.select(rows)
+            self._decoder.select([self._images.index(row) for row in computed])
+        self._images = [rows.index(row) for row in computed]
+
+    def _leave_out_done(self) -> None:
+        """Compute images whose labels are all certain no more, once they are a quarter or more.
+
+        What is cached of the others is copied, which takes longer than a few rows of a pass.
+        """
+        left = [image for image in self._images if self.certain[image] < self.length]
+        if self.model.backbone.fixed_batch or not 0 < len(left) <= 0.75 * len(self._images):
+            return
+        if self._decoder is not None:
+            self._decoder.select([self._images.index(image) for image in left])
+        self._images = left
 
     def _choose(self, logits_BWK: Tensor, positions_BW: Tensor) -> Tensor:
         """Labels from logits: int64 (B, W)."""
         limits = self.settings.temperature, self.settings.top_k, self.settings.top_p
         images = max(1, CHOICES // logits_BWK[0].numel())
-        rows_B1 = torch.arange(len(positions_BW), device=positions_BW.device)[:, None]
+        rows_B1 = torch.tensor(self._images, device=positions_BW.device)[:, None]
         parts = zip(*(of.split(images) for of in (logits_BWK, rows_B1, positions_BW)), strict=True)
         chosen = [
             sample_logits(logits.flatten(0, 1), self._noise[rows, at].flatten(0, 1), *limits)
@@ -291,26 +313,42 @@ class CoarseSampler:
         return torch.cat(chosen).view(positions_BW.shape)
 
     def _guess(self, window: int) -> None:
-        """Guess labels that enter the window: that above, or in the first row that to the left."""
-        grid, device = self.model.config.grid, self._buffer_BM.device
+        """Guess labels that enter the window, one after another."""
         while True:
-            missing = max(
-                min(start + window - 1, self.length) - guessed
+            missing_B = [
+                guessed < min(start + window - 1, self.length)
                 for start, guessed in zip(self.certain, self._guessed, strict=True)
-            )
-            if missing <= 0:
+            ]
+            if not any(missing_B):
                 return
-            count = min(missing, grid)
-            guessed_B = torch.tensor(self._guessed, device=device).clamp(max=self.length)
-            target_BT = window_positions(guessed_B, count, device)
-            left_B1 = (guessed_B - 1).clamp(min=0)[:, None]
-            source_BT = torch.where(target_BT >= grid, target_BT - grid, left_B1)
-            guess_BT = self._buffer_BM.gather(1, source_BT)
+            device = self._buffer_BM.device
+            # For an image that misses none it is the last one of all, which is never read.
+            last = self._buffer_BM.shape[1] - 1
+            at = [g if m else last for g, m in zip(self._guessed, missing_B, strict=True)]
+            at_B1 = torch.tensor(at, device=device)[:, None]
+            guess_B1 = self._draft(at_B1)
             if self._fixed_BM is not None:
-                known_BT = self._buffer_BM.gather(1, target_BT)
-                guess_BT = torch.where(self._fixed_BM.gather(1, target_BT), known_BT, guess_BT)
-            self._buffer_BM.scatter_(1, target_BT, guess_BT)
-            self._guessed = [guessed + count for guessed in self._guessed]
+                is_fixed_B1 = self._fixed_BM.gather(1, at_B1)
+                guess_B1 = torch.where(is_fixed_B1, self._buffer_BM.gather(1, at_B1), guess_B1)
+            self._buffer_BM.scatter_(1, at_B1, guess_B1)
+            self._guessed = [g + m for g, m in zip(self._guessed, missing_B, strict=True)]
+
+    def _draft(self, at_B1: Tensor) -> Tensor:
+        """Guesses of labels that are not known, from those left and above: int64 (B, 1)."""
+        grid, drafts = self.model.config.grid, self.model.drafts
+        left_B1 = self._buffer_BM.gather(1, (at_B1 - 1).clamp(min=0))
+        above_B1 = self._buffer_BM.gather(1, (at_B1 - grid).clamp(min=0))
+        if drafts is None:
+            return torch.where(at_B1 >= grid, above_B1, left_B1)
+        none = self.model.vocab_size
+        left_B = left_B1.masked_fill(at_B1 % grid == 0, none)[:, 0]
+        above_B = above_B1.masked_fill(at_B1 < grid, none)[:, 0]
+        at_B = at_B1[:, 0].clamp(max=self.length - 1)
+        scores_BK = drafts(left_B, above_B, at_B)
+        rows_B = torch.arange(len(at_B), device=at_B.device)
+        temperature = self.settings.temperature
+        top_k = min(self.settings.top_k, 1)  # greedy, or no limit: scores are no logits
+        return sample_logits(scores_BK, self._noise[rows_B, at_B], temperature, top_k, 1.0)[:, None]
 
 
 def _next_free(known_L: Sequence[bool]) -> list[int]:

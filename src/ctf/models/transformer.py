@@ -277,6 +277,7 @@ class Backbone(nn.Module):
     cache_class: type[KVCache] = KVCache
     cache_dtype: torch.dtype | None = None  # of keys and values; None: that of the weights
     windows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)  # positions of steps that are worth trying
+    fixed_batch = False  # whether batches of another size take long to prepare for
 
     def __init__(self, config: TransformerConfig, vocab_size: int) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from ctf.common.errors import UserError
 from ctf.common.weights import init_empty_weights, load_strict
 from ctf.models.clusters import Clusters, fingerprint
 from ctf.models.coarse import CoarseModel
+from ctf.models.drafts import Drafts
 from ctf.models.fine import FineModel
 from ctf.models.sampling import Sampling
 from ctf.models.tokenizer import TokenizerConfig, VQModel
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 SHIPPED = Path(__file__).parents[1] / "shipped"
 SETTINGS = "pipeline.json"
 CLUSTERS = "clusters.safetensors"
+DRAFTS = "drafts.safetensors"
+OPTIONAL_FILES = (f"coarse/{DRAFTS}",)  # on which no sample depends
 PIPELINE_FILES = (  # all that is ever downloaded
     SETTINGS,
     f"clusters/{CLUSTERS}",
@@ -37,6 +40,7 @@ PIPELINE_FILES = (  # all that is ever downloaded
         for model in ("tokenizer", "coarse", "fine")
         for file in ("config.json", "model.safetensors")
     ),
+    *OPTIONAL_FILES,
 )
 
 M = TypeVar("M", bound=nn.Module)
@@ -97,7 +101,8 @@ def lasting_name(name: str) -> str:
 
 def _check_complete(folder: Path, address: object) -> None:
     """Raise a UserError if a file of the pipeline downloaded from `address` is missing."""
-    missing = [file for file in PIPELINE_FILES if not (folder / file).is_file()]
+    needed = [file for file in PIPELINE_FILES if file not in OPTIONAL_FILES]
+    missing = [file for file in needed if not (folder / file).is_file()]
     if SETTINGS in missing:
         raise UserError(f"{address} is not a pipeline: the repository has no {SETTINGS}")
     if {file.partition("/")[0] for file in missing} == {"fine"}:
@@ -111,8 +116,8 @@ def _check_complete(folder: Path, address: object) -> None:
 
 
 def hash_pipeline(folder: Path) -> str:
-    """Return a hash of the files of a pipeline, which identifies it."""
-    files = {file: folder / file for file in PIPELINE_FILES}
+    """Return a hash of the files of a pipeline that decide its samples, which identifies it."""
+    files = {file: folder / file for file in PIPELINE_FILES if file not in OPTIONAL_FILES}
     return storage.hash_json(
         {file: storage.hash_file(path) for file, path in files.items() if path.is_file()}
     )
@@ -170,7 +175,30 @@ def load_coarse(
     model_config, _ = load_model_config(folder, clusters)
     with init_empty_weights():
         model = CoarseModel(model_config, clusters.count)
-    return _load_transformer(model, folder, device, tensors)
+    model = _load_transformer(model, folder, device, tensors)
+    if (path := folder / DRAFTS).is_file():
+        model.drafts = load_drafts(path, (model_config.length, clusters.count)).to(device)
+    return model
+
+
+def load_drafts(path: Path, shape: tuple[int, int]) -> Drafts:
+    """Load drafts for L labels of K clusters; `shape` is (L, K).
+
+    Raises:
+        UserError: The file is damaged, or its drafts are of another shape.
+    """
+    tensors, _ = storage.load_tensors(path)
+    remedy = "delete it: it only saves passes of the coarse model"
+    try:
+        drafts = Drafts(tensors)
+    except ValueError as error:
+        raise UserError(f"{path}: not a file of drafts: {error}; {remedy}") from None
+    if drafts.shape != shape:
+        raise UserError(
+            f"{path}: drafts of {drafts.shape[0]} labels of {drafts.shape[1]} clusters, expected "
+            f"{shape[0]} of {shape[1]}; {remedy}"
+        )
+    return drafts
 
 
 def load_fine(
@@ -308,6 +336,10 @@ def _save(pipe: Pipeline, folder: Path, dtype: torch.dtype | None) -> None:
     for name, (model, extra) in models.items():
         save_model(model, folder / name, extra, dtype)
     save_clusters(pipe.clusters, folder / "clusters" / CLUSTERS)
+    if (drafts := pipe.coarse.drafts) is None:
+        (folder / "coarse" / DRAFTS).unlink(missing_ok=True)
+    else:
+        storage.save_tensors(folder / "coarse" / DRAFTS, drafts.tables())
 
 
 def save_model(

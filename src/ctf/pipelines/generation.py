@@ -154,19 +154,17 @@ def advance(pipe: Pipeline, request: Request, sampler: CoarseSampler) -> None:
     times there: it is as many labels as make a pass of 16 rows, or 32 on a GPU, which takes hardly
     longer than one of 2.
     """
-    batch, halves = len(sampler.certain), 1 if request.sampling.guidance == 1 else 2
     if request.window != "auto":
         sampler.advance(request.window)
         return
     if not kernels.is_exact(pipe.coarse):
         rows = INT8_ROWS if pipe.device.type == "cpu" else BF16_ROWS
-        sampler.advance(max(1, rows // (batch * halves)))
+        halves = 1 if request.sampling.guidance == 1 else 2
+        sampler.advance(max(1, rows // (len(sampler.certain) * halves)))
         return
-    key = batch, halves == 1
-    auto = pipe.auto_windows.get(key)
-    if auto is None:
-        auto = pipe.auto_windows[key] = AutoWindow(pipe.coarse.backbone.windows)
-    windows.advance(sampler, auto)
+    if pipe.auto_window is None:
+        pipe.auto_window = AutoWindow(pipe.coarse.backbone.windows)
+    windows.advance(sampler, pipe.auto_window)
 
 
 def finish(pipe: Pipeline, request: Request, batch: Batch, sampler: CoarseSampler) -> Samples:

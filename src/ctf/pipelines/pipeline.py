@@ -49,7 +49,7 @@ class Pipeline:
         origin: What the pipeline was made from, as JSON values.
         window: How many labels of an image a pass of the coarse model computes, unless `sample` is
             told; not stored with the pipeline. See `sample`.
-        auto_windows: What `window="auto"` has measured, by batch size and guidance or none.
+        auto_window: What `window="auto"` has measured.
     """
 
     tokenizer: Tokenizer
@@ -60,8 +60,8 @@ class Pipeline:
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     window: Window = "auto"
-    auto_windows: dict[tuple[int, bool], AutoWindow] = dataclasses.field(
-        default_factory=dict, init=False, repr=False, compare=False
+    auto_window: AutoWindow | None = dataclasses.field(
+        default=None, init=False, repr=False, compare=False
     )
 
     @classmethod

@@ -1,54 +1,34 @@
 """How many labels a pass of the coarse model should compute: `window="auto"`.
 
-What a pass costs depends on the machine, the engine and the batch; how many labels it makes certain
+What a pass costs depends on the machine, the engine and its rows; how many labels it makes certain
 depends on the model and the settings. Both are measured while images are sampled. Whatever is
 chosen, the labels are the same.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from ctf.models.parallel import CoarseSampler
 
-TRIALS = 2  # passes of each size at first; the first may be slow for reasons of its own
+TRIALS = 2  # passes of a size until its time counts; the first may be slow for reasons of its own
 REMEMBERED = 5  # passes whose times count
-DECAY = 0.9  # of the weight of a pass in the mean of labels
+DECAY = 0.98  # of the weight of a guess, with each pass
 RETRY = 16  # passes until another size is tried again, at first
 
 
-@dataclasses.dataclass
-class _Measured:
-    """Passes of one size: their last seconds, and the decaying mean of labels made certain."""
-
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    labels: float = 0.0
-    weight: float = 0.0
-    passes: int = 0
-
-    def add(self, seconds: float, labels: float) -> None:
-        self.seconds = [*self.seconds[-REMEMBERED + 1 :], seconds]
-        if self.passes == 1:  # without the first
-            self.seconds = [seconds]
-        self.passes += 1
-        self.labels = DECAY * self.labels + labels
-        self.weight = DECAY * self.weight + 1
-
-    @property
-    def speed(self) -> float:
-        """Labels a second."""
-        return self.labels / self.weight / statistics.median(self.seconds)
-
-
 class AutoWindow:
-    """Chooses the window of each pass, for batches of one size.
+    """Chooses the window of each pass.
 
-    It begins with one label, doubles the window as long as that makes sampling faster, and stays
+    The time of a pass is known by its rows, of which each image has one for each label of the
+    window (two under guidance): the least of the last passes, since what disturbs one makes it
+    slower. A guess is right with a probability that depends on how many guesses are before it in
+    the window, all right; each pass shows some of these, for smaller and larger windows, too.
+
+    It begins with one label, doubles the window as long as that may make sampling faster, and stays
     with the fastest. The sizes next to it are tried again now and then, and more and more rarely
     as long as they are slower.
 
@@ -58,48 +38,108 @@ class AutoWindow:
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self._sizes = tuple(sizes)
-        self._measured = {size: _Measured() for size in self._sizes}
-        self._largest = 0  # index of the largest that was tried at first
-        self._climbing, self._since, self._retry, self._above = True, 0, RETRY, True
+        self._seconds: dict[int, list[float]] = {}  # by rows, of the last passes
+        self._passes: dict[int, int] = {}  # by rows
+        guesses = self._sizes[-1] - 1
+        self._seen, self._right = [0.0] * guesses, [0.0] * guesses  # by the number before
+        self._best, self._since, self._retry, self._above = 1, 0, RETRY, True
 
-    def next(self) -> int:
-        """The window of the next pass."""
-        if self._climbing:
-            if self._measured[self._sizes[self._largest]].passes < TRIALS:
-                return self._sizes[self._largest]
-            is_fastest = self._best() == self._largest
-            if is_fastest and self._largest + 1 < len(self._sizes):
-                self._largest += 1
-                return self._sizes[self._largest]
-            self._climbing = False
-        best = self._best()
+    def next(self, rows: int, left: int) -> int:
+        """The window of the next pass.
+
+        Args:
+            rows: Those of a pass over one label of each image.
+            left: How many labels are left to sample, at most, of an image.
+        """
+        # One that reaches beyond the last label is enough.
+        sizes = [
+            w for w, before in zip(self._sizes, (0, *self._sizes), strict=False) if before < left
+        ]
+        largest = max((r for r, n in self._passes.items() if n >= TRIALS), default=0)
+        known = [w for w in sizes if rows * w <= largest]
+        if not known:
+            return sizes[0]
+        speeds = {w: self._labels(w) / self._cost(rows * w) for w in known}
+        best = max(known, key=lambda w: speeds[w])
+        if len(known) < len(sizes):
+            larger = sizes[len(known)]
+            # At best it takes no longer than what is known.
+            if self._labels(larger) / self._cost(largest) > speeds[best]:
+                return larger
+        if best != self._best:
+            self._best, self._since, self._retry = best, 0, RETRY
         self._since += 1
         if self._since < self._retry:
-            return self._sizes[best]
+            return best
         self._since, self._retry, self._above = 0, 2 * self._retry, not self._above
-        other = best - 1 if self._above else best + 1
-        return self._sizes[other if 0 <= other < len(self._sizes) else best]
+        other = sizes.index(best) + (-1 if self._above else 1)
+        return sizes[other] if 0 <= other < len(sizes) else best
 
-    def record(self, window: int, seconds: float, labels: float) -> None:
-        """Say how long a pass took, and how many labels of an image it made certain on average."""
-        before = None if self._climbing else self._best()
-        self._measured[window].add(seconds, labels)
-        if before is not None and self._best() != before:
-            self._retry = RETRY
+    def record(self, rows: int, seconds: float, guesses: Iterable[tuple[int, int]]) -> None:
+        """Say how a pass went.
 
-    def _best(self) -> int:
-        """The index of the fastest size so far."""
-        known = [i for i, size in enumerate(self._sizes) if self._measured[size].passes]
-        return max(known, key=lambda i: self._measured[self._sizes[i]].speed)
+        Args:
+            rows: Of the pass.
+            seconds: It took.
+            guesses: For each image, how many labels were guessed, and how many were right until
+                the first that was wrong.
+        """
+        self._passes[rows] = self._passes.get(rows, 0) + 1
+        before = self._seconds.get(rows, [])[1 - REMEMBERED :]
+        self._seconds[rows] = [seconds] if self._passes[rows] <= TRIALS else [*before, seconds]
+        if len(self._seconds[rows]) == REMEMBERED:
+            # Then more rows take as long, or were measured when all was faster than now.
+            least = min(self._seconds[rows])
+            for r, others in self._seconds.items():
+                self._seconds[r] = [least] if r > rows and min(others) < least else others
+        self._seen = [DECAY * seen for seen in self._seen]
+        self._right = [DECAY * right for right in self._right]
+        for guessed, right in guesses:
+            for number in range(min(right + 1, guessed)):
+                self._seen[number] += 1
+                self._right[number] += number < right
+
+    def _labels(self, window: int) -> float:
+        """How many labels of an image a pass makes certain on average."""
+        labels, all_right, probability = 1.0, 1.0, 0.5
+        for seen, right in zip(self._seen[: window - 1], self._right, strict=False):
+            # Where little was seen, it is as after one guess less.
+            probability = (right + probability) / (seen + 1)
+            all_right *= probability
+            labels += all_right
+        return labels
+
+    def _cost(self, rows: int) -> float:
+        """Seconds of a pass: measured, or between what was measured for fewer and more rows.
+
+        Where nothing was for fewer, it is the least that they can take, so that they are tried.
+        """
+        fewer = max((r for r in self._seconds if r <= rows), default=0)
+        more = min((r for r in self._seconds if r >= rows), default=fewer)
+        if not fewer:
+            return self._measured(more) * rows / more
+        share = (rows - fewer) / max(more - fewer, 1)
+        return (1 - share) * self._measured(fewer) + share * self._measured(more)
+
+    def _measured(self, rows: int) -> float:
+        """No more than what more rows took."""
+        return min(min(seconds) for r, seconds in self._seconds.items() if r >= rows)
 
 
 def advance(
     sampler: CoarseSampler, auto: AutoWindow, clock: Callable[[], float] = time.perf_counter
 ) -> None:
     """Take a pass of a sampler over a window that is chosen, and measured, by `auto`."""
-    window, left = auto.next(), sampler.certain.count(sampler.length)
+    rows, before = sampler.rows, list(sampler.certain)
+    window = auto.next(rows, sampler.length - min(before))
     began = clock()
     labels = sampler.advance(window)
     if torch.cuda.is_available():  # a pass over one label does not wait for its result
         torch.cuda.synchronize()
-    auto.record(window, clock() - began, sum(labels) / (len(labels) - left))
+    seconds = clock() - began
+    guesses = []
+    for start, count in zip(before, labels, strict=True):
+        if start < sampler.length:
+            guessed = min(window, sampler.length - start) - 1
+            guesses.append((guessed, min(count - 1, guessed)))  # known labels come on top
+    auto.record(rows * window, seconds, guesses)

@@ -146,7 +146,7 @@ def _best_way(space: Workspace, cells: dict[str, FineStageCell], names: list[str
 
 # --- Exact parallel sampling ----------------------------------------------------------------------
 
-Way = tuple[int, float, float]  # of sampling: window, guidance scale, temperature
+Way = tuple[int, float, float, bool]  # of sampling: window, guidance, temperature, with drafts
 
 
 def passes(space: Workspace) -> list[str]:
@@ -159,7 +159,8 @@ def passes(space: Workspace) -> list[str]:
         "Not in the paper: how many passes of the coarse model an image takes if a pass computes "
         "a window of labels and keeps those that were guessed right; one by one it takes as many "
         "as it has labels. Means of {images} images, in brackets the standard error; the models "
-        "are those of the first seed."
+        "are those of the first seed. Labels that enter the window are copies of those above; "
+        "drafts are by tables of the labels left and above, which many labels are too many for."
     )
     title, first = "## Passes of an image", next(iter(cells.values()))
     parts = [title, text.format(images=first.images)]
@@ -167,14 +168,15 @@ def passes(space: Workspace) -> list[str]:
         return [*parts, f"{MISSING}."]
     means = {key: _means(outcome) for key, outcome in found.items()}
     g, t = first.guidances[0], first.temperatures[0]
-    by_window = {f"W = {w}": (w, g, t) for w in first.windows}
+    by_window = {f"W = {w}": (w, g, t, False) for w in first.windows}
+    with_drafts = {f"W = {w}, drafts": (w, g, t, True) for w in first.windows}
     by_setting = {
-        f"g = {g:g}, T = {t:g}": (first.window, g, t)
+        f"g = {g:g}, T = {t:g}": (first.window, g, t, False)
         for g in first.guidances
         for t in first.temperatures
     }
     for caption, ways in (
-        (f"By the window W, at guidance {g:g} and temperature {t:g}:", by_window),
+        (f"By the window W, at guidance {g:g} and temperature {t:g}:", by_window | with_drafts),
         (f"By guidance g and temperature T, at W = {first.window}:", by_setting),
     ):
         rows = [
@@ -184,13 +186,13 @@ def passes(space: Workspace) -> list[str]:
             for key in cells
         ]
         parts += [caption, markdown_table(("model", *ways), rows)]
-    usual = (first.window, g, t)
+    usual = (first.window, g, t, False)
     return [*parts, *_fewer_passes(space, means, usual), *_plot_passes(space, means, first)]
 
 
 def _means(outcome: Outcome) -> dict[Way, tuple[float, float]]:
     return {
-        (each["window"], each["guidance"], each["temperature"]): (
+        (each["window"], each["guidance"], each["temperature"], each["drafts"]): (
             each["mean"],
             each["standard_error"],
         )
@@ -204,8 +206,7 @@ def _system(key: tuple[int, int]) -> str:
 
 
 def _cell(means: dict[Way, tuple[float, float]], way: Way) -> str:
-    mean, error = means[way]
-    return f"{mean:.1f} ({error:.1f})"
+    return "{:.1f} ({:.1f})".format(*means[way]) if way in means else ""
 
 
 def _fewer_passes(
@@ -243,7 +244,7 @@ def _plot_passes(
         keys.sort(key=lambda key: key[1])
         ticks |= {labels for _, labels in keys}
         for number, guidance in enumerate(sorted(cell.guidances)):
-            way = (cell.window, guidance, cell.temperatures[0])
+            way = (cell.window, guidance, cell.temperatures[0], False)
             each = [means[key][way] for key in keys]
             axes.errorbar(
                 [labels for _, labels in keys],

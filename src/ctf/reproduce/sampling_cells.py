@@ -21,7 +21,6 @@ from ctf.evaluation.sample_cache import GenerationConfig
 from ctf.evaluation.search import search
 from ctf.models.coarse import CoarseModel
 from ctf.models.noise import noise_keys
-from ctf.models.parallel import CoarseSampler
 from ctf.models.sampling import Sampling
 from ctf.pipelines.arguments import Window
 from ctf.pipelines.folder import CLUSTERS, SETTINGS, load_clusters, load_coarse
@@ -29,6 +28,8 @@ from ctf.pipelines.generation import Samples
 from ctf.pipelines.pipeline import Pipeline
 from ctf.reproduce.cells import Cell, Outcome, Workspace, link
 from ctf.reproduce.training_cells import ClassifierCell, CoarseCell, FineCell, open_extractors
+from ctf.training import stages
+from ctf.training.drafts import fit_drafts
 
 IN_PARALLEL = ", in parallel"  # after the name of a sampler
 
@@ -195,10 +196,12 @@ class PassesCell(Cell):
     """Counts the passes of a coarse model that an image takes in exact parallel sampling.
 
     It depends on the labels alone: on how often a guess is right, not on how fast a machine is.
+    Labels that enter a window are copies of those above, which needs no tables of the labels.
 
     Attributes:
         images: Of all classes in turn, from seed 0 on.
-        windows: With the first guidance scale and the first temperature.
+        windows: With the first guidance scale and the first temperature; also with drafts (see
+            models/drafts.py) unless there are too many labels.
         guidances: With `window` and each of the temperatures.
         window: See `guidances`.
     """
@@ -216,11 +219,16 @@ class PassesCell(Cell):
         clusters = load_clusters(folder / "clusters" / CLUSTERS).to(space.device)
         model = load_coarse(folder / "coarse", clusters, space.device)
         kernels.for_sampling(model, None, None, "auto")
-        ways = [(window, self.guidances[0], self.temperatures[0]) for window in self.windows]
-        ways += [(self.window, g, t) for g in self.guidances for t in self.temperatures]
+        drafts = fit_drafts(stages.open_tokens(folder)[0], clusters)
+        g, t = self.guidances[0], self.temperatures[0]
+        ways = [(window, g, t, False) for window in self.windows]
+        ways += [(self.window, g, t, False) for g in self.guidances for t in self.temperatures]
+        ways += [(window, g, t, True) for window in self.windows if drafts is not None]
         passes = []
         with space.open_progress("passes of an image") as progress:
-            for done, (window, guidance, temperature) in enumerate(dict.fromkeys(ways), 1):
+            for done, way in enumerate(dict.fromkeys(ways), 1):
+                window, guidance, temperature, with_drafts = way
+                model.drafts = drafts if with_drafts else None
                 settings = Sampling(guidance=guidance, temperature=temperature)
                 mean, error = self._passes(model, settings, window)
                 passes.append(
@@ -228,6 +236,7 @@ class PassesCell(Cell):
                         "window": window,
                         "guidance": guidance,
                         "temperature": temperature,
+                        "drafts": with_drafts,
                         "mean": mean,
                         "standard_error": error,
                     }
@@ -239,7 +248,7 @@ class PassesCell(Cell):
         device = next(model.parameters()).device
         classes_B = torch.arange(self.images, device=device) % model.config.classes
         keys_BL = noise_keys(range(self.images), model.config.length)[:, 0]
-        sampler = CoarseSampler(model, classes_B, keys_BL, settings)
+        sampler = kernels.coarse_sampler(model, classes_B, keys_BL, settings)
         while not sampler.done:
             sampler.advance(window)
         passes_B = torch.tensor(sampler.passes).double()

@@ -36,6 +36,7 @@ from ctf.models.tokenizer import VQModel
 from ctf.models.transformer import TransformerConfig
 from ctf.pipelines.folder import (
     CLUSTERS,
+    DRAFTS,
     SETTINGS,
     PipelineSettings,
     load_clusters,
@@ -45,6 +46,7 @@ from ctf.pipelines.folder import (
 from ctf.training import clusters as clusters_stage
 from ctf.training import cost, loop, recipes, state, tokenizer, transformers, warm_start
 from ctf.training.best import BestWeights
+from ctf.training.drafts import fit_drafts
 from ctf.training.loop import DEFAULT_EXECUTION, Execution
 from ctf.training.recipes import Kind, Recipe
 from ctf.training.transformers import TrainingConfig
@@ -368,6 +370,8 @@ class ModelStage:
             evaluate_every=evaluate_every, evaluate_first=self.warm_start is not None,
             on_evaluation=best, progress=progress, world=world,
         )  # fmt: skip
+        if self.kind == "coarse":
+            world.on_main(self._save_drafts)
         weights = {n: full_tensor(t) for n, t in trainer.averaged.state_dict().items()}
         if best is not None and best.step < t.steps and world.is_main:
             weights = best.load()
@@ -389,6 +393,10 @@ class ModelStage:
             return storage.load_object(path).get("keep") == "best"
         train, val = self.tokens
         return transformers.keeps_best(self.training, len(train), len(val))
+
+    def _save_drafts(self) -> None:
+        if (drafts := fit_drafts(self.tokens[0], self.clusters)) is not None:
+            storage.save_tensors(self.folder / DRAFTS, drafts.tables())
 
     def _description(self) -> dict[str, Any]:
         """Return all that determines the weights."""

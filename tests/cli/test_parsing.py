@@ -42,7 +42,7 @@ FIT = ("fit", "discs", "--out", "run")
         (["sample", "x", "--guidance-window", "0", "b"], "--guidance-window: got '0', 'b'"),
         (
             ["sample", "x", "--engine", "fast"],
-            "sample: --engine: got 'fast', expected auto, eager, compile, int8",
+            "sample: --engine: got 'fast', expected auto, eager, compile, int8, bf16",
         ),
         ([*FIT, "--views", "3"], "fit: --views: got '3', expected plain, flip, ten-crop"),
         # too many

@@ -128,7 +128,7 @@ def test_exact_engines_sample_and_save_the_same(run: Path, tmp_path: Path) -> No
 @pytest.mark.skipif(not kernels.available("int8", CPU), reason="no int8 layers")
 def test_int8_cannot_be_saved(run: Path, tmp_path: Path) -> None:
     pipe = Pipeline.from_pretrained(run, engine="int8")
-    with pytest.raises(UserError, match="int8 cannot be saved"):
+    with pytest.raises(UserError, match="int8 or bf16 cannot be saved"):
         pipe.save_pretrained(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 

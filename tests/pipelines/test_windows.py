@@ -1,10 +1,15 @@
 """The choice of a window, with costs of passes and shares of right guesses that are given."""
 
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 import pytest
 
+from ctf.models.parallel import CoarseSampler
+from ctf.pipelines import windows
 from ctf.pipelines.windows import AutoWindow
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -128,3 +133,42 @@ def test_only_given_sizes_are_used_and_none_that_reaches_further_than_needed(
         smaller = [size for size in sizes if size < window]
         assert not smaller or smaller[-1] < left
         auto.record(window, 1.0, [(window - 1, window - 1)])
+
+
+class Countdown:
+    """Stands for a sampler of one image that has other rows in each pass."""
+
+    length = LENGTH
+
+    def __init__(self, seed: int) -> None:
+        self.chance, self.certain = random.Random(seed), [0]
+
+    @property
+    def rows(self) -> int:
+        return self.chance.randrange(1, 10_000)
+
+    def advance(self, window: int) -> list[int]:
+        self.certain = [min(self.certain[0] + 1, LENGTH)]
+        return [1]
+
+
+@pytest.fixture
+def threads_take_turns_often() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("threads_take_turns_often")
+def test_several_threads_may_use_it_at_once() -> None:
+    auto = AutoWindow(SIZES)
+
+    def sample(seed: int) -> list[int]:
+        sampler: Any = Countdown(seed)
+        while sampler.certain[0] < LENGTH:
+            windows.advance(cast(CoarseSampler, sampler), auto)
+        return cast(list[int], sampler.certain)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(sample, range(12))) == [[LENGTH]] * 12

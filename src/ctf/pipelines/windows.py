@@ -7,6 +7,7 @@ chosen, the labels are the same.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -18,6 +19,7 @@ TRIALS = 2  # passes of a size until its time counts; the first may be slow for 
 REMEMBERED = 5  # passes whose times count
 DECAY = 0.98  # of the weight of a guess, with each pass
 RETRY = 16  # passes until another size is tried again, at first
+_LOCK = threading.Lock()  # parts of a batch use the window of their pipeline at the same time
 
 
 class AutoWindow:
@@ -131,7 +133,8 @@ def advance(
 ) -> None:
     """Take a pass of a sampler over a window that is chosen, and measured, by `auto`."""
     rows, before = sampler.rows, list(sampler.certain)
-    window = auto.next(rows, sampler.length - min(before))
+    with _LOCK:
+        window = auto.next(rows, sampler.length - min(before))
     began = clock()
     labels = sampler.advance(window)
     if torch.cuda.is_available():  # a pass over one label does not wait for its result
@@ -142,4 +145,5 @@ def advance(
         if start < sampler.length:
             guessed = min(window, sampler.length - start) - 1
             guesses.append((guessed, min(count - 1, guessed)))  # known labels come on top
-    auto.record(rows * window, seconds, guesses)
+    with _LOCK:
+        auto.record(rows * window, seconds, guesses)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 BATCH_SIZE = 64  # images per batch at most
 # Images that a thread samples at least: for fewer, calling operators takes as long as computing.
 # These take one label a pass in int8, as a larger batch does.
-SMALLEST_PART = 32
+SMALLEST_PART = 16
 NARROW = 256  # width of a coarse model whose operators are too short to be spread over cores
 INT8_ROWS, BF16_ROWS = 16, 32  # of a pass in int8 on a processor, and in bfloat16 on a GPU
 # At most, in the largest layer of the decoder: an image of VQ-16, or 16 of them on a GPU.

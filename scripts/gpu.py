@@ -171,7 +171,7 @@ class Report:
             if isinstance(result, list):
                 entry["rows"] = result
         except TimeIsUp:
-            entry["failed"] = "no time left" if left <= 0 else f"stopped after {limit:.0f} s"
+            entry["failed"] = "no time left" if limit <= 0 else f"stopped after {limit:.0f} s"
         except (Exception, SystemExit) as error:  # whatever it is, the other results count
             at = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(at.filename).name}, line {at.lineno}"
@@ -1154,7 +1154,7 @@ def real(report: Report, args: argparse.Namespace) -> None:
                 open_progress=open_silent, execution=execution(report.device),
             )  # fmt: skip
 
-        report.attempt("training", train)
+        report.attempt("training", train, report.left() - for_after)
     else:
         if not run.exists():
             shutil.copytree(args.run, run, ignore=shutil.ignore_patterns("coarse", "fine"))
@@ -1165,8 +1165,12 @@ def real(report: Report, args: argparse.Namespace) -> None:
             def train(kind: Any = kind, share: float = share) -> None:
                 train_model(report, run, kind, recipe, clusters, share, for_after)
 
-            report.attempt(f"training {kind}", train)
-        report.attempt("training tokenizer", lambda: train_tokenizer(report, recipe, for_after))
+            report.attempt(f"training {kind}", train, report.left() - for_after)
+        report.attempt(
+            "training tokenizer",
+            lambda: train_tokenizer(report, recipe, for_after),
+            report.left() - for_after,
+        )
     report.end = max(report.end, time.monotonic() + GRACE / 2)  # whatever the training took
     report.attempt("weights", lambda: packed(run, report.out / "weights"))
     report.attempt("weights of the new tokenizer", lambda: packed(

@@ -210,6 +210,9 @@ def test_report_sheet_and_model_card(
     number = f"{found.by['pixels']['nearer']:.3f}"
     made = card.text(Pipeline.from_pretrained(run), evaluation=section)
     assert "## Evaluation" in made and number in made and "FID-fashion" in made
+    damaged = Path("evaluations/damaged/report.json")
+    damaged.parent.mkdir()
+    damaged.write_text("{}")
     pushed = ctf("push", run, "--to", "me/discs", "--dry-run")
     assert f"the model card has the scores of {folder}" in pushed.out
     other = ctf("push", "fashion-mnist", "--to", "me/other", "--dry-run", "--evaluation", folder)

@@ -1,6 +1,7 @@
 """Pipelines from and to the Hub, with its real client, against a server on this machine."""
 
 import copy
+import dataclasses
 import io
 import os
 import re
@@ -26,6 +27,7 @@ from ctf.common.errors import UserError
 from ctf.pipelines import card, hub
 from ctf.pipelines.folder import PIPELINE_FILES
 from ctf.pipelines.pipeline import Pipeline
+from ctf.training.start import open_start
 from tests.conftest import Command, read_files
 from tests.pipelines.helpers import CLASSES, same
 from tests.pipelines.hub_server import TOKEN, Files, Hub, Repository, git_sha1
@@ -421,6 +423,17 @@ def test_a_pushed_pipeline_loads_as_it_was(logged_in: Hub, pipe: Pipeline, tmp_p
     assert pushed["README.md"].decode() == expected
     with Image.open(io.BytesIO(pushed["samples.png"])) as sheet:
         assert np.array_equal(np.asarray(sheet), np.asarray(card.sample_sheet(pipe)))
+
+
+def test_a_training_can_start_from_a_pushed_pipeline(logged_in: Hub, pipe: Pipeline) -> None:
+    pipe.push_to_hub("me/discs", image=False, evaluation="FID-Lite0: 20")
+    pushed = logged_in.repositories["me/discs"].files()
+    assert b"## Evaluation\n\nFID-Lite0: 20\n" in pushed["README.md"]
+    start = open_start("me/discs@main")
+    assert start.image_size == pipe.tokenizer.image_size
+    assert start.to_json()["pipeline"] == start.origin()["pipeline"] == "me/discs@main"
+    started = dataclasses.replace(pipe, origin={"from": start.origin()})
+    assert "base_model: me/discs\n" in card.text(started)
 
 
 def test_pushing_the_same_again_uploads_nothing(logged_in: Hub, pipe: Pipeline) -> None:

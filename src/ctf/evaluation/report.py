@@ -5,6 +5,7 @@ Shapes: N images.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import platform
@@ -107,11 +108,14 @@ def load(path: Path) -> Report:
 def find(pipeline_hash: str, folder: Path = FOLDER) -> Path | None:
     """Return the newest report of a pipeline among the evaluations in a folder; None without one.
 
-    Raises:
-        UserError: A report there is damaged.
+    Reports that cannot be read are none of it.
     """
     paths = sorted(folder.glob(f"*/{FILE}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return next((path for path in paths if load(path).subject.hash == pipeline_hash), None)
+    for path in paths:
+        with contextlib.suppress(UserError):
+            if load(path).subject.hash == pipeline_hash:
+                return path
+    return None
 
 
 def versions() -> dict[str, str]:

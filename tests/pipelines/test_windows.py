@@ -101,6 +101,31 @@ def test_what_was_learnt_in_large_batches_serves_single_images() -> None:
     assert seconds(taken) < 1.15 * min(fixed(size, cost, FALLING) for size in SIZES) * 3 / IMAGES
 
 
+@pytest.mark.parametrize("share", [lambda _: 0.0, lambda _: 0.5, FALLING])
+def test_batches_whose_images_are_faster_together_stay_so(share: Share) -> None:
+    """One label a pass keeps them together; with larger windows each image is at its own place."""
+    auto, chance, total, one_by_one = AutoWindow(SIZES), random.Random(0), 0.0, 0.0
+    for _ in range(IMAGES):
+        left = [LENGTH] * 8
+        one_by_one += LENGTH * (1 + 0.1 * 8)
+        while any(left):
+            at = [labels for labels in left if labels]
+            together = len(at) > 1 and len({*at}) == 1
+            window = auto.next(8, max(left), together=together)
+            cost = (1 if together and window == 1 else 1.5) + 0.1 * 8 * window
+            guesses = []
+            for image, labels in enumerate(left):
+                if labels:
+                    guessed, right = min(window, labels) - 1, 0
+                    while right < guessed and chance.random() < share(right):
+                        right += 1
+                    guesses.append((guessed, right))
+                    left[image] -= right + 1
+            auto.record(8 * window, cost, guesses, together=together and window == 1)
+            total += cost
+    assert total < 1.03 * one_by_one
+
+
 def test_a_window_that_was_slow_by_chance_is_found_later() -> None:
     auto, used = AutoWindow((1, 4)), []
     for number in range(200):

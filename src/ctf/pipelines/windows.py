@@ -19,6 +19,8 @@ TRIALS = 2  # passes of a size until its time counts; the first may be slow for 
 REMEMBERED = 5  # passes whose times count
 DECAY = 0.98  # of the weight of a guess, with each pass
 RETRY = 16  # passes until another size is tried again, at first
+ENDING = 1.1  # passes that a batch takes whose images do not end together, by their mean
+PARTING = 8  # times as many, where that would part the images of a batch
 _LOCK = threading.Lock()  # parts of a batch use the window of their pipeline at the same time
 
 
@@ -40,44 +42,55 @@ class AutoWindow:
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self._sizes = tuple(sizes)
-        self._seconds: dict[int, list[float]] = {}  # by rows, of the last passes
-        self._passes: dict[int, int] = {}  # by rows
+        self._times, self._together = _Times(), _Times()
         guesses = self._sizes[-1] - 1
         self._seen, self._right = [0.0] * guesses, [0.0] * guesses  # by the number before
         self._best, self._since, self._retry, self._above = 1, 0, RETRY, True
 
-    def next(self, rows: int, left: int) -> int:
+    def next(self, rows: int, left: int, *, together: bool = False) -> int:
         """The window of the next pass.
 
         Args:
             rows: Those of a pass over one label of each image.
             left: How many labels are left to sample, at most, of an image.
+            together: Whether there are several images, all at the same label. Passes over one label
+                keep them together, and take less time than where each image is at its own.
         """
         # One that reaches beyond the last label is enough.
         sizes = [
             w for w, before in zip(self._sizes, (0, *self._sizes), strict=False) if before < left
         ]
-        largest = max((r for r, n in self._passes.items() if n >= TRIALS), default=0)
+        largest = max((r for r, n in self._times.passes.items() if n >= TRIALS), default=0)
         known = [w for w in sizes if rows * w <= largest]
         if not known:
             return sizes[0]
-        speeds = {w: self._labels(w) / self._cost(rows * w) for w in known}
+        speeds = {w: self._labels(w) / self._times.of(rows * w) for w in known}
+        if together and rows in self._together.passes:
+            speeds[1] = ENDING / self._together.of(rows)
         best = max(known, key=lambda w: speeds[w])
         if len(known) < len(sizes):
             larger = sizes[len(known)]
             # At best it takes no longer than what is known.
-            if self._labels(larger) / self._cost(largest) > speeds[best]:
+            if self._labels(larger) / self._times.of(largest) > speeds[best]:
                 return larger
         if best != self._best:
             self._best, self._since, self._retry = best, 0, RETRY
         self._since += 1
-        if self._since < self._retry:
+        # Trying another one would part images that are together, until all are done.
+        if self._since < self._retry * (PARTING if together and best == 1 else 1):
             return best
         self._since, self._retry, self._above = 0, 2 * self._retry, not self._above
         other = sizes.index(best) + (-1 if self._above else 1)
         return sizes[other] if 0 <= other < len(sizes) else best
 
-    def record(self, rows: int, seconds: float, guesses: Iterable[tuple[int, int]]) -> None:
+    def record(
+        self,
+        rows: int,
+        seconds: float,
+        guesses: Iterable[tuple[int, int]],
+        *,
+        together: bool = False,
+    ) -> None:
         """Say how a pass went.
 
         Args:
@@ -85,15 +98,12 @@ class AutoWindow:
             seconds: It took.
             guesses: For each image, how many labels were guessed, and how many were right until
                 the first that was wrong.
+            together: Whether it was over one label of images that are together, see `next`.
         """
-        self._passes[rows] = self._passes.get(rows, 0) + 1
-        before = self._seconds.get(rows, [])[1 - REMEMBERED :]
-        self._seconds[rows] = [seconds] if self._passes[rows] <= TRIALS else [*before, seconds]
-        if len(self._seconds[rows]) == REMEMBERED:
-            # Then more rows take as long, or were measured when all was faster than now.
-            least = min(self._seconds[rows])
-            for r, others in self._seconds.items():
-                self._seconds[r] = [least] if r > rows and min(others) < least else others
+        if together:
+            self._together.add(rows, seconds)
+        if not together or self._times.passes.get(rows, 0) < TRIALS:
+            self._times.add(rows, seconds)
         self._seen = [DECAY * seen for seen in self._seen]
         self._right = [DECAY * right for right in self._right]
         for guessed, right in guesses:
@@ -111,7 +121,26 @@ class AutoWindow:
             labels += all_right
         return labels
 
-    def _cost(self, rows: int) -> float:
+
+class _Times:
+    """The time of a pass by its rows."""
+
+    def __init__(self) -> None:
+        self.passes: dict[int, int] = {}  # how many were measured, by rows
+        self._seconds: dict[int, list[float]] = {}  # of the last of them
+
+    def add(self, rows: int, seconds: float) -> None:
+        """Add a measured time."""
+        self.passes[rows] = self.passes.get(rows, 0) + 1
+        before = self._seconds.get(rows, [])[1 - REMEMBERED :]
+        self._seconds[rows] = [seconds] if self.passes[rows] <= TRIALS else [*before, seconds]
+        if len(self._seconds[rows]) == REMEMBERED:
+            # Then more rows take as long, or were measured when all was faster than now.
+            least = min(self._seconds[rows])
+            for r, others in self._seconds.items():
+                self._seconds[r] = [least] if r > rows and min(others) < least else others
+
+    def of(self, rows: int) -> float:
         """Seconds of a pass: measured, or between what was measured for fewer and more rows.
 
         Where nothing was for fewer, it is the least that they can take, so that they are tried.
@@ -133,8 +162,10 @@ def advance(
 ) -> None:
     """Take a pass of a sampler over a window that is chosen, and measured, by `auto`."""
     rows, before = sampler.rows, list(sampler.certain)
+    places = [start for start in before if start < sampler.length]
+    together = len(places) > 1 and len({*places}) == 1
     with _LOCK:
-        window = auto.next(rows, sampler.length - min(before))
+        window = auto.next(rows, sampler.length - min(before), together=together)
     began = clock()
     labels = sampler.advance(window)
     if torch.cuda.is_available():  # a pass over one label does not wait for its result
@@ -146,4 +177,4 @@ def advance(
             guessed = min(window, sampler.length - start) - 1
             guesses.append((guessed, min(count - 1, guessed)))  # known labels come on top
     with _LOCK:
-        auto.record(rows * window, seconds, guesses)
+        auto.record(rows * window, seconds, guesses, together=together and window == 1)

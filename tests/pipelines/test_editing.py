@@ -36,7 +36,8 @@ from tests.pipelines.helpers import (
 
 def caches() -> int:
     """The number of caches of keys and values in memory."""
-    return sum(isinstance(o, KVCache) for o in gc.get_objects())
+    # By type: isinstance asks weak proxies for their object, which may be gone.
+    return sum(issubclass(type(o), KVCache) for o in gc.get_objects())
 
 
 @pytest.mark.parametrize("preview", [True, False])
@@ -61,7 +62,7 @@ def test_streaming_gives_what_sampling_gives(
         assert len(event.images) == (len(CLASSES) if preview else 0)
         assert all(i.size == expected.images[0].size and i.mode == "RGB" for i in event.images)
     last = events[-1]
-    assert last.samples is not None and same(last.samples, expected)
+    assert last.samples is not None and same_up_to_rounding(last.samples, expected)
     assert (last.rows, last.total) == (GRID, GRID)
     assert last.images == last.samples.images and torch.equal(last.coarse, expected.coarse)
 

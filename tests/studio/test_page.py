@@ -382,13 +382,16 @@ def test_a_lost_connection_is_reported_and_the_request_can_be_repeated(page: Any
 
 
 def test_stop_cancels_the_request(page: Any, worker: Worker) -> None:
-    with slow_steps(worker, 0.05):
+    with hold_steps(worker.model.pipe, again_after=5 * GRID) as (gate, steps):
         page.get_by_role("button", name="Generate").click()
+        wait_until(lambda: steps)
+        gate.set()  # for five rows
         expect(page.locator(".filmstrip button").nth(4)).to_be_visible()
         take_screenshot(page, "1280-light-sampling")
         page.get_by_role("button", name="Stop").click()
         expect(page.locator("#status")).to_have_text("Stopped")
         expect(page.locator("#start-page")).to_be_visible()
+        gate.set()
         wait_until(lambda: not worker.state()["running"])
 
 

@@ -126,7 +126,7 @@ def test_the_weights_of_the_best_evaluation_are_kept_and_recorded(
     check_kept(out, evaluated)
     assert json.loads((out / "coarse" / "config.json").read_text())["keep"] == "best"
     assert sorted(read_files(out / "coarse")) == [
-        "config.json", "metrics.jsonl", "model.safetensors",
+        "config.json", "drafts.safetensors", "metrics.jsonl", "model.safetensors",
     ]  # fmt: skip
     last = ctf("train", "coarse", out, "--preset", "tiny", "--steps", STEPS,
                *recipe_options("coarse_training.keep=last"))  # fmt: skip

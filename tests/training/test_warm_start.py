@@ -203,6 +203,7 @@ def test_what_it_cannot_start_from(run: Path, baseline: Path, tmp_path: Path, ct
     with pytest.raises(UserError, match="has another tokenizer than the run"):
         open_source(tmp_path / "llamagen", "coarse", other, names)
     shutil.copytree(baseline, tmp_path / "other", symlinks=True)
+    (tmp_path / "other" / "coarse" / "drafts.safetensors").unlink()  # of the grid that it had
     config = tmp_path / "other" / "coarse" / "config.json"
     config.write_text(config.read_text().replace('"grid": 4', '"grid": 8'))
     out = tmp_path / "out"

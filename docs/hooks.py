@@ -28,6 +28,7 @@ MODELS = [
     "noise",
     "sampling",
     "parallel",
+    "drafts",
     "sizes",
     "points",
 ]

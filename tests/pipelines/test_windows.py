@@ -19,6 +19,21 @@ Cost = Callable[[int], float]  # seconds of a pass, by its rows
 Share = Callable[[int], float]  # of guesses that are right, by the number of guesses before
 
 
+def take(
+    left: list[int], window: int, chance: random.Random, share: Share
+) -> list[tuple[int, int]]:
+    """Take the labels of a pass from what each image has left; guesses, and how many are right."""
+    guesses = []
+    for image, labels in enumerate(left):
+        if labels:
+            guessed, right = min(window, labels) - 1, 0
+            while right < guessed and chance.random() < share(right):
+                right += 1
+            guesses.append((guessed, right))
+            left[image] -= right + 1
+    return guesses
+
+
 def passes(
     choose: Callable[[int, int], int], cost: Cost, share: Share, *, images: int = IMAGES,
     batch: int = 1, auto: AutoWindow | None = None, seed: int = 0,
@@ -29,14 +44,7 @@ def passes(
         left = [LENGTH] * batch
         while any(left):
             window = choose(batch, max(left))
-            guesses = []
-            for image, labels in enumerate(left):
-                if labels:
-                    guessed, right = min(window, labels) - 1, 0
-                    while right < guessed and chance.random() < share(right):
-                        right += 1
-                    guesses.append((guessed, right))
-                    left[image] -= right + 1
+            guesses = take(left, window, chance, share)
             taken.append((window, cost(batch * window)))
             if auto is not None:
                 auto.record(batch * window, taken[-1][1], guesses)
@@ -113,14 +121,7 @@ def test_batches_whose_images_are_faster_together_stay_so(share: Share) -> None:
             together = len(at) > 1 and len({*at}) == 1
             window = auto.next(8, max(left), together=together)
             cost = (1 if together and window == 1 else 1.5) + 0.1 * 8 * window
-            guesses = []
-            for image, labels in enumerate(left):
-                if labels:
-                    guessed, right = min(window, labels) - 1, 0
-                    while right < guessed and chance.random() < share(right):
-                        right += 1
-                    guesses.append((guessed, right))
-                    left[image] -= right + 1
+            guesses = take(left, window, chance, share)
             auto.record(8 * window, cost, guesses, together=together and window == 1)
             total += cost
     assert total < 1.03 * one_by_one

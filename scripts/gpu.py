@@ -1148,7 +1148,7 @@ def real(report: Report, args: argparse.Namespace) -> None:
     if args.run is None:
 
         def train() -> None:
-            minutes = (report.left() - for_after) / 60
+            minutes = 0.9 * (report.left() - for_after) / 60  # what isn't training takes time, too
             fit(
                 included_images(report.small), run, recipe, minutes=minutes, device=report.device,
                 open_progress=open_silent, execution=execution(report.device),

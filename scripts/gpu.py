@@ -96,11 +96,13 @@ from ctf.models.objectives import Objective, coarse_objective, fine_objective
 from ctf.models.sampling import Sampling
 from ctf.models.sizes import TransformerShape
 from ctf.models.tokenizer import TokenizerConfig, VQModel
+from ctf.pipelines.folder import load_tokenizer
 from ctf.pipelines.pipeline import Pipeline
 from ctf.training import cost, loop, monitoring, recipes, stages, transformers
 from ctf.training.fit import fit
 from ctf.training.loop import DEFAULT_EXECUTION, Execution
 from ctf.training.metrics_log import last_metrics
+from ctf.training.model_stage import ModelStage
 from ctf.training.state import collect, latest_state
 from ctf.training.tokenizer import TokenizerTrainer
 from ctf.training.transformers import Trainer, TrainingConfig
@@ -1158,7 +1160,7 @@ def real(report: Report, args: argparse.Namespace) -> None:
     else:
         if not run.exists():
             shutil.copytree(args.run, run, ignore=shutil.ignore_patterns("coarse", "fine"))
-        tokenizer = stages.load_tokenizer(run / "tokenizer")
+        tokenizer = load_tokenizer(run / "tokenizer")
         clusters = stages.fit_clusters(run, tokenizer, recipe.clusters)
         for kind, share in (("coarse", 0.5), ("fine", 0.7)):
 
@@ -1203,7 +1205,7 @@ def train_model(
 ) -> None:
     """Train a model for its share of the time that is left, by measured speed."""
     end = training_end(report, share, for_after)
-    stage = stages.ModelStage(
+    stage = ModelStage(
         run, kind, recipe, clusters, World(device=report.device), execution(report.device)
     )
     per_step = loop.seconds_per_step(stage.make_trainer())

@@ -49,8 +49,8 @@ from ctf.models.points import FREE, PointRows, standardize
 from ctf.models.transformer import INITIAL_STD
 from ctf.pipelines.folder import CLUSTERS, load_clusters
 from ctf.training import recipes
+from ctf.training.model_stage import ModelStage
 from ctf.training.recipes import Kind
-from ctf.training.stages import ModelStage
 from ctf.training.transformers import Model
 
 

@@ -14,7 +14,7 @@ from ctf.data.image_set import Splits
 from ctf.models import points
 from ctf.training import fit, loop, recipes, transformers
 from ctf.training.best import BestWeights
-from ctf.training.stages import ModelStage
+from ctf.training.model_stage import ModelStage
 from ctf.training.start import open_start
 from ctf.training.transformers import Trainer, TrainingConfig, best_evaluations, keeps_best
 from tests.conftest import Command, read_files, recipe_options

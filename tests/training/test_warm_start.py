@@ -19,7 +19,8 @@ from ctf.models.transformer import TransformerConfig
 from ctf.pipelines import llamagen
 from ctf.pipelines.pipeline import Pipeline
 from ctf.training import loop, recipes
-from ctf.training.stages import ModelStage, tokenizer_hash
+from ctf.training.model_stage import ModelStage
+from ctf.training.stages import tokenizer_hash
 from ctf.training.warm_start import Source, first_weights, open_source
 from tests.conftest import Command, read_files, recipe_options, save_images
 

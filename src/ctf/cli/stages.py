@@ -328,6 +328,7 @@ def _train(
     from ctf.models.sizes import SIZES
     from ctf.pipelines.folder import load_tokenizer
     from ctf.training import recipes, stages
+    from ctf.training.model_stage import ModelStage
 
     recipe = recipes.preset(training.preset)
     if training.size is not None:
@@ -341,13 +342,13 @@ def _train(
                 show(f"would create {run} with the tokenizer and tokens of {baseline_of}", world)
                 run = baseline_of
                 clusters = identity(load_tokenizer(run / "tokenizer").config.codebook_size)
-            stage = stages.ModelStage.open(run, kind, recipe, world, resolved, warm_start, clusters)
+            stage = ModelStage.open(run, kind, recipe, world, resolved, warm_start, clusters)
             show(stage.describe(), world)
             return
         if baseline_of is not None:
             tokens_run = baseline_of
             world.on_main(lambda: stages.make_baseline(tokens_run, run))
-        stage = stages.ModelStage.open(run, kind, recipe, world, resolved, warm_start)
+        stage = ModelStage.open(run, kind, recipe, world, resolved, warm_start)
         with signals.stop_on_sigterm(run / kind), open_progress(kind, world) as progress:
             stage.train(progress)
         show(f"{run / kind}: done", world)

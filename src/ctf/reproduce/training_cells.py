@@ -23,8 +23,8 @@ from ctf.pipelines.folder import CLUSTERS, load_clusters, load_tokenizer
 from ctf.reproduce.cells import Cell, Outcome, Workspace, link, stored_as
 from ctf.training import cost, metrics_log, stages
 from ctf.training.classifier import held_out_accuracy, train_classifier
+from ctf.training.model_stage import ModelStage
 from ctf.training.recipes import GroupLoss, Recipe, preset
-from ctf.training.stages import ModelStage
 from ctf.training.tokenizer import TokenizerTraining
 from ctf.training.transformers import TrainingConfig
 

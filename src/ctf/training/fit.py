@@ -33,8 +33,9 @@ from ctf.pipelines.folder import SETTINGS, load_settings, load_tokenizer
 from ctf.pipelines.pipeline import Pipeline
 from ctf.training import cost, loop, metrics_log, stages
 from ctf.training.loop import DEFAULT_EXECUTION, Execution, Trainable
+from ctf.training.model_stage import ModelStage
 from ctf.training.recipes import KINDS, Recipe, as_recorded, check_recipe
-from ctf.training.stages import FIT, ModelStage
+from ctf.training.stages import FIT
 from ctf.training.start import Start
 from ctf.training.tokenizer import TokenizerTrainer
 

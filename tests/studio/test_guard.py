@@ -5,7 +5,7 @@ import socket
 import httpx2
 import pytest
 
-from ctf.cli import pipelines
+from ctf.cli import publish
 from ctf.studio import guard
 from ctf.studio.tasks import Limits
 from ctf.studio.worker import Worker
@@ -96,4 +96,4 @@ def test_a_token_is_required_by_the_api(worker: Worker) -> None:
 
 
 def test_the_command_listens_on_the_loopback_interface_by_default() -> None:
-    assert pipelines.studio.__kwdefaults__["host"] in guard.LOOPBACK
+    assert publish.studio.__kwdefaults__["host"] in guard.LOOPBACK

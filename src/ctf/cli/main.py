@@ -7,7 +7,8 @@ import sys
 import traceback
 from typing import NoReturn
 
-from ctf.cli import pipelines, research, stages, streams  # noqa: F401  three register the commands
+# All but streams register their commands, whose order is that of the help text.
+from ctf.cli import fit, pipelines, publish, research, stages, streams, training  # noqa: F401
 from ctf.cli.common import show
 from ctf.cli.parsing import parse
 from ctf.common.errors import Stopped, UserError

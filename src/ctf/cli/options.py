@@ -99,8 +99,9 @@ FitPreset = Annotated[
         help=f"recipe to start from: {PRESETS}; by default small, with --from the pipeline's own",
     ),
 ]
+From = Annotated[Maybe[str], arg(name="from", metavar="MODEL")]
 # tyro shows aliases first, so the former name is the one that is not an alias.
-From = Annotated[Maybe[str], arg(name="warm-start", aliases=("--from",), metavar="MODEL")]
+WarmStart = Annotated[Maybe[str], arg(name="warm-start", aliases=("--from",), metavar="MODEL")]
 Overrides = Annotated[
     tuple[str, ...],
     arg(

@@ -7,16 +7,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from ctf.common.errors import UserError
 from ctf.data.image_set import ImageSet
 from ctf.evaluation.evaluate import Evaluation
 from ctf.evaluation.extractors import Extractor, Features
+from ctf.evaluation.image_collection import BATCH, ImageCollection
 from ctf.evaluation.options import EvaluationOptions
 from ctf.evaluation.prepare import prepare
-from ctf.evaluation.reference_sets import ImageCollection
+from ctf.evaluation.reference_sets import open_samples
 
 Pixels = NDArray[np.uint8]
 
@@ -83,6 +86,26 @@ def collection(pixels: Pixels, classes: Any = None, names: Any = None) -> ImageC
 def save_npz(path: Path, pixels: Pixels, classes_N: NDArray[np.int64] | None = None) -> Path:
     np.savez(path, pixels, *[] if classes_N is None else [classes_N])
     return path
+
+
+def read(opened: ImageCollection) -> np.ndarray:
+    batches = list(opened.batches())
+    assert all(batch.dtype == np.uint8 and len(batch) <= BATCH for batch in batches)
+    return np.concatenate(batches)
+
+
+def read_samples(path: Path) -> np.ndarray:
+    return read(open_samples(path))
+
+
+def check_refused(path: Path, *words: str) -> None:
+    """Check that a file or folder is refused with its name, in one or two lines."""
+    with pytest.raises(UserError) as error:
+        read_samples(path)
+    message = str(error.value)
+    assert str(path) in message and len(message.splitlines()) <= 2
+    for word in words:
+        assert word in message, message
 
 
 OTHERS = {"settings", "background", "skip_bad"}  # arguments of `prepare`, not options

@@ -18,9 +18,9 @@ from ctf.data.image_set import ImageSet, Splits
 from ctf.evaluation import classifier
 from ctf.evaluation.classifier import SHIPPED, ClassifierConfig, classify, shipped_classifier
 from ctf.evaluation.evaluate import add_class_accuracies
+from ctf.evaluation.image_collection import ImageCollection
 from ctf.evaluation.options import EvaluationOptions
 from ctf.evaluation.prepare import prepare
-from ctf.evaluation.reference_sets import ImageCollection
 from ctf.evaluation.sample_cache import GenerationConfig
 from ctf.training.classifier import train_classifier
 from tests.conftest import CLASSES

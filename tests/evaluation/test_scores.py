@@ -15,16 +15,12 @@ from PIL import Image, ImageFilter
 from ctf.common.errors import UserError
 from ctf.data.image_set import Splits
 from ctf.data.images import open_images
-from ctf.evaluation import reference_sets, scores
+from ctf.evaluation import npz_files, scores
 from ctf.evaluation.distances import FeatureStatistics, Gaussian, frechet_distance, manifold_scores
 from ctf.evaluation.extractors import Extractor, Features, open_extractor
+from ctf.evaluation.image_collection import ImageCollection, StoredStatistics
 from ctf.evaluation.intervals import Estimate
-from ctf.evaluation.reference_sets import (
-    ImageCollection,
-    StoredStatistics,
-    from_image_sets,
-    open_reference,
-)
+from ctf.evaluation.reference_sets import from_image_sets, open_reference
 from ctf.evaluation.scores import (
     FeatureSummary,
     Reference,
@@ -193,7 +189,7 @@ def test_stored_statistics_give_the_same_distances(tmp_path: Path) -> None:
     with_images = scores_of(samples, reference, extractor)
     found = statistics(summarize(extractor, reference), extractor.digest)
     path = tmp_path / "s.npz"
-    reference_sets.save_statistics(path, found.pooled, found.spatial, extractor.digest)
+    npz_files.save_statistics(path, found.pooled, found.spatial, extractor.digest)
     stored = scores_of(samples, open_reference(str(path), 8), extractor)
     assert list(stored) == ["FID", "sFID", "IS"]
     for name, score in stored.items():

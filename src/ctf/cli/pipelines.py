@@ -168,8 +168,8 @@ def evaluate(
             Face Hub, a folder of images of one size, or an .npz file of images (arr_0)
     """
     from ctf.evaluation import nearest, report
+    from ctf.evaluation.image_collection import ImageCollection
     from ctf.evaluation.prepare import prepare
-    from ctf.evaluation.reference_sets import ImageCollection
 
     with open_progress("images") as progress:
         prepared = prepare(

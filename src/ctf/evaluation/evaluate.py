@@ -26,10 +26,11 @@ from ctf.data.image_set import Splits
 from ctf.evaluation import report, scores
 from ctf.evaluation.classifier import Classifier, classify
 from ctf.evaluation.extractors import Extractor
+from ctf.evaluation.image_collection import ImageCollection, StoredStatistics
 from ctf.evaluation.intervals import GROUPS, Estimate
 from ctf.evaluation.metrics import Accuracy, class_accuracy
 from ctf.evaluation.nearest import find_nearest
-from ctf.evaluation.reference_sets import ImageCollection, StoredStatistics, save_statistics
+from ctf.evaluation.npz_files import save_statistics
 from ctf.evaluation.report import ReferenceInfo, Report, Subject
 from ctf.evaluation.sample_cache import GenerationConfig, cached_samples, generate
 from ctf.evaluation.scores import FeatureSummary, Reference

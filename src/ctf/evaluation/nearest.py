@@ -38,8 +38,8 @@ from ctf.common.rng import generator
 from ctf.data.image_grid import image_grid
 from ctf.data.image_set import Splits
 from ctf.evaluation.extractors import Extractor
+from ctf.evaluation.image_collection import ImageCollection
 from ctf.evaluation.metrics import as_float64
-from ctf.evaluation.reference_sets import ImageCollection
 
 PIXELS = "pixels"  # the distance that needs no network
 SIDE = 32  # pixels at most that distances of pixels are computed from

@@ -19,13 +19,9 @@ from ctf.evaluation import nearest, report
 from ctf.evaluation.classifier import Classifier, load_classifier, shipped_classifiers
 from ctf.evaluation.evaluate import Evaluation
 from ctf.evaluation.extractors import Extractor, classifier_name, open_extractor
+from ctf.evaluation.image_collection import ImageCollection, StoredStatistics
 from ctf.evaluation.options import EvaluationOptions
-from ctf.evaluation.reference_sets import (
-    ImageCollection,
-    StoredStatistics,
-    open_reference,
-    open_samples,
-)
+from ctf.evaluation.reference_sets import open_reference, open_samples
 from ctf.evaluation.report import Subject
 from ctf.evaluation.sample_cache import GenerationConfig
 from ctf.evaluation.scores import check_statistics

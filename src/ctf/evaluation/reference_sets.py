@@ -1,24 +1,17 @@
-"""Images that are scored, or scored against: folders, .npz files, sets of images.
+"""Open images that are scored, or scored against: folders, .npz files, sets of images.
 
-The .npz files are those of ADM's evaluator (openai/guided-diffusion, evaluations/): images as
-`arr_0`, uint8 (N, H, W, 3), optionally their classes as `arr_1`; or the statistics of a reference,
-`mu`, `sigma` and `mu_s`, `sigma_s`; or both, with the statistics of more images than the file has.
-
-Shapes: N images, B images of a batch, H height, W width, D features.
+Shapes: N images.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import IO, Any, TypeVar, Unpack
+from typing import TypeVar, Unpack
 
 import numpy as np
 
@@ -33,62 +26,19 @@ from ctf.data.decode import (
     parse_colour,
     read_bytes,
 )
-from ctf.data.image_set import ImageSet, Splits
+from ctf.data.image_set import ImageSet
 from ctf.data.imagenet import readable_class_names
 from ctf.data.images import INCLUDED, ImageOptions, open_images
 from ctf.data.scan import THREADS
 from ctf.data.sources.base import LooseImagesError
 from ctf.data.sources.folder import FolderSource
 from ctf.data.summary import describe_left_out, summarize, summarize_source
-from ctf.evaluation.distances import Gaussian
+from ctf.evaluation.image_collection import BATCH, ImageCollection, StoredStatistics
+from ctf.evaluation.npz_files import are_classes, open_archive, open_npz
 from ctf.evaluation.options import Split
 from ctf.pipelines.export import is_unfinished
 
-BATCH = 64  # images
-IMAGES, CLASSES = "arr_0", "arr_1"  # names of ADM's arrays
-
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class StoredStatistics:
-    """Mean and covariance of the features of images that are not available themselves.
-
-    features: digest of the extractor; None if the file does not say, as ADM's.
-    """
-
-    name: str
-    fingerprint: str
-    pooled: Gaussian
-    spatial: Gaussian | None
-    features: str | None
-
-
-@dataclass(frozen=True)
-class ImageCollection:
-    """Images of one size that can be read in batches, repeatedly and in the same order.
-
-    name: for people.
-    fingerprint: a hash of the images.
-    size: (H, W).
-    batches: yields uint8 (B, H, W, 3) with B at most `BATCH`.
-    classes_N: int64 of 0 or more, if known.
-    class_names: by class number, if known.
-    statistics: of the larger set that these images were taken from, as in ADM's reference batches.
-    summary: what files were understood to be, see `summary.summarize`; in full if true is passed.
-    splits: the training and held-out images that these belong to, if there are such.
-    """
-
-    name: str
-    fingerprint: str
-    count: int
-    size: tuple[int, int]
-    batches: Callable[[], Iterator[np.ndarray]]
-    classes_N: np.ndarray | None = None
-    class_names: tuple[str, ...] | None = None
-    statistics: StoredStatistics | None = None
-    summary: Callable[[bool], str] | None = None
-    splits: Splits | None = None
 
 
 def open_samples(
@@ -106,7 +56,7 @@ def open_samples(
     """
     if path.is_dir():
         return _open_folder(path, progress, parse_colour(background))
-    opened = _open_npz(path)
+    opened = open_npz(path)
     if isinstance(opened, StoredStatistics):
         raise UserError(f"{path}: has statistics but no images (arr_0) to score")
     return opened
@@ -138,7 +88,7 @@ def open_reference(
     if source.endswith(".npz"):
         if split is not None:
             raise UserError(f"{source}: an .npz file has no splits; omit --split")
-        return _open_npz(Path(source))
+        return open_npz(Path(source))
     splits = open_images(source, size, progress=progress, **image_options).as_recorded(
         class_names=class_names
     )
@@ -168,162 +118,6 @@ def from_image_sets(name: str, sets: tuple[ImageSet, ...]) -> ImageCollection:
         np.concatenate([images.classes_N for images in sets]),
         sets[0].class_names,
     )
-
-
-# --- .npz files -----------------------------------------------------------------------------------
-
-
-def save_images(
-    path: Path,
-    batches: Iterator[np.ndarray],
-    shape: tuple[int, int, int, int],
-    classes_N: np.ndarray,
-) -> None:
-    """Write images (N, H, W, 3) = `shape` and their classes to an .npz file, batch by batch.
-
-    Equal images give equal bytes.
-
-    Raises:
-        ValueError: the batches are not uint8 or, like the classes, not of that shape.
-    """
-    with (
-        storage.atomic(path) as temporary,
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
-    ):
-        with archive.open(f"{IMAGES}.npy", "w", force_zip64=True) as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            written = 0
-            for batch in batches:
-                if batch.dtype != np.uint8 or batch.shape[1:] != shape[1:]:
-                    raise ValueError(f"got {batch.dtype} {batch.shape}, expected uint8 {shape}")
-                file.write(np.ascontiguousarray(batch).data)
-                written += len(batch)
-        if not written == len(classes_N) == shape[0]:
-            raise ValueError(f"got {written} images, {len(classes_N)} classes, expected {shape}")
-        with archive.open(f"{CLASSES}.npy", "w") as file:
-            np.save(file, classes_N.astype(np.int64), allow_pickle=False)
-
-
-def save_statistics(path: Path, pooled: Gaussian, spatial: Gaussian | None, features: str) -> None:
-    """Write means and covariances to an .npz file in the format of ADM's evaluator.
-
-    `features` is the digest of the extractor, so that readers can refuse other features.
-    """
-    arrays: dict[str, Any] = {"mu": pooled.mean_D, "sigma": pooled.covariance_DD}
-    if spatial is not None:
-        arrays |= {"mu_s": spatial.mean_D, "sigma_s": spatial.covariance_DD}
-    storage.save_npz(path, {**arrays, "features": np.array(features)})
-
-
-@contextlib.contextmanager
-def _open_archive(path: Path) -> Iterator[Any]:
-    """Open an .npz file; anything unreadable in it is a UserError."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            yield arrays
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # parsers raise nearly anything for damaged headers
-        raise UserError(f"{path}: truncated, damaged or not an .npz file ({error})") from None
-
-
-def _open_npz(path: Path) -> ImageCollection | StoredStatistics:
-    if not path.is_file():
-        raise UserError(f"{path}: not found; expected a folder of images or an .npz file")
-    with _open_archive(path) as arrays:
-        fingerprint = storage.hash_file(path)
-        statistics = _read_statistics(path, arrays, fingerprint)
-        if IMAGES in arrays.files:
-            return _npz_images(path, arrays, fingerprint, statistics)
-        if statistics is None:
-            raise UserError(
-                f"{path}: has the arrays {', '.join(sorted(arrays.files)) or '(none)'}; expected "
-                "arr_0 with images, or mu and sigma"
-            )
-        return statistics
-
-
-def _npz_images(
-    path: Path, arrays: Any, fingerprint: str, statistics: StoredStatistics | None
-) -> ImageCollection:
-    with arrays.zip.open(f"{IMAGES}.npy") as file:
-        shape, fortran_order, dtype = _read_header(file)
-    is_image = len(shape) == 4 and shape[3] == 3 and dtype in (np.uint8, np.float32, np.float64)
-    if not is_image or 0 in shape or fortran_order:
-        raise UserError(
-            f"{path}: arr_0 is {dtype} of shape {shape}{' in Fortran order' * fortran_order}, "
-            "expected images: uint8 (N, H, W, 3) in C order"
-        )
-    classes_N = arrays[CLASSES] if CLASSES in arrays.files else None
-    if classes_N is not None and not _are_classes(classes_N, shape[0]):
-        raise UserError(
-            f"{path}: arr_1 is {classes_N.dtype} of shape {classes_N.shape}, expected the "
-            f"classes of {shape[0]} images as integers from 0"
-        )
-
-    def batches() -> Iterator[np.ndarray]:
-        image_bytes = int(np.prod(shape[1:])) * dtype.itemsize
-        with _open_archive(path) as again, again.zip.open(f"{IMAGES}.npy") as file:
-            _read_header(file)
-            for start in range(0, shape[0], BATCH):
-                count = min(BATCH, shape[0] - start)
-                data = file.read(count * image_bytes)
-                if len(data) < count * image_bytes:
-                    raise UserError(f"{path}: ends after {start} of {shape[0]} images")
-                yield _as_uint8(np.frombuffer(data, dtype).reshape(count, *shape[1:]), path)
-            if file.read(1):
-                raise UserError(f"{path}: damaged: more than {shape[0]} images in arr_0")
-
-    return ImageCollection(
-        path.name, fingerprint, shape[0], (shape[1], shape[2]), batches,
-        None if classes_N is None else classes_N.astype(np.int64), None, statistics,
-    )  # fmt: skip
-
-
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Read the header of an .npy file: shape, whether in Fortran order, type."""
-    if (version := np.lib.format.read_magic(file)) != (1, 0):
-        raise ValueError(f"unexpected version {version} of the .npy format")
-    return np.lib.format.read_array_header_1_0(file)
-
-
-def _are_classes(classes_N: np.ndarray, count: int) -> bool:
-    integers = classes_N.dtype.kind in "iu"
-    return integers and classes_N.shape == (count,) and bool(classes_N.min() >= 0)
-
-
-def _as_uint8(images: np.ndarray, path: Path) -> np.ndarray:
-    if images.dtype == np.uint8:
-        return images
-    low, high = float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 1):
-        raise UserError(
-            f"{path}: floating-point images from {low:g} to {high:g}, expected 0 to 1; "
-            "better store them as uint8"
-        )
-    return np.asarray(np.rint(images * 255), np.uint8)
-
-
-def _read_statistics(path: Path, arrays: Any, fingerprint: str) -> StoredStatistics | None:
-    def read(*names: str) -> Gaussian | None:
-        if not {*names} <= {*arrays.files}:
-            return None
-        for name in names:
-            if (dtype := arrays[name].dtype).kind != "f":
-                raise UserError(f"{path}: {name} is {dtype}, expected floating-point")
-        try:
-            return Gaussian(*(arrays[name].astype(np.float64) for name in names))
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-
-    pooled, spatial = read("mu", "sigma"), read("mu_s", "sigma_s")
-    if pooled is None:
-        return None
-    features = str(arrays["features"]) if "features" in arrays.files else None
-    return StoredStatistics(path.name, fingerprint, pooled, spatial, features)
 
 
 # --- Folders --------------------------------------------------------------------------------------
@@ -392,9 +186,9 @@ def _folder_classes(
     codes = source.path / "codes.npz"
     names = [source.names[row] for row in order_N]
     if codes.is_file() and all(name == f"{i:06d}.png" for i, name in enumerate(names)):
-        with _open_archive(codes) as arrays:
+        with open_archive(codes) as arrays:
             classes_N = arrays["classes"]
-        if _are_classes(classes_N, len(names)):
+        if are_classes(classes_N, len(names)):
             return classes_N, None
     return None, None
 

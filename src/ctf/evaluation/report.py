@@ -22,10 +22,10 @@ from ctf.common.markdown import markdown_table
 from ctf.common.version import __version__
 from ctf.data.image_grid import image_grid
 from ctf.evaluation import nearest
+from ctf.evaluation.image_collection import ImageCollection
 from ctf.evaluation.intervals import Difference, Estimate, difference
 from ctf.evaluation.metrics import Accuracy
 from ctf.evaluation.nearest import Nearest
-from ctf.evaluation.reference_sets import ImageCollection
 from ctf.evaluation.sample_cache import GenerationConfig
 from ctf.models.sampling import format_settings
 

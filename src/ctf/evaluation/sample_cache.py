@@ -17,8 +17,10 @@ from ctf.common import storage
 from ctf.common.errors import UserError
 from ctf.common.progress import Progress
 from ctf.common.rng import generator
+from ctf.evaluation.image_collection import ImageCollection
+from ctf.evaluation.npz_files import save_images
 from ctf.evaluation.options import Balance
-from ctf.evaluation.reference_sets import ImageCollection, open_samples, save_images
+from ctf.evaluation.reference_sets import open_samples
 from ctf.pipelines.export import MAX_IMAGES
 from ctf.pipelines.generation import BATCH_SIZE
 from ctf.pipelines.pipeline import Pipeline

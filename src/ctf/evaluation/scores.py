@@ -28,9 +28,9 @@ from ctf.evaluation.distances import (
     manifold_scores,
 )
 from ctf.evaluation.extractors import Extractor, Features, concatenate
+from ctf.evaluation.image_collection import ImageCollection, StoredStatistics
 from ctf.evaluation.intervals import Estimate, RandomGroups
 from ctf.evaluation.metrics import PredictionStatistics, as_float64, inception_score
-from ctf.evaluation.reference_sets import ImageCollection, StoredStatistics
 from ctf.models.tokenizer import VQModel
 
 VERSION = 1  # of sampling and scoring; part of the identity of an evaluation and of cached features

@@ -19,7 +19,7 @@ from ctf.common import config, storage
 from ctf.common.progress import OpenProgress
 from ctf.data.image_set import ImageSet, Splits
 from ctf.evaluation import reference_sets
-from ctf.evaluation.reference_sets import ImageCollection
+from ctf.evaluation.image_collection import ImageCollection
 from ctf.reproduce.plan import Plan
 
 Outcome = dict[str, Any]  # the numbers that a cell stores

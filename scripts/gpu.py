@@ -96,7 +96,7 @@ from ctf.models.objectives import Objective, coarse_objective, fine_objective
 from ctf.models.sampling import Sampling
 from ctf.models.sizes import TransformerShape
 from ctf.models.tokenizer import TokenizerConfig, VQModel
-from ctf.pipelines.folder import load_tokenizer
+from ctf.pipelines.folder import CLUSTERS, load_clusters, load_tokenizer
 from ctf.pipelines.pipeline import Pipeline
 from ctf.training import cost, loop, monitoring, recipes, stages, transformers
 from ctf.training.fit import fit
@@ -1161,7 +1161,12 @@ def real(report: Report, args: argparse.Namespace) -> None:
         if not run.exists():
             shutil.copytree(args.run, run, ignore=shutil.ignore_patterns("coarse", "fine"))
         tokenizer = load_tokenizer(run / "tokenizer")
-        clusters = stages.fit_clusters(run, tokenizer, recipe.clusters)
+        path = run / "clusters" / CLUSTERS
+        clusters = (
+            load_clusters(path)
+            if path.exists()
+            else stages.fit_clusters(run, tokenizer, recipe.clusters)
+        )
         for kind, share in (("coarse", 0.5), ("fine", 0.7)):
 
             def train(kind: Any = kind, share: float = share) -> None:

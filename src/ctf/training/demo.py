@@ -36,6 +36,8 @@ def demo(
 ) -> None:
     """Write out/shipped.png, out/fitted.png and the run out/run; print how both compare.
 
+    Beside an included set of images, out/NAME.png has samples of each other shipped pipeline.
+
     Args:
         out: Folder to write into.
         minutes: Training time of the small pipeline.
@@ -49,6 +51,11 @@ def demo(
         pipelines["shipped"] = Pipeline.from_pretrained(images, device)
         sheet = _save_sheet(pipelines["shipped"], out / "shipped.png")
         console.print(f"the shipped pipeline: {sheet}", soft_wrap=True)
+        for name in shipped_pipelines():
+            if name != images:
+                other = Pipeline.from_pretrained(name, device)
+                sheet = _save_sheet(other, out / f"{name}.png")
+                console.print(f"the shipped pipeline of {name}: {sheet}", soft_wrap=True)
 
     console.print(f"a pipeline from scratch, in about {minutes:g} minutes:")
     began = time.monotonic()

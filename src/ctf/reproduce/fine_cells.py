@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ctf import kernels
 from ctf.common import config
-from ctf.data.tokens import Tokens
 from ctf.data.transforms import as_pil, as_tensor
 from ctf.evaluation import metrics, scores
 from ctf.evaluation.distances import (
@@ -81,7 +80,7 @@ class FineStageCell(Cell):
         if self.fine is not None:
             fine = load_fine(space.run(self.fine) / "fine", clusters, space.device)
         kernels.for_sampling(None, fine, tokenizer)
-        val = Tokens(stages.tokens_folder(run), "val", stages.tokenizer_hash(run))
+        _, val = stages.open_tokens(run)
         count = min(self.images, len(val))
         rows_N = np.arange(count) * len(val) // count
         codebook_VC = tokenizer.codebook()
@@ -177,7 +176,7 @@ class DetailsCell(Cell):
         clusters = link_clusters(self.fine.clusters, run, space)
         tokenizer = load_tokenizer(run / "tokenizer", space.device)
         fine = load_fine(space.run(self.fine) / "fine", clusters, space.device)
-        val = Tokens(stages.tokens_folder(run), "val", stages.tokenizer_hash(run))
+        _, val = stages.open_tokens(run)
         generator = torch.Generator().manual_seed(0)
         rows_N = np.arange(min(self.images, len(val)))
         batches = []  # sampled once for all networks

@@ -6,13 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from ctf.common import config, storage
 from ctf.common.distributed import World
 from ctf.common.weights import count_parameters
 from ctf.data.extraction import TokensConfig
-from ctf.data.tokens import Tokens
 from ctf.evaluation import scores
 from ctf.evaluation.classifier import ClassifierConfig
 from ctf.evaluation.extractors import Extractor, classifier_extractor, open_extractor
@@ -208,8 +205,7 @@ def _recipe(**values: Any) -> Recipe:
 
 def _mean_members(run: Path, clusters: Clusters) -> int:
     """Size of a token's cluster, on average over held-out images."""
-    val = Tokens(stages.tokens_folder(run), "val", stages.tokenizer_hash(run))
-    codes_BL = val.codes(np.arange(min(len(val), stages.STUDY_IMAGES)))
+    codes_BL = stages.study_codes(run)
     return round(float(clusters.sizes_K[clusters.labels_V[codes_BL]].double().mean()))
 
 

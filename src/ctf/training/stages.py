@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from ctf.common import claims, storage
 from ctf.common.distributed import ALONE, World
@@ -32,6 +33,7 @@ from ctf.training.recipes import Recipe
 
 FIT = "fit.json"  # marks the run of `ctf fit`
 TOKENIZER = "tokenizer/config.json"  # marks any run
+TOKENIZER_FILES = ("config.json", "model.safetensors")
 STUDY_IMAGES = 256  # held-out images that the redundancy study of the clusters is based on
 
 
@@ -86,18 +88,20 @@ def take_tokenizer(run: Path, source: Path) -> None:
         UserError: `run` holds something else, or another tokenizer.
     """
     claims.is_ours(run, FIT, TOKENIZER, what="a run of ctf")
-    for name in ("config.json", "model.safetensors"):
+    for name in TOKENIZER_FILES:
         path = run / "tokenizer" / name
         if path.is_file() and storage.hash_file(path) != storage.hash_file(
             source / "tokenizer" / name
         ):
             raise UserError(f"{run} has another tokenizer than {source}; choose another folder")
-    if not (run / "tokenizer" / "model.safetensors").is_file():
-        _copy_tokenizer(source, run)
+    _copy_tokenizer(source, run)
 
 
 def _copy_tokenizer(source: Path, run: Path) -> None:
-    for name in ("config.json", "model.safetensors"):
+    """Copy the tokenizer of `source` to a run that has none."""
+    if (run / "tokenizer" / "model.safetensors").is_file():
+        return
+    for name in TOKENIZER_FILES:
         with storage.atomic(run / "tokenizer" / name) as temporary:
             shutil.copyfile(source / "tokenizer" / name, temporary)
 
@@ -157,11 +161,15 @@ def fit_clusters(
     run: Path, vq: VQModel, clusters: ClustersConfig, taken_over: Clusters | None = None
 ) -> Clusters:
     """Cluster the codes of the run's tokenizer `vq`; see `training.clusters.fit_clusters`."""
-    _, val = open_tokens(run)
-    codes_BL = val.codes(np.arange(min(len(val), STUDY_IMAGES)))
     return clusters_stage.fit_clusters(
-        run / "clusters", vq, codes_BL, clusters, tokenizer_hash(run), taken_over
+        run / "clusters", vq, study_codes(run), clusters, tokenizer_hash(run), taken_over
     )
+
+
+def study_codes(run: Path) -> Tensor:
+    """Return the codes of held-out images (B, L) that the redundancy study is based on."""
+    _, val = open_tokens(run)
+    return val.codes(np.arange(min(len(val), STUDY_IMAGES)))
 
 
 def branch(run: Path, out: Path) -> None:
@@ -172,8 +180,7 @@ def branch(run: Path, out: Path) -> None:
     """
     open_tokens(run)
     with claims.hold(out, TOKENIZER, what=f"a run with the tokens of {run}"):
-        if not (out / "tokenizer" / "model.safetensors").is_file():
-            _copy_tokenizer(run, out)
+        _copy_tokenizer(run, out)
         link = out / "tokens"
         if link.is_symlink() and not link.exists():  # `run` was moved
             link.unlink(missing_ok=True)

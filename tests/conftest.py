@@ -156,6 +156,15 @@ def comparable(run: Path) -> dict[str, Any]:
     return content
 
 
+def weights(run: Path) -> dict[str, Any]:
+    """Everything in a run that is the same however often it was logged, and whatever killed it."""
+    return {
+        name: content
+        for name, content in comparable(run).items()
+        if name not in ("fit.json", "pipeline.json") and not name.endswith("metrics.jsonl")
+    }
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_images(tmp_path_factory.mktemp("images") / "discs")

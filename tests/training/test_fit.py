@@ -26,7 +26,7 @@ from ctf.data.tokens import Tokens
 from ctf.models import clusters
 from ctf.models.clusters import Clusters
 from ctf.pipelines.pipeline import Pipeline
-from ctf.training import fit, loop
+from ctf.training import fit, loop, stages
 from ctf.training.recipes import resolve
 from ctf.training.tokenizer import TokenizerTrainer
 from ctf.training.transformers import Trainer
@@ -520,6 +520,34 @@ def test_steps_follow_from_the_measured_speed(
     after = json.loads((tmp_path / "fit.json").read_text())["plan"]
     assert {stage: after[stage] for stage in before} == before
     assert planned["coarse"] == before["coarse"] and planned["fine"] == after["fine"] <= 20
+
+
+def test_time_of_a_training_that_was_killed_counts(
+    splits: image_set.Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log lacks it, the training's own lines have it; the other stages get what is left."""
+    monkeypatch.setattr(loop, "seconds_per_step", lambda trial: 0.5)
+    recipe = config.override(resolve("tiny", splits), recipe_options()[1:])
+
+    def fit_once(minutes: float) -> None:
+        fit.fit(splits, tmp_path, recipe, minutes=minutes, device=torch.device("cpu"))
+
+    def kill(*_: object, **__: object) -> None:
+        raise RuntimeError("killed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "extract_tokens", kill)
+        with pytest.raises(RuntimeError):
+            fit_once(minutes=1)
+    path = tmp_path / "tokenizer" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[-1]["seconds"] = 1000.0
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    fit_once(minutes=1)
+    log = json.loads((tmp_path / "fit.json").read_text())
+    assert log["plan"]["coarse"] == log["plan"]["fine"] == 1  # of the second that is always left
+    origin = json.loads((tmp_path / "pipeline.json").read_text())["origin"]
+    assert origin["seconds"]["tokenizer"] == 1000.0
 
 
 def test_with_little_time_only_some_images_are_encoded(

@@ -34,7 +34,7 @@ from ctf.pipelines.pipeline import Pipeline
 from ctf.training import cost, loop, metrics_log, stages
 from ctf.training.loop import DEFAULT_EXECUTION, Execution, Trainable
 from ctf.training.model_stage import ModelStage
-from ctf.training.recipes import KINDS, Recipe, as_recorded, check_recipe
+from ctf.training.recipes import KINDS, STAGES, Recipe, as_recorded, check_recipe
 from ctf.training.stages import FIT
 from ctf.training.start import Start
 from ctf.training.tokenizer import TokenizerTrainer
@@ -162,13 +162,11 @@ def save_origin(
     metrics: dict[str, Any] = {
         "tokenizer": reconstruction_metrics(tokenizer, images.val, limit=MEASURED_IMAGES)
     }
-    for stage in ("tokenizer", "coarse", "fine"):
+    for stage in STAGES:
         if not (last := metrics_log.last_metrics(run / stage, "val")):
             continue
         if stage != "tokenizer":
             metrics[stage] = _kept_metrics(run / stage, last)
-        # A training keeps its own time through all kills; the log lacks attempts that were killed.
-        seconds = {**seconds, stage: max(seconds.get(stage, 0.0), last["seconds"])}
     origin = {
         "images": images.train.name,
         "recipe": config.to_json(recipe),
@@ -273,8 +271,12 @@ class _Log:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds that each stage has taken."""
-        return dict(self.content["seconds"])
+        """Seconds that each stage has taken, through all kills."""
+        spent: dict[str, float] = dict(self.content["seconds"])
+        for stage in STAGES:  # a training keeps its own time; the log lacks killed attempts
+            for last in metrics_log.read_metrics(self.path.parent / stage)[-1:]:
+                spent[stage] = max(spent.get(stage, 0.0), last["seconds"])
+        return spent
 
     def plan(self, stage: str, measure: Callable[[], int]) -> int:
         """Return the number planned for a stage: measured once, and the same ever after."""

@@ -20,7 +20,7 @@ COMMANDS = (
     "tokenizer evaluate", "tokens extract", "tokens check", "clusters fit", "clusters show",
     "train coarse", "train fine", "train baseline", "runs show", "runs tensorboard",
     "classifier train", "convert llamagen", "bench sample", "bench train", "bench tokens",
-    "bench quality",
+    "bench quality", "bench fit",
 )  # fmt: skip
 WITHOUT_DRY_RUN = (
     "cost", "studio", "tokenizer evaluate", "tokens check", "clusters show", "bench tokens",

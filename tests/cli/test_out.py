@@ -23,6 +23,7 @@ COMMANDS = [
     ["convert", "llamagen", "--vq", "nowhere.pt"],
     ["bench", "sample"],
     ["bench", "train"],
+    ["bench", "fit"],
     ["bench", "tokens"],
     ["reproduce", "table1"],
 ]

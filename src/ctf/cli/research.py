@@ -162,6 +162,64 @@ def bench_quality(
     print_table(quality.COLUMNS, quality.rows(results))
 
 
+@command("bench fit")
+def bench_fit(
+    *,
+    images: str = "fashion-mnist,eurosat",
+    minutes: str = "2,10,30,60",
+    preset: str = "small",
+    peers: options.Maybe[str] = None,
+    samples: int = 1000,
+    out: Path = Path("bench-fit"),
+    device: options.Device = "auto",
+    dry_run: options.DryRun = False,
+) -> None:
+    """Measure how good the samples of ctf fit are after some minutes of training.
+
+    Each number of minutes is a training of its own, since schedules depend on it. Scores are
+    FID-Lite0 and, for sets with a classifier, its FID and the class accuracy. Use a machine that
+    does nothing else. If it is interrupted, run the same command again to resume; other minutes,
+    images, presets and peers can be added in the same folder.
+
+    Example: ctf bench fit --minutes 2,10 --peers diffusers
+
+    Args:
+        images: included images to train on, separated by commas
+        minutes: minutes of training, separated by commas
+        preset: recipes of ctf fit, separated by commas
+        peers: other libraries to compare with: diffusers (pip install 'ctf[peers]')
+        samples: number of samples that are scored
+        out: folder for bench-fit.json, bench-fit.md and bench-fit.png, and for all trainings
+    """
+    from ctf.bench import fit, fit_report
+
+    try:
+        numbers = tuple(float(part) for part in minutes.split(","))
+    except ValueError:
+        raise UserError(f"minutes: got {minutes!r}, expected numbers, e.g. 2,10") from None
+    torch_device = open_device(device)
+    benchmark = fit.FitBenchmark(
+        _names(images), numbers, _names(preset), _names(peers or ""), samples
+    )
+    points = fit.points(benchmark)
+    if dry_run:
+        left = [point for point in points if not fit.is_done(point, out)]
+        show("\n".join(["would measure", *(point.name for point in left)] if left else ["done"]))
+        show(f"{sum(point.minutes for point in left):g} minutes of training in all")
+        return
+    with signals.stop_on_sigterm(out):
+        results = fit.run(points, out, torch_device, open_progress, show)
+    for name in fit_report.sets(results):
+        show(name)
+        print_table(*fit_report.scores_table(results, name))
+    show(f"{out}: {fit_report.TABLE}, {fit_report.PLOT}, {fit_report.FILE}")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Split names at commas."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
 @command("reproduce")
 def reproduce(
     what: Annotated[

@@ -9,7 +9,7 @@ import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,7 +23,17 @@ from ctf.evaluation.options import Balance
 from ctf.evaluation.reference_sets import open_samples
 from ctf.pipelines.export import MAX_IMAGES
 from ctf.pipelines.generation import BATCH_SIZE
-from ctf.pipelines.pipeline import Pipeline
+
+
+class ImageModel(Protocol):
+    """What generates samples: a pipeline, or a model of another library."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names by class number."""
+
+    def sample(self, classes: Any, seed: Any = 0, **settings: Any) -> Any:
+        """Sample an image for each class, image i from seed + i; `images` are those of PIL."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +82,7 @@ class GenerationConfig:
 
 
 def cached_samples(
-    pipe: Pipeline, config: GenerationConfig, folder: Path, progress: Progress
+    pipe: ImageModel, config: GenerationConfig, folder: Path, progress: Progress
 ) -> ImageCollection:
     """Generate the samples that `folder`/samples.npz does not have yet, and open it.
 
@@ -97,7 +107,7 @@ def cached_samples(
     return dataclasses.replace(open_samples(path), class_names=tuple(pipe.class_names))
 
 
-def generate(pipe: Pipeline, config: GenerationConfig) -> Iterator[np.ndarray]:
+def generate(pipe: ImageModel, config: GenerationConfig) -> Iterator[np.ndarray]:
     """Generate all samples without caching: batches uint8 (B, H, W, 3)."""
     classes_N = config.classes(len(pipe.class_names))
     for start in range(0, len(classes_N), BATCH_SIZE):
@@ -105,7 +115,7 @@ def generate(pipe: Pipeline, config: GenerationConfig) -> Iterator[np.ndarray]:
 
 
 def _generate_batch(
-    pipe: Pipeline, config: GenerationConfig, classes_N: np.ndarray, start: int
+    pipe: ImageModel, config: GenerationConfig, classes_N: np.ndarray, start: int
 ) -> np.ndarray:
     settings = dict(config.settings)
     if config.resize is not None:

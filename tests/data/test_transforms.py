@@ -54,6 +54,8 @@ def test_view_names() -> None:
     assert VIEWS["plain"] == (View(),)
     assert VIEWS["flip"] == (View(), View(flip=True))
     assert len(set(VIEWS["ten-crop"])) == 20
+    unmirrored = [view for view in VIEWS["ten-crop"] if not view.flip]
+    assert VIEWS["five-crop"] == tuple(unmirrored) and len(unmirrored) == 10
 
 
 def five_crop(array: np.ndarray, size: int) -> list[np.ndarray]:

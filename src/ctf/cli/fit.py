@@ -87,8 +87,8 @@ def fit(
         steps: training steps of each stage; by default the preset's
     """
     from ctf.common import distributed
+    from ctf.training import few_images, recipes
     from ctf.training import fit as fitting
-    from ctf.training.recipes import resolve
     from ctf.training.start import DEFAULT_PRESET, open_start
 
     if distributed.launched_size() > 1:
@@ -106,10 +106,16 @@ def fit(
         image_size = start.check_image_size(image_size)
     opened = preset or DEFAULT_PRESET
     splits = open_splits(images, image_options, image_size, opened, out=out, full=dry_run)
+    chosen = few_images.choose(
+        splits, out, preset=preset, views=views, overrides=set, minutes=minutes
+    )
+    if (advice := few_images.advice(splits, chosen, started=start is not None)) is not None:
+        show(advice)
+    overrides = [*few_images.assignments(chosen), *set]
     if start is None:
-        recipe = resolve(opened, splits, steps=steps, views=views, overrides=set)
+        recipe = recipes.resolve(opened, splits, steps=steps, views=views, overrides=overrides)
     else:
-        recipe = start.resolve(splits, preset=preset, steps=steps, views=views, overrides=set)
+        recipe = start.resolve(splits, preset=preset, steps=steps, views=views, overrides=overrides)
     resolved = execution.resolve(torch_device)
     if dry_run:
         show(fitting.describe(splits, recipe, minutes, execution=resolved, start=start))
@@ -117,7 +123,7 @@ def fit(
     with signals.stop_on_sigterm(out):
         fitting.fit(
             splits, out, recipe, minutes=minutes, device=torch_device,
-            open_progress=open_progress, execution=resolved, start=start,
+            open_progress=open_progress, execution=resolved, start=start, chosen=chosen,
         )  # fmt: skip
     show(f"{out}: done; sample from it with ctf sample {out}")
 

@@ -116,8 +116,12 @@ ImageSize = Annotated[
     arg(help="side in pixels; by default 32 for fashion-mnist, 64 for eurosat, else the preset's"),
 ]
 Views = Annotated[
-    Maybe[Literal["plain", "flip", "ten-crop"]],
-    arg(help="augmentation of the training images; by default flip, or plain for fashion-mnist"),
+    Maybe[Literal["plain", "flip", "five-crop", "ten-crop"]],
+    arg(
+        help="augmentation of the training images: mirrored (flip), 10 crops of each (five-crop), "
+        "or these and mirrored ones (ten-crop); by default flip, or plain for fashion-mnist; ctf "
+        "fit takes crops where there are fewer than 1,000 images"
+    ),
 ]
 Device = Annotated[
     DeviceName, arg(help="where to compute; auto is a GPU if there is one, else the CPU")

@@ -45,7 +45,7 @@ class TokensConfig:
         seed: of the selection of images if there is a limit.
     """
 
-    views: Literal["plain", "flip", "ten-crop"] = "flip"
+    views: Literal["plain", "flip", "five-crop", "ten-crop"] = "flip"
     batch_size: int = 64
     shard_images: int = 4096
     seed: int = 0

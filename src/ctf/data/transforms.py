@@ -39,17 +39,25 @@ class View:
 
 
 PLAIN = View()
+
+
+def _crops(flips: tuple[bool, ...]) -> tuple[View, ...]:
+    corners_and_centre = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.5, 0.5))
+    return tuple(
+        View(flip, scale, x, y)
+        for scale in (1.1, 1.05)
+        for flip in flips
+        for x, y in corners_and_centre
+    )
+
+
 VIEWS: dict[str, tuple[View, ...]] = {
     "plain": (PLAIN,),
     "flip": (PLAIN, View(flip=True)),
     # LlamaGen's ten-crop augmentation, in its order: the four corners and the centre, mirrored or
     # not, at --crop-range 1.1 and then at 1.05.
-    "ten-crop": tuple(
-        View(flip, scale, x, y)
-        for scale in (1.1, 1.05)
-        for flip in (False, True)
-        for x, y in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.5, 0.5))
-    ),
+    "ten-crop": _crops(flips=(False, True)),
+    "five-crop": _crops(flips=(False,)),  # the same without mirrored ones
 }
 
 

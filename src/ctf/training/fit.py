@@ -1,7 +1,7 @@
 """All stages in order, from images to a pipeline, by a recipe or within a time budget.
 
-    RUN/fit.json  the request, how the images were understood, the planned steps, and the seconds
-                  of each stage
+    RUN/fit.json  the request, what was chosen for few images, how the images were understood, the
+                  planned steps, and the seconds of each stage
 
 Finished stages are loaded and stopped ones resume, so running the same command again always leads
 to the same result.
@@ -32,6 +32,7 @@ from ctf.models.tokenizer import VQModel
 from ctf.pipelines.folder import SETTINGS, load_settings, load_tokenizer
 from ctf.pipelines.pipeline import Pipeline
 from ctf.training import cost, loop, metrics_log, stages
+from ctf.training.few_images import Choices
 from ctf.training.loop import DEFAULT_EXECUTION, Execution, Trainable
 from ctf.training.model_stage import ModelStage
 from ctf.training.recipes import KINDS, STAGES, Recipe, as_recorded, check_recipe
@@ -56,6 +57,7 @@ def fit(
     open_progress: OpenProgress = show_progress,
     execution: Execution = DEFAULT_EXECUTION,
     start: Start | None = None,
+    chosen: Choices | None = None,
 ) -> Pipeline:
     """Train every stage that is not finished yet, and return the pipeline.
 
@@ -69,6 +71,8 @@ def fit(
         open_progress: Shows the progress of a stage.
         execution: How steps are computed; for the tokenizer, its precision and compilation count.
         start: A pipeline to start from, see `open_start`; the recipe is then `start.resolve`'s.
+        chosen: What of the recipe was chosen for the number of images, for fit.json; the recipe has
+            it already. See `few_images.choose`.
 
     Raises:
         UserError: `run` was made by another configuration or holds something else, or see
@@ -83,7 +87,7 @@ def fit(
     images = images.as_recorded_in(run / FIT, "asked", "images_fingerprint")
     recipe = as_recorded(recipe, run / FIT, "asked", "recipe")
     with claims.hold(run, FIT, what=WHAT):
-        return _fit(images, run, recipe, minutes, device, open_progress, execution, start)
+        return _fit(images, run, recipe, minutes, device, open_progress, execution, start, chosen)
 
 
 def _fit(
@@ -95,6 +99,7 @@ def _fit(
     open_progress: OpenProgress,
     execution: Execution,
     start: Start | None,
+    chosen: Choices | None,
 ) -> Pipeline:
     world = World(device=device)
     request = {
@@ -105,7 +110,7 @@ def _fit(
     }
     if start is not None:
         request["from"] = start.to_json()
-    log = _Log.open(run, request, summary.to_json(images))
+    log = _Log.open(run, request, summary.to_json(images), chosen or {})
     budget = None if minutes is None else _Budget(recipe, minutes, log)
 
     if start is not None and not start.train_tokenizer:
@@ -238,7 +243,9 @@ class _Log:
         self.path, self.content = path, content
 
     @classmethod
-    def open(cls, run: Path, request: dict[str, Any], data: dict[str, Any]) -> _Log:
+    def open(
+        cls, run: Path, request: dict[str, Any], data: dict[str, Any], chosen: Choices
+    ) -> _Log:
         """Open the log of a run, or begin it; `data` is how the images were understood."""
         path = run / FIT
         if path.is_file():
@@ -262,7 +269,8 @@ class _Log:
             if renamed[0] != renamed[1]:
                 print(f"{run}: the images of {renamed[0]} are now in {renamed[1]}", flush=True)
             return log
-        log = cls(path, {"asked": request, "data": data, "plan": {}, "seconds": {}, "done": []})
+        content = {"asked": request, "chosen": dict(chosen), "data": data}
+        log = cls(path, {**content, "plan": {}, "seconds": {}, "done": []})
         log._save()
         return log
 

@@ -107,8 +107,9 @@ def fit(
     opened = preset or DEFAULT_PRESET
     splits = open_splits(images, image_options, image_size, opened, out=out, full=dry_run)
     chosen = few_images.choose(
-        splits, out, preset=preset, views=views, overrides=set, minutes=minutes
-    )
+        splits, out,
+        preset=preset, views=views, overrides=set, minutes=minutes, started=start is not None,
+    )  # fmt: skip
     if (advice := few_images.advice(splits, chosen, started=start is not None)) is not None:
         show(advice)
     overrides = [*few_images.assignments(chosen), *set]

@@ -96,7 +96,8 @@ FitPreset = Annotated[
     Maybe[str],
     arg(
         metavar="NAME",
-        help=f"recipe to start from: {PRESETS}; by default small, with --from the pipeline's own",
+        help=f"recipe to start from: {PRESETS}; by default small, with --from the pipeline's own, "
+        "and in both cases what fits fewer than 1,000 images",
     ),
 ]
 From = Annotated[Maybe[str], arg(name="from", metavar="MODEL")]

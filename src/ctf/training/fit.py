@@ -71,8 +71,8 @@ def fit(
         open_progress: Shows the progress of a stage.
         execution: How steps are computed; for the tokenizer, its precision and compilation count.
         start: A pipeline to start from, see `open_start`; the recipe is then `start.resolve`'s.
-        chosen: What of the recipe was chosen for the number of images, which the recipe has already:
-            for fit.json, from where a run that is continued takes it. See `few_images.choose`.
+        chosen: What was chosen for the number of images, which the recipe has already: for
+            fit.json, from where a run that is continued takes it. See `few_images.choose`.
 
     Raises:
         UserError: `run` was made by another configuration or holds something else, or see

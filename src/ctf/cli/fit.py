@@ -23,7 +23,7 @@ def demo(
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
 ) -> None:
-    """Sample from the included pipeline, train a small one from scratch, and compare them.
+    """Sample from the included pipelines, train a small one from scratch, and compare them.
 
     Example: ctf demo
 
@@ -78,7 +78,7 @@ def fit(
 
     Args:
         out: folder of the run
-        from_: pipeline to start from: fashion-mnist, the folder of a run or pipeline, or
+        from_: pipeline to start from: fashion-mnist, eurosat, the folder of a run or pipeline, or
             org/name[@revision] on the Hugging Face Hub. The run takes over its tokenizer, its
             clusters and its sizes, and its transformers start from its weights
         train_tokenizer: with --from, train its tokenizer on, too, instead of taking it over as it

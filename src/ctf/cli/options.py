@@ -86,8 +86,8 @@ Model = Annotated[
     Positional,
     arg(
         metavar="MODEL",
-        help="fashion-mnist, the folder of a run or pipeline, or org/name[@revision] on the "
-        "Hugging Face Hub",
+        help="fashion-mnist, eurosat, the folder of a run or pipeline, or org/name[@revision] on "
+        "the Hugging Face Hub",
     ),
 ]
 PRESETS = "tiny, small, base, imagenet256-B, imagenet256-L or imagenet256-XL"

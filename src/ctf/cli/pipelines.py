@@ -38,8 +38,8 @@ def sample(
     Example: ctf sample fashion-mnist --classes 3,bag --count 16 --out sheet.png
 
     Args:
-        model: fashion-mnist, the folder of a run or pipeline, or org/name[@revision] on the Hugging
-            Face Hub
+        model: fashion-mnist, eurosat, the folder of a run or pipeline, or org/name[@revision] on
+            the Hugging Face Hub
         classes: names of classes, separated by commas, or all; a number that is no class's name is
             the position among the classes, from 0. Can be given several times
         count: images per class
@@ -164,8 +164,8 @@ def evaluate(
     Example: ctf evaluate fashion-mnist --samples 5000
 
     Args:
-        model: fashion-mnist, the folder of a run or pipeline, org/name[@revision] on the Hugging
-            Face Hub, a folder of images of one size, or an .npz file of images (arr_0)
+        model: fashion-mnist, eurosat, the folder of a run or pipeline, org/name[@revision] on the
+            Hugging Face Hub, a folder of images of one size, or an .npz file of images (arr_0)
     """
     from ctf.evaluation import nearest, report
     from ctf.evaluation.image_collection import ImageCollection

@@ -34,7 +34,7 @@ def studio(
     Example: ctf studio fashion-mnist --port 7860
 
     Args:
-        models: one or several to compare: fashion-mnist, folders of runs or pipelines, or
+        models: one or several to compare: fashion-mnist, eurosat, folders of runs or pipelines, or
             org/name[@revision] on the Hugging Face Hub
         port: port to listen on; 0 is any free one
         host: address to listen on; by default, only this machine can connect

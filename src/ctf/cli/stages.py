@@ -36,8 +36,8 @@ def tokenizer_train(
 
     Args:
         out: folder of the run; the tokenizer is saved in its folder tokenizer/
-        from_: pipeline whose tokenizer is trained on: fashion-mnist, the folder of a run or
-            pipeline, or org/name[@revision] on the Hugging Face Hub; it also sets the size
+        from_: pipeline whose tokenizer is trained on: fashion-mnist, eurosat, the folder of a run
+            or pipeline, or org/name[@revision] on the Hugging Face Hub; it also sets the size
         precision: precision of the convolutions; auto is bf16 on GPUs that support it, else fp32
         compile: use torch.compile
     """
@@ -81,11 +81,11 @@ def tokenizer_evaluate(
     Example: ctf tokenizer evaluate run --images my-images
 
     Args:
-        run: fashion-mnist, the folder of a run or pipeline, or org/name[@revision] on the Hugging
-            Face Hub
+        run: fashion-mnist, eurosat, the folder of a run or pipeline, or org/name[@revision] on the
+            Hugging Face Hub
         images: fashion-mnist, eurosat, a folder of images, or .tar, .zip or .parquet files
-        features: feature network to compute the rFID with: lite0, inception, fashion, or
-            mymodule:factory; by default no rFID is computed
+        features: feature network to compute the rFID with: lite0, inception, fashion, eurosat
+            or mymodule:factory; by default no rFID is computed
     """
     from ctf.evaluation import reference_sets, scores
     from ctf.evaluation.extractors import open_extractor
@@ -131,8 +131,8 @@ def tokens_extract(
 
     Args:
         run: folder of the run
-        from_: pipeline whose tokenizer a new run takes over as it is: fashion-mnist, the folder of
-            a run or pipeline, or org/name[@revision] on the Hugging Face Hub
+        from_: pipeline whose tokenizer a new run takes over as it is: fashion-mnist, eurosat, the
+            folder of a run or pipeline, or org/name[@revision] on the Hugging Face Hub
         limit: number of training images, with balanced classes; by default all
         precision: precision of the encoder's convolutions; auto is fp32; bf16 is faster on devices
             with bfloat16 instructions, but changes a few codes, which the manifest records
@@ -201,8 +201,8 @@ def clusters_fit(
     Example: ctf clusters fit run --count 512
 
     Args:
-        from_: pipeline whose clusters are taken over, after its tokenizer: fashion-mnist, the
-            folder of a run or pipeline, or org/name[@revision] on the Hugging Face Hub
+        from_: pipeline whose clusters are taken over, after its tokenizer: fashion-mnist, eurosat,
+            the folder of a run or pipeline, or org/name[@revision] on the Hugging Face Hub
         count: number of clusters
         method: kmeans, average (average linkage, as in MASC), balanced (clusters of equal size, as
             in IAR), identity (one cluster per code: the full-vocabulary baseline) or random (the

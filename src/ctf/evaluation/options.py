@@ -33,8 +33,9 @@ class EvaluationOptions:
         out: folder for the report; by default one in evaluations/, named after the model and the
             options. With x.json, the folder is x, and x.json is a copy of the report.json in it
         against: report.json of another evaluation, to compare the scores with
-        features: feature networks for FID and other scores: lite0, inception, fashion or
-            mymodule:factory; by default lite0, and fashion for the classes of Fashion-MNIST
+        features: feature networks for FID and other scores: lite0, inception, fashion,
+            eurosat or mymodule:factory; by default lite0, and fashion or eurosat for the classes of
+            these sets
         seed: image i is sampled from seed + i
         search: search for the best guidance and temperatures first, with other seeds
         search_samples: samples for each setting that the search tries

@@ -44,7 +44,10 @@ FIT = ("fit", "discs", "--out", "run")
             ["sample", "x", "--engine", "fast"],
             "sample: --engine: got 'fast', expected auto, eager, compile, int8, bf16",
         ),
-        ([*FIT, "--views", "3"], "fit: --views: got '3', expected plain, flip, ten-crop"),
+        (
+            [*FIT, "--views", "3"],
+            "fit: --views: got '3', expected plain, flip, five-crop, ten-crop",
+        ),
         # too many
         (["sample", "x", "y"], "sample: got 'y' in addition to all arguments"),
         ([*FIT, "a", "b", "c", "d"], "fit: got 'a' 'b' 'c' ... in addition to all arguments"),
@@ -79,7 +82,7 @@ def test_help_is_readable_on_a_narrow_terminal(
         monkeypatch.setenv("COLUMNS", columns)
         lines = ctf("sample", "--help").out.splitlines()
         assert max(map(len, lines[5:])) <= 60
-        assert any("folder of a run" in line for line in lines)
+        assert any("org/name[@revision]" in line for line in lines)
 
 
 def test_the_version_is_printed(ctf: Command) -> None:

@@ -33,7 +33,7 @@ PROMISES = {
     "fashion-mnist": Promise(
         megabytes=25, codes=4096, psnr=25, samples=200, accuracy=0.93, passes=21
     ),
-    "eurosat": Promise(megabytes=20, codes=16384, psnr=35, samples=100, accuracy=0.8, passes=65),
+    "eurosat": Promise(megabytes=20, codes=16384, psnr=35, samples=50, accuracy=0.8, passes=65),
 }
 
 
@@ -80,12 +80,12 @@ def test_samples_are_not_copies_of_each_other(pipe: Pipeline) -> None:
 
 def test_an_image_takes_few_passes(pipe: Pipeline, promise: Promise) -> None:
     """With windows of 16 labels; labels are those of one by one, up to ties."""
-    keys_BL = noise_keys(range(16), pipe.coarse.config.length)[:, 0]
-    inputs = pipe.coarse, torch.arange(16) % 10, keys_BL, pipe.sampling
+    keys_BL = noise_keys(range(8), pipe.coarse.config.length)[:, 0]
+    inputs = pipe.coarse, torch.arange(8), keys_BL, pipe.sampling
     sampler = CoarseSampler(*inputs)
     while not sampler.done:
         sampler.advance(16)
-    assert sum(sampler.passes) / 16 <= promise.passes
+    assert sum(sampler.passes) / 8 <= promise.passes
     differs_B = (sampler.labels_BT != sample_coarse(*inputs)).any(1)
     assert int(differs_B.sum()) <= 1
 

@@ -34,6 +34,8 @@ def termination_requested() -> Iterator[threading.Event]:
 def stop_on_sigterm(folder: Path) -> Iterator[None]:
     """Make SIGTERM raise `Stopped` at once; files that were written completely stay.
 
+    A library that is interrupted may raise an error of its own instead: that, too, is `Stopped`.
+
     With several processes it is not handled: the others would wait for one that has left.
     """
     from ctf.common import distributed  # here, since it imports torch
@@ -42,12 +44,20 @@ def stop_on_sigterm(folder: Path) -> Iterator[None]:
         yield
         return
 
+    requested = threading.Event()
+    stopped = Stopped(f"{folder}: stopped; run it again to resume")
+
     def stop(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would disturb the exit
-        raise Stopped(f"{folder}: stopped; run it again to resume")
+        requested.set()
+        raise stopped
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except Exception as error:
+        if requested.is_set():
+            raise stopped from error
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)

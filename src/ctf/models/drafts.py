@@ -9,7 +9,7 @@ The score of label k at a position is
     0.9 log p(k | left) + 0.9 log p(k | above) + 0.7 log p(k | position) - 1.5 log p(k)
 
 with the frequencies in the training tokens: a product of experts, whose weights were fitted to the
-labels that the included pipeline samples at guidance 2. Classes added little to that.
+labels that the pipeline of Fashion-MNIST samples at guidance 2. Classes added little to that.
 
 Shapes: N images, B batch, L labels of an image, K clusters.
 """

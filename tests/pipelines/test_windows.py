@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from ctf.models.parallel import CoarseSampler
@@ -14,6 +15,7 @@ from ctf.pipelines.windows import AutoWindow
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 LENGTH, IMAGES = 64, 20
+FEW_ROWS = 256
 
 Cost = Callable[[int], float]  # seconds of a pass, by its rows
 Share = Callable[[int], float]  # of guesses that are right, by the number of guesses before
@@ -66,7 +68,7 @@ def fixed(window: int, cost: Cost, share: Share, batch: int = 1) -> float:
 def test_without_right_guesses_it_is_at_most_three_percent_slower_than_one_by_one(
     cost: Cost, batch: int
 ) -> None:
-    auto = AutoWindow(SIZES)
+    auto = AutoWindow(SIZES, LENGTH, FEW_ROWS)
     chosen = seconds(passes(auto.next, cost, lambda _: 0.0, batch=batch, auto=auto))
     assert chosen < 1.03 * fixed(1, cost, lambda _: 0.0, batch)
 
@@ -80,7 +82,7 @@ FALLING: Share = lambda before: 0.75 if before < 4 else 0.4  # noqa: E731
 )
 @pytest.mark.parametrize("share", [lambda _: 0.6, lambda _: 0.9, FALLING])
 def test_the_fastest_window_is_found(cost: Cost, share: Share, batch: int) -> None:
-    auto = AutoWindow(SIZES)
+    auto = AutoWindow(SIZES, LENGTH, FEW_ROWS)
     chosen = seconds(passes(auto.next, cost, share, batch=batch, auto=auto))
     assert chosen < 1.1 * min(fixed(size, cost, share, batch) for size in SIZES)
 
@@ -90,7 +92,7 @@ def test_it_is_found_within_the_first_image(cost: Cost) -> None:
     """Which takes at most a quarter longer than all later ones."""
     first, later = [], []
     for seed in range(10):
-        auto = AutoWindow(SIZES)
+        auto = AutoWindow(SIZES, LENGTH, FEW_ROWS)
         options = {"auto": auto, "images": 1}
         first.append(seconds(passes(auto.next, cost, FALLING, seed=seed, **options)))  # type: ignore[arg-type]
         for other in range(5):
@@ -103,7 +105,7 @@ def test_what_was_learnt_in_large_batches_serves_single_images() -> None:
     def cost(rows: int) -> float:
         return 1 + 0.05 * rows
 
-    auto = AutoWindow(SIZES)
+    auto = AutoWindow(SIZES, LENGTH, FEW_ROWS)
     passes(auto.next, cost, FALLING, batch=16, images=2, auto=auto)
     taken = passes(auto.next, cost, FALLING, images=3, auto=auto)
     assert seconds(taken) < 1.15 * min(fixed(size, cost, FALLING) for size in SIZES) * 3 / IMAGES
@@ -112,7 +114,7 @@ def test_what_was_learnt_in_large_batches_serves_single_images() -> None:
 @pytest.mark.parametrize("share", [lambda _: 0.0, lambda _: 0.5, FALLING])
 def test_batches_whose_images_are_faster_together_stay_so(share: Share) -> None:
     """One label a pass keeps them together; with larger windows each image is at its own place."""
-    auto, chance, total, one_by_one = AutoWindow(SIZES), random.Random(0), 0.0, 0.0
+    auto, chance, total, one_by_one = AutoWindow(SIZES, LENGTH, 4), random.Random(0), 0.0, 0.0
     for _ in range(IMAGES):
         left = [LENGTH] * 8
         one_by_one += LENGTH * (1 + 0.1 * 8)
@@ -127,8 +129,29 @@ def test_batches_whose_images_are_faster_together_stay_so(share: Share) -> None:
     assert total < 1.03 * one_by_one
 
 
+@pytest.mark.parametrize("batch", [8, 16])
+def test_the_first_batch_hardly_pays_for_what_larger_windows_are_found_to_cost(batch: int) -> None:
+    """Costs as measured on a processor: 1, 1.45, 1.95, 2.6, 4.6 for 16, 32, 64, 128, 256 rows."""
+    measured = [(2, 0.55), (4, 0.65), (8, 0.8), (16, 1), (32, 1.45), (64, 1.95), (128, 2.6)]
+    rows, costs = zip(*measured, (256, 4.6), (4096, 74), strict=True)
+    total = one_by_one = 0.0
+    for seed in range(10):
+        auto, chance, left = AutoWindow(SIZES, LENGTH, 4), random.Random(seed), [LENGTH] * batch
+        one_by_one += LENGTH * 0.93 * float(np.interp(2 * batch, rows, costs))
+        while any(left):
+            at = [labels for labels in left if labels]
+            together = len(at) > 1 and len({*at}) == 1
+            window = auto.next(2 * len(at), max(left), together=together)
+            together = together and window == 1
+            cost = float(np.interp(2 * len(at) * window, rows, costs)) * (0.93 if together else 1)
+            guesses = take(left, window, chance, lambda before: 0.65 if before < 2 else 0.5)
+            auto.record(2 * len(at) * window, cost, guesses, together=together)
+            total += cost
+    assert total < 1.03 * one_by_one
+
+
 def test_a_window_that_was_slow_by_chance_is_found_later() -> None:
-    auto, used = AutoWindow((1, 4)), []
+    auto, used = AutoWindow((1, 4), LENGTH, FEW_ROWS), []
     for number in range(200):
         window = auto.next(2, LENGTH)
         used.append(window)
@@ -139,7 +162,7 @@ def test_a_window_that_was_slow_by_chance_is_found_later() -> None:
 
 
 def test_a_window_that_becomes_slow_is_left() -> None:
-    auto, used = AutoWindow(SIZES), []
+    auto, used = AutoWindow(SIZES, LENGTH, FEW_ROWS), []
     for number in range(200):
         used.append(auto.next(1, LENGTH))
         seconds = 1.0 if number < 60 else float(used[-1])
@@ -151,7 +174,7 @@ def test_a_window_that_becomes_slow_is_left() -> None:
 def test_only_given_sizes_are_used_and_none_that_reaches_further_than_needed(
     sizes: tuple[int, ...],
 ) -> None:
-    auto, chance = AutoWindow(sizes), random.Random(0)
+    auto, chance = AutoWindow(sizes, LENGTH, FEW_ROWS), random.Random(0)
     for _ in range(500):
         left = chance.randint(1, LENGTH)
         window = auto.next(1, left)
@@ -188,7 +211,7 @@ def threads_take_turns_often() -> Iterator[None]:
 
 @pytest.mark.usefixtures("threads_take_turns_often")
 def test_several_threads_may_use_it_at_once() -> None:
-    auto = AutoWindow(SIZES)
+    auto = AutoWindow(SIZES, LENGTH, FEW_ROWS)
 
     def sample(seed: int) -> list[int]:
         sampler: Any = Countdown(seed)

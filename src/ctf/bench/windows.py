@@ -49,7 +49,7 @@ def whole_images(engine: str, pipe: Pipeline, rounds: int) -> Facts:
         }
         if kernels.is_exact(pipe.coarse):  # otherwise "auto" is a rule
             ways["auto-first"] = partial(_sample_auto, inputs, None)
-            ways["auto"] = partial(_sample_auto, inputs, AutoWindow(pipe.coarse.backbone.windows))
+            ways["auto"] = partial(_sample_auto, inputs, AutoWindow.of(pipe.coarse))
         for window, call in ways.items():
             facts[f"{engine} {batch} {window} passes"] = statistics.mean(call().passes)
         facts |= _seconds(f"{engine} {batch}", ways, rounds, pipe.device)
@@ -88,7 +88,7 @@ def _call(call: Callable[[], object], _: int) -> Callable[[], object]:
 
 def _sample_auto(inputs: Inputs, auto: AutoWindow | None) -> CoarseSampler:
     sampler = kernels.coarse_sampler(*inputs)
-    auto = auto or AutoWindow(sampler.model.backbone.windows)
+    auto = auto or AutoWindow.of(sampler.model)
     while not sampler.done:
         windows.advance(sampler, auto)
     return sampler

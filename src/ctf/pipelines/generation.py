@@ -163,7 +163,7 @@ def advance(pipe: Pipeline, request: Request, sampler: CoarseSampler) -> None:
         sampler.advance(max(1, rows // (len(sampler.certain) * halves)))
         return
     if pipe.auto_window is None:
-        pipe.auto_window = AutoWindow(pipe.coarse.backbone.windows)
+        pipe.auto_window = AutoWindow.of(pipe.coarse)
     windows.advance(sampler, pipe.auto_window)
 
 

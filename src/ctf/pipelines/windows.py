@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from ctf.models.coarse import CoarseModel
 from ctf.models.parallel import CoarseSampler
 
 TRIALS = 2  # passes of a size until its time counts; the first may be slow for reasons of its own
@@ -20,7 +21,9 @@ REMEMBERED = 5  # passes whose times count
 DECAY = 0.98  # of the weight of a guess, with each pass
 RETRY = 16  # passes until another size is tried again, at first
 ENDING = 1.1  # passes that a batch takes whose images do not end together, by their mean
-PARTING = 8  # times as many, where that would part the images of a batch
+LAST_PART = 1 / 16  # of the labels, where it hardly matters that images are parted
+# Rows up to which a pass mostly reads weights, so that more of them cost little.
+FEW_ROWS, FEW_ROWS_OF_GPU = 4, 256
 _LOCK = threading.Lock()  # parts of a batch use the window of their pipeline at the same time
 
 
@@ -34,18 +37,28 @@ class AutoWindow:
 
     It begins with one label, doubles the window as long as that may make sampling faster, and stays
     with the fastest. The sizes next to it are tried again now and then, and more and more rarely
-    as long as they are slower.
+    as long as they are slower. A larger window parts the images of a batch, which makes all later
+    passes slower, too. So unless there are few rows, batches try one at their last labels alone.
 
     Args:
         sizes: The windows to choose from, 1 first.
+        length: Labels of an image.
+        few_rows: Rows up to which a pass probably takes about as long as over one.
     """
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        self._sizes = tuple(sizes)
+    def __init__(self, sizes: Sequence[int], length: int, few_rows: int) -> None:
+        self._sizes, self._length, self._few_rows = tuple(sizes), length, few_rows
         self._times, self._together = _Times(), _Times()
         guesses = self._sizes[-1] - 1
         self._seen, self._right = [0.0] * guesses, [0.0] * guesses  # by the number before
         self._best, self._since, self._retry, self._above = 1, 0, RETRY, True
+
+    @classmethod
+    def of(cls, model: CoarseModel) -> AutoWindow:
+        """One for a model, on its device."""
+        is_cpu = model.backbone.norm.weight.device.type == "cpu"
+        few_rows = FEW_ROWS if is_cpu else FEW_ROWS_OF_GPU
+        return cls(model.backbone.windows, model.config.length, few_rows)
 
     def next(self, rows: int, left: int, *, together: bool = False) -> int:
         """The window of the next pass.
@@ -68,7 +81,8 @@ class AutoWindow:
         if together and rows in self._together.passes:
             speeds[1] = ENDING / self._together.of(rows)
         best = max(known, key=lambda w: speeds[w])
-        if len(known) < len(sizes):
+        last = left <= LAST_PART * self._length
+        if len(known) < len(sizes) and (best > 1 or rows <= self._few_rows or last):
             larger = sizes[len(known)]
             # At best it takes no longer than what is known.
             if self._labels(larger) / self._times.of(largest) > speeds[best]:
@@ -76,8 +90,7 @@ class AutoWindow:
         if best != self._best:
             self._best, self._since, self._retry = best, 0, RETRY
         self._since += 1
-        # Trying another one would part images that are together, until all are done.
-        if self._since < self._retry * (PARTING if together and best == 1 else 1):
+        if self._since < self._retry or (together and best == 1 and not last):
             return best
         self._since, self._retry, self._above = 0, 2 * self._retry, not self._above
         other = sizes.index(best) + (-1 if self._above else 1)

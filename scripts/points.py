@@ -8,6 +8,11 @@ recipe of a preset, stopped after `--steps`, and prints a line of Markdown: the 
 averaged weights in nats a token every `--every` steps, and the median of the seconds of a step.
 "full" is the full-vocabulary model: identity clusters.
 
+    torchrun --nproc-per-node 2 scripts/points.py RUN coarse --way free --way linear --rounds 20
+
+With `--rounds`, only the seconds of a step are measured, the ways in turn: the median of the
+ratios to the first way, and its quartiles. With torchrun by DDP, with `--shard` by FSDP.
+
 The ways, for coarse and full-vocabulary models, whose points are the centres or codes:
 
     free            plain rows
@@ -32,6 +37,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import operator
 import statistics
 import time
 from collections.abc import Callable
@@ -41,6 +47,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from ctf.common.distributed import World, init_world
 from ctf.models import clusters as clustering
 from ctf.models import points
 from ctf.models.clusters import Clusters
@@ -49,9 +56,10 @@ from ctf.models.points import FREE, PointRows, standardize
 from ctf.models.transformer import INITIAL_STD
 from ctf.pipelines.folder import CLUSTERS, load_clusters
 from ctf.training import recipes
+from ctf.training.loop import Execution
 from ctf.training.model_stage import ModelStage
 from ctf.training.recipes import Kind
-from ctf.training.transformers import Model
+from ctf.training.transformers import Model, Trainer
 
 
 class Damped(PointRows):
@@ -122,17 +130,32 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--every", type=int, default=100)
     parser.add_argument("--schedule", type=int, default=2000, help="steps of the schedule")
+    parser.add_argument("--rounds", type=int, default=0, help="steps of each way, in turn")
+    parser.add_argument("--shard", action="store_true")
     args = parser.parse_args()
+    with init_world(torch.device("cpu")) as world:
+        run(args, world)
+
+
+def run(args: argparse.Namespace, world: World) -> None:
+    """Train in this process, which may be one of several."""
     clusters = load_clusters(args.run / "clusters" / CLUSTERS)
     if args.kind == "full":
         clusters = clustering.identity(clusters.codebook_size)
     recipe = dataclasses.replace(recipes.preset(args.preset), geometry=True)
     recipe = recipe.with_steps(args.schedule)
     kind: Kind = "fine" if args.kind == "fine" else "coarse"
-    stage = ModelStage(args.run, kind, recipe, clusters)
-    for way in args.way:
+    stage = ModelStage(args.run, kind, recipe, clusters, world, Execution(shard=args.shard))
+
+    def make(way: str) -> Trainer:
         points.use_points = functools.partial(use, way)
-        trainer = stage.make_trainer()
+        return stage.make_trainer()
+
+    if args.rounds:
+        compare_steps({way: make(way) for way in args.way}, args.rounds, world)
+        return
+    for way in args.way:
+        trainer = make(way)
         losses, seconds = [], []
         for step in range(args.steps):
             start = time.process_time()
@@ -142,6 +165,22 @@ def main() -> None:
                 losses.append(f"{trainer.evaluate()['loss']:.3f}")
         row = [args.run.name, args.kind, way, *losses, f"{statistics.median(seconds):.3f}"]
         print("|", " | ".join(row), "|", flush=True)
+
+
+def compare_steps(trainers: dict[str, Trainer], rounds: int, world: World) -> None:
+    """Print the seconds of a step of each way by those of the first, from so many rounds."""
+    seconds: dict[str, list[float]] = {way: [] for way in trainers}
+    for step in range(rounds + 2):  # the first two are to warm up
+        for way, trainer in trainers.items():
+            world.barrier()
+            start = time.perf_counter()
+            trainer.step(step)
+            seconds[way].append(time.perf_counter() - start)
+    first = next(iter(seconds.values()))[2:]
+    for way, each in seconds.items():
+        low, middle, high = statistics.quantiles(map(operator.truediv, each[2:], first), n=4)
+        if world.is_main:
+            print(f"| {way} | {middle:.3f} ({low:.3f} to {high:.3f}) |", flush=True)
 
 
 if __name__ == "__main__":

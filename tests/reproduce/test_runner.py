@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -53,6 +54,21 @@ def test_results_are_published_again_from_the_files(space: Workspace, tmp_path: 
     assert {name: state for name, state, _ in runner.status(other)}[cell.name] == "computed"
     assert runner.compute(other, [cell]) == []
     assert other.result(cell) == space.result(cell)
+
+
+def test_a_search_serves_others_where_there_is_only_its_result(
+    copied: Workspace, plan: Plan, tmp_path: Path
+) -> None:
+    shutil.copytree(copied.work, work := tmp_path / "work")
+    space = dataclasses.replace(copied, work=work)
+    score = experiments.table1(plan, CODES)[0].ctf
+    for name in (score.name, score.tuned.name):
+        shutil.rmtree(work / name)
+    before = space.result(score)
+    (space.results / "cells" / f"{score.name}.json").unlink()
+    assert runner.compute(space, [score]) == [score.name]
+    after = space.result(score)
+    assert before is not None and after is not None and after["found"] == before["found"]
 
 
 def test_status(space: Workspace, plan: Plan) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -74,6 +74,7 @@ class Cell:
     """A computation with a unique name, which also names its folder."""
 
     name: str
+    has_files: ClassVar[bool] = True  # besides its result, for the cells that need it
 
     @property
     def needs(self) -> tuple[Cell, ...]:

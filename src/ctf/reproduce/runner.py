@@ -81,6 +81,8 @@ def _compute(space: Workspace, cell: Cell, computed: list[str]) -> None:
     Raises:
         Timeout: Another process is computing one of them.
     """
+    if not cell.has_files and space.result(cell) is not None:
+        return
     for needed in cell.needs:
         _compute(space, needed, computed)
     space.work.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -53,6 +53,7 @@ class SearchCell(Cell):
     It never reads the held-out images, which the scores are computed against.
     """
 
+    has_files: ClassVar[bool] = False
     coarse: CoarseCell
     fine: FineCell | None
     samples: int
@@ -78,8 +79,9 @@ class SearchCell(Cell):
 
     def best(self, space: Workspace) -> dict[str, Any]:
         """Return the sampling settings that it found, as keywords of `Pipeline.sample`."""
-        result = storage.load_object(space.work / self.name / "result.json")
-        best: dict[str, Any] = result["found"]["best"]
+        outcome = space.outcome(self)
+        assert outcome is not None, f"{self.name} has no result"
+        best: dict[str, Any] = outcome["best"]
         return best
 
 

@@ -12,7 +12,6 @@ much of the difference between random members and true codes it recovers; class 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -25,9 +24,9 @@ from torch import Tensor
 from ctf.data.images import open_images
 from ctf.data.transforms import as_tensor
 from ctf.evaluation import metrics
-from ctf.evaluation.classifier import Classifier, load_classifier
+from ctf.evaluation.classifier import load_classifier
 from ctf.evaluation.distances import FeatureStatistics, Gaussian, frechet_distance
-from ctf.evaluation.extractors import Extractor, open_extractor
+from ctf.evaluation.extractors import open_extractor
 from ctf.models.clusters import Clusters, central_members
 from ctf.models.fine import FineModel
 from ctf.models.noise import gumbel_noise, noise_keys
@@ -53,14 +52,32 @@ WAYS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Scorer:
-    """Compares decoded images with the originals."""
+class Scores:
+    """Compares images of chosen codes with the held-out images that the true codes are of.
 
-    originals_NHWC: np.ndarray
-    classes_N: Tensor
-    classifier: Classifier | None
-    lite0: Extractor = dataclasses.field(default_factory=lambda: open_extractor("lite0"))
+    Args:
+        tokenizer: That codes are of.
+        images: Included set, folder or archive.
+        classifier: Folder of a classifier; None for none.
+        count: Held-out images.
+    """
+
+    def __init__(
+        self, tokenizer: VQModel, images: str, classifier: Path | None, count: int
+    ) -> None:
+        val = open_images(images, tokenizer.image_size).val
+        rows_N = np.arange(min(count, len(val))) * len(val) // min(count, len(val))  # spread evenly
+        self.tokenizer = tokenizer
+        self.lite0 = open_extractor("lite0")
+        self.classifier = None if classifier is None else load_classifier(classifier)
+        self.originals_NHWC = val.read(rows_N)
+        self.classes_N = torch.from_numpy(val.classes_N[rows_N]).long()
+        with torch.inference_mode():
+            parts = as_tensor(self.originals_NHWC).split(BATCH)
+            self.codes_NL = torch.cat([tokenizer.encode(part) for part in parts])
+        self.fids: dict[str, list[float]] = {}
+        self.reference, accuracy = self.features(self.originals_NHWC)
+        print(f"originals: class accuracy {accuracy:.1%}", flush=True)
 
     @torch.inference_mode()
     def features(self, images_NHWC: np.ndarray) -> tuple[list[Gaussian], float]:
@@ -79,6 +96,21 @@ class Scorer:
                 each.add(x)
         return [each.gaussian for each in statistics], hits / len(images_NHWC)
 
+    def print(self, name: str, codes_NL: Tensor) -> None:
+        """Print a line about the images of codes. True codes come first, then random members."""
+        images_NHWC = decode(self.tokenizer, codes_NL)
+        gaussians, accuracy = self.features(images_NHWC)
+        pairs = zip(gaussians, self.reference, strict=True)
+        self.fids[name] = [frechet_distance(*pair) for pair in pairs]
+        psnr = float(metrics.psnr(as_tensor(images_NHWC), as_tensor(self.originals_NHWC)).mean())
+        cells = [name]
+        for i, fid in enumerate(self.fids[name]):
+            cells.append(f"{fid:.2f}")
+            if len(self.fids) > 1:
+                true, random = self.fids["true codes"][i], self.fids["random members"][i]
+                cells[-1] += f" ({(random - fid) / (random - true):.0%})"
+        print("|", " | ".join([*cells, f"{accuracy:.1%}", f"{psnr:.2f} dB"]), "|", flush=True)
+
 
 def decode(tokenizer: VQModel, codes_NL: Tensor) -> np.ndarray:
     """Codes to images, uint8 (N, H, W, 3)."""
@@ -91,6 +123,18 @@ def decode(tokenizer: VQModel, codes_NL: Tensor) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def random_members(clusters: Clusters, codes_NL: Tensor) -> Tensor:
+    """Any member of the cluster of each code, from fixed noise: int64 (N, L)."""
+    rows = []
+    keys_NL = noise_keys(range(len(codes_NL)), codes_NL.shape[1])[:, 1]
+    for labels_L, keys_L in zip(clusters.labels_V[codes_NL], keys_NL, strict=True):
+        members_LS = clusters.members_KS[labels_L]
+        noise_LS = gumbel_noise(keys_L, members_LS.shape[1])
+        slots_L1 = noise_LS.masked_fill(members_LS < 0, -torch.inf).argmax(1, True)
+        rows.append(members_LS.gather(1, slots_L1)[:, 0])
+    return torch.stack(rows)
+
+
 def choices(
     fine: FineModel, clusters: Clusters, codebook_VC: Tensor, codes_NL: Tensor, classes_N: Tensor
 ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
@@ -98,22 +142,13 @@ def choices(
     labels_NL = clusters.labels_V[codes_NL]
     keys_NL = noise_keys(range(len(codes_NL)), codes_NL.shape[1])[:, 1]
 
-    def random() -> Tensor:
-        rows = []
-        for labels_L, keys_L in zip(labels_NL, keys_NL, strict=True):
-            members_LS = clusters.members_KS[labels_L]
-            noise_LS = gumbel_noise(keys_L, members_LS.shape[1])
-            slots_L1 = noise_LS.masked_fill(members_LS < 0, -torch.inf).argmax(1, True)
-            rows.append(members_LS.gather(1, slots_L1)[:, 0])
-        return torch.stack(rows)
-
     def sampled(settings: Sampling) -> Tensor:
         return sample_fine(
             fine, clusters, labels_NL, classes_N, keys_NL, settings, codebook_VC=codebook_VC
         )
 
     yield "true codes", lambda: codes_NL
-    yield "random members", random
+    yield "random members", lambda: random_members(clusters, codes_NL)
     yield "nearest to the centres", lambda: central_members(codebook_VC, clusters)[labels_NL]
     for name, settings in WAYS.items():
         yield f"fine model, {name}", functools.partial(sampled, settings)
@@ -132,32 +167,11 @@ def main() -> None:
     clusters = load_clusters(args.run / "clusters" / CLUSTERS)
     tokenizer = load_tokenizer(args.run / "tokenizer")
     fine = load_fine(args.fine or args.run / "fine", clusters, torch.device("cpu"))
-    val = open_images(args.images, tokenizer.image_size).val
-    count = min(args.count, len(val))
-    rows_N = np.arange(count) * len(val) // count  # evenly spread
-    originals_NHWC, classes_N = val.read(rows_N), torch.from_numpy(val.classes_N[rows_N]).long()
-    with torch.inference_mode():
-        parts = as_tensor(originals_NHWC).split(BATCH)
-        codes_NL = torch.cat([tokenizer.encode(part) for part in parts])
-    classifier = None if args.classifier is None else load_classifier(args.classifier)
-    scorer = Scorer(originals_NHWC, classes_N, classifier)
-    reference, accuracy = scorer.features(originals_NHWC)
-    print(f"originals: class accuracy {accuracy:.1%}", flush=True)
-    results: dict[str, list[float]] = {}
+    scores = Scores(tokenizer, args.images, args.classifier, args.count)
     codebook_VC = tokenizer.codebook().detach()
-    for name, choose in choices(fine, clusters, codebook_VC, codes_NL, classes_N):
-        images_NHWC = decode(tokenizer, choose())
-        gaussians, accuracy = scorer.features(images_NHWC)
-        fids = [frechet_distance(*pair) for pair in zip(gaussians, reference, strict=True)]
-        results[name] = fids
-        psnr = float(metrics.psnr(as_tensor(images_NHWC), as_tensor(originals_NHWC)).mean())
-        cells = [name]
-        for i, fid in enumerate(fids):
-            cells.append(f"{fid:.2f}")
-            if len(results) > 1:
-                true, random = results["true codes"][i], results["random members"][i]
-                cells[-1] += f" ({(random - fid) / (random - true):.0%})"
-        print("|", " | ".join([*cells, f"{accuracy:.1%}", f"{psnr:.2f} dB"]), "|", flush=True)
+    ways = choices(fine, clusters, codebook_VC, scores.codes_NL, scores.classes_N)
+    for name, choose in ways:
+        scores.print(name, choose())
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ def test_what_is_missing_is_named(space: Workspace) -> None:
     ("fid", "accuracy", "advice"),
     [
         (5.0, 0.5, "take CTF."),
-        (5.0, 0.3, "take CTF for images distributed as the real ones, the plain model for"),
+        (5.0, 0.3, "CTF is better by FID-fashion, the plain model by class accuracy."),
+        (20.0, 0.7, "CTF is better by class accuracy, the plain model by FID-fashion."),
         (10.0, 0.5, "neither is better, and the plain model is simpler."),
         (20.0, 0.5, "take the plain model."),
     ],

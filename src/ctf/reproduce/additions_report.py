@@ -53,11 +53,11 @@ def _geometry_in_words(
     if base is None or known_base is None or ctf is None or known_ctf is None:
         return []
     lines = []
-    for label, one, other in (("baseline", known_base, base), ("CTF", known_ctf, ctf)):
+    for label, one, other in (("the baseline", known_base, base), ("CTF", known_ctf, ctf)):
         changes = " and ".join(f"{name} {compare(one, other, name)}" for name in names)
         assert one.loss is not None and other.loss is not None
         loss = f"held-out loss {other.loss:.3f} before, {one.loss:.3f} after"
-        lines.append(f"With knowledge of the codebook, the {label} has {changes}; {loss}.")
+        lines.append(f"With knowledge of the codebook, {label} has {changes}; {loss}.")
     between = " and ".join(f"{name} {compare(known_ctf, known_base, name)}" for name in names)
     lines.append(f"Where both have it, CTF has {between} than the baseline.")
     return [" ".join(lines)]

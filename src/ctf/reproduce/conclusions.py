@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ctf.reproduce import additions, experiments
 from ctf.reproduce.cells import Outcome, Workspace
@@ -145,23 +145,27 @@ def _choice(space: Workspace) -> str:
     if plain is None or best is None:
         return start + _missing("table1")
     (plain_label, plain_score), (label, score) = plain, best
-    better = order(score, plain_score, name)
-    advice = {
-        1: "take CTF",
-        0: "neither is better, and the plain model is simpler",
-        -1: "take the plain model",
-    }[better]
-    recognised = _recognised(score, plain_score)
-    if better > 0 and recognised < 0:
-        advice = "take CTF for images distributed as the real ones, the plain model for images "
-        advice += "that look like their class"
+    names = score_names(plan, "FID")
+    better = {each: order(score, plain_score, each) for each in names}
+    better["class accuracy"] = _recognised(score, plain_score)
     cells = {**plain_models, **ctf_models}.items()
     without = [label for label, cell in cells if scored(space, cell) is None]
     return (
         f"{start}trained on the same images, the best plain model here ({plain_label}) has "
-        f"{_scores(plain_score, name)}, the best CTF ({label}) {_scores(score, name)}: {advice}."
+        f"{_scores(plain_score, names)}, the best CTF ({label}) {_scores(score, names)}: "
+        f"{_advice(better)}."
         f"{_speed(space)}" + (f" Not compared yet: {', '.join(without)}." if without else "")
     )
+
+
+def _advice(better: Mapping[str, int]) -> str:
+    """What to take: by each score, 1 where CTF is better, -1 where it is worse, 0 if not sure."""
+    ctf, plain = ([score for score, sign in better.items() if sign == s] for s in (1, -1))
+    if ctf and plain:
+        return f"CTF is better by {' and '.join(ctf)}, the plain model by {' and '.join(plain)}"
+    if ctf or plain:
+        return "take CTF" if ctf else "take the plain model"
+    return "neither is better, and the plain model is simpler"
 
 
 def _best(space: Workspace, cells: Mapping[str, ScoreCell], name: str) -> tuple[str, Scored] | None:
@@ -181,10 +185,11 @@ def _recognised(one: Scored, other: Scored) -> int:
     return int(accuracy["low"] > reference["high"]) - int(accuracy["high"] < reference["low"])
 
 
-def _scores(score: Scored, name: str) -> str:
+def _scores(score: Scored, names: Sequence[str]) -> str:
     accuracy: Outcome | None = score.outcome["accuracy"]
-    known = "" if accuracy is None else f" and class accuracy {accuracy['value']:.1%}"
-    return f"{name} {score.value(name):.4g}{known}"
+    known = [f"{name} {score.value(name):.4g}" for name in names]
+    known += [] if accuracy is None else [f"class accuracy {accuracy['value']:.1%}"]
+    return " and ".join(known)
 
 
 def _speed(space: Workspace) -> str:

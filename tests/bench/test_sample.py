@@ -22,6 +22,8 @@ def test_every_sampler_has_its_stages_and_adds_up(
     monkeypatch.setattr(sample, "START_SCRIPT", "print(0.1, 0.2, 0.3)")
     monkeypatch.setattr(windows, "WINDOWS", (1, 16))
     monkeypatch.setattr(windows, "BATCHES", (1,))
+    monkeypatch.setattr(windows, "WHOLE", 1)
+    monkeypatch.setattr(windows, "SINGLE", 1)
     results = sample.run(SMALL, tmp_path, CPU, silent, shapes)
     names = [
         "start",

@@ -114,12 +114,8 @@ def test_what_was_learnt_in_large_batches_serves_single_images() -> None:
 @pytest.mark.parametrize("share", [lambda _: 0.0, lambda _: 0.5, FALLING])
 def test_batches_whose_images_are_faster_together_stay_so(share: Share) -> None:
     """One label a pass keeps them together; with larger windows each image is at its own place."""
-    auto, chance, total, one_by_one = (
-        AutoWindow(SIZES, LENGTH, windows.FEW_ROWS),
-        random.Random(0),
-        0.0,
-        0.0,
-    )
+    auto, chance = AutoWindow(SIZES, LENGTH, windows.FEW_ROWS), random.Random(0)
+    total = one_by_one = 0.0
     for _ in range(IMAGES):
         left = [LENGTH] * 8
         one_by_one += LENGTH * (1 + 0.1 * 8)
@@ -141,11 +137,8 @@ def test_the_first_batch_hardly_pays_for_what_larger_windows_are_found_to_cost(b
     rows, costs = zip(*measured, (256, 4.6), (4096, 74), strict=True)
     total = one_by_one = 0.0
     for seed in range(10):
-        auto, chance, left = (
-            AutoWindow(SIZES, LENGTH, windows.FEW_ROWS),
-            random.Random(seed),
-            [LENGTH] * batch,
-        )
+        auto, chance = AutoWindow(SIZES, LENGTH, windows.FEW_ROWS), random.Random(seed)
+        left = [LENGTH] * batch
         one_by_one += LENGTH * 0.93 * float(np.interp(2 * batch, rows, costs))
         while any(left):
             at = [labels for labels in left if labels]
